@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    """Small tensors: more threads than two only cost."""
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets (``$SEGKIT_DATA`` or ``../shared/data``); skips where there is none."""
+    folder = Path(os.environ.get("SEGKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "CamVid").is_dir():
+        pytest.skip(f"real data sets are not at {folder} (set SEGKIT_DATA)")
+    return folder

@@ -1,0 +1,422 @@
+"""The closed schema of a run's configuration, and the way from a configuration node to an object.
+
+Hydra composes the YAML files of ``configs/`` into this schema; :func:`to_config` turns the result into plain
+dataclasses once, at the door. Nothing beyond it sees a configuration object of OmegaConf. A misspelt key, a value of
+a wrong type and a contradiction between two keys all fail here, before data or a heavy library is touched.
+
+This module imports nothing else of segkit but its error, and nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+
+ALLOWED_TARGETS = ("segkit.", "torch.optim.", "segmentation_models_pytorch.")
+"""Prefixes that ``_target_`` may have: a saved run's configuration is untrusted input."""
+
+LOSS_OPTIONS = ("banded", "diagnostics")
+"""Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
+
+
+class Precision(Enum):
+    """Number format of the forward pass; parameters and losses stay in float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Determinism(Enum):
+    """``none``: fastest kernels; ``strict``: bitwise repeatable (on a CPU, and on a GPU where torch can)."""
+
+    none = "none"
+    strict = "strict"
+
+
+class LabelSize(Enum):
+    """Size at which a prediction is compared: that of the label file, or that of the resized image."""
+
+    original = "original"
+    resized = "resized"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _at_least(key: str, value: float | None, least: float) -> None:
+    _require(value is None or value >= least, f"{key} is {value}, but must be at least {least}: set {key}=...")
+
+
+@dataclass(kw_only=True)
+class ResizeConfig:
+    """``short_side``: length in pixels of the shorter side, aspect kept; or ``size``: exactly [height, width]."""
+
+    short_side: int | None = None
+    size: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.short_side is None) != (self.size is None),
+            f"resize has short_side={self.short_side} and size={self.size}, but needs exactly one of the two: "
+            "set dataset.resize.short_side=null or dataset.resize.size=null",
+        )
+        if self.size is not None:
+            _require(
+                len(self.size) == 2 and min(self.size) > 0,
+                f"resize.size is {self.size}, but must be [height, width]: set dataset.resize.size=[720,1280]",
+            )
+        _at_least("dataset.resize.short_side", self.short_side, 1)
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """What a data set's usual training looks like; the schedules and ``batch_size`` read it."""
+
+    batch_size: int = 8
+    epochs: float = 40.0
+    finetune_epochs: float = 20.0
+    lr: float = 1e-4
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """One data set: how to read it, and how its images are cut for training and for evaluation."""
+
+    name: str
+    reader: dict[str, Any]
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    resize: ResizeConfig | None = None
+    eval_resize: ResizeConfig | None = None
+    eval_labels: LabelSize = LabelSize.original
+    crop: list[int] = field(default_factory=lambda: [512, 512])
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.crop) == 2 and min(self.crop) >= 8,
+            f"dataset.crop is {self.crop}, but must be [height, width] of at least 8: set dataset.crop=[512,512]",
+        )
+        _require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
+            f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most: "
+            "set dataset.scale=[0.5,2.0]",
+        )
+        for key in ("flip", "color_jitter"):
+            value = getattr(self, key)
+            _require(
+                0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."
+            )
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One phase of training: one data set, one loss, one optimizer, a number of epochs or of steps.
+
+    ``loss`` and ``dataset`` default to the run's own; ``lr`` to ``optimizer.lr``. The learning rate rises linearly
+    over ``warmup_steps`` and then falls as (1 - step/steps) ** ``poly_power``.
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+    loss: dict[str, Any] | None = None
+    dataset: DatasetConfig | None = None
+    lr: float | None = None
+    warmup_steps: int = 0
+    poly_power: float = 0.9
+
+    def check(self, name: str) -> None:
+        """Raise InputError if the keys of phase ``name`` contradict each other."""
+        key = f"schedule.{name}"
+        _require(
+            (self.epochs is None) != (self.steps is None),
+            f"{key} has epochs={self.epochs} and steps={self.steps}, but needs exactly one of the two: "
+            f"set {key}.epochs=null or {key}.steps=null",
+        )
+        _require(
+            self.epochs is None or self.epochs > 0,
+            f"{key}.epochs is {self.epochs}, but must be positive: set {key}.epochs=...",
+        )
+        _at_least(f"{key}.steps", self.steps, 1)
+        _at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
+        _at_least(f"{key}.poly_power", self.poly_power, 0)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training, on ``dataset.val_split``; always at the end of a phase as well."""
+
+    every_steps: int | None = None
+    every_epochs: float | None = 1.0
+    batch_size: int = 1
+    max_images: int | None = None
+    pictures: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every_steps", self.every_steps, 1)
+        _at_least("evaluation.batch_size", self.batch_size, 1)
+        _at_least("evaluation.max_images", self.max_images, 1)
+        _at_least("evaluation.pictures", self.pictures, 0)
+        _require(
+            self.every_epochs is None or self.every_epochs > 0,
+            f"evaluation.every_epochs is {self.every_epochs}, but must be positive or null: "
+            "set evaluation.every_epochs=1",
+        )
+        _require(
+            self.every_steps is None or self.every_epochs is None,
+            f"evaluation has every_steps={self.every_steps} and every_epochs={self.every_epochs}, but takes at most "
+            "one of the two: set evaluation.every_epochs=null",
+        )
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run. ``configs/train.yaml`` explains every key."""
+
+    dataset: DatasetConfig
+    model: dict[str, Any]
+    loss: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, PhaseConfig]
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    seed: int = 0
+    determinism: Determinism = Determinism.none
+    device: str = "auto"
+    precision: Precision = Precision.fp32
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    sync_batchnorm: bool = False
+
+    batch_size: int = 8
+    accumulate: int = 1
+    auto_batch: bool = False
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+    encoder_lr_factor: float = 1.0
+
+    workers: int = 4
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    profile_steps: int = 0
+    overfit_batches: int | None = None
+    limit_steps: int | None = None
+
+    init_from: str | None = None
+    cache_dir: str | None = None
+    resume: bool = True
+    ignore_config_change: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.schedule), "schedule has no phase, but needs at least one: choose schedule=single or another"
+        )
+        for name, phase in self.schedule.items():
+            _require(
+                name.isidentifier() and name not in {"checkpoints", "tensorboard"},
+                f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and neither "
+                "'checkpoints' nor 'tensorboard': rename the phase",
+            )
+            phase.check(name)
+        for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps"):
+            _at_least(key, getattr(self, key), 1)
+        for key in ("workers", "profile_steps", "seed"):
+            _at_least(key, getattr(self, key), 0)
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"batch_size is {self.batch_size} and accumulate {self.accumulate}, but a batch is cut into accumulate "
+            f"equal parts: set batch_size={math.ceil(self.batch_size / self.accumulate) * self.accumulate}",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm is {self.clip_norm}, but must be positive or null: set clip_norm=1.0",
+        )
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay is {self.ema_decay}, but must lie between 0 and 1, or be null: set ema_decay=0.999",
+        )
+        _require(
+            self.encoder_lr_factor > 0,
+            f"encoder_lr_factor is {self.encoder_lr_factor}, but must be positive: set encoder_lr_factor=1.0",
+        )
+
+    def phase_dataset(self, name: str) -> DatasetConfig:
+        """The data set of phase ``name``."""
+        return self.schedule[name].dataset or self.dataset
+
+    def phase_loss(self, name: str) -> dict[str, Any]:
+        """The loss node of phase ``name``."""
+        return self.schedule[name].loss or self.loss
+
+
+def config_dir() -> Path:
+    """The folder of the shipped YAML files: ``configs/`` of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise InputError(f"no configs folder with train.yaml lies beside {package}: install segkit again")
+
+
+def to_config(node: Any) -> Config:
+    """Turn the composed DictConfig ``node`` into a :class:`Config`; InputError for anything that is not allowed."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    for name, target in targets(config):
+        check_allowed(target, key=name)
+    return config
+
+
+def plain(value: Any) -> Any:
+    """A dataclass of this module as dictionaries, lists, strings and numbers (for YAML, JSON and hashing)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """Every ``_target_`` node of ``config`` with the key under which it stands."""
+    nodes: list[tuple[str, dict[str, Any]]] = [("model", config.model), ("optimizer", config.optimizer)]
+    nodes.append(("loss", config.loss))
+    nodes.append(("dataset.reader", config.dataset.reader))
+    for name, phase in config.schedule.items():
+        if phase.loss is not None:
+            nodes.append((f"schedule.{name}.loss", phase.loss))
+        if phase.dataset is not None:
+            nodes.append((f"schedule.{name}.dataset.reader", phase.dataset.reader))
+    return nodes
+
+
+def check_allowed(node: dict[str, Any], *, key: str) -> None:
+    """Raise InputError if ``node`` or a node below it names a target outside :data:`ALLOWED_TARGETS`."""
+    target = node.get("_target_")
+    _require(
+        isinstance(target, str) and target.startswith(ALLOWED_TARGETS) and ".." not in target and "__" not in target,
+        f"{key}._target_ is {target!r}, but must begin with one of {', '.join(ALLOWED_TARGETS)}: "
+        f"choose an option of the group {key.split('.')[0]}",
+    )
+    for name, child in _children(node):
+        check_allowed(child, key=f"{key}.{name}")
+
+
+def _children(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The nested target nodes of ``node``: values, and values one mapping deeper, that have a ``_target_``."""
+    found = []
+    for name, value in node.items():
+        if isinstance(value, dict):
+            if "_target_" in value:
+                found.append((name, value))
+            else:
+                found += [(f"{name}.{inner}", child) for inner, child in _children(value)]
+    return found
+
+
+def locate(target: str, *, key: str = "_target_") -> Any:
+    """Import the object that ``target`` names; InputError if there is none."""
+    check_allowed({"_target_": target}, key=key)
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{key} names {target!r}, which cannot be imported ({error}): correct the name") from None
+
+
+def bind(node: dict[str, Any], facts: dict[str, Any], *, key: str) -> tuple[Any, dict[str, Any]]:
+    """The target of ``node`` and the keyword arguments for it: the node's own, and the facts that it asks for.
+
+    A fact is passed where the target has a parameter of its name that the node leaves out or sets to null.
+    InputError names an argument that the target does not have, or one that is missing.
+    """
+    function = locate(node["_target_"], key=f"{key}._target_")
+    arguments = {name: value for name, value in node.items() if name not in ("_target_", *LOSS_OPTIONS)}
+    parameters = inspect.signature(function).parameters
+    for name, value in facts.items():
+        if name in parameters and arguments.get(name) is None:
+            arguments[name] = value
+    accepts_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    unknown = [] if accepts_any else [name for name in arguments if name not in parameters]
+    if unknown:
+        allowed = ", ".join(name for name in parameters if name not in facts)
+        raise InputError(
+            f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: "
+            f"remove {key}.{unknown[0]} or correct its name"
+        )
+    missing = [
+        name
+        for name, item in parameters.items()
+        if item.default is inspect.Parameter.empty
+        and item.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name not in arguments
+    ]
+    if missing:
+        raise InputError(f"{key}.{missing[0]} is needed by {node['_target_']}: set {key}.{missing[0]}=...")
+    return function, arguments
+
+
+def instantiate(node: dict[str, Any], facts: dict[str, Any] | None = None, *, key: str) -> Any:
+    """Build the object that ``node`` describes; nested target nodes first, in the same way."""
+    facts = facts or {}
+
+    def build(value: Any, name: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "_target_" in value:
+            return instantiate(value, facts, key=name)
+        return {inner: build(item, f"{name}.{inner}") for inner, item in value.items()}
+
+    built = {name: value if name == "_target_" else build(value, f"{key}.{name}") for name, value in node.items()}
+    function, arguments = bind(built, facts, key=key)
+    return function(**arguments)
+
+
+def check_targets(config: Config) -> None:
+    """Bind every target of ``config`` to its signature, so that a wrong argument fails before data is touched."""
+    dataset_facts = dict.fromkeys(("class_pixels", "class_names", "ignore_index", "palette"), object())
+    facts = {
+        "model": dict.fromkeys(("num_classes", "classes"), object()),
+        "optimizer": {"params": object()},
+        "loss": {**dataset_facts, "num_classes": object()},
+        "reader": {"root": object(), "split": object()},
+    }
+    for key, node in targets(config):
+        _check_node(node, facts[key.rsplit(".", 1)[-1]], key)
+
+
+def _check_node(node: dict[str, Any], facts: dict[str, Any], key: str) -> None:
+    for name, child in _children(node):
+        _check_node(child, facts, f"{key}.{name}")
+    bind(node, facts, key=key)

@@ -1,0 +1,124 @@
+"""What readers share: folders that must exist, list files, and pairing images with labels by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from segkit.errors import InputError
+
+
+def require_root(root: Path | str | None, *, dataset: str) -> Path:
+    """``root`` as a Path; InputError where the data set needs one and none was given."""
+    if root is None:
+        raise InputError(f"data set {dataset} needs its folder; set dataset.root=FOLDER")
+    return Path(root)
+
+
+def require_folder(folder: Path, *, dataset: str, root: Path, archives: str) -> Path:
+    """``folder`` if it is one; else InputError naming it, the archives to unpack there and dataset.root.
+
+    Where the wanted tree lies one level above or below ``root`` the sentence says which root would be right.
+    """
+    try:
+        if folder.is_dir():
+            next(folder.iterdir(), None)
+            return folder
+    except PermissionError:
+        raise InputError(
+            f"folder {folder} of {dataset} may not be read by this user; run `chmod -R u+rX {root}`"
+        ) from None
+    raise InputError(
+        f"{dataset} is not complete under {root}: folder {folder} does not exist; unpack {archives} into one "
+        f"folder and set dataset.root to it{_nearby(folder, root)}"
+    )
+
+
+def _nearby(folder: Path, root: Path) -> str:
+    try:
+        wanted = folder.relative_to(root)
+        candidates = [root.parent, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
+    except (ValueError, OSError):
+        return ""
+    for candidate in candidates:
+        if (candidate / wanted).is_dir():
+            return f" (it looks like dataset.root={candidate})"
+    return ""
+
+
+def read_list(path: Path, *, dataset: str, archives: str) -> list[str]:
+    """The non-empty lines of a list file, stripped; InputError where it is missing, unreadable or empty."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise InputError(
+            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and set dataset.root to it"
+        ) from None
+    except PermissionError:
+        raise InputError(f"list file {path} may not be read by this user; run `chmod u+r {path}`") from None
+    except UnicodeDecodeError:
+        raise InputError(f"list file {path} is not a text file; unpack {archives} again") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise InputError(f"list file {path} has no entries, so the split is empty; unpack {archives} again")
+    return lines
+
+
+def inside(root: Path, relative: str, *, list_file: Path) -> Path:
+    """``root / relative``; InputError where the entry of ``list_file`` would leave ``root``.
+
+    Judged by the text alone (no link is followed), so that a data set of symbolic links still works.
+    """
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(
+            f"entry {relative!r} of {list_file} leaves the data set's folder {root}; entries must be names or "
+            "paths below dataset.root without '..'"
+        )
+    return root / path
+
+
+def files_by_id(folder: Path, *, suffix: str) -> dict[str, Path]:
+    """{file name without ``suffix``: path} of the visible files of ``folder`` that end with it, sorted by name."""
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(suffix) and not p.name.startswith("."))
+    return {p.name[: len(p.name) - len(suffix)]: p for p in files}
+
+
+def pair(
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    *,
+    dataset: str,
+    expected_image: str,
+    expected_label: str,
+) -> list[tuple[str, Path, Path]]:
+    """(id, image, label) of every id, in the order of ``images``; InputError for an id with only one of the two.
+
+    ``expected_image`` and ``expected_label`` are patterns with ``{id}`` that the sentence shows as the missing file.
+    """
+    for key, image in images.items():
+        if key not in labels:
+            raise InputError(
+                f"image {image} of {dataset} has no label ({expected_label.format(id=key)} is missing)"
+                f"{_others(set(images) - set(labels))}; unpack the labels again or remove the image"
+            )
+    for key, label in labels.items():
+        if key not in images:
+            raise InputError(
+                f"label {label} of {dataset} has no image ({expected_image.format(id=key)} is missing)"
+                f"{_others(set(labels) - set(images))}; unpack the images again or remove the label"
+            )
+    return [(key, image, labels[key]) for key, image in images.items()]
+
+
+def _others(missing: set[str]) -> str:
+    return f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+
+
+def check_split(split: str, allowed: Iterable[str], *, dataset: str) -> None:
+    """InputError unless ``split`` is one of ``allowed``."""
+    allowed = list(allowed)
+    if split not in allowed:
+        raise InputError(
+            f"{dataset} has no split {split!r}; allowed are {', '.join(allowed)} (dataset.train_split, dataset.val_split)"
+        )

@@ -1,0 +1,227 @@
+"""A data set is a list of image/label pairs, a label table, and two functions that read a pair."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from segkit.data.decode import read_index_png, read_rgb
+from segkit.data.labels import LabelTable
+from segkit.errors import InputError
+
+__all__ = ["Item", "Sample", "SampleSet", "first_label", "open_dataset", "read_index_png", "read_rgb", "rgb_image"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and the file or files of its label (several are merged by the set's ``load_label``).
+
+    ``labels`` is empty in an unlabelled split.  ``name`` is unique in its split and carries no extension.
+    """
+
+    name: str
+    image: Path
+    labels: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A read pair: ``image`` uint8 (H, W, 3) RGB, ``label`` uint8 (H, W) train ids, 255 ignored."""
+
+    image: np.ndarray
+    label: np.ndarray
+    name: str
+
+
+def first_label(sample: Sample) -> np.ndarray:
+    """Raw label (H, W) of a sample with one index PNG."""
+    return read_index_png(sample.labels[0])
+
+
+def rgb_image(sample: Sample) -> np.ndarray:
+    """Image (H, W, 3) uint8 of a sample's image file."""
+    return read_rgb(sample.image)
+
+
+class SampleSet(Sequence[Item]):
+    """The samples of one split, read on access; cheap to build, picklable, without state.
+
+    ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as
+    uint8 (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them).
+    ``notes`` are sentences for the user (what was skipped and why).  ``labelled`` is worked out from the samples
+    unless given; an unlabelled set serves images, and items whose label is ``ignore_index`` everywhere.
+
+    Raises InputError for an empty split, names that occur twice, and splits where only some samples have labels.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        table: LabelTable,
+        name: str,
+        split: str,
+        load_label: Callable[[Sample], np.ndarray] = first_label,
+        load_image: Callable[[Sample], np.ndarray] = rgb_image,
+        notes: Sequence[str] = (),
+        labelled: bool | None = None,
+    ) -> None:
+        self.samples = tuple(samples)
+        self.table = table
+        self.name = name
+        self.split = split
+        self.notes = tuple(notes)
+        self._load_label = load_label
+        self._load_image = load_image
+        if not self.samples:
+            raise InputError(
+                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder or list file"
+            )
+        self._check_names()
+        self.labelled = self._all_labelled() if labelled is None else labelled
+
+    def _check_names(self) -> None:
+        seen: dict[str, Sample] = {}
+        for sample in self.samples:
+            if sample.name in seen:
+                raise InputError(
+                    f"{sample.name!r} occurs twice in split {self.split!r} of {self.name} "
+                    f"({seen[sample.name].image} and {sample.image}); remove one from the list file or folder"
+                )
+            seen[sample.name] = sample
+
+    def _all_labelled(self) -> bool:
+        labelled = [bool(sample.labels) for sample in self.samples]
+        if any(labelled) and not all(labelled):
+            sample = self.samples[labelled.index(False)]
+            raise InputError(
+                f"image {sample.image} has no label, while other images of split {self.split!r} have one; "
+                "add its label or remove the image"
+            )
+        return all(labelled)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.table.classes
+
+    @property
+    def num_classes(self) -> int:
+        return self.table.num_classes
+
+    @property
+    def palette(self) -> np.ndarray:
+        return self.table.palette
+
+    @property
+    def ignore_index(self) -> int:
+        return self.table.ignore_index
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> SampleSet: ...
+    def __getitem__(self, index: int | slice) -> Item | SampleSet:
+        if isinstance(index, slice):
+            return self.subset(range(*index.indices(len(self))))
+        image = self.image(index)
+        if not self.labelled:
+            label = np.full(image.shape[:2], self.ignore_index, np.uint8)
+        else:
+            label = self.label(index)
+        self.check_sizes(index, image.shape[:2], label.shape)
+        return Item(image=image, label=label, name=self.samples[index].name)
+
+    def image(self, index: int) -> np.ndarray:
+        """The image (H, W, 3) uint8 RGB alone."""
+        image = self._load_image(self.samples[index])
+        assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8, self.samples[index].image
+        return image
+
+    def label(self, index: int) -> np.ndarray:
+        """The label (H, W) uint8 train ids alone; InputError in an unlabelled split."""
+        sample = self.samples[index]
+        if not self.labelled:
+            raise InputError(
+                f"split {self.split!r} of {self.name} has no labels; use a labelled split (dataset.train_split, "
+                "dataset.val_split) or `segkit predict`"
+            )
+        raw = self._load_label(sample)
+        assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
+        return self.table.to_train(raw, file=sample.labels[0] if sample.labels else sample.name)
+
+    def check_sizes(self, index: int, image_size: tuple[int, ...], label_size: tuple[int, ...]) -> None:
+        """Raise InputError unless both sizes (height, width) are equal."""
+        if tuple(image_size) == tuple(label_size):
+            return
+        sample = self.samples[index]
+        (image_h, image_w), (label_h, label_w) = image_size, label_size
+        label_file = sample.labels[0] if sample.labels else sample.name
+        raise InputError(
+            f"image {sample.image} is {image_w}x{image_h} but its label {label_file} is {label_w}x{label_h}; "
+            "both must have the same size: mend the pair or remove it from the split"
+        )
+
+    def subset(self, indices: Sequence[int]) -> SampleSet:
+        """The same set with these samples only."""
+        return SampleSet(
+            [self.samples[i] for i in indices],
+            table=self.table,
+            name=self.name,
+            split=self.split,
+            load_label=self._load_label,
+            load_image=self._load_image,
+            notes=self.notes,
+            labelled=self.labelled,
+        )
+
+
+def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:
+    """Open ``split`` of data set ``name`` (as in configs/dataset/) under ``root``.
+
+    ``root`` defaults to the folder that the data set's config names.  ``options`` replace the reader's options of
+    that config.  Raises InputError for unknown names, splits and options and for everything the reader refuses.
+    """
+    config = _dataset_config(name)
+    reader = dict(config["reader"])
+    target = reader.pop("_target_")
+    unknown = sorted(set(options) - set(reader))
+    if unknown:
+        allowed = ", ".join(sorted(reader)) or "none"
+        raise InputError(f"data set {name} has no option {unknown[0]!r}; its options are: {allowed}")
+    module, _, attribute = target.rpartition(".")
+    assert module.startswith("segkit.data"), f"configs/dataset/{name}.yaml names a reader outside segkit.data"
+    read = getattr(importlib.import_module(module), attribute)
+    assert "split" in inspect.signature(read).parameters, f"{target} is no reader"
+    return read(root if root is not None else config.get("root"), split=split, **{**reader, **options})
+
+
+def _dataset_config(name: str) -> dict[str, Any]:
+    import yaml
+
+    folder = _config_dir() / "dataset"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise InputError(f"there is no data set {name!r}{hint}; configs/dataset has: {', '.join(known)}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _config_dir() -> Path:
+    """The configs folder of a checkout, or of an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise AssertionError(f"no configs folder beside {package}")

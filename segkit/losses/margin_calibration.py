@@ -1,0 +1,142 @@
+"""Margin calibration: the loss that maximises a lower bound of the mean IoU.
+
+Source: Yu et al., IJCV 130(1), 2022, Algorithm 2 and Eqs. 8, 16-18. For a pixel with scores s_1..s_K, label
+y, largest score s_m1 and runner-up s_m2:
+
+    lambda_k = s_k - max_{j != k} s_j  =  s_k - s_m1  (k != m1),   s_m1 - s_m2  (k = m1)
+    x_y = rho_y0 - lambda_y            x_k = lambda_k + rho_0k  (k != y)
+    loss = sum_k w_k softplus(c x_k) / c,    w_y = w_pos, w_k = 1 otherwise
+
+    form         c     w_pos   divided by
+    paper        ln 2  1       valid pixels        Eqs. 16-18, log2(1 + 2^x)
+    reference    1     K       valid pixels * K    the authors' released code
+
+The two differ for real. With K >= 5 the paper form raises a wrong top score where scores are nearly uniform,
+so it wants a cross-entropy model to start from; the reference form trains from scratch.
+A large rho_0k makes the model more reluctant to predict class k: precision up, recall down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segkit.errors import InputError
+from segkit.losses.checks import check_choice
+from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
+from segkit.losses.tiles import PixelLoss
+
+__all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
+
+FORMS = ("paper", "reference")
+
+
+def margin_tile(
+    s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, divisor: float
+) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of logits ``s`` (K,P) with labels ``y`` (P,): the head of this file.
+
+    With g_y = -w_pos sigmoid(c x_y), g_k = sigmoid(c x_k) and G their sum, the gradient is g_k, except
+    2 g_m1 - G at the maximum and g_m2 - g_m1 at the runner-up. Tied scores share equally what one of them
+    would get: of t > 1 tied maxima each pays (G - G_M) / t for the classes outside the tie (G_M: sum of g
+    inside) and (G_M - g_k) / (t - 1) for the others inside, whose runner-up it is; of r tied runner-ups each
+    pays g_m1 / r. That is a sub-gradient, sums to zero and does not depend on the order of the classes.
+    """
+    s = s - s.amax(0)
+    top = s == 0
+    ties = top.sum(0)
+    second = s.masked_fill(top, -math.inf).amax(0)  # largest score below the maximum
+    alone = ties == 1
+    lam = torch.where(top, torch.where(alone, -second, 0), s)
+    at_label = y.unsqueeze(0)
+    x = lam + rho_0k[:, None]
+    x.scatter_(0, at_label, rho_k0[y][None] - lam.gather(0, at_label))
+    x *= c
+    softplus = F.softplus(x, threshold=60.0)
+    loss = (softplus.sum(0) + (w_pos - 1) * softplus.gather(0, at_label)[0]) / (c * divisor)
+
+    g = torch.sigmoid(x)
+    g.scatter_(0, at_label, -w_pos * g.gather(0, at_label))
+    total = g.sum(0)
+    inside = torch.where(top, g, 0).sum(0)
+    pay_top = (total - inside) / ties + (inside - g) / (ties - 1).clamp(min=1)
+    runner_up = (s == second) & alone
+    pay_second = inside / runner_up.sum(0).clamp(min=1)
+    gradient = g - torch.where(top, pay_top, torch.where(runner_up, pay_second, 0))
+    return loss, gradient / divisor
+
+
+class MarginCalibrationLoss(PixelLoss):
+    """Margin calibration with margins ``rho_k0``, ``rho_0k``, each (K,) in logits and not negative.
+
+    ``form``: "paper" or "reference", see the head of this file. Call: loss(logits (N,K,H,W), target (N,H,W)).
+    """
+
+    rho_k0: Tensor
+    rho_0k: Tensor
+    tile_function = staticmethod(margin_tile)
+
+    def __init__(
+        self, *, rho_k0: Tensor, rho_0k: Tensor, form: str = "paper", ignore_index: int = 255
+    ) -> None:
+        check_choice(form, "form", FORMS)
+        rho_k0, rho_0k = (torch.as_tensor(r, dtype=torch.float32).clone() for r in (rho_k0, rho_0k))
+        for name, rho in (("rho_k0", rho_k0), ("rho_0k", rho_0k)):
+            if rho.dim() != 1 or len(rho) < 2 or rho.shape != rho_k0.shape:
+                raise InputError(
+                    "margins must be two vectors of one length K >= 2, got rho_k0 of shape "
+                    f"{tuple(rho_k0.shape)} "
+                    f"and rho_0k of shape {tuple(rho_0k.shape)}; take both from margin_offsets"
+                )
+            if not bool(torch.isfinite(rho).all()) or bool((rho < 0).any()):
+                raise InputError(
+                    f"{name} must be finite and not negative, got {[round(v, 6) for v in rho.tolist()]}; "
+                    "take the margins from margin_offsets of the label counts"
+                )
+        super().__init__(ignore_index=ignore_index, num_classes=len(rho_k0))
+        self.form = form
+        self.register_buffer("rho_k0", rho_k0)
+        self.register_buffer("rho_0k", rho_0k)
+
+    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        c, w_pos, divisor = (
+            (math.log(2.0), 1.0, 1.0) if self.form == "paper" else (1.0, num_classes, num_classes)
+        )
+        return self.rho_k0.to(dtype), self.rho_0k.to(dtype), c, float(w_pos), float(divisor)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, form={self.form!r}, ignore_index={self.ignore_index}"
+
+
+def margin_calibration(
+    class_pixels: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    tau: float = DEFAULT_TAU,
+    upsilon: float = 1.0,
+    scale: str = "tau",
+    mean_margin: float | None = None,
+    absent: str = "max",
+    rho_max: float | None = None,
+    form: str = "paper",
+    ignore_index: int = 255,
+) -> MarginCalibrationLoss:
+    """The loss with the margins of ``class_pixels`` (K,); the arguments are those of ``margin_offsets``."""
+    offsets = margin_offsets(
+        class_pixels,
+        tau=tau,
+        upsilon=upsilon,
+        scale=scale,
+        mean_margin=mean_margin,
+        absent=absent,
+        rho_max=rho_max,
+        class_names=class_names,
+    )
+    return MarginCalibrationLoss(
+        rho_k0=offsets.rho_k0, rho_0k=offsets.rho_0k, form=form, ignore_index=ignore_index
+    )

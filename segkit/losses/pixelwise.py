@@ -1,0 +1,125 @@
+"""Losses of the class probabilities of one pixel: cross-entropy and its relatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segkit.errors import InputError
+from segkit.losses.checks import check_choice, check_number
+from segkit.losses.tiles import PixelLoss
+
+WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
+
+
+def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
+    """(K,) float32 weights from ``class_pixels`` (K,) label counts, with P_k the share of class k.
+
+    "inverse": 1 / P_k; "inverse_sqrt": 1 / sqrt(P_k); "median_frequency": median(P) / P_k (Eigen & Fergus,
+    ICCV 2015, with dataset-wide shares); "enet": 1 / ln(1.02 + P_k) (Paszke et al., 2016), which never
+    exceeds 50.5. Each is then divided by its mean over the classes that occur, so that the mean weight is 1.
+    A class without pixels gets weight 0: no pixel can ask for it.
+    """
+    check_choice(weighting, "weighting", WEIGHTINGS[1:])
+    counts = np.asarray(class_pixels.cpu() if isinstance(class_pixels, Tensor) else class_pixels)
+    if counts.ndim != 1 or (counts < 0).any() or counts.sum() == 0:
+        raise InputError(
+            "class_pixels must be pixel counts of shape (K,) with at least one pixel, got "
+            f"{counts.tolist()}; "
+            "count the labels again with `segkit stats`"
+        )
+    present = counts > 0
+    share = counts[present] / np.float64(counts.sum())
+    formula = {
+        "inverse": lambda p: 1 / p,
+        "inverse_sqrt": lambda p: 1 / np.sqrt(p),
+        "median_frequency": lambda p: np.median(p) / p,
+        "enet": lambda p: 1 / np.log(1.02 + p),
+    }
+    weights = np.zeros(len(counts))
+    weights[present] = formula[weighting](share)
+    return torch.from_numpy(weights / weights[present].mean()).float()
+
+
+def cross_entropy_tile(
+    s: Tensor, y: Tensor, weight: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
+
+    q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K, w = 1 without class weights (as torch defines it).
+    The gradient is p_k sum(q) - q_k.
+    """
+    at_label = y.unsqueeze(0)
+    log_p = torch.log_softmax(s, 0)
+    gradient = log_p.exp()
+    on_label = (1 - smoothing) * (torch.ones_like(s[0]) if weight is None else weight[y])
+    loss = -on_label * log_p.gather(0, at_label)[0]
+    if smoothing == 0.0:
+        if weight is not None:
+            gradient *= on_label
+    else:
+        spread = smoothing / len(s) * (torch.ones_like(s[:, 0]) if weight is None else weight)[:, None]
+        loss = loss - (spread * log_p).sum(0)
+        gradient = gradient * (on_label + spread.sum()) - spread
+    return loss, gradient.scatter_add_(0, at_label, -on_label[None])
+
+
+class CrossEntropyLoss(PixelLoss):
+    """Mean cross-entropy over valid pixels; with ``weight`` (K,) the weighted mean, as torch defines it.
+
+    ``label_smoothing`` in [0, 1) mixes the uniform distribution into the target.
+    """
+
+    weight: Tensor | None
+    tile_function = staticmethod(cross_entropy_tile)
+
+    def __init__(
+        self, *, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = 255
+    ) -> None:
+        if weight is not None:
+            weight = torch.as_tensor(weight, dtype=torch.float32).clone()
+            if weight.dim() != 1 or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+                raise InputError(
+                    "weight must be a vector of K finite class weights, none negative, "
+                    f"got {[round(v, 6) for v in weight.flatten().tolist()]} of shape {tuple(weight.shape)}"
+                )
+        super().__init__(ignore_index=ignore_index, num_classes=None if weight is None else len(weight))
+        self.label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
+        self.register_buffer("weight", weight)
+
+    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (None if self.weight is None else self.weight.to(dtype)), self.label_smoothing
+
+    def denominator(self, target: Tensor) -> Tensor:
+        """() float: valid pixels of ``target`` (N,H,W), or the sum of their class weights."""
+        if self.weight is None:
+            return super().denominator(target)
+        valid = target != self.ignore_index
+        return torch.where(valid, self.weight[torch.where(valid, target, 0).long()], 0).sum()
+
+    def extra_repr(self) -> str:
+        return (
+            f"weighted={self.weight is not None}, label_smoothing={self.label_smoothing}, "
+            f"ignore_index={self.ignore_index}"
+        )
+
+
+def cross_entropy(
+    class_pixels: Any = None,
+    *,
+    weighting: str | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = 255,
+) -> CrossEntropyLoss:
+    """Cross-entropy with class weights from ``class_pixels`` (K,): see ``class_weights``; None weighs all
+    alike."""
+    check_choice(weighting, "weighting", WEIGHTINGS)
+    weight = None
+    if weighting is not None:
+        if class_pixels is None:
+            raise InputError(f"weighting = {weighting} needs the label counts, got no class_pixels")
+        weight = class_weights(class_pixels, weighting=weighting)
+    return CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index)

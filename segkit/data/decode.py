@@ -55,8 +55,8 @@ def _check_index_mode(image: Image.Image, path: Path) -> None:
         return
     if image.mode.startswith("I") or image.mode == "F":
         raise InputError(
-            f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is wanted; "
-            "it may be an instance file: point to the class masks or write 8-bit PNGs"
+            f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is "
+            "wanted; it may be an instance file: point to the class masks or write 8-bit PNGs"
         )
     raise InputError(
         f"label {path} is a colour image (mode {image.mode}), but an index mask is wanted: one channel, "
@@ -66,9 +66,10 @@ def _check_index_mode(image: Image.Image, path: Path) -> None:
 
 def _grey_bits(image: Image.Image) -> int | None:
     """Bits per pixel of a grey PNG that Pillow would scale to 0..255; None for the others."""
-    if image.mode != "L" or not image.tile:
+    tile: Any = getattr(image, "tile", None)  # Pillow's decoding plan: the file's own sample format is in it
+    if image.mode != "L" or not tile:
         return None
-    args: Any = image.tile[0][3]
+    args = tile[0][3]
     rawmode = args if isinstance(args, str) else args[0] if args else ""
     return {"L;2": 2, "L;4": 4}.get(rawmode)
 
@@ -76,8 +77,8 @@ def _grey_bits(image: Image.Image) -> int | None:
 def read_rgb(path: Path | str) -> np.ndarray:
     """The image (H, W, 3) uint8 RGB of a file of any mode; 16-bit channels keep their upper byte.
 
-    PNG and JPEG go through torchvision (faster than OpenCV and Pillow, and strict about truncated files, where
-    OpenCV returns half an image); other formats go through Pillow.
+    PNG and JPEG go through torchvision (faster than OpenCV and Pillow, and strict about truncated files,
+    where OpenCV returns half an image); other formats go through Pillow.
     """
     path = Path(path)
     check_readable(path, role="image")
@@ -102,7 +103,7 @@ def _read_with_torchvision(path: Path) -> np.ndarray:
         raise _damaged(path, error) from error
     if tensor.dtype == torch.uint16:
         tensor = (tensor.to(torch.int32) >> 8).to(torch.uint8)
-    # The decoder writes rows of RGB pixels and hands them out as a channels-last view, so this copies nothing.
+    # The decoder writes rows of RGB pixels and hands them out as a channels-last view, no copy here.
     return np.ascontiguousarray(tensor.permute(1, 2, 0).numpy())
 
 
@@ -128,7 +129,7 @@ def check_readable(path: Path, *, role: str) -> None:
             f"{role} {path} does not exist; unpack the archive again or mend dataset.root"
         ) from None
     except PermissionError:
-        raise InputError(f"{role} {path} may not be read by this user; run `chmod -R u+rX` on its folder") from None
+        raise _forbidden(path) from None
     except IsADirectoryError:
         raise InputError(f"{role} {path} is a folder, but a file is wanted; mend dataset.root") from None
     except OSError as error:
@@ -137,9 +138,13 @@ def check_readable(path: Path, *, role: str) -> None:
         raise InputError(f"{role} {path} is empty (0 bytes); copy or unpack it again")
 
 
+def _forbidden(path: Path) -> InputError:
+    return InputError(f"{path} may not be read by this user; run `chmod -R u+rX {path.parent}`")
+
+
 def _damaged(path: Path, error: BaseException) -> InputError:
     if isinstance(error, PermissionError):
-        return InputError(f"{path} may not be read by this user; run `chmod -R u+rX` on its folder")
+        return _forbidden(path)
     reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     if isinstance(error, RuntimeError):  # the text of a C++ assertion: no use to a reader
         reason = "decoding stopped before its end"

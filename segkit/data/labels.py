@@ -1,4 +1,4 @@
-"""Label tables: which raw label value is which class.  The tables themselves are JSON files in ``tables/``."""
+"""Label tables: which raw label value is which class.  The tables are JSON files in ``tables/``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNKNOWN = 254  # never a class (at most 254 classes) and never the ignore index
 class LabelTable:
     """The classes of a data set and the total map from raw label values to train ids.
 
-    Train ids are 0..K-1; ``ignore_index`` (255) marks pixels that count neither in the loss nor in the metrics.
+    Train ids are 0..K-1; ``ignore_index`` (255) marks pixels that count neither in loss nor metrics.
     ``raw_to_train`` lists every raw value that may occur; any other is an error, never silently ignored.
     ``train_to_raw`` is what a benchmark server wants back.
     """
@@ -40,7 +40,7 @@ class LabelTable:
         if not 1 <= num < _UNKNOWN:
             raise InputError(f"label table {self.name} has {num} classes; 1 to {_UNKNOWN - 1} are allowed")
         if self.ignore_index != 255:
-            raise InputError(f"label table {self.name} has ignore_index {self.ignore_index}; only 255 is supported")
+            raise InputError(f"label table {self.name} has ignore_index {self.ignore_index}; it must be 255")
         if self.palette.shape != (num, 3) or self.palette.dtype != np.uint8:
             raise InputError(
                 f"label table {self.name} has {num} classes but a palette of shape {self.palette.shape} "
@@ -103,8 +103,8 @@ class LabelTable:
         listed = ", ".join(f"{v} ({n} pixels)" for v, n in zip(found[:5], counts[:5], strict=True))
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
         return InputError(
-            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
-            f"{_ranges(sorted(self.raw_to_train))}: wrong file, or raw_to_train of the label table lacks them"
+            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed "
+            f"are {_ranges(sorted(self.raw_to_train))}: wrong file, or the table's raw_to_train lacks them"
         )
 
 

@@ -52,7 +52,8 @@ def read_list(path: Path, *, dataset: str, archives: str) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise InputError(
-            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and set dataset.root to it"
+            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and name it "
+            "in dataset.root"
         ) from None
     except PermissionError:
         raise InputError(f"list file {path} may not be read by this user; run `chmod u+r {path}`") from None
@@ -72,14 +73,14 @@ def inside(root: Path, relative: str, *, list_file: Path) -> Path:
     path = Path(relative)
     if path.is_absolute() or ".." in path.parts:
         raise InputError(
-            f"entry {relative!r} of {list_file} leaves the data set's folder {root}; entries must be names or "
-            "paths below dataset.root without '..'"
+            f"entry {relative!r} of {list_file} leaves the data set's folder {root}; entries must be names "
+            "or paths below dataset.root without '..'"
         )
     return root / path
 
 
 def files_by_id(folder: Path, *, suffix: str) -> dict[str, Path]:
-    """{file name without ``suffix``: path} of the visible files of ``folder`` that end with it, sorted by name."""
+    """{file name without ``suffix``: path} of the visible files of ``folder`` that end with it, sorted."""
     files = sorted(p for p in folder.iterdir() if p.name.endswith(suffix) and not p.name.startswith("."))
     return {p.name[: len(p.name) - len(suffix)]: p for p in files}
 
@@ -92,9 +93,9 @@ def pair(
     expected_image: str,
     expected_label: str,
 ) -> list[tuple[str, Path, Path]]:
-    """(id, image, label) of every id, in the order of ``images``; InputError for an id with only one of the two.
+    """(id, image, label) of every id, in the order of ``images``; InputError for an id with only one.
 
-    ``expected_image`` and ``expected_label`` are patterns with ``{id}`` that the sentence shows as the missing file.
+    ``expected_image`` and ``expected_label`` are patterns with ``{id}`` shown as the missing file.
     """
     for key, image in images.items():
         if key not in labels:
@@ -120,5 +121,6 @@ def check_split(split: str, allowed: Iterable[str], *, dataset: str) -> None:
     allowed = list(allowed)
     if split not in allowed:
         raise InputError(
-            f"{dataset} has no split {split!r}; allowed are {', '.join(allowed)} (dataset.train_split, dataset.val_split)"
+            f"{dataset} has no split {split!r}; allowed are {', '.join(allowed)} "
+            "(dataset.train_split, dataset.val_split)"
         )

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from segkit.config import config_dir, instantiate
 from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.labels import LabelTable
 from segkit.errors import InputError
 
-__all__ = ["Item", "Sample", "SampleSet", "first_label", "open_dataset", "read_index_png", "read_rgb", "rgb_image"]
+__all__ = [
+    "Item",
+    "Sample",
+    "SampleSet",
+    "first_label",
+    "open_dataset",
+    "read_index_png",
+    "read_rgb",
+    "rgb_image",
+]
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,10 @@ class SampleSet(Sequence[Item]):
 
     ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as
     uint8 (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them).
-    ``notes`` are sentences for the user (what was skipped and why).  ``labelled`` is worked out from the samples
-    unless given; an unlabelled set serves images, and items whose label is ``ignore_index`` everywhere.
+    ``notes`` are sentences for the user (what was skipped and why).  ``labelled`` is worked out from the
+    samples unless given; an unlabelled set gives images, and items with a label of ``ignore_index`` only.
 
-    Raises InputError for an empty split, names that occur twice, and splits where only some samples have labels.
+    Raises InputError for an empty split, names that occur twice, and splits where only some have labels.
     """
 
     def __init__(
@@ -82,7 +91,8 @@ class SampleSet(Sequence[Item]):
         self._load_image = load_image
         if not self.samples:
             raise InputError(
-                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder or list file"
+                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder "
+                "or list file"
             )
         self._check_names()
         self.labelled = self._all_labelled() if labelled is None else labelled
@@ -144,7 +154,8 @@ class SampleSet(Sequence[Item]):
     def image(self, index: int) -> np.ndarray:
         """The image (H, W, 3) uint8 RGB alone."""
         image = self._load_image(self.samples[index])
-        assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8, self.samples[index].image
+        assert image.shape[2:] == (3,), f"load_image must give (H, W, 3), got {image.shape}"
+        assert image.dtype == np.uint8, f"load_image must give uint8, got {image.dtype}"
         return image
 
     def label(self, index: int) -> np.ndarray:
@@ -152,8 +163,8 @@ class SampleSet(Sequence[Item]):
         sample = self.samples[index]
         if not self.labelled:
             raise InputError(
-                f"split {self.split!r} of {self.name} has no labels; use a labelled split (dataset.train_split, "
-                "dataset.val_split) or `segkit predict`"
+                f"split {self.split!r} of {self.name} has no labels; use a labelled split "
+                "(dataset.train_split, dataset.val_split) or `segkit predict`"
             )
         raw = self._load_label(sample)
         assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
@@ -188,40 +199,27 @@ class SampleSet(Sequence[Item]):
 def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:
     """Open ``split`` of data set ``name`` (as in configs/dataset/) under ``root``.
 
-    ``root`` defaults to the folder that the data set's config names.  ``options`` replace the reader's options of
-    that config.  Raises InputError for unknown names, splits and options and for everything the reader refuses.
+    ``root`` defaults to the folder that the data set's config names.  ``options`` replace reader options of
+    that config.  Raises InputError for unknown names, splits and options, and for all that a reader refuses.
     """
     config = _dataset_config(name)
     reader = dict(config["reader"])
-    target = reader.pop("_target_")
-    unknown = sorted(set(options) - set(reader))
+    unknown = sorted(set(options) - set(reader) | set(options) & {"_target_"})
     if unknown:
-        allowed = ", ".join(sorted(reader)) or "none"
+        allowed = ", ".join(sorted(set(reader) - {"_target_"})) or "none"
         raise InputError(f"data set {name} has no option {unknown[0]!r}; its options are: {allowed}")
-    module, _, attribute = target.rpartition(".")
-    assert module.startswith("segkit.data"), f"configs/dataset/{name}.yaml names a reader outside segkit.data"
-    read = getattr(importlib.import_module(module), attribute)
-    assert "split" in inspect.signature(read).parameters, f"{target} is no reader"
-    return read(root if root is not None else config.get("root"), split=split, **{**reader, **options})
+    facts = {"root": root if root is not None else config.get("root"), "split": split}
+    return instantiate({**reader, **options}, facts, key="dataset.reader")
 
 
 def _dataset_config(name: str) -> dict[str, Any]:
-    import yaml
-
-    folder = _config_dir() / "dataset"
+    folder = config_dir() / "dataset"
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise InputError(f"there is no data set {name!r}{hint}; configs/dataset has: {', '.join(known)}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _config_dir() -> Path:
-    """The configs folder of a checkout, or of an installed wheel."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if folder.is_dir():
-            return folder
-    raise AssertionError(f"no configs folder beside {package}")
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict), path
+    return cast("dict[str, Any]", content)

@@ -1,0 +1,37 @@
+"""Evaluation: counts first, then pure functions of counts.
+
+The names below are imported on first use, so that ``segkit.evaluation.metrics``, ``.per_image`` and
+``.bootstrap`` (numpy only) can be used without importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segkit.evaluation.confusion import ConfusionMatrix as ConfusionMatrix
+    from segkit.evaluation.confusion import count_pixels as count_pixels
+    from segkit.evaluation.inference import whole_image as whole_image
+    from segkit.evaluation.loop import Evaluation as Evaluation
+    from segkit.evaluation.loop import evaluate as evaluate
+    from segkit.evaluation.loop import to_results as to_results
+    from segkit.evaluation.per_image import PerImageCounts as PerImageCounts
+
+_HOME = {
+    "ConfusionMatrix": "confusion",
+    "count_pixels": "confusion",
+    "Evaluation": "loop",
+    "evaluate": "loop",
+    "to_results": "loop",
+    "whole_image": "inference",
+    "PerImageCounts": "per_image",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"segkit.evaluation.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'segkit.evaluation' has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""Counting pixels: the confusion matrix as int64 counts on the device of the labels."""
+
+from __future__ import annotations
+
+import sys
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from segkit.errors import InputError
+from segkit.evaluation import metrics
+
+_BYTE = 256
+# A histogram of OpenCV holds float32 bins, which count exactly up to 2**24.
+_MAX_HISTOGRAM_PIXELS = 2**24
+
+
+def count_pixels(
+    pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, where: str = ""
+) -> Tensor:
+    """Confusion matrix of one pair: int64 (K, K), rows = target class, columns = prediction.
+
+    ``pred`` and ``target`` are integer tensors of one shape; pixels whose target is ``ignore_index`` are left
+    out, whatever was predicted there. ``where`` names the image in error messages.
+
+    Raises `InputError` if a target is neither a class nor ``ignore_index``, or if a prediction is not a
+    class.
+    """
+    if pred.shape != target.shape:
+        raise InputError(
+            f"prediction and label differ in size{_of(where)}: {tuple(pred.shape)} and {tuple(target.shape)}"
+        )
+    if pred.is_floating_point() or target.is_floating_point():
+        raise InputError(
+            f"prediction and label must hold class numbers{_of(where)}, got {pred.dtype} and {target.dtype}"
+        )
+    pair = (_as_bytes(pred), _as_bytes(target)) if 0 <= ignore_index < _BYTE >= num_classes else (None, None)
+    if pair[0] is None or pair[1] is None:
+        return _count_any(pred.to(target.device), target, num_classes, ignore_index, where)
+    histogram = _byte_histogram(pair[0].to(pair[1].device), pair[1])
+    counts = histogram[:num_classes, :num_classes].contiguous()
+    if ignore_index < num_classes:
+        counts[ignore_index] = 0
+    if int(counts.sum()) + int(histogram[ignore_index].sum()) != pred.numel():
+        _raise_out_of_range(pred.to(target.device), target, num_classes, ignore_index, where)
+    return counts
+
+
+def _as_bytes(labels: Tensor) -> Tensor | None:
+    """The same values as uint8, or None where they do not fit."""
+    if labels.dtype == torch.uint8:
+        return labels.contiguous()
+    if labels.dtype == torch.bool or labels.numel() == 0:
+        return labels.to(torch.uint8).contiguous()
+    low, high = torch.aminmax(labels)
+    if int(low) < 0 or int(high) >= _BYTE:
+        return None
+    return labels.to(torch.uint8).contiguous()
+
+
+def _byte_histogram(pred: Tensor, target: Tensor) -> Tensor:
+    """int64 (256, 256): how often each pair of byte values occurs. No pixel needs a test of its own."""
+    pred, target = pred.view(-1), target.view(-1)
+    if target.device.type != "cpu":
+        index = target.to(torch.int32).mul_(_BYTE).add_(pred)
+        return torch.bincount(index, minlength=_BYTE * _BYTE).view(_BYTE, _BYTE)
+    total = np.zeros((_BYTE, _BYTE), np.int64)
+    for start in range(0, target.numel(), _MAX_HISTOGRAM_PIXELS):
+        part = slice(start, start + _MAX_HISTOGRAM_PIXELS)
+        low_high = [pred[part].numpy(), target[part].numpy()]
+        # The two bytes of a pixel side by side, read as one 16-bit number target * 256 + prediction.
+        pairs = cv2.merge(low_high if sys.byteorder == "little" else low_high[::-1]).view(np.uint16)
+        bins = cv2.calcHist([pairs.reshape(1, -1)], [0], None, [_BYTE * _BYTE], [0, _BYTE * _BYTE])
+        total += bins.reshape(_BYTE, _BYTE).astype(np.int64)
+    return torch.from_numpy(total)
+
+
+def _count_any(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, where: str) -> Tensor:
+    """The same for values outside 0..255: slower, without a limit on the number of classes."""
+    pred, target = pred.reshape(-1).long(), target.reshape(-1).long()
+    valid = target != ignore_index
+    pred, target = pred[valid], target[valid]
+    for values in (pred, target):
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= num_classes):
+            _raise_out_of_range(pred, target, num_classes, ignore_index, where)
+    index = target * num_classes + pred
+    return torch.bincount(index, minlength=num_classes * num_classes).view(num_classes, num_classes)
+
+
+def _raise_out_of_range(
+    pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, where: str
+) -> None:
+    valid = target != ignore_index
+    for values, name in ((target[valid], "label"), (pred[valid], "prediction")):
+        wrong = values[(values < 0) | (values >= num_classes)]
+        if not wrong.numel():
+            continue
+        found = ", ".join(f"{value} ({n} pixels)" for value, n in zip(*_unique(wrong), strict=True))
+        allowed = f"the classes 0..{num_classes - 1}"
+        if name == "label":
+            allowed += f" and ignore_index {ignore_index}; map the raw labels with the data set's label table"
+        else:
+            allowed += "; the model must have one output channel per class of the data set"
+        raise InputError(f"{name} value {found} out of range{_of(where)}: allowed are {allowed}")
+    raise AssertionError("no value is out of range")
+
+
+def _unique(values: Tensor, most: int = 5) -> tuple[list[int], list[int]]:
+    unique, num = torch.unique(values, return_counts=True)
+    return unique[:most].tolist(), num[:most].tolist()
+
+
+def _of(where: str) -> str:
+    return f" in {where}" if where else ""
+
+
+class ConfusionMatrix:
+    """A running confusion matrix. ``counts`` is int64 (K, K) on ``device``, rows = target, columns =
+    prediction.
+
+    The scores are float64 tensors (K,) on the CPU, or floats; for their definitions and for the policy on
+    absent classes see `segkit.evaluation.metrics`.
+    """
+
+    def __init__(
+        self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None
+    ) -> None:
+        if num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, pred: Tensor, target: Tensor, *, where: str = "") -> None:
+        """Count a pair of integer tensors of one shape (..., H, W); see `count_pixels`."""
+        counts = count_pixels(
+            pred, target, num_classes=self.num_classes, ignore_index=self.ignore_index, where=where
+        )
+        self.counts += counts.to(self.counts.device)
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Add the counts of another matrix with the same classes."""
+        if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
+            raise InputError(
+                f"cannot merge a confusion matrix of {other.num_classes} classes (ignore_index "
+                f"{other.ignore_index}) into one of {self.num_classes} (ignore_index {self.ignore_index})"
+            )
+        self.counts += other.counts.to(self.counts.device)
+
+    def reset(self) -> None:
+        """Forget everything that was counted."""
+        self.counts.zero_()
+
+    def _numpy(self) -> np.ndarray:
+        return self.counts.cpu().numpy()
+
+    def iou(self) -> Tensor:
+        """(K,), nan where the union is 0."""
+        return torch.from_numpy(metrics.iou(self._numpy()))
+
+    def mean_iou(self) -> float:
+        """Mean over the classes with a union."""
+        return metrics.mean_iou(self._numpy())
+
+    def absent_classes(self) -> list[int]:
+        """Classes with union 0, left out of the mean IoU."""
+        return metrics.absent_classes(self._numpy())
+
+    def pixel_accuracy(self) -> float:
+        """Share of right pixels."""
+        return metrics.pixel_accuracy(self._numpy())
+
+    def class_accuracy(self) -> Tensor:
+        """Recall (K,), nan where a class has no target pixel."""
+        return torch.from_numpy(metrics.class_accuracy(self._numpy()))
+
+    def precision(self) -> Tensor:
+        """(K,), nan where a class was never predicted."""
+        return torch.from_numpy(metrics.precision(self._numpy()))
+
+    def recall(self) -> Tensor:
+        """(K,), nan where a class has no target pixel."""
+        return torch.from_numpy(metrics.recall(self._numpy()))
+
+    def dice(self) -> Tensor:
+        """(K,), nan where a class is neither target nor predicted."""
+        return torch.from_numpy(metrics.dice(self._numpy()))
+
+    def frequency_weighted_iou(self) -> float:
+        """IoU weighted by the share of target pixels."""
+        return metrics.frequency_weighted_iou(self._numpy())

@@ -1,0 +1,114 @@
+"""Time of one confusion-matrix update on a label map, beside torchmetrics and a plain torch loop.
+
+    python scripts/bench_metrics.py [--size 1024 2048] [--classes 19 150] [--threads 2] [--repeats 15]
+
+torchmetrics is optional (`pip install torchmetrics`); without it its rows are left out. All ways count the
+same maps and must give the same matrix. Figures are medians of wall time on the machine that runs the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import cv2
+import torch
+from torch import Tensor
+
+from segkit.evaluation import ConfusionMatrix
+
+
+def label_maps(size: tuple[int, int], num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """(prediction, target) as noise and as large areas with shifted borders; one row in ten is void."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randint(0, num_classes, size, generator=generator) for _ in range(2)]
+    blocks = torch.randint(0, num_classes, (size[0] // 64 + 1, size[1] // 64 + 1), generator=generator)
+    areas = blocks.repeat_interleave(64, 0).repeat_interleave(64, 1)[: size[0], : size[1]].contiguous()
+    maps = {"noise": (noise[0], noise[1]), "areas": (areas.roll(7, 1), areas.clone())}
+    for _, target in maps.values():
+        target[: size[0] // 10] = 255
+    return maps
+
+
+def plain_torch(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """The usual few lines: mask, combine, bincount."""
+    valid = target != 255
+    index = target[valid].long() * num_classes + pred[valid].long()
+    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def ways(num_classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Each way to count, by name: (pred, target) -> (K, K)."""
+
+    def segkit(pred: Tensor, target: Tensor) -> Tensor:
+        matrix = ConfusionMatrix(num_classes)
+        matrix.update(pred, target)
+        return matrix.counts
+
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "segkit": segkit,
+        "plain torch": lambda pred, target: plain_torch(pred, target, num_classes),
+    }
+    try:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+    except ImportError:
+        return found
+
+    def with_torchmetrics(validate: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        def count(pred: Tensor, target: Tensor) -> Tensor:
+            metric = MulticlassConfusionMatrix(num_classes, ignore_index=255, validate_args=validate)
+            metric.update(pred, target)
+            return metric.confmat
+
+        return count
+
+    found["torchmetrics"] = with_torchmetrics(True)
+    found["torchmetrics, unchecked"] = with_torchmetrics(False)
+    return found
+
+
+def median_ms(call: Callable[[], object], repeats: int) -> float:
+    """Median wall time in milliseconds after one call to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def main() -> None:
+    """Print one table row per number of classes, kind of map, label type and way."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), help="height and width")
+    parser.add_argument("--classes", type=int, nargs="+", default=[19, 150])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    warnings.simplefilter("ignore")
+    print(f"{args.size[0]}x{args.size[1]} pixels, {args.threads} threads, median of {args.repeats}")
+    for num_classes in args.classes:
+        counters = ways(num_classes)
+        for kind, (pred, target) in label_maps(tuple(args.size), num_classes).items():
+            for dtype in (torch.uint8, torch.int64):
+                pair = pred.to(dtype), target.to(dtype)
+                expected = plain_torch(*pair, num_classes)
+                base = None
+                for name, count in counters.items():
+                    assert torch.equal(count(*pair), expected), name
+                    ms = median_ms(lambda count=count, pair=pair: count(*pair), args.repeats)
+                    base = base or ms
+                    label = str(dtype).removeprefix("torch.")
+                    print(f"K={num_classes:<4} {kind:6} {label:6} {name:24} {ms:8.2f} ms  {ms / base:6.1f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The run folder: what it holds, and whether a run may go on in it.
+
+    RUN/config.yaml provenance.json metrics.jsonl           of the whole run
+    RUN/<phase>/    checkpoints/ metrics.jsonl timing.jsonl tensorboard/ label_counts.json per_image.npz results.json
+    RUN/checkpoints label_counts.json per_image.npz results.json     relative links to the last phase's
+
+A phase is finished when its results.json is there: that file is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from segkit.config import Config, plain
+from segkit.errors import InputError
+from segkit.runtime import write_atomically, write_json
+
+FREE_KEYS = (
+    "workers",
+    "device",
+    "cache_dir",
+    "checkpoint_every",
+    "resume",
+    "ignore_config_change",
+    "profile_steps",
+)
+"""Top-level keys that may change between two runs in one folder: they do not change what is computed."""
+
+LINKED = ("checkpoints", "label_counts.json", "per_image.npz", "results.json")
+
+
+class RunFolder:
+    """The files of one run; ``writes`` is False for the ranks that only compute."""
+
+    def __init__(self, path: Path, config: Config, *, writes: bool = True) -> None:
+        self.path, self.config, self.writes = path, config, writes
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl of all phases."""
+        return self.path / "metrics.jsonl"
+
+    def phase(self, name: str) -> Path:
+        """The folder of one phase."""
+        return self.path / name
+
+    def is_finished(self, name: str) -> bool:
+        """True once phase ``name`` has its results."""
+        return (self.phase(name) / "results.json").is_file()
+
+    def results(self, name: str) -> dict[str, Any]:
+        """The results of a finished phase."""
+        return json.loads((self.phase(name) / "results.json").read_text(encoding="utf-8"))
+
+    def start(self, provenance: dict[str, Any]) -> None:
+        """Create the folder, or check that the run in it has the same configuration; note how it was started."""
+        saved = self.path / "config.yaml"
+        mine = plain(self.config)
+        if saved.is_file():
+            self._compare(saved, mine)
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        from omegaconf import OmegaConf
+
+        write_atomically(saved, OmegaConf.to_yaml(OmegaConf.create(mine)))
+        starts = []
+        noted = self.path / "provenance.json"
+        if noted.is_file():
+            starts = json.loads(noted.read_text(encoding="utf-8")).get("starts", [])
+        write_json(noted, {**provenance, "starts": [*starts, provenance["started"]]})
+
+    def _compare(self, saved: Path, mine: dict[str, Any]) -> None:
+        from omegaconf import OmegaConf
+
+        if not self.config.resume:
+            raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")
+        theirs = OmegaConf.to_container(OmegaConf.load(saved))
+        assert isinstance(theirs, dict)
+        different = [key for key in differing_keys(theirs, mine) if key.split(".")[0] not in FREE_KEYS]
+        if different and not self.config.ignore_config_change:
+            shown = ", ".join(
+                f"{key} ({_value(theirs, key)!r} there, {_value(mine, key)!r} now)" for key in different[:5]
+            )
+            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+            raise InputError(
+                f"{self.path} holds a run of another configuration; these keys differ: {shown}{more}. Give the same "
+                "values, or another hydra.run.dir, or ignore_config_change=true to go on all the same"
+            )
+
+    def earlier_metrics(self, name: str) -> bytes:
+        """metrics.jsonl of the phases before ``name``, one after the other."""
+        before = list(self.config.schedule)[: list(self.config.schedule).index(name)]
+        files = [self.phase(phase) / "metrics.jsonl" for phase in before]
+        return b"".join(path.read_bytes() for path in files if path.is_file())
+
+    def link_last_phase(self) -> None:
+        """Make the last phase's files appear at the top."""
+        if not self.writes:
+            return
+        last = list(self.config.schedule)[-1]
+        for name in LINKED:
+            link, target = self.path / name, Path(last) / name
+            if not link.is_symlink():
+                if link.exists():
+                    raise InputError(f"{link} is in the way of a link to {target}: choose another hydra.run.dir")
+                os.symlink(target, link)
+
+
+def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [*one, *(name for name in other if name not in one)]
+        return [
+            key
+            for name in names
+            for key in differing_keys(one.get(name), other.get(name), f"{prefix}.{name}" if prefix else str(name))
+        ]
+    return [] if one == other else [prefix]
+
+
+def _value(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree

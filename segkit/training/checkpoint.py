@@ -1,0 +1,162 @@
+"""Checkpoints that survive a crash at any moment.
+
+A checkpoint is written to a temporary name, flushed to the disk and renamed; the one before is kept as
+``previous.pt``. ``checksums.json`` lists the SHA-256 of both, and is renewed before the renames: whatever moment the
+process dies at, ``last.pt`` or ``previous.pt`` is whole and its checksum is listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkit.errors import InputError
+from segkit.runtime import write_atomically
+
+LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
+INCOMING = "incoming.pt"
+
+
+class _HashingFile:
+    """A binary file that computes the SHA-256 of what is written to it in one pass."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write(path: Path, state: dict[str, Any]) -> str:
+    """Write ``state`` to ``path`` atomically; return its SHA-256 (hexadecimal)."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _HashingFile(file)
+            torch.save(state, hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"the checkpoint {path} could not be written ({error}): free some space or choose another "
+            "hydra.run.dir, then run the same command again to go on from the last one"
+        ) from error
+    _sync_folder(path.parent)
+    return hashing.hash.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    try:
+        return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def save_last(folder: Path, state: dict[str, Any]) -> None:
+    """Make ``state`` the ``last.pt`` of ``folder`` and keep the one before as ``previous.pt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    incoming = folder / INCOMING
+    digest = write(incoming, state)
+    known = _checksums(folder)
+    renewed = {LAST: digest, PREVIOUS: known.get(LAST, "")}
+    write_atomically(folder / CHECKSUMS, json.dumps(renewed))
+    if (folder / LAST).exists():
+        (folder / LAST).replace(folder / PREVIOUS)
+    incoming.replace(folder / LAST)
+    _sync_folder(folder)
+
+
+def save_best(folder: Path, state: dict[str, Any]) -> None:
+    """Make ``state`` the ``best.pt`` of ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / BEST, state)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at ``path``, on the CPU. Only tensors and plain values are accepted (``weights_only``)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: name a run folder that has one") from None
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is torn or not one of "
+            "segkit; name another file"
+        ) from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise InputError(f"{path} has no entry 'model', so it is not a checkpoint of segkit: name another file")
+    return state
+
+
+def load_last(folder: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint of ``folder``, or None if it never had one.
+
+    A torn ``last.pt`` is passed over for ``previous.pt``, with a warning. InputError if both are torn.
+    """
+    known = set(_checksums(folder).values())
+    incoming = folder / INCOMING
+    if incoming.exists() and not (folder / LAST).exists() and _digest(incoming) in known:
+        incoming.replace(folder / LAST)  # the process died between the two renames of save_last
+    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    if not candidates:
+        return None
+    for path in candidates:
+        if _digest(path) in known:
+            if path.name == PREVIOUS and (folder / LAST).exists():
+                warnings.warn(f"{folder / LAST} is torn: going on from {path}, one interval earlier", stacklevel=2)
+            return load(path)
+    raise InputError(
+        f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)} do not match "
+        f"{CHECKSUMS}): delete the folder to start again"
+    )
+
+
+def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that evaluation uses: the moving average where there is one."""
+    return state.get("ema") or state["model"]
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], *, source: Path) -> None:
+    """Load ``state`` into ``model``; InputError that says what differs if it is another model's."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    shapes = [
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or extra or shapes:
+        first = (shapes or [f"{name} is missing" for name in missing] or [f"{name} is unknown" for name in extra])[0]
+        raise InputError(
+            f"{source} holds the weights of another model ({len(missing)} entries missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape; first: {first}): choose the model it was trained with, model=..."
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,93 @@
+"""The little that segkit needs from torch.distributed; every function also works in a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_active() -> bool:
+    """True in a process of torchrun after :func:`process_group`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Rank of this process; 0 in a single process."""
+    return dist.get_rank() if is_active() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 in a single process."""
+    return dist.get_world_size() if is_active() else 1
+
+
+def is_main() -> bool:
+    """True for the one process that writes files."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun describes (nccl for GPUs, gloo for CPUs); nothing without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    minutes = float(os.environ.get("SEGKIT_RANK_TIMEOUT_MINUTES", "30"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over all ranks, on every rank."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The ``value`` of every rank, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def agree(value: Any) -> Any:
+    """The main process's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if ``flag`` is true on one."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
+def replicate(model: nn.Module, device: torch.device, *, sync_batchnorm: bool) -> nn.Module:
+    """``model`` with gradients averaged over ranks; the model itself in a single process."""
+    if world_size() == 1:
+        return model
+    if sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=[device.index or 0] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )

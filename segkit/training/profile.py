@@ -1,0 +1,82 @@
+"""Where a step's time goes: a table of its parts, and a trace to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from segkit.training.trainer import Trainer, split
+
+WARMUP = 2
+"""Steps before the timing starts: memory is allocated and kernels are chosen in them."""
+
+
+def profile_steps(trainer: Trainer, batches: Iterable[Any], *, num_steps: int, folder: Path) -> str:
+    """Run ``num_steps`` steps and return a table of the median seconds of each part; writes ``folder/trace.json``.
+
+    Parts: waiting for data, moving it to the device, forward, loss, backward, optimizer. Every part ends with a
+    synchronisation of the device, so their sum is a little more than an undisturbed step.
+    """
+    iterator = iter(batches)
+    times: dict[str, list[float]] = {}
+    activities = [ProfilerActivity.CPU]
+    if trainer.mixed.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    trainer.wrapped.train()
+    for _ in range(WARMUP):
+        _one_step(trainer, iterator, {})
+    with profile(activities=activities) as recorded:
+        for _ in range(num_steps):
+            _one_step(trainer, iterator, times)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    return _table(times, num_steps, recorded) + f"\ntrace: {folder / 'trace.json'} (open it at ui.perfetto.dev)"
+
+
+def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) -> None:
+    device, mixed = trainer.mixed.device, trainer.mixed
+
+    class part:
+        def __init__(self, name: str) -> None:
+            self.name, self.record = name, record_function(name)
+
+        def __enter__(self) -> None:
+            self.start = time.perf_counter()
+            self.record.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.record.__exit__(*error)
+            times.setdefault(self.name, []).append(time.perf_counter() - self.start)
+
+    with part("waiting for data"):
+        batch = next(iterator)
+    with part("moving data"):
+        parts = [(images.to(device), labels.to(device).long()) for images, labels in split(batch, 1)]
+    images, target = parts[0]
+    trainer.optimizer.zero_grad(set_to_none=True)
+    with part("forward"), mixed.autocast():
+        logits = trainer.wrapped(images)
+    with part("loss"):
+        value = trainer.loss(logits, target)
+    with part("backward"):
+        trainer.scaler.scale(value).backward()
+    with part("optimizer"):
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+
+
+def _table(times: dict[str, list[float]], num_steps: int, recorded: Any) -> str:
+    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    total = sum(medians.values())
+    lines = [f"median of {num_steps} steps: {total * 1000:.1f} ms", f"{'part':20}{'ms':>10}{'share':>9}"]
+    lines += [f"{name:20}{value * 1000:10.1f}{value / total:9.1%}" for name, value in medians.items()]
+    key = "self_cpu_time_total"
+    operators = recorded.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40)
+    return "\n".join(lines) + "\n\n" + operators

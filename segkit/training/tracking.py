@@ -1,0 +1,130 @@
+"""What a run leaves behind while it trains: metrics.jsonl, timing.jsonl, TensorBoard, and lines on the screen.
+
+``metrics.jsonl`` holds no clock: two runs of the same command write the same bytes under ``determinism=strict``.
+Times go to ``timing.jsonl`` and to TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from segkit.progress import is_terminal
+from segkit.runtime import without_nan
+
+
+class Tracker:
+    """Writes records of one phase. ``run_metrics`` is the run's own metrics.jsonl, of all phases so far.
+
+    With ``folder`` None (a rank that does not write) every method does nothing.
+    """
+
+    def __init__(self, folder: Path | None, *, phase: str, run_metrics: Path | None = None, num_steps: int) -> None:
+        self.folder, self.phase, self.num_steps = folder, phase, num_steps
+        self.files = [path for path in (folder and folder / "metrics.jsonl", run_metrics) if path is not None]
+        self._writer: Any = None
+        self._bar: Any = None
+        self._last_line = 0.0
+        self._purge_step = 0
+
+    def truncate(self, size: int, *, step: int, earlier: bytes = b"") -> None:
+        """Cut the phase's metrics.jsonl to ``size`` bytes, and start the run's own again as ``earlier`` plus that.
+
+        A record written after the checkpoint that training goes on from would otherwise stand there twice.
+        """
+        self._purge_step = step
+        if self.folder is None:
+            return
+        own = self.files[0]
+        kept = own.read_bytes()[:size] if own.exists() else b""
+        own.write_bytes(kept)
+        for path in self.files[1:]:
+            path.write_bytes(earlier + kept)
+
+    def size(self) -> int:
+        """Bytes of the phase's metrics.jsonl so far."""
+        return self.files[0].stat().st_size if self.folder is not None and self.files[0].exists() else 0
+
+    @property
+    def writer(self) -> Any:
+        """The TensorBoard writer; imported and opened when it is first needed."""
+        if self._writer is None and self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self._purge_step or None, flush_secs=30
+            )
+        return self._writer
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.folder is None:
+            return
+        line = json.dumps(without_nan({"phase": self.phase, "step": step, **values})) + "\n"
+        for path in self.files:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
+
+    def timing(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to timing.jsonl and show the values in TensorBoard."""
+        if self.folder is None:
+            return
+        with open(self.folder / "timing.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"phase": self.phase, "step": step, **values}) + "\n")
+        self.scalars(step, {f"speed/{name}": value for name, value in values.items()})
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Show scalars in TensorBoard; NaN (an absent class) is left out."""
+        if self.folder is None:
+            return
+        for name, value in values.items():
+            if value == value:
+                self.writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, tag: str, grid: Any) -> None:
+        """Show an RGB picture, uint8 (H, W, 3), in TensorBoard."""
+        if self.folder is not None:
+            self.writer.add_image(tag, grid, step, dataformats="HWC")
+
+    def show(self, step: int, values: dict[str, str]) -> None:
+        """Show the state of training: a bar on a terminal, a line at most every two seconds elsewhere."""
+        if self.folder is None:
+            return
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        if is_terminal():
+            self._draw(step, text)
+        elif step == self.num_steps or time.monotonic() - self._last_line >= 2:
+            self._last_line = time.monotonic()
+            print(f"{self.phase} step {step}/{self.num_steps}  {text}", flush=True)
+
+    def _draw(self, step: int, text: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=Console(file=sys.stderr))
+            self._bar.start()
+            self._bar.add_task(self.phase, total=self.num_steps, text="")
+        self._bar.update(self._bar.task_ids[0], completed=step, text=f"{step}/{self.num_steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.folder is None:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -325,9 +325,7 @@ class PhaseRun:
         """Evaluate during training, and note the scores."""
         results = self.evaluate(model)
         scores = ("iou", "precision", "recall")
-        classes = {
-            name: {score: values[score] for score in scores} for name, values in results["classes"].items()
-        }
+        classes = {name: {score: values[score] for score in scores} for name, values in results["classes"].items()}
         summary = {key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_classes_averaged")}
         self.tracker.record(step, {"split": "val", **summary, "classes": classes})
         scalars = {f"val/{key}": value for key, value in summary.items() if value is not None}
@@ -451,4 +449,4 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-__all__ = ["Interrupted", "LOSS_OPTIONS", "Run", "build_loss", "build_model", "build_optimizer", "run"]
+__all__ = ["LOSS_OPTIONS", "Interrupted", "Run", "build_loss", "build_model", "build_optimizer", "run"]

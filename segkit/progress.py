@@ -18,9 +18,7 @@ def is_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def track(
-    iterable: Iterable[T], *, description: str, total: int | None = None, unit: str = "items"
-) -> Iterator[T]:
+def track(iterable: Iterable[T], *, description: str, total: int | None = None, unit: str = "items") -> Iterator[T]:
     """Yield the items of ``iterable`` and show how many are done, at what rate, and how long it will take.
 
     ``total`` is taken from ``len(iterable)`` where that is known.

@@ -68,7 +68,10 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     """One sentence for ``error`` and the exit code; None for a defect of segkit, which deserves its traceback."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "Interrupted" in kinds:
-        return f"{error}; the state is saved: run the same command with the same hydra.run.dir to go on", EXIT_INTERRUPTED
+        return (
+            f"{error}; the state is saved: run the same command with the same hydra.run.dir to go on",
+            EXIT_INTERRUPTED,
+        )
     if isinstance(error, InputError) or "NonFiniteLoss" in kinds:
         return str(error), EXIT_INPUT
     if "OutOfMemoryError" in kinds:
@@ -89,8 +92,7 @@ MEMORY_ADVICE = (
 def _explain_os_error(error: OSError) -> str:
     if error.filename is not None and isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
         return (
-            f"{error.filename} cannot be used ({error.strerror}): give a folder that can be written, "
-            "hydra.run.dir=DIR"
+            f"{error.filename} cannot be used ({error.strerror}): give a folder that can be written, hydra.run.dir=DIR"
         )
     return str(error)
 

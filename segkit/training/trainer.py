@@ -206,7 +206,7 @@ class Trainer:
             self._step(batch)
             step, last = self.progress.step, self.progress.step >= settings.num_steps
             if step % settings.log_every == 0 or last:
-                self._log(batch)
+                self._log()
             evaluates = last or _due(step, settings.evaluate_every)
             if evaluates:
                 self._evaluate()
@@ -274,8 +274,8 @@ class Trainer:
             "precision=bf16, or look at these images"
         ) from None
 
-    def _log(self, batch: Any) -> None:
-        progress, settings = self.progress, self.settings
+    def _log(self) -> None:
+        progress = self.progress
         mean = progress.window_loss / max(progress.window_steps, 1)
         progress.window_loss, progress.window_steps = 0.0, 0
         values = {"loss": mean, "lr": self.lr, "grad_norm": self.grad_norm}

@@ -1,0 +1,55 @@
+# Targets for people; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types smoke golden soak docs tensorboard loss-table clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev,export,search,docs]'
+	touch $@
+
+setup: $(STAMP)  ## create .venv and install everything, developer tools included
+
+train: $(STAMP)  ## run the main job: train on the embedded data set (ARGS="key=value ..." overrides)
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMP)  ## run the tests (ARGS="-k name ..." chooses)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## check types
+	$(BIN)/mypy
+
+smoke: $(STAMP)  ## every phase for a few steps, under 40 s
+	$(BIN)/python train.py debug=smoke $(ARGS)
+
+golden: $(STAMP)  ## write the golden traces again (a refactor must leave them unchanged)
+	$(BIN)/python -m pytest tests/test_golden.py --write-golden
+
+soak: $(STAMP)  ## kill and resume a small run at 30 random moments, then 2,000 steps watched for leaks
+	$(BIN)/python scripts/soak.py $(ARGS)
+
+loss-table: $(STAMP)  ## write the table of the loss contract for the documentation
+	$(BIN)/python -m pytest tests/losses/test_contract.py --loss-table=docs/loss_table.md -q
+
+docs: $(STAMP)  ## build the documentation site into site/
+	$(BIN)/mkdocs build --strict
+
+tensorboard: $(STAMP)  ## look at all runs below outputs/
+	$(BIN)/tensorboard --logdir outputs
+
+clean:  ## delete caches and built files (not the runs)
+	rm -rf site dist build .pytest_cache .ruff_cache .mypy_cache

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segkit.evaluation.confusion import ConfusionMatrix as ConfusionMatrix
     from segkit.evaluation.confusion import count_pixels as count_pixels
+    from segkit.evaluation.inference import Inference as Inference
     from segkit.evaluation.inference import whole_image as whole_image
     from segkit.evaluation.loop import Evaluation as Evaluation
     from segkit.evaluation.loop import evaluate as evaluate
@@ -24,6 +25,7 @@ _HOME = {
     "Evaluation": "loop",
     "evaluate": "loop",
     "to_results": "loop",
+    "Inference": "inference",
     "whole_image": "inference",
     "PerImageCounts": "per_image",
 }

@@ -17,9 +17,7 @@ _BYTE = 256
 _MAX_HISTOGRAM_PIXELS = 2**24
 
 
-def count_pixels(
-    pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, where: str = ""
-) -> Tensor:
+def count_pixels(pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, where: str = "") -> Tensor:
     """Confusion matrix of one pair: int64 (K, K), rows = target class, columns = prediction.
 
     ``pred`` and ``target`` are integer tensors of one shape; pixels whose target is ``ignore_index`` are left
@@ -89,9 +87,7 @@ def _count_any(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int
     return torch.bincount(index, minlength=num_classes * num_classes).view(num_classes, num_classes)
 
 
-def _raise_out_of_range(
-    pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, where: str
-) -> None:
+def _raise_out_of_range(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, where: str) -> None:
     valid = target != ignore_index
     for values, name in ((target[valid], "label"), (pred[valid], "prediction")):
         wrong = values[(values < 0) | (values >= num_classes)]
@@ -124,9 +120,7 @@ class ConfusionMatrix:
     absent classes see `segkit.evaluation.metrics`.
     """
 
-    def __init__(
-        self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
         if num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
@@ -135,9 +129,7 @@ class ConfusionMatrix:
 
     def update(self, pred: Tensor, target: Tensor, *, where: str = "") -> None:
         """Count a pair of integer tensors of one shape (..., H, W); see `count_pixels`."""
-        counts = count_pixels(
-            pred, target, num_classes=self.num_classes, ignore_index=self.ignore_index, where=where
-        )
+        counts = count_pixels(pred, target, num_classes=self.num_classes, ignore_index=self.ignore_index, where=where)
         self.counts += counts.to(self.counts.device)
 
     def merge(self, other: ConfusionMatrix) -> None:

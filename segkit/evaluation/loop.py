@@ -157,9 +157,7 @@ def _count_batch(
         name = batch.names[i]
         if index in local.names:
             raise InputError(f"image {name} (number {index}) was evaluated twice; give every image once")
-        counts = count_pixels(
-            predictions[i], labels[i], num_classes=num_classes, ignore_index=ignore_index, where=name
-        )
+        counts = count_pixels(predictions[i], labels[i], num_classes=num_classes, ignore_index=ignore_index, where=name)
         total += counts
         matrix = counts.cpu().numpy()
         row, column = np.nonzero(matrix)

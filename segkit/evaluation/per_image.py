@@ -97,14 +97,10 @@ class PerImageCounts:
             with np.load(path, allow_pickle=False) as stored:
                 fields = {key: stored[key] for key in _FIELDS}
         except FileNotFoundError:
-            raise InputError(
-                f"there is no per-image count file {path}; `segkit evaluate` writes it"
-            ) from None
+            raise InputError(f"there is no per-image count file {path}; `segkit evaluate` writes it") from None
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path} is not a per-image count file ({error}); write it again with `segkit evaluate`"
             ) from error
         image, target, prediction, count = (fields[key].astype(np.int64) for key in _FIELDS[:4])
-        return cls(
-            image, target, prediction, count, tuple(fields["names"].tolist()), int(fields["num_classes"])
-        )
+        return cls(image, target, prediction, count, tuple(fields["names"].tolist()), int(fields["num_classes"]))

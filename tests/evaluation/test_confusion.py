@@ -99,9 +99,7 @@ def test_prediction_out_of_range_is_named(value):
     target = torch.zeros(4, 4, dtype=torch.int64)
     pred = target.clone()
     pred[2, 2] = value
-    with pytest.raises(
-        InputError, match=rf"prediction value {value} \(1 pixels\) out of range.*0\.\.18; the model"
-    ):
+    with pytest.raises(InputError, match=rf"prediction value {value} \(1 pixels\) out of range.*0\.\.18; the model"):
         count_pixels(pred, target, num_classes=19)
 
 

@@ -43,9 +43,7 @@ def make_batches(num_images, *, num_classes=4, size=(6, 8), batch_size=2, seed=0
     labels[:, 0, :2] = 255
     for start in range(0, num_images, batch_size):
         rows = list(range(start, min(start + batch_size, num_images)))
-        yield Batch(
-            torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]), [f"image{i}" for i in rows], rows
-        )
+        yield Batch(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]), [f"image{i}" for i in rows], rows)
 
 
 def test_counts_pictures_and_per_image_matrices():

@@ -1,0 +1,229 @@
+"""The schema, the shipped YAML files, and the way from a node to an object."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from segkit.config import (
+    Config,
+    bind,
+    check_allowed,
+    check_targets,
+    config_dir,
+    instantiate,
+    locate,
+    plain,
+    to_config,
+)
+from segkit.errors import InputError
+
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
+FILES = sorted(path for path in config_dir().rglob("*.yaml"))
+OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name in GROUPS]
+
+
+def composed(*overrides: str) -> Config:
+    ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return to_config(compose("train", overrides=list(overrides)))
+
+
+def test_every_file_belongs_to_a_group():
+    assert len(OPTIONS) == len(FILES) - 1  # all but train.yaml
+    assert {group for group, _ in OPTIONS} >= {"dataset", "model", "loss", "optimizer", "schedule", "debug", "sweep"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_binds(group, option):
+    check_targets(composed(f"{group}={option}"))
+
+
+@pytest.mark.parametrize("option", [name for group, name in OPTIONS if group in ("loss", "model", "dataset")])
+def test_every_leaf_lists_all_arguments(option):
+    """So that Hydra refuses a misspelt argument without importing the target."""
+    import inspect
+
+    group = next(group for group, name in OPTIONS if name == option and group in ("loss", "model", "dataset"))
+    config = composed(f"{group}={option}")
+    node = {"loss": config.loss, "model": config.model, "dataset": config.dataset.reader}[group]
+    facts = {"num_classes", "classes", "class_pixels", "class_names", "ignore_index", "palette", "root", "split"}
+    parameters = inspect.signature(locate(node["_target_"])).parameters.values()
+    wanted = {item.name for item in parameters if item.kind is not inspect.Parameter.VAR_KEYWORD} - facts
+    assert wanted <= set(node), f"{group}/{option}.yaml leaves out {wanted - set(node)}"
+
+
+def test_cityscapes_composes_with_the_recipe_of_the_paper():
+    config = composed("dataset=cityscapes", "loss=margin_calibration")
+    assert config.dataset.crop == [800, 800]
+    assert config.optimizer["_target_"] == "torch.optim.AdamW"
+    assert config.optimizer["lr"] == 1e-4
+    assert list(config.schedule) == ["pretrain", "finetune"]
+    assert config.phase_loss("pretrain")["_target_"] == "segkit.losses.cross_entropy"
+    assert config.phase_loss("finetune")["_target_"] == "segkit.losses.margin_calibration"
+    assert config.model["encoder"] == "se_resnext50_32x4d"
+    assert config.model["output_stride"] == 8
+
+
+def test_phases_keep_the_order_of_their_file():
+    config = composed("dataset=cityscapes", "schedule=coarse_pretrain_finetune")
+    assert list(config.schedule) == ["coarse", "pretrain", "finetune"]
+    assert config.phase_dataset("coarse").name == "cityscapes_coarse"
+    assert config.phase_dataset("finetune").name == "cityscapes"
+
+
+def test_the_command_line_wins_over_the_recipe():
+    assert list(composed("dataset=cityscapes", "schedule=single").schedule) == ["train"]
+    config = composed("dataset=cityscapes", "schedule.finetune.epochs=3", "batch_size=5")
+    assert config.schedule["finetune"].epochs == 3
+    assert config.batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.crop=[4,4]"], r"dataset.crop is \[4, 4\].*at least 8.*set dataset.crop"),
+        (["dataset.crop=[64]"], r"dataset.crop is \[64\]"),
+        (["dataset.scale=[2.0,1.0]"], "0 < least <= most"),
+        (["dataset.flip=1.5"], "dataset.flip is 1.5, but is a probability"),
+        (["batch_size=5", "accumulate=2"], "batch_size is 5 and accumulate 2.*set batch_size=6"),
+        (["batch_size=0"], "batch_size is 0, but must be at least 1"),
+        (["schedule=single", "schedule.train.steps=5"], "schedule.train has epochs=.* and steps=5"),
+        (["schedule=single", "schedule.train.epochs=null"], "needs exactly one of the two"),
+        (["schedule=single", "schedule.train.epochs=-1"], "schedule.train.epochs is -1.0, but must be positive"),
+        (["ema_decay=1.0"], "ema_decay is 1.0.*set ema_decay=0.999"),
+        (["clip_norm=0"], "clip_norm is 0.0, but must be positive or null"),
+        (["evaluation.every_steps=5"], "at most one of the two: set evaluation.every_epochs=null"),
+        (["dataset.resize={short_side:4,size:[3,3]}"], "needs exactly one of the two"),
+        (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
+        (["seed=-1"], "seed is -1"),
+        (["model._target_=os.system"], r"model._target_ is 'os.system'.*must begin with one of segkit\."),
+        (["loss._target_=segkit.losses.__builtins__"], "loss._target_ is"),
+    ],
+)
+def test_contradictions_name_the_key(overrides, message):
+    with pytest.raises(InputError, match=message):
+        composed(*overrides)
+
+
+def test_arguments_that_a_target_does_not_have():
+    with pytest.raises(InputError, match=r"loss.tua is not an argument of segkit.losses.margin_calibration.*tau"):
+        check_targets(composed("+loss.tua=3"))
+
+
+def test_missing_argument():
+    node = {"_target_": "segkit.data.camvid.read"}
+    with pytest.raises(InputError, match=r"reader.split is needed by segkit.data.camvid.read: set reader.split"):
+        bind(node, {"root": "x"}, key="reader")
+
+
+@pytest.mark.parametrize("target", ["segkit.nowhere.thing", "segkit.losses.Nothing", "torch.optim.Adaam"])
+def test_targets_that_do_not_exist(target):
+    with pytest.raises(InputError, match="cannot be imported"):
+        locate(target)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "subprocess.run"},
+        {"_target_": "segkit.losses.SumLoss", "terms": {"a": {"_target_": "os.system"}}},
+        {"_target_": "segkit.losses.SumLoss", "terms": {"a": {"loss": {"_target_": "builtins.eval"}}}},
+        {"_target_": 3},
+        {},
+    ],
+)
+def test_targets_outside_the_allowed_prefixes(node):
+    with pytest.raises(InputError, match="must begin with one of"):
+        check_allowed(node, key="loss")
+
+
+def test_facts_go_where_they_are_asked_for():
+    function, arguments = bind(
+        {"_target_": "segkit.losses.cross_entropy", "weighting": "inverse", "class_pixels": None, "banded": True},
+        {"class_pixels": [1, 2], "num_classes": 2, "ignore_index": 255},
+        key="loss",
+    )
+    assert function.__name__ == "cross_entropy"
+    assert arguments == {"weighting": "inverse", "class_pixels": [1, 2], "ignore_index": 255}
+
+
+def test_instantiate_builds_what_is_nested_first():
+    optimizer = instantiate(
+        {"_target_": "torch.optim.SGD", "lr": 0.5}, {"params": [__import__("torch").zeros(1)]}, key="optimizer"
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_plain_turns_enums_into_values():
+    value = plain(composed("precision=bf16", "determinism=strict"))
+    assert value["precision"] == "bf16"
+    assert value["determinism"] == "strict"
+    assert isinstance(value["schedule"], dict)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+def train(*arguments: str) -> tuple[int, str, float]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("schedle=single", "error: there is no key schedle: did you mean schedule?"),
+        ("loss.tua=3", "error: there is no key loss.tua: did you mean loss.tau?"),
+        ("schedule.pretrain.epohcs=3", "did you mean schedule.pretrain.epochs?"),
+        ("seed=abc", "error: seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
+        ("dataset=cityscape", "error: dataset=cityscape is not an option: did you mean dataset=cityscapes?"),
+        ("precision=fp8", "error: precision=fp8 is not allowed: invalid value 'fp8', expected one of"),
+        ("dataset.crop=[3,4]", "error: dataset.crop is [3, 4]"),
+        ("seed", "error: Error parsing override 'seed'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_traceback(argument, message):
+    code, output, _ = train(argument)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_missing_data_names_folder_archives_and_key(tmp_path):
+    code, output, _ = train("dataset=cityscapes", f"dataset.root={tmp_path / 'nowhere'}", f"hydra.run.dir={tmp_path}/r")
+    assert code == 2
+    for part in ("nowhere", "leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip", "dataset.root"):
+        assert part in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, output, _ = train(f"hydra.run.dir={tmp_path}/file/run")
+    assert code == 2
+    assert "hydra.run.dir" in output
+    assert "Traceback" not in output
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("SEGKIT_DEBUG", "1")
+    code, output, _ = train("dataset.crop=[3,4]")
+    assert code == 1
+    assert "Traceback" in output
+
+
+def test_start_up_is_fast():
+    """About a second on a quiet machine; the bound leaves room for a busy one. Best of three."""
+    for arguments in (["--help"], ["schedle=1"], ["--cfg", "job"]):
+        assert min(train(*arguments)[2] for _ in range(3)) < 2.5

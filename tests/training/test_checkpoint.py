@@ -1,0 +1,139 @@
+"""Checkpoints after a crash at every moment of writing one."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segkit.errors import InputError
+from segkit.training import checkpoint
+
+
+def state(step: int) -> dict:
+    return {"model": {"weight": torch.full((50,), float(step))}, "ema": None, "progress": {"step": step}}
+
+
+def step_of(folder: Path) -> int:
+    loaded = checkpoint.load_last(folder)
+    assert loaded is not None
+    assert torch.equal(loaded["model"]["weight"], torch.full((50,), float(loaded["progress"]["step"])))
+    return loaded["progress"]["step"]
+
+
+def test_the_last_and_the_one_before_are_kept(tmp_path):
+    assert checkpoint.load_last(tmp_path) is None
+    for step in (1, 2, 3):
+        checkpoint.save_last(tmp_path, state(step))
+    assert step_of(tmp_path) == 3
+    assert checkpoint.load(tmp_path / "previous.pt")["progress"]["step"] == 2
+
+
+def test_a_torn_file_is_passed_over_with_a_warning(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_last(tmp_path, state(step))
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"last.pt is torn: going on from .*previous.pt"):
+        assert step_of(tmp_path) == 1
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_last(tmp_path, state(step))
+    last = tmp_path / "last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="torn"):
+        assert step_of(tmp_path) == 1
+
+
+def test_both_torn_is_an_error(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_last(tmp_path, state(step))
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+        checkpoint.load_last(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_dying_at_any_moment_of_a_write_costs_one_interval_at_most(tmp_path, monkeypatch, moment):
+    """Every rename and every flush is a moment to die at; after each, a whole checkpoint is found and training goes
+    on to write further ones."""
+    checkpoint.save_last(tmp_path, state(1))
+    checkpoint.save_last(tmp_path, state(2))
+    calls = 0
+    rename = Path.replace
+
+    def dying(self, target):
+        nonlocal calls
+        calls += 1
+        if calls == moment + 1:
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    try:
+        checkpoint.save_last(tmp_path, state(3))
+        died = False
+    except Killed:
+        died = True
+    monkeypatch.undo()
+    assert died == (moment < 4)  # four renames: data, checksums, last to previous, new to last
+    assert step_of(tmp_path) in (2, 3)
+    for step in (4, 5):
+        checkpoint.save_last(tmp_path, state(step))
+        assert step_of(tmp_path) == step
+    (tmp_path / "last.pt").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="torn"):
+        assert step_of(tmp_path) == 4
+
+
+def test_a_full_disk_leaves_the_last_one_alone(tmp_path, monkeypatch):
+    checkpoint.save_last(tmp_path, state(1))
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"could not be written .*No space left.*free some space"):
+        checkpoint.save_last(tmp_path, state(2))
+    monkeypatch.undo()
+    assert step_of(tmp_path) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_objects_are_refused(tmp_path):
+    torch.save({"model": Killed}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "evil.pt")
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        checkpoint.load(tmp_path / "nowhere.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="has no entry 'model'"):
+        checkpoint.load(tmp_path / "other.pt")
+
+
+def test_weights_of_another_model_say_what_differs(tmp_path):
+    with pytest.raises(InputError, match=r"weight has shape \(3, 2\) instead of \(5, 2\)"):
+        checkpoint.load_weights(nn.Linear(2, 5), nn.Linear(2, 3).state_dict(), source=tmp_path)
+    with pytest.raises(InputError, match="1 entries missing, 0 unknown.*bias is missing"):
+        checkpoint.load_weights(nn.Linear(2, 3), nn.Linear(2, 3, bias=False).state_dict(), source=tmp_path)
+
+
+def test_weights_prefer_the_moving_average():
+    assert checkpoint.weights({"model": {"a": 1}, "ema": {"a": 2}}) == {"a": 2}
+    assert checkpoint.weights({"model": {"a": 1}, "ema": None}) == {"a": 1}
+    assert checkpoint.weights({"model": {"a": 1}}) == {"a": 1}

@@ -1,0 +1,86 @@
+"""BDD100K semantic segmentation, in the layout of the 10K release and in that of 2018.
+
+Folders below ``root``, as the archives unpack them::
+
+    bdd100k/images/10k/{train,val,test}/<id>.jpg    bdd100k/labels/sem_seg/masks/{train,val}/<id>.png
+    bdd100k/seg/images/{train,val,test}/<id>.jpg    bdd100k/seg/labels/{train,val}/<id>_train_id.png
+
+The second line is the layout of 2018.
+
+Masks hold train ids. In six pairs of the 10K release a portrait image lies beside a landscape mask, and no
+rotation aligns them; the release of 2018 has six other pairs in their place.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from segkit.data.archives import base_folder, table_file
+from segkit.data.labels import load_table
+from segkit.data.layout import check_split, files_by_id, pair, require_folder, require_root
+from segkit.data.samples import Sample, SampleSet
+
+SPLITS = ("train", "val", "test")
+ARCHIVES = "bdd100k_images_10k.zip and bdd100k_sem_seg_labels_trainval.zip"
+OLD_ARCHIVE = "bdd100k_seg.zip"
+
+
+def mismatched_pairs(release: str) -> dict[str, list[str]]:
+    """{split: ids} of the ``portrait`` pairs of the 10K release, or of those that
+    the release of 2018 (``old``) has instead."""
+    return table_file("bdd100k")["mismatched_pairs"][release]
+
+
+def read(root: Path | str | None, *, split: str, skip_mismatched: bool = True) -> SampleSet:
+    """Open ``split``: train, val, or test (without labels).
+
+    ``skip_mismatched`` leaves out the six portrait pairs and the six that the release of 2018 has in their
+    place, so that both releases give the same 6996 and 998 pairs; ``notes`` says what was skipped.
+    Raises InputError for missing folders, an image without a label and a label without an image.
+    """
+    root = require_root(root, dataset="bdd100k")
+    check_split(split, SPLITS, dataset="bdd100k")
+    images_folder, labels_folder, suffix, archives = _layout(root)
+    folder = require_folder(images_folder / split, dataset="bdd100k", root=root, archives=archives)
+    images = files_by_id(folder, suffix=".jpg")
+    notes: list[str] = []
+    if split == "test":
+        samples = [Sample(key, image) for key, image in images.items()]
+    else:
+        label_folder = require_folder(labels_folder / split, dataset="bdd100k", root=root, archives=archives)
+        pairs = pair(
+            images,
+            files_by_id(label_folder, suffix=suffix),
+            dataset="bdd100k",
+            expected_image=f"{folder}/{{id}}.jpg",
+            expected_label=f"{label_folder}/{{id}}{suffix}",
+        )
+        samples = [Sample(key, image, (label,)) for key, image, label in pairs]
+        if skip_mismatched:
+            samples, notes = _skip(samples, split)
+    return SampleSet(samples, table=load_table("bdd100k"), name="bdd100k", split=split, notes=notes)
+
+
+def _layout(root: Path) -> tuple[Path, Path, str, str]:
+    """Folders of images and labels, the end of a label's name, and the archives wanted."""
+    for top in (root, root / "bdd100k"):
+        if os.path.isdir(top / "seg" / "images") and not os.path.isdir(top / "images" / "10k"):
+            return top / "seg" / "images", top / "seg" / "labels", "_train_id.png", OLD_ARCHIVE
+    top = base_folder(root, marker="images/10k", tops=("bdd100k",), dataset="bdd100k", archives=ARCHIVES)
+    return top / "images" / "10k", top / "labels" / "sem_seg" / "masks", ".png", ARCHIVES
+
+
+def _skip(samples: list[Sample], split: str) -> tuple[list[Sample], list[str]]:
+    notes = []
+    for release, why in (
+        ("portrait", "with a portrait image beside a landscape mask"),
+        ("old", "that only the release of 2018 has, in place of the mismatched ones"),
+    ):
+        listed = set(mismatched_pairs(release)[split])
+        skipped = [sample.name for sample in samples if sample.name in listed]
+        samples = [sample for sample in samples if sample.name not in listed]
+        if skipped:
+            count = f"{len(skipped)} pair" + "s" * (len(skipped) > 1)
+            notes.append(f"skipped {count} of {split} {why}: {', '.join(skipped)}")
+    return samples, notes

@@ -1,0 +1,249 @@
+"""Robotic Instrument: the training part of MICCAI EndoVis 2017, eight sequences of 225 frames.
+
+Folders below ``root`` (the archives' own top folders, or a folder ``training``, may lie in between)::
+
+    instrument_dataset_{1..8}/left_frames/frame%03d.png
+    instrument_dataset_{1..8}/ground_truth/<instrument folder>/frame%03d.png        one mask per instrument
+
+The masks of a frame are merged when it is read; nothing is written into the data. The names of the
+instrument folders follow no rule, so they are found by the frames in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segkit.data.archives import base_folder, check_option, table_file
+from segkit.data.decode import check_readable, read_index_png, read_rgb
+from segkit.data.labels import LabelTable, load_table
+from segkit.data.layout import check_split, require_folder, require_root
+from segkit.data.samples import Sample, SampleSet
+from segkit.errors import InputError
+
+ARCHIVES = "instrument_1_4_training.zip and instrument_5_8_training.zip"
+TASKS = ("parts", "binary", "type")
+SEQUENCES = tuple(range(1, 9))
+PAPER_FRAMES = {"train": range(150), "val": range(150, 175), "test": range(175, 225)}
+"""Frames of each sequence in each split of the paper (neighbouring frames fall into different splits)."""
+
+FOLDS = ((1, 3), (2, 5), (4, 8), (6, 7))
+"""Sequences of the validation split in each fold of ``splits=sequence``."""
+
+MERGED = ("type_labels", "binary_labels", "parts_labels")
+"""Folders that the paper's code writes beside the instruments: merged masks, not instruments."""
+
+PART_CODES = (0, 10, 20, 30, 40)
+IGNORED = 255
+_FRAME = re.compile(r"frame(\d{3})\.png")
+
+
+def mask_folders() -> dict[str, list[str]]:
+    """{sequence: instrument folders} of the official archives, sorted."""
+    return table_file("robotic_instrument_parts")["mask_folders"]
+
+
+def instrument_types() -> dict[str, int]:
+    """{part of a folder's name: code of the instrument type}."""
+    return table_file("robotic_instrument_type")["type_mapping"]
+
+
+def read(
+    root: Path | str | None,
+    *,
+    split: str,
+    task: str = "parts",
+    splits: str = "paper",
+    fold: int = 0,
+    overlap: str = "paper",
+    odd_values: str = "error",
+) -> SampleSet:
+    """Open ``split``.
+
+    ``task``: parts (shaft, wrist, claspers, probe), binary (instrument or not), or type (seven kinds).
+    ``splits``: paper (train, val, test by frame) or sequence (train, val; ``fold`` 0..3 holds out the
+    sequences of :data:`FOLDS`).
+    ``overlap``, where two instruments cover a pixel: paper (parts: the codes are added, sums above 40 become
+    background; type: the last folder by name wins) or ignore (the pixel is ignored). It does not matter for
+    binary.
+    ``odd_values``, for values other than 0, 10, 20, 30, 40 in a mask: error, or floor (the merged value is
+    divided by ten and rounded down, as in the paper's code).
+
+    Raises InputError for missing folders, frames and masks; ``notes`` names sequences that are not there.
+    """
+    name = "robotic_instrument"
+    root = require_root(root, dataset=name)
+    check_option("task", task, TASKS, dataset=name)
+    check_option("splits", splits, ("paper", "sequence"), dataset=name)
+    check_option("fold", fold, range(len(FOLDS)), dataset=name)
+    check_option("overlap", overlap, ("paper", "ignore"), dataset=name)
+    check_option("odd_values", odd_values, ("error", "floor"), dataset=name)
+    check_split(split, PAPER_FRAMES if splits == "paper" else ("train", "val"), dataset=f"{name} (splits={splits})")
+    found = _sequences(root)
+    samples = []
+    for number in SEQUENCES:
+        if number in found and (splits == "paper" or (number in FOLDS[fold]) == (split == "val")):
+            samples += _samples(found[number], frames=PAPER_FRAMES[split] if splits == "paper" else range(225))
+    missing = [str(number) for number in SEQUENCES if number not in found]
+    notes = [f"sequences {', '.join(missing)} of 1..8 are not under {root}: unpack {ARCHIVES}"] if missing else []
+    return SampleSet(
+        samples,
+        table=_table(task, overlap),
+        name=name,
+        split=split,
+        load_label=partial(merge_masks, task=task, overlap=overlap, odd_values=odd_values),
+        notes=notes,
+    )
+
+
+def _table(task: str, overlap: str) -> LabelTable:
+    table = load_table(f"robotic_instrument_{task}")
+    if overlap == "ignore":
+        table = dataclasses.replace(table, raw_to_train={**table.raw_to_train, IGNORED: table.ignore_index})
+    return table
+
+
+def _sequences(root: Path) -> dict[int, Path]:
+    """{number: folder} of the training sequences: in ``root``, ``root/training`` or the archives' tops."""
+    found: dict[int, Path] = {}
+    for base in (root, root / "training", *(root / f"instrument_{part}_training" for part in ("1_4", "5_8"))):
+        for number in SEQUENCES:
+            folder = base / f"instrument_dataset_{number}"
+            if os.path.isdir(folder / "left_frames"):
+                if number in found:
+                    raise InputError(
+                        f"instrument_dataset_{number} lies in {found[number].parent} and in {base}; keep one of the two"
+                    )
+                found[number] = folder
+    if not found:
+        base_folder(
+            root,
+            marker="instrument_dataset_1/left_frames",
+            tops=("training", "instrument_1_4_training"),
+            dataset="robotic_instrument",
+            archives=ARCHIVES,
+        )
+    return found
+
+
+def _frames(folder: Path) -> dict[int, Path]:
+    """{number: file} of the frames in ``folder``."""
+    with os.scandir(folder) as entries:
+        matches = [(match, entry.path) for entry in entries if (match := _FRAME.fullmatch(entry.name))]
+    return {int(match[1]): Path(path) for match, path in matches}
+
+
+def instrument_folders(sequence: Path) -> list[Path]:
+    """The folders of ``sequence``/ground_truth that hold frames, without the paper's merged ones, by name."""
+    truth = require_folder(
+        sequence / "ground_truth", dataset="robotic_instrument", root=sequence.parent, archives=ARCHIVES
+    )
+    with os.scandir(truth) as entries:
+        folders = sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name not in MERGED)
+    return [folder for folder in folders if _frames(folder)]
+
+
+def _samples(sequence: Path, *, frames: range) -> list[Sample]:
+    """The samples of one sequence whose frame numbers lie in ``frames``."""
+    folders = instrument_folders(sequence)
+    if not folders:
+        raise InputError(
+            f"no folder of {sequence / 'ground_truth'} holds masks named frame000.png; unpack {ARCHIVES} again"
+        )
+    images = _frames(sequence / "left_frames")
+    masks = [_frames(folder) for folder in folders]
+    samples = []
+    for number in sorted(set(images).union(*masks) & set(frames)):
+        if number not in images:
+            folder = next(folder for folder, found in zip(folders, masks, strict=True) if number in found)
+            raise InputError(
+                f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks "
+                f"it); unpack {ARCHIVES} again"
+            )
+        lacking = [folder for folder, found in zip(folders, masks, strict=True) if number not in found]
+        if lacking:
+            raise InputError(
+                f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); "
+                f"unpack {ARCHIVES} again"
+            )
+        labels = tuple(found[number] for found in masks)
+        samples.append(Sample(f"{sequence.name}_frame{number:03d}", images[number], labels))
+    return samples
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """One instrument's mask (H, W) uint8; of a colour file (sequence 7) its first channel."""
+    check_readable(path, role="label")
+    try:
+        with Image.open(path) as image:
+            colour = image.mode in ("RGB", "RGBA")
+    except (OSError, SyntaxError, ValueError):
+        colour = False  # damaged: the reader below says so
+    return np.ascontiguousarray(read_rgb(path)[..., 0]) if colour else read_index_png(path)
+
+
+def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> np.ndarray:
+    """Raw label (H, W) int16 of a frame: part codes, 0/1 for binary, type codes; 255 for ignored overlaps."""
+    masks = [read_mask(path) for path in sample.labels]
+    for path, mask in zip(sample.labels, masks, strict=True):
+        if mask.shape != masks[0].shape:
+            raise InputError(
+                f"masks {sample.labels[0]} and {path} of one frame have sizes {masks[0].shape[::-1]} and "
+                f"{mask.shape[::-1]}; unpack {ARCHIVES} again"
+            )
+        if odd_values == "error":
+            _check_codes(mask, path)
+    merged = {"parts": _merge_parts, "binary": _merge_binary, "type": _merge_types}[task](sample, masks)
+    if overlap == "ignore" and task != "binary":
+        merged[sum((mask > 0).astype(np.int16) for mask in masks) > 1] = IGNORED
+    return merged
+
+
+def _check_codes(mask: np.ndarray, path: Path) -> None:
+    counts = np.bincount(mask.ravel(), minlength=256)
+    odd = [value for value in np.flatnonzero(counts).tolist() if value not in PART_CODES]
+    if odd:
+        listed = ", ".join(f"{value} ({counts[value]} pixels)" for value in odd[:5])
+        raise InputError(
+            f"mask {path} has values that are no instrument part: {listed}; allowed are 0, 10, 20, 30, 40: "
+            "set dataset.reader.odd_values=floor to divide by ten and round down, as the paper's code does"
+        )
+
+
+def _merge_parts(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
+    """The sum of the codes, 0 where it exceeds 40, rounded down to a multiple of ten."""
+    merged = np.zeros(masks[0].shape, np.int16)
+    for mask in masks:
+        merged += mask
+    merged[merged > PART_CODES[-1]] = 0
+    return merged // 10 * 10
+
+
+def _merge_binary(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
+    merged = np.zeros(masks[0].shape, np.int16)
+    for mask in masks:
+        merged |= mask > 0
+    return merged
+
+
+def _merge_types(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
+    merged = np.zeros(masks[0].shape, np.int16)
+    for path, mask in zip(sample.labels, masks, strict=True):
+        merged[mask > 0] = _type_code(path.parent)
+    return merged
+
+
+def _type_code(folder: Path) -> int:
+    for name, code in instrument_types().items():
+        if name in folder.name:
+            return code
+    raise InputError(
+        f"folder {folder} names no known instrument; its name must contain one of "
+        f"{', '.join(instrument_types())} (needed for dataset.reader.task=type only)"
+    )

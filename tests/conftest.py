@@ -12,6 +12,11 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write the golden traces instead of comparing")
+    parser.addoption("--loss-table", default=None, metavar="FILE", help="write the loss contract table to FILE")
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     """Small tensors: more threads than two only cost."""

@@ -1,0 +1,106 @@
+"""A finished run, opened again. Its files are untrusted input.
+
+The configuration goes through the same closed schema and the same list of allowed targets as a new one; weights are
+read with ``weights_only``; nothing that the configuration names is downloaded or read but the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segkit.config import Config, to_config
+from segkit.errors import InputError
+
+CHECKPOINTS = ("last", "best")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder and its configuration; ``phase`` is None for the last one, which lies at the top."""
+
+    path: Path
+    config: Config
+    phase: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the phase."""
+        return self.path if self.phase is None else self.path / self.phase
+
+    @property
+    def phase_name(self) -> str:
+        """The name of the phase, also of the last one."""
+        return self.phase or list(self.config.schedule)[-1]
+
+    def checkpoint(self, which: str = "last") -> Path:
+        """The checkpoint ``last`` or ``best``."""
+        if which not in CHECKPOINTS:
+            raise InputError(f"--checkpoint is {which!r}, but must be one of {', '.join(CHECKPOINTS)}")
+        path = self.folder / "checkpoints" / f"{which}.pt"
+        if not path.is_file():
+            raise InputError(f"{path} is not there: the run has not got so far; train on, or name another run")
+        return path
+
+    def label_counts(self) -> dict[str, Any]:
+        """The label counts that the phase was trained with."""
+        return read_json(self.folder / "label_counts.json")
+
+    def model(self, which: str = "last") -> Any:
+        """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
+        from segkit import pipeline
+        from segkit.training import checkpoint
+
+        path = self.checkpoint(which)
+        state = checkpoint.load(path)
+        classes = self.label_counts()["classes"]
+        model = pipeline.build_model(without_sources(self.config), len(classes))
+        checkpoint.load_weights(model.net, checkpoint.weights(state), source=path)
+        return model.eval()
+
+
+def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
+    """Open the run folder ``path``; InputError if it is none, or if its configuration is not allowed."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        raise InputError(f"{path} is no run folder, it has no config.yaml: name a folder such as outputs/DATA/MODEL/TIME")
+    try:
+        loaded = OmegaConf.load(saved)
+        config = to_config(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{saved} is not a configuration of this version ({str(error).splitlines()[0]})") from None
+    if phase is not None and phase not in config.schedule:
+        raise InputError(f"{path} has no phase {phase!r}: its phases are {', '.join(config.schedule)}")
+    return SavedRun(path, config, phase)
+
+
+def without_sources(config: Config) -> Config:
+    """``config`` with a model that is built without reading or downloading weights."""
+    model = dict(config.model)
+    if "encoder_weights" in model:
+        model["encoder_weights"] = "none"
+    if "weights" in model:
+        model["weights"] = None
+    return dataclasses.replace(config, model=model, grad_checkpointing=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; InputError if it is missing or torn."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there: the run has not got so far; run the same command again to go on") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): the run folder is damaged") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+    return content

@@ -164,12 +164,12 @@ class Run:
 
     def _initialise(self, source: Path) -> None:
         path = source / "checkpoints" / checkpoint.LAST if source.is_dir() else source
-        checkpoint.load_weights(self.model.net, checkpoint.weights(checkpoint.load(path)), source=path)
+        checkpoint.load_weights(self.model, checkpoint.weights(checkpoint.load(path)), source=path)
 
     def _load_phase(self, name: str) -> None:
         """Load the weights that phase ``name`` ended with: the next phase starts from them."""
         path = self.folder.phase(name) / "checkpoints" / checkpoint.LAST
-        checkpoint.load_weights(self.model.net, checkpoint.weights(checkpoint.load(path)), source=path)
+        checkpoint.load_weights(self.model, checkpoint.weights(checkpoint.load(path)), source=path)
 
     def _shared_phase(self, name: str, key: str) -> dict[str, Any]:
         """A phase that others build on: from the run folder, from the cache, or trained and then kept there."""

@@ -58,7 +58,7 @@ class SavedRun:
         state = checkpoint.load(path)
         classes = self.label_counts()["classes"]
         model = pipeline.build_model(without_sources(self.config), len(classes))
-        checkpoint.load_weights(model.net, checkpoint.weights(state), source=path)
+        checkpoint.load_weights(model, checkpoint.weights(state), source=path)
         return model.eval()
 
 

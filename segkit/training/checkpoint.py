@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from segkit.errors import InputError
 from segkit.runtime import write_atomically
@@ -138,13 +139,19 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     )
 
 
+def network(model: nn.Module) -> nn.Module:
+    """The network whose weights a checkpoint holds: ``model.net`` where ``model`` only normalises its input."""
+    return getattr(model, "net", model)
+
+
 def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint that evaluation uses: the moving average where there is one."""
     return state.get("ema") or state["model"]
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], *, source: Path) -> None:
-    """Load ``state`` into ``model``; InputError that says what differs if it is another model's."""
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], *, source: Path) -> None:
+    """Load ``state`` into the network of ``model``; InputError that says what differs if it is another model's."""
+    model = network(model)
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]

@@ -160,8 +160,8 @@ class Trainer:
             "format": 1,
             "phase": self.settings.phase,
             "config": self.config,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "model": checkpoint.network(self.model).state_dict(),
+            "ema": None if self.ema is None else checkpoint.network(self.ema.module).state_dict(),
             "ema_updates": None if self.ema is None else int(self.ema.n_averaged),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -304,7 +304,7 @@ class Trainer:
                 progress.best_score, progress.best_step = score, progress.step
                 if distributed.is_main():
                     best = {"format": 1, "phase": self.settings.phase, "config": self.config, "step": progress.step}
-                    checkpoint.save_best(self.checkpoints, {**best, "model": evaluated.state_dict()})
+                    checkpoint.save_best(self.checkpoints, {**best, "model": checkpoint.network(evaluated).state_dict()})
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -87,7 +87,9 @@ class LabelTable:
         """
         assert np.issubdtype(raw.dtype, np.integer), f"raw labels must be integers, not {raw.dtype}"
         if raw.dtype == np.uint8:
-            train = self._lookup[raw]
+            import cv2  # six times as fast as indexing; imported here to keep `import segkit.data` light
+
+            train = np.asarray(cv2.LUT(raw, self._lookup))
         else:
             train = np.full(raw.shape, _UNKNOWN, np.uint8)
             for value in np.unique(raw).tolist():

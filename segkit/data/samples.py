@@ -12,6 +12,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from segkit.config import config_dir, instantiate
+from segkit.data.decode import image_size as size_of_image
 from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.labels import LabelTable
 from segkit.errors import InputError
@@ -91,8 +92,7 @@ class SampleSet(Sequence[Item]):
         self._load_image = load_image
         if not self.samples:
             raise InputError(
-                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder "
-                "or list file"
+                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder or list file"
             )
         self._check_names()
         self.labelled = self._all_labelled() if labelled is None else labelled
@@ -144,16 +144,23 @@ class SampleSet(Sequence[Item]):
         if isinstance(index, slice):
             return self.subset(range(*index.indices(len(self))))
         image = self.image(index)
-        if not self.labelled:
-            label = np.full(image.shape[:2], self.ignore_index, np.uint8)
-        else:
-            label = self.label(index)
+        label = self.label(index) if self.labelled else self._no_label(image)
         self.check_sizes(index, image.shape[:2], label.shape)
         return Item(image=image, label=label, name=self.samples[index].name)
 
-    def image(self, index: int) -> np.ndarray:
-        """The image (H, W, 3) uint8 RGB alone."""
-        image = self._load_image(self.samples[index])
+    def _no_label(self, image: np.ndarray) -> np.ndarray:
+        return np.full(image.shape[:2], self.ignore_index, np.uint8)
+
+    def shrinkable(self, index: int) -> bool:
+        """True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""
+        suffix = self.samples[index].image.suffix.lower()
+        return self._load_image is rgb_image and suffix in (".jpg", ".jpeg")
+
+    def image(self, index: int, *, shrink: int = 1) -> np.ndarray:
+        """The image (H, W, 3) uint8 RGB alone; where :meth:`shrinkable`, at 1/``shrink`` of its size."""
+        sample = self.samples[index]
+        shrunk = shrink > 1 and self.shrinkable(index)
+        image = read_rgb(sample.image, shrink=shrink) if shrunk else self._load_image(sample)
         assert image.shape[2:] == (3,), f"load_image must give (H, W, 3), got {image.shape}"
         assert image.dtype == np.uint8, f"load_image must give uint8, got {image.dtype}"
         return image
@@ -170,12 +177,16 @@ class SampleSet(Sequence[Item]):
         assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
         return self.table.to_train(raw, file=sample.labels[0] if sample.labels else sample.name)
 
-    def check_sizes(self, index: int, image_size: tuple[int, ...], label_size: tuple[int, ...]) -> None:
-        """Raise InputError unless both sizes (height, width) are equal."""
-        if tuple(image_size) == tuple(label_size):
+    def check_sizes(
+        self, index: int, image_size: tuple[int, ...], label_size: tuple[int, ...], *, shrink: int = 1
+    ) -> None:
+        """Raise InputError unless both sizes (height, width) are equal, or the image is 1/``shrink`` of the label."""
+        shrunk = tuple(-(-side // shrink) for side in label_size)
+        if tuple(image_size) in (tuple(label_size), shrunk):
             return
         sample = self.samples[index]
-        (image_h, image_w), (label_h, label_w) = image_size, label_size
+        image_h, image_w = image_size if shrink == 1 else size_of_image(sample.image)
+        label_h, label_w = label_size
         label_file = sample.labels[0] if sample.labels else sample.name
         raise InputError(
             f"image {sample.image} is {image_w}x{image_h} but its label {label_file} is {label_w}x{label_h}; "

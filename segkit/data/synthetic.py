@@ -15,7 +15,6 @@ import numpy as np
 from segkit.data.labels import load_table
 from segkit.data.layout import check_split
 from segkit.data.samples import Sample, SampleSet
-from segkit.data.street_scenes import draw_scene
 from segkit.errors import InputError
 
 SPLITS = {"train": 400, "val": 100, "test": 100}
@@ -77,6 +76,8 @@ def _scene(seed: int, split: str, index: int, height: int, width: int) -> tuple[
 
 
 def _draw(seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    from segkit.data.street_scenes import draw_scene  # OpenCV: not needed to list the samples
+
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
     return draw_scene(rng, height=height, width=width)
 

@@ -1,0 +1,296 @@
+"""Batches for training and evaluation, read and augmented by worker processes.
+
+Which samples make up step ``s`` of a phase, in which order, and how each is augmented, is a pure function of
+(seed, phase, epoch, index).  Workers therefore hold no random state, any number of them gives bitwise the same
+batches, and starting at step s costs nothing but computing one permutation.  No global generator is read or moved.
+
+Workers are forked on Linux (they start in milliseconds and share the list of samples; they never touch CUDA and use
+neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spawned elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from segkit.data.samples import SampleSet
+from segkit.data.transforms import EvalTransform, TrainTransform
+from segkit.errors import InputError
+
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
+
+
+class Batch(NamedTuple):
+    """``images`` uint8 (N, 3, H, W), ``labels`` uint8 (N, H, W), the samples' names and their indices in the set."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    names: list[str]
+    indices: list[int]
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Full batches in one pass; at least 1 (a set smaller than a batch makes one smaller batch)."""
+    return max(1, num_samples // batch_size)
+
+
+def epoch_order(num_samples: int, *, seed: int, phase: str, epoch: int) -> np.ndarray:
+    """Order of the samples in one epoch: a permutation (num_samples,) int64, pure in its arguments."""
+    return _generator("order", seed, phase, epoch).permutation(num_samples)
+
+
+def _generator(*key: Any) -> np.random.Generator:
+    """A generator seeded by the text of ``key``."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+class _TrainSteps(Dataset[Batch | InputError]):
+    """Item ``s`` is the batch of step ``s``; an InputError is handed over as a value (see :func:`_run`)."""
+
+    def __init__(
+        self,
+        dataset: SampleSet,
+        *,
+        transform: TrainTransform,
+        batch_size: int,
+        seed: int,
+        phase: str,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.batch_size = batch_size
+        self.seed = seed
+        self.phase = phase
+        self.rank = rank
+        self.world_size = world_size
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return epoch_order(len(self.dataset), seed=self.seed, phase=self.phase, epoch=epoch)
+
+    def indices(self, step: int) -> tuple[int, list[int]]:
+        """(epoch, this rank's sample indices) of ``step``."""
+        epoch, place = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
+        rows = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return epoch, rows[self.rank :: self.world_size].tolist()
+
+    def __getitem__(self, step: int) -> Batch | InputError:
+        try:
+            return self._batch(step)
+        except InputError as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
+        epoch, indices = self.indices(step)
+        height, width = self.transform.crop
+        images = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
+        labels = torch.empty((len(indices), height, width), dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            image, label = self._crop(index, _generator("augment", self.seed, self.phase, epoch, index))
+            _planes(image, images[row])
+            labels[row] = torch.from_numpy(label)
+        return Batch(images, labels, [self.dataset.samples[i].name for i in indices], indices)
+
+    def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Read the label first: its size decides the window, and the window how finely the image is decoded."""
+        label = self.dataset.label(index)
+        window = self.transform.draw((label.shape[0], label.shape[1]), rng)
+        shrink = window.shrink if self.dataset.shrinkable(index) else 1
+        image = self.dataset.image(index, shrink=shrink)
+        self.dataset.check_sizes(index, image.shape[:2], label.shape, shrink=shrink)
+        return self.transform.apply(image, label, window)
+
+
+class _EvalItems(Dataset[Batch | InputError]):
+    """Item ``i`` is sample ``i`` as a batch of one."""
+
+    def __init__(self, dataset: SampleSet, *, transform: EvalTransform) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Batch | InputError:
+        try:
+            item = self.dataset[index]
+        except InputError as error:
+            return error
+        image, label = self.transform(item.image, item.label)
+        images = torch.empty((1, 3, *image.shape[:2]), dtype=torch.uint8)
+        _planes(image, images[0])
+        return Batch(images, torch.from_numpy(np.ascontiguousarray(label))[None], [item.name], [index])
+
+
+def _planes(image: np.ndarray, target: torch.Tensor) -> None:
+    """Write an image (H, W, 3) into a contiguous tensor (3, H, W)."""
+    planes = target.numpy()
+    cv2.split(image, [planes[0], planes[1], planes[2]])
+
+
+class Batches(Iterable[Batch]):
+    """An iterable of batches; every ``iter()`` begins anew, and its workers end with that iterator."""
+
+    def __init__(self, start: Callable[[], Iterator[Batch]], num_batches: int | None) -> None:
+        self._start = start
+        self._num_batches = num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._start()
+
+    def __len__(self) -> int:
+        if self._num_batches is None:
+            raise TypeError("the number of these batches depends on the sizes of the images")
+        return self._num_batches
+
+
+def train_batches(
+    dataset: SampleSet,
+    *,
+    transform: TrainTransform,
+    batch_size: int,
+    seed: int,
+    phase: str,
+    start_step: int,
+    num_steps: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batches:
+    """The batches of steps ``start_step`` .. ``num_steps`` - 1 of a phase.
+
+    Step s is batch s % n of epoch s // n, n = ``steps_per_epoch``; samples that fill no batch are left out of that
+    epoch.  ``batch_size`` counts all processes; ``rank`` takes rows ``rank::world_size`` of the global batch.
+    Raises InputError (while iterating, the reader's own) for bad samples, and at once for an unlabelled split or a
+    batch that cannot be shared out equally.
+    """
+    assert start_step >= 0, start_step
+    assert 0 <= rank < world_size, (rank, world_size)
+    if not dataset.labelled:
+        raise InputError(
+            f"split {dataset.split!r} of {dataset.name} has no labels, so it cannot be trained on; set "
+            "dataset.train_split to a labelled split"
+        )
+    rows = min(batch_size, len(dataset))
+    if rows % world_size:
+        raise InputError(
+            f"a batch of {rows} images cannot be shared out equally to {world_size} processes; set batch_size to a "
+            f"multiple of {world_size}"
+        )
+    steps = _TrainSteps(
+        dataset,
+        transform=transform,
+        batch_size=batch_size,
+        seed=seed,
+        phase=phase,
+        rank=rank,
+        world_size=world_size,
+    )
+    todo = range(start_step, max(start_step, num_steps))
+    start = functools.partial(_run, steps, todo, workers=workers, pin_memory=pin_memory)
+    return Batches(start, len(todo))
+
+
+def eval_batches(
+    dataset: SampleSet,
+    *,
+    transform: EvalTransform,
+    batch_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batches:
+    """The samples ``rank::world_size`` in order, each once; consecutive ones of equal size share a batch."""
+    assert 0 <= rank < world_size, (rank, world_size)
+    items = _EvalItems(dataset, transform=transform)
+    todo = range(rank, len(dataset), world_size)
+
+    def start() -> Iterator[Batch]:
+        single = _run(items, todo, workers=workers, pin_memory=pin_memory and batch_size == 1)
+        return single if batch_size == 1 else _grouped(single, batch_size, pin_memory=pin_memory)
+
+    return Batches(start, len(todo) if batch_size == 1 else None)
+
+
+def _grouped(single: Iterator[Batch], batch_size: int, *, pin_memory: bool) -> Iterator[Batch]:
+    held: list[Batch] = []
+    for batch in single:
+        fits = held and _shapes(batch) == _shapes(held[0]) and len(held) < batch_size
+        if held and not fits:
+            yield _joined(held, pin_memory=pin_memory)
+            held = []
+        held.append(batch)
+    if held:
+        yield _joined(held, pin_memory=pin_memory)
+
+
+def _shapes(batch: Batch) -> tuple[torch.Size, torch.Size]:
+    return batch.images.shape, batch.labels.shape
+
+
+def _joined(held: list[Batch], *, pin_memory: bool) -> Batch:
+    images, labels = torch.cat([b.images for b in held]), torch.cat([b.labels for b in held])
+    if pin_memory and torch.cuda.is_available():
+        images, labels = images.pin_memory(), labels.pin_memory()
+    return Batch(images, labels, [n for b in held for n in b.names], [i for b in held for i in b.indices])
+
+
+def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Yield ``items[i] for i in todo`` in this order, computed by ``workers`` processes (0: by this one)."""
+    loader = DataLoader(
+        items,
+        batch_size=None,
+        sampler=todo,
+        num_workers=min(workers, len(todo)),
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        prefetch_factor=PREFETCH if min(workers, len(todo)) else None,
+        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if min(workers, len(todo)) else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a loading process died ({str(error).splitlines()[0]}); there may be too little memory, or too little in "
+            "/dev/shm: set workers=0 or fewer, or give the container more shared memory"
+        ) from error
+    finally:
+        del iterator  # ends the workers, also where the loop was left early
+
+
+def _start_worker(worker: int) -> None:
+    """Threads of libraries would compete with the other workers; signals are the main process's business."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

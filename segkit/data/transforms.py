@@ -1,0 +1,231 @@
+"""What happens to a pair of image and label before it enters a batch.
+
+Training: scale, crop and flip are one transform that draws its window first and then resizes only that window;
+colour jitter runs on the crop.  All randomness comes from the generator that is passed in, in a fixed number of
+draws, so that a crop is a pure function of the generator's seed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from segkit.errors import InputError
+
+# Albumentations looks for a newer version of itself on the network unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+import albumentations
+
+PAD_COLOUR = (124, 116, 104)
+"""Mean colour of ImageNet: close to 0 after normalisation."""
+
+JITTER = {"brightness": (0.75, 1.25), "contrast": (0.75, 1.25), "saturation": (0.75, 1.25), "hue": (-0.05, 0.05)}
+"""Ranges of the colour jitter: factors, and for the hue a share of the colour circle."""
+
+_color_jitter = albumentations.ColorJitter(**JITTER, p=1.0)  # type: ignore[arg-type]
+AREA_BELOW = 0.5
+"""Images shrunk below this factor are averaged over areas; bilinear sampling would skip pixels there."""
+
+Size = tuple[int, int]
+Resize = Mapping[str, Any] | None
+
+
+def target_size(size: Size, resize: Resize) -> Size:
+    """(height, width) of an image of ``size`` after ``resize``.
+
+    ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]};
+    a key whose value is None counts as absent.
+    """
+    given = {key: value for key, value in (resize or {}).items() if value is not None}
+    if not given:
+        return size
+    if set(given) == {"short_side"}:
+        short = int(given["short_side"])
+        height, width = size
+        factor = short / min(size)
+        return (short, max(1, round(width * factor))) if height <= width else (max(1, round(height * factor)), short)
+    if set(given) == {"size"}:
+        height, width = (int(side) for side in given["size"])
+        return height, width
+    raise InputError(
+        f"resize is {dict(resize or {})}, but must be null, {{short_side: N}} or {{size: [height, width]}}: set "
+        "dataset.resize or dataset.eval_resize"
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A drawn crop: rows and columns of the full-size pair, the size they are resized to, and what comes after.
+
+    ``top:bottom``, ``left:right`` are whole pixels of image and label alike, so that both are cut at the same
+    lines.  ``height``, ``width`` is their size after resizing; it lies at (``pad_top``, ``pad_left``) of the crop.
+    ``shrink`` (1, 2 or 4): an image decoded at that fraction of its size is fine enough.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    height: int
+    width: int
+    pad_top: int
+    pad_left: int
+    flip: bool
+    jitter: dict[str, Any] | None
+    shrink: int
+
+
+class TrainTransform:
+    """Random scale, crop, flip and colour jitter to exactly ``crop`` = (height, width).
+
+    The pair is thought to be resized (``resize``, see :func:`target_size`), then scaled by a factor uniform in
+    ``scale``, then cropped at a uniform place, then mirrored with probability ``flip``; in fact only the window
+    that the crop needs is cut out (at whole pixels) and resized once: bilinear (area-averaged below half size) for
+    the image, nearest for the label.  Where the scaled pair is smaller than the crop, the rest is ``PAD_COLOUR``
+    and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop: Sequence[int],
+        resize: Resize = None,
+        scale: Sequence[float] = (1.0, 1.0),
+        flip: float = 0.0,
+        color_jitter: float = 0.0,
+        ignore_index: int = 255,
+    ) -> None:
+        if len(crop) != 2 or min(crop) < 1:
+            raise InputError(f"crop is {list(crop)}, but must be [height, width] of at least 1: set dataset.crop")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise InputError(f"scale is {list(scale)}, but must be [least, most], both positive: set dataset.scale")
+        for key, value in (("flip", flip), ("color_jitter", color_jitter)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{key} is {value}, but is a probability from 0 to 1: set dataset.{key}")
+        target_size((1, 1), resize)  # a malformed resize is refused here, not in a worker
+        self.crop = (int(crop[0]), int(crop[1]))
+        self.resize = None if resize is None else dict(resize)
+        self.scale = (float(scale[0]), float(scale[1]))
+        self.flip = float(flip)
+        self.color_jitter = float(color_jitter)
+        self.ignore_index = ignore_index
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The crop: image uint8 (h, w, 3), label uint8 (h, w), new arrays of size ``crop``."""
+        assert image.shape[:2] == label.shape, "image and label must have one size"
+        return self.apply(image, label, self.draw((label.shape[0], label.shape[1]), rng))
+
+    def draw(self, size: Size, rng: np.random.Generator) -> Window:
+        """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``."""
+        scale = rng.uniform(*self.scale)
+        place = rng.random(4)
+        flip = rng.random() < self.flip
+        jitter_on = rng.random() < self.color_jitter
+        jitter = {key: float(rng.uniform(*bounds)) for key, bounds in JITTER.items()}
+        order = rng.permutation(4).tolist()
+        resized = target_size(size, self.resize)
+        scaled = [max(1, round(side * scale)) for side in resized]
+        shrink = _shrink(max(scaled[0] / size[0], scaled[1] / size[1]))
+        spans = [_span(size[i], scaled[i], self.crop[i], float(place[i]), shrink) for i in (0, 1)]
+        (top, bottom, height), (left, right, width) = spans
+        return Window(
+            top=top,
+            bottom=bottom,
+            left=left,
+            right=right,
+            height=height,
+            width=width,
+            pad_top=math.floor(place[2] * (self.crop[0] - height + 1)),
+            pad_left=math.floor(place[3] * (self.crop[1] - width + 1)),
+            flip=bool(flip),
+            jitter={**jitter, "order": order} if jitter_on else None,
+            shrink=shrink,
+        )
+
+    def apply(self, image: np.ndarray, label: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Cut ``window`` out of a pair; the image may have been decoded at 1/``window.shrink`` of its size."""
+        shrink = 1 if image.shape[:2] == label.shape else window.shrink
+        rows = slice(window.top // shrink, -(-window.bottom // shrink))
+        columns = slice(window.left // shrink, -(-window.right // shrink))
+        size = (window.height, window.width)
+        image_crop = resize_image(image[rows, columns], size)
+        label_crop = resize_label(label[window.top : window.bottom, window.left : window.right], size)
+        if size != self.crop:
+            image_crop = self._padded(image_crop, window, PAD_COLOUR)
+            label_crop = self._padded(label_crop, window, self.ignore_index)
+        if window.flip:
+            image_crop, label_crop = cv2.flip(image_crop, 1), cv2.flip(label_crop, 1)
+        if window.jitter is not None:
+            image_crop = _color_jitter.apply(image_crop, **window.jitter)
+        return np.array(image_crop, copy=None, order="C"), np.array(label_crop, copy=None, order="C")
+
+    def _padded(self, part: np.ndarray, window: Window, value: Any) -> np.ndarray:
+        whole = np.empty((*self.crop, *part.shape[2:]), part.dtype)
+        whole[:] = value
+        rows = slice(window.pad_top, window.pad_top + window.height)
+        whole[rows, window.pad_left : window.pad_left + window.width] = part
+        return whole
+
+
+def _shrink(factor: float) -> int:
+    """Fraction of its size at which an image that is scaled by ``factor`` may be decoded: never below the target."""
+    return 4 if factor <= 0.25 else 2 if factor <= 0.5 else 1
+
+
+def _span(size: int, scaled: int, crop: int, place: float, shrink: int) -> tuple[int, int, int]:
+    """(start, stop, length after resizing) along one axis of ``size`` pixels that is scaled to ``scaled``.
+
+    Start and stop are whole source pixels, and multiples of ``shrink`` so that a shrunk image is cut at the same
+    lines as the label.
+    """
+    length = min(crop, scaled)
+    offset = math.floor(place * (scaled - length + 1))
+    start = min(round(offset * size / scaled), size - 1)
+    stop = max(start + 1, min(size, round((offset + length) * size / scaled)))
+    return start // shrink * shrink, min(size, -(-stop // shrink) * shrink), length
+
+
+def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
+    """Image (H, W, 3) at ``size`` (height, width): bilinear, or area-averaged where it shrinks below half."""
+    if image.shape[:2] == size:
+        return image.copy()
+    factor = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    method = cv2.INTER_AREA if factor < AREA_BELOW else cv2.INTER_LINEAR
+    return cv2.resize(image, (size[1], size[0]), interpolation=method)
+
+
+def resize_label(label: np.ndarray, size: Size) -> np.ndarray:
+    """Label (H, W) at ``size``: the pixel whose centre is nearest, at the same centres as the bilinear image.
+
+    (OpenCV's plain INTER_NEAREST takes the pixel to the upper left instead: a shift by up to half a pixel.)
+    """
+    if label.shape == size:
+        return label.copy()
+    return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+class EvalTransform:
+    """Resize the image for evaluation; the label keeps its own size, or follows with ``labels="resized"``.
+
+    ``resize`` as in :func:`target_size`.  With "original" labels the prediction is scaled up to the label's size
+    before it is counted.
+    """
+
+    def __init__(self, *, resize: Resize = None, labels: str = "original") -> None:
+        if labels not in ("original", "resized"):
+            raise InputError(f"eval_labels is {labels!r}; allowed are original and resized: set dataset.eval_labels")
+        target_size((1, 1), resize)
+        self.resize = None if resize is None else dict(resize)
+        self.labels = labels
+
+    def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (h, w, 3), and label uint8 (H, W) or (h, w)."""
+        size = target_size((image.shape[0], image.shape[1]), self.resize)
+        image = resize_image(image, size)
+        return image, resize_label(label, size) if self.labels == "resized" else label

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +152,9 @@ class Run:
         results: dict[str, Any] = {}
         for name in self.config.schedule:
             if name == list(self.config.schedule)[-1]:
-                self.folder.link_last_phase()
+                self.folder.link_last_phase()  # a run that is watched, or stopped, shows its checkpoints there
                 results = self._phase(name)
+                self.folder.link_last_phase()
             else:
                 key = phase_key(self.config, name, fingerprints=fingerprints, machine=machine)
                 results = self._shared_phase(name, key)
@@ -370,6 +371,8 @@ class PhaseRun:
         """The trainer of the phase, at its start."""
         model = self.run.model
         loss = build_loss(self.loss_node, self.counts, ignore_index=self.splits.train.ignore_index)
+        if distributed.is_main():
+            write_margins(self.folder, loss.loss, self.loss_node, self.counts.classes)
         ema = None
         if self.config.ema_decay is not None:
             averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema_decay)
@@ -423,6 +426,14 @@ class PhaseRun:
             runtime.write_json(self.folder / "results.json", results)
         distributed.agree(None)
         return results
+
+
+def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequence[str]) -> None:
+    """Note the margins that ``loss`` trains with in margins.json; nothing for a loss without margins."""
+    if hasattr(loss, "rho_0k"):
+        margins = {name: getattr(loss, name).tolist() for name in ("rho_0k", "rho_k0")}
+        options = {key: value for key, value in node.items() if key not in ("_target_", *LOSS_OPTIONS)}
+        runtime.write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
 
 
 def numbered(batches: list[Batch]) -> Iterator[Batch]:

@@ -29,7 +29,7 @@ FREE_KEYS = (
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
-LINKED = ("checkpoints", "label_counts.json", "per_image.npz", "results.json")
+LINKED = ("checkpoints", "label_counts.json", "margins.json", "per_image.npz", "results.json")
 
 
 class RunFolder:
@@ -98,16 +98,18 @@ class RunFolder:
         return b"".join(path.read_bytes() for path in files if path.is_file())
 
     def link_last_phase(self) -> None:
-        """Make the last phase's files appear at the top."""
+        """Make what the last phase has so far appear at the top."""
         if not self.writes:
             return
         last = list(self.config.schedule)[-1]
+        (self.path / last / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in LINKED:
             link, target = self.path / name, Path(last) / name
-            if not link.is_symlink():
-                if link.exists():
-                    raise InputError(f"{link} is in the way of a link to {target}: choose another hydra.run.dir")
-                os.symlink(target, link)
+            if link.is_symlink() or not (self.path / target).exists():
+                continue
+            if link.exists():
+                raise InputError(f"{link} is in the way of a link to {target}: choose another hydra.run.dir")
+            os.symlink(target, link)
 
 
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def main() -> None:
 
 def guarded(command: Any) -> None:
     """Call ``command``; turn the exceptions that a user can mend into one sentence and an exit code."""
+    warnings.formatwarning = lambda message, category, *rest: f"warning: {message}\n"
     try:
         command()
     except KeyboardInterrupt:

@@ -1,0 +1,119 @@
+"""The trainer's images a second against a bare loop over the same model, loss and tensors, in one run.
+
+    python scripts/bench_trainer.py [--model deeplabv3plus_tiny] [--size 128 192] [--batch 8] [--steps 20] [--repeats 5]
+
+Both loops run in turns, and the table shows medians over the turns and their ratio. The batches are in memory, so
+what is measured is the trainer itself: learning rate, logging, metrics.jsonl, the look at the loss, progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from segkit import pipeline
+from segkit.commands.compose import compose
+from segkit.data.loader import Batch
+from segkit.losses import CrossEntropyLoss, UpsampledLoss
+from segkit.training.optim import parameter_groups
+from segkit.training.precision import Mixed
+from segkit.training.tracking import Tracker
+from segkit.training.trainer import Settings, Trainer
+
+NUM_CLASSES = 11
+
+
+def make_batches(arguments: argparse.Namespace) -> list[Batch]:
+    """Batches of noise with blocks of labels."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = arguments.size
+    batches = []
+    for _ in range(4):
+        shape = (arguments.batch, 3, height, width)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        coarse = torch.randint(0, NUM_CLASSES, (arguments.batch, 1, 8, 8), generator=generator).float()
+        labels = F.interpolate(coarse, size=(height, width)).squeeze(1).to(torch.uint8)
+        batches.append(Batch(images, labels, ["noise"] * arguments.batch, list(range(arguments.batch))))
+    return batches
+
+
+def bare_loop(model, loss, optimizer, batches, *, steps: int, mixed: Mixed) -> float:
+    """Images a second of the least code that trains."""
+    model.train()
+    start = time.perf_counter()
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        images, target = batch.images.to(mixed.device), batch.labels.to(mixed.device).long()
+        optimizer.zero_grad(set_to_none=True)
+        with mixed.autocast():
+            logits = model(images)
+        loss(logits, target).backward()
+        optimizer.step()
+    if mixed.device.type == "cuda":
+        torch.cuda.synchronize()
+    return steps * len(batches[0].names) / (time.perf_counter() - start)
+
+
+def trainer_loop(model, loss, optimizer, batches, *, steps: int, mixed: Mixed, log_every: int) -> float:
+    """Images a second of the trainer, without its evaluation and its checkpoint at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            loss=loss,
+            optimizer=optimizer,
+            settings=Settings(phase="bench", num_steps=steps + 1, seed=0, log_every=log_every),
+            mixed=mixed,
+            tracker=Tracker(Path(folder), phase="bench", num_steps=steps + 1),
+            folder=Path(folder),
+            validate=lambda model, step: {"mean_iou": 0.0},
+            config={},
+        )
+        start = time.perf_counter()
+        # one batch short of the last step: fit then returns without evaluating or saving
+        trainer.fit(lambda first: (batches[step % len(batches)] for step in range(steps)))
+        seconds = time.perf_counter() - start
+        trainer.tracker.close()
+    return steps * len(batches[0].names) / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deeplabv3plus_tiny")
+    parser.add_argument("--size", type=int, nargs=2, default=[128, 192], metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
+    device = torch.device(arguments.device)
+    model = pipeline.build_model(config, NUM_CLASSES).to(device)
+    loss = UpsampledLoss(CrossEntropyLoss()).to(device)
+    mixed = Mixed(arguments.precision, device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
+    batches = make_batches(arguments)
+    bare_loop(model, loss, optimizer, batches, steps=3, mixed=mixed)
+    bare, ours = [], []
+    for _ in range(arguments.repeats):
+        bare.append(bare_loop(model, loss, optimizer, batches, steps=arguments.steps, mixed=mixed))
+        ours.append(
+            trainer_loop(model, loss, optimizer, batches, steps=arguments.steps, mixed=mixed, log_every=10)
+        )
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
+    print(f"{arguments.model}, {arguments.batch} x {arguments.size}, {arguments.precision}, {arguments.threads} threads")
+    print(f"bare loop  {statistics.median(bare):8.2f} images/s")
+    print(f"trainer    {statistics.median(ours):8.2f} images/s")
+    print(f"ratio      {statistics.median(ratios):8.3f}  (median of {arguments.repeats} turns)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""``segkit sample``: a small synthetic data set in the official layout of any of the real ones."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from segkit.errors import InputError
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    from segkit.train import guarded
+
+    guarded(run)
+
+
+def run() -> None:
+    """Write the data set and say how to use it."""
+    parser = argparse.ArgumentParser(
+        prog="segkit sample",
+        description="Write a small synthetic data set in the official layout of a real one, quirks included.",
+        epilog="example: segkit sample dataset=cityscapes --n 8 --output /tmp/cityscapes",
+    )
+    parser.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
+    parser.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
+    arguments = parser.parse_args()
+    key, _, name = arguments.dataset.partition("=")
+    if key != "dataset" or not name:
+        raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")
+    from segkit.data.sample_maker import make_sample
+
+    make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed)
+    print(f"written: {arguments.output}")
+    print(f"try: segkit check dataset={name} dataset.root={arguments.output}")

@@ -1,15 +1,32 @@
 """Losses for semantic segmentation; each keeps the contract that tests/losses/test_contract.py checks."""
 
 from segkit.losses.checks import check_inputs, check_labels, lift_binary
+from segkit.losses.lovasz import LovaszSoftmaxLoss
 from segkit.losses.margin_calibration import MarginCalibrationLoss, margin_calibration
 from segkit.losses.margins import MarginOffsets, margin_offsets
-from segkit.losses.pixelwise import CrossEntropyLoss, class_weights, cross_entropy
+from segkit.losses.pixelwise import (
+    CrossEntropyLoss,
+    FocalLoss,
+    OhemCrossEntropyLoss,
+    class_weights,
+    cross_entropy,
+)
+from segkit.losses.region import DiceLoss, GeneralizedDiceLoss, JaccardMetricLoss, TverskyLoss
+from segkit.losses.sum import SumLoss
 from segkit.losses.upsampled import UpsampledLoss
 
 __all__ = [
     "CrossEntropyLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceLoss",
+    "JaccardMetricLoss",
+    "LovaszSoftmaxLoss",
     "MarginCalibrationLoss",
     "MarginOffsets",
+    "OhemCrossEntropyLoss",
+    "SumLoss",
+    "TverskyLoss",
     "UpsampledLoss",
     "check_inputs",
     "check_labels",

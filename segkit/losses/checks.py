@@ -10,9 +10,7 @@ from torch import Tensor
 from segkit.errors import InputError
 
 
-def check_inputs(
-    logits: Tensor, target: Tensor, *, ignore_index: int, num_classes: int | None = None
-) -> None:
+def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_classes: int | None = None) -> None:
     """Raise InputError unless ``logits`` (N,K,H,W) float and ``target`` (N,H,W) integer belong together.
 
     Every label must lie in [0, K) or equal ``ignore_index``; ``num_classes`` is the K that the loss was built
@@ -21,18 +19,14 @@ def check_inputs(
     message with the value instead of a device-side assertion that kills the process.
     """
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
-        raise InputError(
-            f"logits and target must be tensors, got {type(logits).__name__} and {type(target).__name__}"
-        )
+        raise InputError(f"logits and target must be tensors, got {type(logits).__name__} and {type(target).__name__}")
     if logits.dim() != 4 or not logits.is_floating_point():
         raise InputError(
-            f"logits must be a float tensor of shape (N, K, H, W), got {logits.dtype} of shape "
-            f"{shape(logits)}"
+            f"logits must be a float tensor of shape (N, K, H, W), got {logits.dtype} of shape {shape(logits)}"
         )
     if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
         raise InputError(
-            f"target must hold integer labels (int64, shape (N, H, W)), got {target.dtype}; convert it with "
-            ".long()"
+            f"target must hold integer labels (int64, shape (N, H, W)), got {target.dtype}; convert it with .long()"
         )
     if target.dim() != 3 or target.shape != (logits.shape[0], *logits.shape[2:]):
         raise InputError(
@@ -42,8 +36,7 @@ def check_inputs(
         )
     if logits.device != target.device:
         raise InputError(
-            f"logits are on {logits.device} but target is on {target.device}; move one of them with "
-            ".to(device)"
+            f"logits are on {logits.device} but target is on {target.device}; move one of them with .to(device)"
         )
     check_classes(logits.shape[1], num_classes)
     check_labels(target, num_classes=logits.shape[1], ignore_index=ignore_index)
@@ -86,17 +79,13 @@ def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None
         )
 
 
-def check_number(
-    value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False
-) -> float:
+def check_number(value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError naming ``name``."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
         least = "greater than" if open_low else "at least"
         most = "" if high == math.inf else f" and at most {high:g}"
-        raise InputError(
-            f"{name} must be a finite number {least} {low:g}{most}, got {value!r}; set loss.{name}"
-        )
+        raise InputError(f"{name} must be a finite number {least} {low:g}{most}, got {value!r}; set loss.{name}")
     return float(value)  # type: ignore[arg-type]
 
 

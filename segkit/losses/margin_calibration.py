@@ -81,9 +81,7 @@ class MarginCalibrationLoss(PixelLoss):
     rho_0k: Tensor
     tile_function = staticmethod(margin_tile)
 
-    def __init__(
-        self, *, rho_k0: Tensor, rho_0k: Tensor, form: str = "paper", ignore_index: int = 255
-    ) -> None:
+    def __init__(self, *, rho_k0: Tensor, rho_0k: Tensor, form: str = "paper", ignore_index: int = 255) -> None:
         check_choice(form, "form", FORMS)
         rho_k0, rho_0k = (torch.as_tensor(r, dtype=torch.float32).clone() for r in (rho_k0, rho_0k))
         for name, rho in (("rho_k0", rho_k0), ("rho_0k", rho_0k)):
@@ -104,9 +102,7 @@ class MarginCalibrationLoss(PixelLoss):
         self.register_buffer("rho_0k", rho_0k)
 
     def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        c, w_pos, divisor = (
-            (math.log(2.0), 1.0, 1.0) if self.form == "paper" else (1.0, num_classes, num_classes)
-        )
+        c, w_pos, divisor = (math.log(2.0), 1.0, 1.0) if self.form == "paper" else (1.0, num_classes, num_classes)
         return self.rho_k0.to(dtype), self.rho_0k.to(dtype), c, float(w_pos), float(divisor)
 
     def extra_repr(self) -> str:
@@ -137,6 +133,4 @@ def margin_calibration(
         rho_max=rho_max,
         class_names=class_names,
     )
-    return MarginCalibrationLoss(
-        rho_k0=offsets.rho_k0, rho_0k=offsets.rho_0k, form=form, ignore_index=ignore_index
-    )
+    return MarginCalibrationLoss(rho_k0=offsets.rho_k0, rho_0k=offsets.rho_0k, form=form, ignore_index=ignore_index)

@@ -94,8 +94,7 @@ def _counts(class_pixels: Any) -> np.ndarray:
     counts = np.asarray(class_pixels)
     if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer):
         raise InputError(
-            f"class_pixels must be integer pixel counts of shape (K,), got {counts.dtype} of shape "
-            f"{counts.shape}"
+            f"class_pixels must be integer pixel counts of shape (K,), got {counts.dtype} of shape {counts.shape}"
         )
     if len(counts) < 2:
         raise InputError(
@@ -145,13 +144,9 @@ def _factor(d: np.ndarray, scale: str, tau: float, mean_margin: float | None) ->
             )
         return tau
     if mean_margin is None:
-        raise InputError(
-            "scale = mean needs the mean margin in logits; set loss.mean_margin, for example to 1.0"
-        )
+        raise InputError("scale = mean needs the mean margin in logits; set loss.mean_margin, for example to 1.0")
     if tau != DEFAULT_TAU:
-        raise InputError(
-            f"tau = {tau:g} has no effect with scale = mean; set loss.mean_margin, or loss.scale=tau"
-        )
+        raise InputError(f"tau = {tau:g} has no effect with scale = mean; set loss.mean_margin, or loss.scale=tau")
     mean = d.mean()
     return check_number(mean_margin, "mean_margin", low=0.0) / mean if mean > 0 else 0.0
 

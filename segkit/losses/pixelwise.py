@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.errors import InputError
-from segkit.losses.checks import check_choice, check_number
+from segkit.losses.checks import check_choice, check_inputs, check_number
 from segkit.losses.tiles import PixelLoss
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
@@ -44,9 +44,7 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     return torch.from_numpy(weights / weights[present].mean()).float()
 
 
-def cross_entropy_tile(
-    s: Tensor, y: Tensor, weight: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor]:
+def cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
 
     q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K, w = 1 without class weights (as torch defines it).
@@ -76,9 +74,7 @@ class CrossEntropyLoss(PixelLoss):
     weight: Tensor | None
     tile_function = staticmethod(cross_entropy_tile)
 
-    def __init__(
-        self, *, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = 255
-    ) -> None:
+    def __init__(self, *, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = 255) -> None:
         if weight is not None:
             weight = torch.as_tensor(weight, dtype=torch.float32).clone()
             if weight.dim() != 1 or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
@@ -105,6 +101,76 @@ class CrossEntropyLoss(PixelLoss):
             f"weighted={self.weight is not None}, label_smoothing={self.label_smoothing}, "
             f"ignore_index={self.ignore_index}"
         )
+
+
+def focal_tile(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
+
+    With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] -
+    p_k): written so that gamma < 1 has no pole at p_y = 1.
+    """
+    at_label = y.unsqueeze(0)
+    log_p = torch.log_softmax(s, 0)
+    log_py = log_p.gather(0, at_label)[0]
+    q = -torch.expm1(log_py)
+    r = torch.where(q > 0, log_py / torch.where(q > 0, q, 1), -1)
+    scale = q**gamma
+    slope = scale * (gamma * (1 - q) * r - 1)
+    return -scale * log_py, (log_p.exp() * -slope).scatter_add_(0, at_label, slope[None])
+
+
+class FocalLoss(PixelLoss):
+    """Mean over valid pixels of -(1 - p_y)^gamma log p_y, p the softmax (Lin et al., ICCV 2017, on a softmax).
+
+    gamma = 0 is cross-entropy.
+    """
+
+    tile_function = staticmethod(focal_tile)
+
+    def __init__(self, *, gamma: float = 2.0, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index=ignore_index)
+        self.gamma = check_number(gamma, "gamma", low=0.0)
+
+    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (self.gamma,)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, ignore_index={self.ignore_index}"
+
+
+class OhemCrossEntropyLoss(nn.Module):
+    """Mean cross-entropy over the hard pixels of the batch (online hard example mining, Shrivastava et al., 2016).
+
+    Hard are the valid pixels with p_y < ``threshold``; if those are fewer than ``min_kept``, the ``min_kept``
+    pixels with the smallest p_y (with all that tie with the last of them, so that the order of pixels does
+    not matter). The choice is not differentiated. 0 where no pixel is hard.
+    """
+
+    pixel_decomposable = False
+
+    def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.threshold = check_number(threshold, "threshold", low=0.0, high=1.0)
+        self.min_kept = int(check_number(min_kept, "min_kept", low=0))
+        self.cross_entropy = CrossEntropyLoss(ignore_index=ignore_index)
+
+    def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
+        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W)."""
+        assert denominator is None, "a choice among all pixels: there is nothing to divide by"
+        ignore_index = self.cross_entropy.ignore_index
+        check_inputs(logits, target, ignore_index=ignore_index)
+        losses = self.cross_entropy.pixel_map(logits, target)
+        with torch.no_grad():
+            valid = target != ignore_index
+            py = torch.where(valid, torch.exp(-losses), torch.inf)
+            hard = py < self.threshold
+            wanted = min(self.min_kept, int(valid.sum()))
+            if int(hard.sum()) < wanted:
+                hard = py <= torch.kthvalue(py.flatten(), wanted).values
+        return torch.where(hard, losses, 0).sum() / hard.sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, min_kept={self.min_kept}"
 
 
 def cross_entropy(

@@ -71,10 +71,20 @@ class PixelLoss(nn.Module):
         parameters = self.tile_parameters(logits.shape[1], compute_dtype(logits))
         return _PixelSum.apply(logits, target, self.ignore_index, type(self).tile_function, parameters)
 
+    def pixel_map(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(N,H,W) the loss of every pixel, 0 where ignored; shapes as ``forward``."""
+        parameters = self.tile_parameters(logits.shape[1], compute_dtype(logits))
+        return _PixelMap.apply(logits, target, self.ignore_index, type(self).tile_function, parameters)
+
 
 def safe_divide(total: Tensor, denominator: Tensor) -> Tensor:
     """``total / denominator``, with 0 / 0 = 0 and the graph kept."""
     return total / torch.where(denominator > 0, denominator, 1).to(total.dtype)
+
+
+def tile_elements(logits: Tensor) -> int:
+    """Logits per tile: what stays in the cache of a CPU; everything at once on an accelerator."""
+    return TILE_ELEMENTS if logits.device.type == "cpu" else max(1, logits.numel())
 
 
 def row_tiles(logits: Tensor, elements: int) -> list[tuple[int, int, int]]:
@@ -91,26 +101,52 @@ def sums_and_gradient(
     tile: TileFunction,
     parameters: Sequence[Any],
     gradient: Tensor | None,
+    losses: Tensor | None = None,
 ) -> Tensor:
-    """The sum over valid pixels, (); the gradient of that sum is written to ``gradient`` where one is
-    given."""
+    """The sum over valid pixels, (); its gradient is written to ``gradient``, its terms to ``losses``, where given."""
     dtype = compute_dtype(logits)
-    total = torch.zeros(
-        (), dtype=torch.float64 if logits.device.type == "cpu" else dtype, device=logits.device
-    )
-    elements = TILE_ELEMENTS if logits.device.type == "cpu" else logits.numel() or 1
+    total = torch.zeros((), dtype=torch.float64 if logits.device.type == "cpu" else dtype, device=logits.device)
     num_classes = logits.shape[1]
-    for n, top, bottom in row_tiles(logits, elements):
+    for n, top, bottom in row_tiles(logits, tile_elements(logits)):
         part = logits[n, :, top:bottom].to(dtype).reshape(num_classes, -1)
         label = target[n, top:bottom].reshape(-1).long()
         void = label == ignore_index
         loss, slope = tile(part, torch.where(void, 0, label), *parameters)
-        total += torch.where(void, 0, loss).sum(dtype=total.dtype)
+        loss = torch.where(void, 0, loss)
+        total += loss.sum(dtype=total.dtype)
+        if losses is not None:
+            losses[n, top:bottom] = loss.view(bottom - top, -1)
         if gradient is not None:
             # where, not a product: whatever stands at a void pixel, nan included, must not reach the gradient
             slope = torch.where(void, 0, slope)
             gradient[n, :, top:bottom] = slope.view(num_classes, bottom - top, -1)
     return total.to(dtype)
+
+
+class _PixelMap(torch.autograd.Function):
+    """The loss of every pixel, (N,H,W), 0 where ignored; its gradient is computed with it and kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        tile: TileFunction,
+        parameters: tuple[Any, ...],
+    ) -> Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            sums_and_gradient(logits, target, ignore_index, tile, parameters, gradient, losses)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output.unsqueeze(1)).to(gradient.dtype), None, None, None, None
 
 
 class _PixelSum(torch.autograd.Function):

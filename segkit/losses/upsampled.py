@@ -22,8 +22,7 @@ class UpsampledLoss(nn.Module):
         super().__init__()
         if banded and not loss.pixel_decomposable:
             raise InputError(
-                f"{type(loss).__name__} is not a sum over pixels and cannot be computed in bands; set "
-                "loss.banded=null"
+                f"{type(loss).__name__} is not a sum over pixels and cannot be computed in bands; set loss.banded=null"
             )
         self.loss = loss
         self.pixel_decomposable: bool = loss.pixel_decomposable

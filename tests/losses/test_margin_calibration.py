@@ -86,9 +86,7 @@ def test_paper_form_is_the_natural_form_scaled(num_classes):
     value = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k)(logits, target)
     ln2 = math.log(2)
     s, valid = (logits * ln2).movedim(1, -1)[target != 255], target[target != 255]
-    others = torch.stack(
-        [s[:, [j for j in range(num_classes) if j != k]].amax(1) for k in range(num_classes)], 1
-    )
+    others = torch.stack([s[:, [j for j in range(num_classes) if j != k]].amax(1) for k in range(num_classes)], 1)
     lam = s - others
     x = torch.where(
         torch.nn.functional.one_hot(valid, num_classes).bool(),

@@ -1,0 +1,182 @@
+"""Losses of overlaps: Dice, generalised Dice, Tversky, Jaccard.
+
+All are functions of three numbers per class, pooled over the valid pixels of the whole batch, with softmax
+probabilities p and one-hot labels t:
+
+    hits_k = sum p_k t_k        mass_k = sum p_k        size_k = sum t_k
+    false positives FP_k = mass_k - hits_k              false negatives FN_k = size_k - hits_k
+
+A class without a valid pixel in the batch is left out of the mean, so an empty class neither costs nor
+rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segkit.losses.checks import check_inputs, check_number
+from segkit.losses.pixelwise import CrossEntropyLoss
+from segkit.losses.tiles import compute_dtype, row_tiles, tile_elements
+
+
+def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(hits, mass, size), each (K,), of ``logits`` (N,K,H,W) and ``target`` (N,H,W): the head of this file."""
+    return _SoftCounts.apply(logits, target, ignore_index)
+
+
+def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+    """(index of the tile, probabilities (K,P), labels (P,), valid (P,)), labels 0 where not valid."""
+    for n, top, bottom in row_tiles(logits, tile_elements(logits)):
+        where = (n, slice(None), slice(top, bottom))
+        part = logits[where].to(compute_dtype(logits)).flatten(1)
+        label = target[n, top:bottom].reshape(-1).long()
+        valid = label != ignore_index
+        yield where, torch.softmax(part, 0), torch.where(valid, label, 0), valid
+
+
+class _SoftCounts(torch.autograd.Function):
+    """Tile by tile in both directions: the probabilities are computed twice and never stored."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(logits, target)
+        ctx.ignore_index = ignore_index
+        dtype = torch.float64 if logits.device.type == "cpu" else compute_dtype(logits)
+        hits, mass, size = (torch.zeros(logits.shape[1], dtype=dtype, device=logits.device) for _ in range(3))
+        with torch.autocast(logits.device.type, enabled=False):
+            for _, p, label, valid in _tiles(logits, target, ignore_index):
+                mass += torch.where(valid, p, 0).sum(1)
+                hits.scatter_add_(0, label, torch.where(valid, p.gather(0, label[None])[0], 0).to(dtype))
+                size.scatter_add_(0, label, valid.to(dtype))
+        hits, mass, size = (v.to(compute_dtype(logits)) for v in (hits, mass, size))
+        ctx.mark_non_differentiable(size)
+        return hits, mass, size
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_hits: Tensor, d_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logits, target = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            for where, p, label, valid in _tiles(logits, target, ctx.ignore_index):
+                # dL/dp_k = d_mass_k + [k = y] d_hits_k = v_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
+                at_label = label[None]
+                v = d_mass[:, None].expand_as(p).scatter_add(0, at_label, d_hits[at_label])
+                slope = p * (v - (p * v).sum(0))
+                gradient[where] = torch.where(valid, slope, 0).view_as(gradient[where])
+        return gradient, None, None
+
+
+def tversky_index(hits: Tensor, mass: Tensor, size: Tensor, *, alpha: float, beta: float, smooth: float) -> Tensor:
+    """(K,): (hits + smooth) / (hits + alpha FP + beta FN + smooth); 1 where that is 0 / 0."""
+    top = hits + smooth
+    bottom = top + alpha * (mass - hits) + beta * (size - hits)
+    return torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1), 1)
+
+
+def mean_over_present(per_class: Tensor, size: Tensor) -> Tensor:
+    """() mean of ``per_class`` (K,) over classes with ``size`` > 0; 0 where there is none."""
+    present = size > 0
+    return torch.where(present, per_class, 0).sum() / present.sum().clamp(min=1)
+
+
+class RegionLoss(nn.Module):
+    """A loss of (hits, mass, size); subclasses give ``of_counts``."""
+
+    pixel_decomposable = False
+
+    def __init__(self, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = int(ignore_index)
+
+    def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
+        """() loss of the three (K,) vectors."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
+        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        assert denominator is None, "not a sum over pixels: there is nothing to divide by"
+        check_inputs(logits, target, ignore_index=self.ignore_index)
+        return self.of_counts(*soft_counts(logits, target, ignore_index=self.ignore_index))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
+
+
+class TverskyLoss(RegionLoss):
+    """1 - mean over present classes of the Tversky index (Salehi et al., MLMI 2017).
+
+    index_k = (hits_k + smooth) / (hits_k + alpha FP_k + beta FN_k + smooth), ``smooth`` in pixels. alpha =
+    beta = 0.5 is Dice, alpha = beta = 1 is Jaccard; beta > alpha punishes missed pixels more than false
+    alarms.
+    """
+
+    def __init__(self, *, alpha: float = 0.3, beta: float = 0.7, smooth: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index=ignore_index)
+        self.alpha = check_number(alpha, "alpha", low=0.0)
+        self.beta = check_number(beta, "beta", low=0.0)
+        self.smooth = check_number(smooth, "smooth", low=0.0)
+
+    def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
+        index = tversky_index(hits, mass, size, alpha=self.alpha, beta=self.beta, smooth=self.smooth)
+        return mean_over_present(1 - index, size)
+
+
+class DiceLoss(RegionLoss):
+    """1 - mean over present classes of 2 (hits + smooth) / (mass + size + 2 smooth), ``smooth`` in pixels.
+
+    ``smooth`` counts as so many more hits (2 smooth on both sides), which keeps Dice = Tversky(0.5, 0.5) and
+    Jaccard = Dice / (2 - Dice) exact.
+    """
+
+    def __init__(self, *, smooth: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index=ignore_index)
+        self.smooth = check_number(smooth, "smooth", low=0.0)
+
+    def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
+        index = tversky_index(hits, mass, size, alpha=0.5, beta=0.5, smooth=self.smooth)
+        return mean_over_present(1 - index, size)
+
+
+class GeneralizedDiceLoss(RegionLoss):
+    """1 - 2 sum_k w_k hits_k / sum_k w_k (mass_k + size_k), w_k = 1 / size_k^2 (Sudre et al., DLMIA 2017).
+
+    The weights are pooled over the batch. A class without pixels has weight 0 (the formula would give it all
+    the weight there is); what the model gives to it is missing from the hits of the others.
+    """
+
+    def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
+        # relative to the smallest class: 1 / size^2 itself leaves the range of float32 for large batches
+        smallest = torch.where(size > 0, size, torch.inf).amin()
+        weight = torch.where(size > 0, (smallest / size.clamp(min=1)) ** 2, 0)
+        bottom = (weight * (mass + size)).sum()
+        index = 2 * (weight * hits).sum() / torch.where(bottom > 0, bottom, 1)
+        return torch.where(bottom > 0, 1 - index, 0 * index)
+
+
+class JaccardMetricLoss(nn.Module):
+    """``ce_weight`` cross-entropy + ``jaccard_weight`` Jaccard metric loss (Wang et al., NeurIPS 2023).
+
+    The Jaccard metric loss of class k, with L1 norms over the valid pixels of the batch, is
+    1 - (|p + t| - |p - t|) / (|p + t| + |p - t|); for one-hot t that is the soft Jaccard loss
+    1 - hits / (mass + size - hits), averaged over present classes.
+    """
+
+    pixel_decomposable = False
+
+    def __init__(self, *, ce_weight: float = 0.25, jaccard_weight: float = 0.75, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = int(ignore_index)
+        self.ce_weight = check_number(ce_weight, "ce_weight", low=0.0)
+        self.jaccard_weight = check_number(jaccard_weight, "jaccard_weight", low=0.0)
+        self.cross_entropy = CrossEntropyLoss(ignore_index=ignore_index)
+        self.jaccard = TverskyLoss(alpha=1.0, beta=1.0, smooth=0.0, ignore_index=ignore_index)
+
+    def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
+        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        assert denominator is None, "not a sum over pixels: there is nothing to divide by"
+        return self.ce_weight * self.cross_entropy(logits, target) + self.jaccard_weight * self.jaccard(logits, target)

@@ -1,0 +1,82 @@
+"""Images of any size through networks that want multiples of a number.
+
+The image is padded with zeros (the mean colour, for a normalised image) at the bottom and the right; the logits are
+cut back so that they cover exactly the image again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def padded_size(size: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not less than ``size``."""
+    return (size + multiple - 1) // multiple * multiple
+
+
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """``x`` (N, C, H, W) with zeros at the bottom and the right, so that H and W are multiples of ``multiple``."""
+    height, width = x.shape[-2:]
+    rows, columns = padded_size(height, multiple) - height, padded_size(width, multiple) - width
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+def crop_to(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The upper left ``size`` (height, width) of ``x`` (N, C, H, W)."""
+    return x[..., : size[0], : size[1]]
+
+
+def fit_logits(logits: torch.Tensor, *, padded: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    """Logits (N, K, h, w) of an image of ``size`` that was padded to ``padded``, made to cover ``size`` only.
+
+    Result: (N, K, ceil(H / s), ceil(W / s)) at the stride s = padded height / h, such that bilinear interpolation
+    with ``align_corners=False`` to ``size`` puts every logit over the pixels that it was computed from. Where s
+    divides the size, that is a crop. Elsewhere the last cell would hang over the border, and interpolation would
+    stretch the grid by up to s - 1 pixels; so the grid is sampled again at the centres of cells of size H / h.
+    """
+    strides = [whole / cells for whole, cells in zip(padded, logits.shape[-2:], strict=True)]
+    cells = [-int(-extent // stride) for extent, stride in zip(size, strides, strict=True)]
+    # Width of a cell that divides the image evenly, in units of the logits' own cells; at most 1.
+    ratios = [extent / (stride * count) for extent, stride, count in zip(size, strides, cells, strict=True)]
+    if all(ratio == 1.0 for ratio in ratios):
+        return crop_to(logits, cells)
+    scales = [1.0 / ratio for ratio in ratios]
+    resampled = F.interpolate(
+        logits, scale_factor=scales, mode="bilinear", align_corners=False, recompute_scale_factor=False
+    )
+    return crop_to(resampled, cells)
+
+
+class AnySize(nn.Module):
+    """Mixin in front of a network class whose ``size_multiple`` says what its input must be a multiple of."""
+
+    size_multiple: int
+
+    def forward(self, x: torch.Tensor) -> Any:
+        padded = pad_to_multiple(x, self.size_multiple)
+        logits = super().forward(padded)
+        if padded.shape == x.shape:
+            return logits
+        return fit_logits(logits, padded=padded.shape[-2:], size=x.shape[-2:])
+
+
+@functools.cache
+def _any_size_class(cls: Any) -> Any:
+    return type(cls.__name__, (AnySize, cls), {"__doc__": cls.__doc__})
+
+
+def accept_any_size(net: nn.Module, *, multiple: int) -> nn.Module:
+    """Make ``net`` accept images of any size; parameters and their names stay as they are.
+
+    The class of the object is exchanged for a subclass: a wrapping module would put its own name in front of every
+    key of the state dict, and a hook would have to remember the size between two calls.
+    """
+    net.__class__ = _any_size_class(type(net))
+    vars(net).update(size_multiple=multiple)
+    return net

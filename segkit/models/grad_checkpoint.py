@@ -1,0 +1,181 @@
+"""Gradient checkpointing: blocks whose activations are computed again in the backward pass instead of kept.
+
+T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input only; loss, gradients,
+buffers and random numbers are those of the plain network.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from segkit.errors import InputError
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
+
+
+def enable_grad_checkpointing(model: nn.Module) -> int:
+    """Recompute the blocks of ``model`` in the backward pass; returns how many blocks.
+
+    A model may list its blocks itself with a method ``checkpoint_blocks()``. Otherwise they are found by structure: the
+    composite members of the sequences and lists that hold a network's stages (residual blocks, the branches of a
+    decoder, transformer blocks), and sequences of plain layers that hold a convolution.
+
+    The keys and values of the state dict stay as they are, since each block's object is given a subclass of its own
+    class. Running statistics are updated once per step. InputError if ``model`` has no such block.
+    """
+    blocks = _listed_blocks(model)
+    if blocks is None:
+        blocks = list(_find_blocks(model))
+    blocks = [block for block in blocks if not isinstance(block, Checkpointed)]
+    if not blocks:
+        raise InputError(
+            f"{type(model).__name__} has no blocks to recompute (or they are recomputed already): set "
+            "grad_checkpointing=false"
+        )
+    for block in blocks:
+        block.__class__ = _checkpointed_class(type(block))
+    return len(blocks)
+
+
+def _listed_blocks(model: nn.Module) -> list[nn.Module] | None:
+    """What the first module of ``model`` with a method ``checkpoint_blocks`` lists, or None."""
+    for module in model.modules():
+        listed = getattr(module, "checkpoint_blocks", None)
+        if callable(listed):
+            return listed()
+    return None
+
+
+def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost blocks below ``module``, in order."""
+    for child in module.children():
+        if _is_unit(child):
+            yield child
+        elif isinstance(child, CONTAINERS):
+            yield from _members(child)
+        else:
+            yield from _find_blocks(child)
+
+
+def _members(container: nn.Module) -> Iterator[nn.Module]:
+    """The blocks among the members of ``container``; a member that is itself a series of blocks is looked into."""
+    for member in container.children():
+        if _is_unit(member):
+            yield member
+        elif isinstance(member, CONTAINERS) and not _is_plain(member):
+            yield from _members(member)
+        elif type(member).__name__.endswith("Stage"):  # timm's name for a series of blocks with its down-sampling
+            yield from _find_blocks(member)
+        elif any(True for _ in member.children()) and any(True for _ in member.parameters()):
+            yield member
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True for an nn.Sequential of layers that have no layers inside."""
+    return isinstance(module, nn.Sequential) and all(not list(layer.children()) for layer in module)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """True for an nn.Sequential such as (convolution, norm, activation), where the convolution may be separable."""
+    if not isinstance(module, nn.Sequential):
+        return False
+    layers = list(module)
+    leaves = [layer for layer in layers if not list(layer.children())]
+    has_weights = any(True for layer in leaves for _ in layer.parameters())
+    has_convolution = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+    return has_weights and has_convolution and all(layer in leaves or _is_plain(layer) for layer in layers)
+
+
+class Checkpointed(nn.Module):
+    """Mixin in front of a block's class: its forward pass is a checkpoint while gradients are recorded."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        # A caller may go on to extend a list that it handed in, as densely connected networks do.
+        args = tuple(list(value) if isinstance(value, list) else value for value in args)
+        # torch.compile traces buffers as values of the graph and writes them back once; it knows no context_fn.
+        contexts: dict[str, Any] = {} if compiling else {"context_fn": functools.partial(_contexts, self)}
+        versions = [] if compiling else _versions(args)
+        output = checkpoint(
+            super().forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=_is_random(self, len(args) + len(kwargs)),
+            **contexts,
+            **kwargs,
+        )
+        if not compiling and versions != _versions(args):
+            raise InputError(
+                f"a block of class {type(self).__name__} changes its input in place, so that it cannot be computed "
+                "again: set grad_checkpointing=false for this model"
+            )
+        return output
+
+
+@functools.cache
+def _checkpointed_class(cls: Any) -> Any:
+    return type(cls.__name__, (Checkpointed, cls), {"__doc__": cls.__doc__})
+
+
+def _versions(args: tuple[Any, ...]) -> list[int]:
+    """How often each tensor among ``args`` was written to."""
+    return [value._version for value in args if isinstance(value, torch.Tensor)]
+
+
+def _is_random(block: nn.Module, num_arguments: int) -> bool:
+    """True if the forward pass of ``block`` may draw random numbers: dropout in any of its forms, in training.
+
+    Saving and restoring the generators' states costs a little at every block, on a GPU a synchronisation, so blocks
+    that cannot draw go without. A rate may also be an attribute that a functional dropout uses, or come as a further
+    argument of the call (as in the EfficientNet of segmentation_models_pytorch).
+    """
+    if not block.training:
+        return False
+    if num_arguments > 1:
+        return True
+    for module in block.modules():
+        if isinstance(module, RANDOM_LAYERS) or "drop" in type(module).__name__.lower():
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the first computation and of the second, in which running statistics stay as they are."""
+    return nullcontext(), _frozen_statistics(block)
+
+
+@contextmanager
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch statistics normalise as in training, but running statistics and counters of ``block`` keep their values.
+
+    The layers must save the same tensors as in the first computation, so the running statistics are not taken away;
+    with a momentum of 0 they are written with the values that they have.
+    """
+    norms = [
+        module
+        for module in block.modules()
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None
+    ]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, saved, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked = counter

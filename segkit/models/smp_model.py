@@ -1,0 +1,134 @@
+"""Any architecture of segmentation_models_pytorch on any of its encoders, or of timm's (``tu-NAME``)."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from segkit.errors import InputError
+from segkit.models.any_size import accept_any_size
+from segkit.models.encoder_weights import load_encoder_weights
+from segkit.models.normalisation import normalisation, set_normalisation
+from segkit.models.weights import load_model_weights
+
+FIXED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params")
+"""Arguments of an architecture that :func:`smp_model` sets itself."""
+
+
+def smp_model(
+    arch: str,
+    encoder: str,
+    num_classes: int,
+    *,
+    encoder_weights: str | Path | None = "imagenet",
+    weights: str | Path | None = None,
+    options: dict[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Architecture ``arch`` of segmentation_models_pytorch: (N, 3, H, W) float -> logits at the decoder's own stride.
+
+    ``arch``: Unet, UnetPlusPlus, MAnet, Linknet, FPN, PSPNet, DeepLabV3, DeepLabV3Plus, PAN, UPerNet, Segformer, DPT.
+    ``encoder``: a name of the package's own, or ``tu-NAME`` for the model NAME of timm.
+    ``encoder_weights``: ``imagenet``, ``none``, or a file with the encoder's weights. ``weights``: a file with those
+    of the whole model. ``options``: further arguments of the architecture, for example ``decoder_channels``.
+    ``mean`` and ``std``: what the input is normalised with; null takes what the encoder was trained with.
+
+    H and W are arbitrary: the image is padded as the encoder needs it, and the logits cover the image alone.
+    InputError for an unknown name (with the nearest ones), an unknown option, or weights that cannot be had.
+    """
+    import segmentation_models_pytorch as smp
+
+    name = _architecture(arch)
+    _check_encoder(encoder)
+    cls = getattr(smp, name)
+    parameters = inspect.signature(cls.__init__).parameters
+    arguments = dict(options or {})
+    _check_options(arguments, parameters, name=name)
+    if "upsampling" in parameters:
+        arguments["upsampling"] = 1
+    net = _build(cls, encoder, num_classes, arguments)
+    if weights is None:
+        load_encoder_weights(net.encoder, encoder, encoder_weights)
+    set_normalisation(net, *normalisation(encoder), mean=mean, std=std)
+    net = accept_any_size(net, multiple=net.encoder.output_stride if cls.requires_divisible_input_shape else 1)
+    if weights is not None:
+        load_model_weights(net, weights)
+    return net
+
+
+def _build(cls: Any, encoder: str, num_classes: int, arguments: dict[str, Any]) -> Any:
+    """The network with random weights; what the package refuses becomes an InputError."""
+    try:
+        with warnings.catch_warnings():
+            # Encoders named timm-... are announced for removal; that is for whoever names one to see, as an error.
+            warnings.simplefilter("error", DeprecationWarning)
+            return cls(encoder_name=encoder, encoder_weights=None, in_channels=3, classes=num_classes, **arguments)
+    except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, DeprecationWarning) as error:
+        raise InputError(
+            f"{cls.__name__} cannot be built on the encoder {encoder} ({_first_line(error)}): choose another "
+            "model.encoder, or change the options of the model"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _architecture(arch: str) -> str:
+    """The class name for ``arch``, in any case."""
+    import segmentation_models_pytorch as smp
+
+    names = {name: cls.__name__ for name, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
+    if arch.lower() not in names:
+        close = difflib.get_close_matches(arch.lower(), names, n=3, cutoff=0.4)
+        nearest = f"nearest: {', '.join(names[name] for name in close)}; " if close else ""
+        raise InputError(
+            f"model.arch is {arch!r}, but segmentation_models_pytorch has no such architecture ({nearest}all: "
+            f"{', '.join(names.values())}): set model.arch to one of them"
+        )
+    return names[arch.lower()]
+
+
+def _check_encoder(encoder: str) -> None:
+    """InputError with the closest names if there is no encoder of this name."""
+    import segmentation_models_pytorch as smp
+    import timm
+
+    if encoder.startswith("tu-"):
+        if timm.is_model(encoder.removeprefix("tu-").partition(".")[0]):
+            return
+        known, prefix = timm.list_models(), "tu-"
+    else:
+        known, prefix = smp.encoders.get_encoder_names(), ""
+        if encoder in known:
+            return
+        if timm.is_model(encoder):
+            raise InputError(
+                f"model.encoder is {encoder!r}, which is a name of timm: write it with its prefix, "
+                f"model.encoder=tu-{encoder}"
+            )
+    close = difflib.get_close_matches(encoder.removeprefix("tu-"), known, n=3, cutoff=0.4)
+    nearest = f" (nearest: {', '.join(prefix + name for name in close)})" if close else ""
+    raise InputError(
+        f"model.encoder is {encoder!r}, but there is no such encoder{nearest}: set model.encoder to a name of "
+        "segmentation_models_pytorch, or to tu-NAME for a model of timm"
+    )
+
+
+def _check_options(options: dict[str, Any], parameters: Any, *, name: str) -> None:
+    """InputError for an option that the architecture does not have, or that has a key of its own."""
+    allowed = [key for key in parameters if key not in (*FIXED, "self", "kwargs")]
+    for key in options:
+        if key not in allowed:
+            raise InputError(
+                f"model.options.{key} is not an option of {name}, which has {', '.join(allowed)}: remove "
+                f"model.options.{key} or correct its name"
+            )

@@ -113,11 +113,12 @@ class Inference:
         return described
 
     def _views(self, model: nn.Module, images: Tensor, size: Size) -> _Views:
-        views = _Views(size)
+        mirrors = (False, True) if self.flip else (False,)
+        views = _Views(size, num_views=len(self.scales) * len(mirrors))
         height, width = images.shape[-2:]
         for scale in self.scales:
             scaled = max(1, round(height * scale)), max(1, round(width * scale))
-            for flipped in (False, True) if self.flip else (False,):
+            for flipped in mirrors:
                 source = images.flip(-1) if flipped else images
                 if self.window is None:
                     view = self._view_of_whole(model, source, scaled)
@@ -253,12 +254,16 @@ def _window_weights(num_cells: int, *, gaussian: bool) -> Tensor:
 class _Views:
     """Logit maps of several views of the same images, averaged as probabilities at ``size``.
 
-    Maps that together are larger than the full-size scores (models of stride 1) are summed up at full size.
+    Maps that together exceed an eighth of the memory of full-size scores go on in half precision, after the
+    largest logit has been taken off at every cell. Neither softmax nor bilinear interpolation sees that (it
+    shifts all classes of a pixel alike), and it leaves the logits of the classes that compete near 0, where half
+    precision is fine: probabilities err by about 1e-3 of themselves at most. Maps that exceed the full-size
+    scores (models of stride 1) are summed up at full size.
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, *, num_views: int) -> None:
         self.size = size
-        self.num_views = 0
+        self.num_views = num_views
         self._maps: list[tuple[Tensor, tuple[float, float], bool]] = []
         self._sum: Tensor | None = None
 
@@ -266,12 +271,13 @@ class _Views:
         """Add a map (N, K, h, w); ``extent`` as in `resized_rows`; ``flipped``: of the mirrored images."""
         if self._maps and self._maps[0][0].shape[1] != logits.shape[1]:
             raise InputError("the model returned different numbers of classes for different image sizes")
-        self.num_views += 1
-        self._maps.append((logits, extent, flipped))
-        num, num_classes = logits.shape[:2]
-        held = sum(maps.numel() for maps, _, _ in self._maps)
-        if self.num_views > 1 and held > num * num_classes * self.size[0] * self.size[1]:
+        full_size = 4 * logits.shape[0] * logits.shape[1] * self.size[0] * self.size[1]
+        held = sum(maps.numel() * maps.element_size() for maps, _, _ in self._maps)
+        if held > full_size:
             self._fold()
+        self._maps.append((logits, extent, flipped))
+        if self.num_views > 1 and held + 4 * logits.numel() > full_size // 8:
+            self._maps = [(_halved(maps), extent, flipped) for maps, extent, flipped in self._maps]
 
     def _fold(self) -> None:
         first = self._maps[0][0]
@@ -284,11 +290,11 @@ class _Views:
 
     def _summed(self) -> Iterator[tuple[slice, Tensor]]:
         """Bands of the sum of all probabilities."""
-        reference = self._sum if self._sum is not None else self._maps[0][0]
+        reference = self._maps[0][0] if self._sum is None else self._sum
         for rows in band_slices(self.size, reference.shape[0] * reference.shape[1]):
             total = None if self._sum is None else self._sum[:, :, rows]
             for maps, extent, flipped in self._maps:
-                band = resized_rows(maps, self.size, rows, extent=extent).softmax(1)
+                band = resized_rows(maps, self.size, rows, extent=extent, dtype=torch.float32).softmax(1)
                 band = band.flip(-1) if flipped else band
                 total = band if total is None else total + band
             assert total is not None
@@ -304,3 +310,9 @@ class _Views:
         assert not flipped
         for rows in band_slices(self.size, maps.shape[0] * maps.shape[1]):
             yield rows, resized_rows(maps, self.size, rows, extent=extent)
+
+
+def _halved(logits: Tensor) -> Tensor:
+    if logits.dtype == torch.float16:
+        return logits
+    return (logits - logits.amax(1, keepdim=True)).clamp_(min=-6e4).half()

@@ -23,19 +23,28 @@ def band_slices(size: Size, num_maps: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, height))
 
 
-def resized_rows(maps: Tensor, size: Size, rows: slice, *, extent: tuple[float, float] | None = None) -> Tensor:
+def resized_rows(
+    maps: Tensor,
+    size: Size,
+    rows: slice,
+    *,
+    extent: tuple[float, float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Rows ``rows`` of ``maps`` (N, C, h, w) resized bilinearly to ``size``: float (N, C, len(rows), W).
 
     Equal but for rounding to those rows of ``F.interpolate(maps, size, mode="bilinear", align_corners=False)``:
     the interpolation is separable, so the few input rows of the band are mixed first, and each row after that.
 
     ``extent`` (height, width), in cells of ``maps``, is the part that becomes ``size``; cells to the right of it
-    and below were computed from padding. Default: all.
+    and below were computed from padding. Default: all. ``dtype`` of the result: that of ``maps``, or float32 for
+    integers.
     """
     low_height, low_width = maps.shape[-2:]
     high, wide = (float(low_height), float(low_width)) if extent is None else extent
     height, width = size
-    dtype = maps.dtype if maps.is_floating_point() else torch.float32
+    if dtype is None:
+        dtype = maps.dtype if maps.is_floating_point() else torch.float32
     if high == height:
         band = maps[:, :, rows].to(dtype)
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from segkit import pipeline
+from segkit import build
 from segkit.commands.compose import compose
 from segkit.data.loader import Batch
 from segkit.losses import CrossEntropyLoss, UpsampledLoss
@@ -96,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
     device = torch.device(arguments.device)
-    model = pipeline.build_model(config, NUM_CLASSES).to(device)
+    model = build.build_model(config, NUM_CLASSES).to(device)
     loss = UpsampledLoss(CrossEntropyLoss()).to(device)
     mixed = Mixed(arguments.precision, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)

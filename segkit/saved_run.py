@@ -51,13 +51,13 @@ class SavedRun:
 
     def model(self, which: str = "last") -> Any:
         """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
-        from segkit import pipeline
+        from segkit import build
         from segkit.training import checkpoint
 
         path = self.checkpoint(which)
         state = checkpoint.load(path)
         classes = self.label_counts()["classes"]
-        model = pipeline.build_model(without_sources(self.config), len(classes))
+        model = build.build_model(without_sources(self.config), len(classes))
         checkpoint.load_weights(model, checkpoint.weights(state), source=path)
         return model.eval()
 
@@ -70,7 +70,9 @@ def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
     path = Path(path)
     saved = path / "config.yaml"
     if not saved.is_file():
-        raise InputError(f"{path} is no run folder, it has no config.yaml: name a folder such as outputs/DATA/MODEL/TIME")
+        raise InputError(
+            f"{path} is no run folder, it has no config.yaml: name a folder such as outputs/DATA/MODEL/TIME"
+        )
     try:
         loaded = OmegaConf.load(saved)
         config = to_config(OmegaConf.merge(OmegaConf.structured(Config), loaded))
@@ -98,7 +100,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is not there: the run has not got so far; run the same command again to go on") from None
+        raise InputError(
+            f"{path} is not there: the run has not got so far; run the same command again to go on"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): the run folder is damaged") from None
     if not isinstance(content, dict):

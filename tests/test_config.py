@@ -11,18 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from segkit.config import (
-    Config,
-    bind,
-    check_allowed,
-    check_targets,
-    config_dir,
-    instantiate,
-    locate,
-    plain,
-    to_config,
-)
+from segkit.config import Config, check_targets, config_dir, plain, to_config
 from segkit.errors import InputError
+from segkit.targets import bind, check_allowed, instantiate, locate
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
 FILES = sorted(path for path in config_dir().rglob("*.yaml"))

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "segkit"
 PARTS = {"data", "models", "losses", "training", "evaluation"}
-SHARED = {"errors", "progress", "runtime", "config"}
+SHARED = {"errors", "progress", "runtime", "config", "targets"}
 HEAVY = {"torch", "torchvision", "segmentation_models_pytorch", "timm", "albumentations", "cv2", "matplotlib", "scipy"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -51,8 +51,9 @@ def test_report_reads_run_folders_only():
         assert all(name.startswith(allowed) for name in others), (path, others)
 
 
-def test_config_imports_nothing_of_segkit_but_its_error():
-    assert segkit_parts(PACKAGE / "config.py") == {"errors"}
+def test_config_imports_nothing_of_segkit_but_errors_and_targets():
+    assert segkit_parts(PACKAGE / "config.py") == {"errors", "targets"}
+    assert segkit_parts(PACKAGE / "targets.py") == {"errors"}
 
 
 @pytest.mark.parametrize("module", ["segkit", "segkit.config", "segkit.cli", "segkit.train", "segkit.preflight"])

@@ -1,0 +1,61 @@
+"""From configuration nodes to objects: model, loss, optimizer, transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from segkit import runtime
+from segkit.config import Config, DatasetConfig, plain
+from segkit.data.statistics import LabelCounts
+from segkit.data.transforms import TrainTransform
+from segkit.errors import InputError
+from segkit.losses import UpsampledLoss
+from segkit.models import Segmenter, enable_grad_checkpointing
+from segkit.targets import instantiate
+from segkit.training.optim import parameter_groups
+
+
+def build_model(config: Config, num_classes: int) -> Segmenter:
+    """The model of ``config`` for ``num_classes``, with its weights drawn from ``config.seed``."""
+    torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
+    net = instantiate(config.model, {"num_classes": num_classes, "classes": num_classes}, key="model")
+    if config.grad_checkpointing:
+        enable_grad_checkpointing(net)
+    return Segmenter(net)
+
+
+def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> UpsampledLoss:
+    """The loss of ``node`` with margins or weights from ``counts``, up-sampling logits to the labels' size."""
+    facts = {
+        "class_pixels": counts.class_pixels,
+        "class_names": list(counts.classes),
+        "num_classes": len(counts.classes),
+        "ignore_index": ignore_index,
+    }
+    return UpsampledLoss(instantiate(node, facts, key="loss"), banded=node.get("banded"))
+
+
+def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over the parameter groups of ``model``; ``lr`` replaces its learning rate."""
+    node = dict(config.optimizer)
+    if lr is not None:
+        node["lr"] = lr
+    if "lr" not in node:
+        raise InputError("optimizer.lr is needed: set optimizer.lr=...")
+    groups = parameter_groups(model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor)
+    return instantiate({**node, "params": groups}, key="optimizer")
+
+
+def train_transform(dataset: DatasetConfig, *, augment: bool, ignore_index: int) -> TrainTransform:
+    """Scale-crop-flip and colour jitter of ``dataset``; only the crop without ``augment``."""
+    return TrainTransform(
+        crop=(dataset.crop[0], dataset.crop[1]),
+        resize=plain(dataset.resize),
+        scale=(dataset.scale[0], dataset.scale[1]) if augment else (1.0, 1.0),
+        flip=dataset.flip if augment else 0.0,
+        color_jitter=dataset.color_jitter if augment else 0.0,
+        ignore_index=ignore_index,
+    )

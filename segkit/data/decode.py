@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from segkit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
@@ -31,6 +34,31 @@ def read_index_png(path: Path | str) -> np.ndarray:
     """
     path = Path(path)
     check_readable(path, role="label")
+    content = np.fromfile(path, np.uint8)
+    if _is_plain_index_png(content[:33].tobytes()):
+        label = _decode_png(content, path)
+        if label.shape[0] == 1:  # a second channel would be transparency, which Pillow leaves out below
+            return label[0].numpy()
+    return _read_index_with_pillow(path)
+
+
+def _is_plain_index_png(head: bytes) -> bool:
+    """True for a PNG of 8 bits, grey (colour type 0) or palette (3): bytes 24 and 25 of the file, in its IHDR."""
+    return len(head) == 33 and head[:8] == _PNG and head[12:16] == b"IHDR" and head[24] == 8 and head[25] in (0, 3)
+
+
+def _decode_png(content: np.ndarray, path: Path) -> torch.Tensor:
+    """Channels (C, H, W) as stored; torchvision keeps palette indices, and is strict about truncated files."""
+    import torch
+    from torchvision.io import decode_png
+
+    try:
+        return decode_png(torch.from_numpy(content))
+    except RuntimeError as error:
+        raise _damaged(path, error) from error
+
+
+def _read_index_with_pillow(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             _check_index_mode(image, path)

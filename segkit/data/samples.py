@@ -134,6 +134,11 @@ class SampleSet(Sequence[Item]):
     def ignore_index(self) -> int:
         return self.table.ignore_index
 
+    @property
+    def readers(self) -> tuple[Callable[[Sample], np.ndarray], Callable[[Sample], np.ndarray]]:
+        """``load_image`` and ``load_label``."""
+        return self._load_image, self._load_label
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -168,6 +173,10 @@ class SampleSet(Sequence[Item]):
 
     def label(self, index: int) -> np.ndarray:
         """The label (H, W) uint8 train ids alone; InputError in an unlabelled split."""
+        return self.to_train(index, self.raw_label(index))
+
+    def raw_label(self, index: int) -> np.ndarray:
+        """The label (H, W) as the reader gives it, before the label table; InputError in an unlabelled split."""
         sample = self.samples[index]
         if not self.labelled:
             raise InputError(
@@ -176,6 +185,11 @@ class SampleSet(Sequence[Item]):
             )
         raw = self._load_label(sample)
         assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
+        return raw
+
+    def to_train(self, index: int, raw: np.ndarray) -> np.ndarray:
+        """Train ids (H, W) uint8 of the raw label of sample ``index``; InputError names its file."""
+        sample = self.samples[index]
         return self.table.to_train(raw, file=sample.labels[0] if sample.labels else sample.name)
 
     def check_sizes(

@@ -1,0 +1,271 @@
+"""How many pixels of each class a split has: counted once from the label files, in parallel, and kept.
+
+Margin-offsets, class weights and reports all rest on these counts, so they come from whole label files at full
+resolution, never from crops, and are added up in int64.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.data.decode import check_readable
+from segkit.data.samples import SampleSet
+from segkit.errors import InputError
+from segkit.progress import track
+
+
+@dataclass(frozen=True, eq=False)
+class LabelCounts:
+    """Counts of one split over K classes, in the order of ``classes``.
+
+    ``class_pixels`` int64 (K,): pixels of the class; ``class_images`` int64 (K,): images with at least one;
+    ``ignored_pixels``: pixels labelled ``ignore_index``; ``fingerprint``: of the files that were counted.
+    """
+
+    class_pixels: np.ndarray
+    class_images: np.ndarray
+    ignored_pixels: int
+    num_images: int
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for array in (self.class_pixels, self.class_images):
+            assert array.shape == (len(self.classes),), array.shape
+            assert array.dtype == np.int64, array.dtype
+
+    def to_json(self) -> str:
+        """JSON text with one row per class."""
+        rows = {
+            name: {"pixels": int(pixels), "images": int(images)}
+            for name, pixels, images in zip(self.classes, self.class_pixels, self.class_images, strict=True)
+        }
+        content = {
+            "num_images": self.num_images,
+            "ignored_pixels": self.ignored_pixels,
+            "fingerprint": self.fingerprint,
+            "classes": rows,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LabelCounts:
+        """The inverse of :meth:`to_json`; raises ValueError, KeyError or TypeError for other text."""
+        content = json.loads(text)
+        rows = content["classes"]
+        return cls(
+            class_pixels=np.array([row["pixels"] for row in rows.values()], np.int64),
+            class_images=np.array([row["images"] for row in rows.values()], np.int64),
+            ignored_pixels=int(content["ignored_pixels"]),
+            num_images=int(content["num_images"]),
+            classes=tuple(rows),
+            fingerprint=str(content["fingerprint"]),
+        )
+
+
+def fingerprint(dataset: SampleSet) -> str:
+    """Hash (32 hex digits) of everything that the content of a split depends on, wherever it lies.
+
+    Names, sizes and modification times of all its files, its order, the label table, and the two reading functions
+    with their options.  Raises InputError for a file that is missing.
+    """
+    table = dataset.table
+    head = {
+        "split": dataset.split,
+        "classes": table.classes,
+        "raw_to_train": sorted(table.raw_to_train.items()),
+        "readers": [_describe(reader) for reader in dataset.readers],
+        "labelled": dataset.labelled,
+    }
+    digest = hashlib.blake2b(json.dumps(head, default=str).encode(), digest_size=16)
+    for sample in dataset.samples:
+        digest.update(f"\n{sample.name}".encode())
+        for path in (sample.image, *sample.labels) if sample.labels or not dataset.labelled else ():
+            digest.update(_file_state(path).encode())
+    return digest.hexdigest()
+
+
+def _file_state(path: Path) -> str:
+    try:
+        state = os.stat(path)
+    except OSError:
+        check_readable(path, role="file")  # says in a sentence what is wrong
+        raise
+    return f"\t{path.parent.name}/{path.name} {state.st_size} {state.st_mtime_ns}"
+
+
+def _describe(reader: Callable[..., Any]) -> str:
+    """Name and bound options of a reading function; not its address, which differs from run to run."""
+    if isinstance(reader, functools.partial):
+        options = sorted(reader.keywords.items())
+        return f"{_describe(reader.func)} {reader.args!r} {options!r}"
+    return f"{reader.__module__}.{reader.__qualname__}"
+
+
+def count_labels(
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None, progress: bool = True
+) -> LabelCounts:
+    """Count the labels of every sample, in ``workers`` processes (0 and 1: in this one).
+
+    The result is kept as JSON under ``cache_dir``/label_counts and taken from there as long as the
+    :func:`fingerprint` is the same.  Raises InputError for an unlabelled split, for any label that the reader
+    refuses, and for a ``cache_dir`` that cannot be written.
+    """
+    mark = fingerprint(dataset)
+    cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
+    if cached is not None and cached.is_file():
+        counts = _from_cache(cached, dataset, mark)
+        if counts is not None:
+            return counts
+    counts = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
+    if cached is not None:
+        _store(cached, counts)
+    return counts
+
+
+def _from_cache(path: Path, dataset: SampleSet, mark: str) -> LabelCounts | None:
+    """The kept counts; None where the file is torn or not ours, so that it is written anew."""
+    try:
+        counts = LabelCounts.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    same = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
+    return counts if same else None
+
+
+def _store(path: Path, counts: LabelCounts) -> None:
+    """Write under another name, then rename: a reader never sees half a file."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(counts.to_json(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"label counts cannot be kept in {path.parent} ({error.strerror}); set cache_dir to a folder that may be "
+            "written"
+        ) from error
+
+
+def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> LabelCounts:
+    pixels = np.zeros(256, np.int64)
+    images = np.zeros(256, np.int64)
+    with closing(_each_count(dataset, workers)) as each:
+        shown: Iterable[np.ndarray] = each
+        if progress:
+            description = f"Counting labels of {dataset.name} {dataset.split}"
+            shown = track(each, description=description, total=len(dataset), unit="images")
+        for counts in shown:
+            pixels += counts
+            images += counts > 0
+    num = dataset.num_classes
+    return LabelCounts(
+        class_pixels=pixels[:num].copy(),
+        class_images=images[:num].copy(),
+        ignored_pixels=int(pixels[dataset.ignore_index]),
+        num_images=len(dataset),
+        classes=dataset.classes,
+        fingerprint=mark,
+    )
+
+
+def _each_count(dataset: SampleSet, workers: int) -> Iterator[np.ndarray]:
+    """Counts (256,) int64 of train ids of every sample, in order."""
+    if workers <= 1:
+        for index in range(len(dataset)):
+            yield label_histogram(dataset, index)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(dataset,))
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of any fork beside threads; decoding uses none (as in the loader).
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            results = pool.map(
+                _count_one, range(len(dataset)), chunksize=max(1, min(16, len(dataset) // (4 * workers)))
+            )
+        yield from results
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that counts labels died, probably for want of memory; set workers=0 or fewer"
+        ) from error
+    except InputError as error:
+        raise error from None  # without the worker's traceback
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_dataset: SampleSet | None = None  # of a worker process
+
+
+def _start_worker(dataset: SampleSet) -> None:
+    global _dataset
+    _dataset = dataset
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _count_one(index: int) -> np.ndarray:
+    assert _dataset is not None
+    return label_histogram(_dataset, index)
+
+
+def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
+    """Pixels of each train id 0..255 in one label: int64 (256,).
+
+    8-bit labels are counted by raw value and only the 256 counts are mapped, which spares a pass over the pixels.
+    """
+    raw = dataset.raw_label(index)
+    if raw.dtype != np.uint8:
+        return byte_histogram(dataset.to_train(index, raw))
+    counts = byte_histogram(raw)
+    present = np.flatnonzero(counts)
+    train = np.array([dataset.table.raw_to_train.get(value, -1) for value in present.tolist()])
+    if (train < 0).any():
+        dataset.to_train(index, raw)
+        raise AssertionError("to_train must refuse an unknown value")
+    mapped = np.zeros(256, np.int64)
+    np.add.at(mapped, train, counts[present])
+    return mapped
+
+
+def byte_histogram(array: np.ndarray) -> np.ndarray:
+    """Number of each value 0..255 of a uint8 array: int64 (256,).
+
+    Counting a long run of one value is slow, as each step waits for the one before.  Labels are mostly runs, so
+    words of eight equal pixels are counted once by their first pixel, and only the mixed words pixel by pixel.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    length = max(0, flat.size - 1) // 8 * 8
+    changes = np.not_equal(flat[1 : length + 1], flat[:length]).view(np.uint64)
+    mixed_at = np.flatnonzero(changes != 0)
+    if 2 * mixed_at.size > length // 8:
+        return _bincount(flat)
+    mixed = flat[:length].view(np.uint64)[mixed_at].view(np.uint8)
+    firsts = _bincount(flat[:length:8]) - _bincount(mixed[::8])
+    return 8 * firsts + _bincount(mixed) + _bincount(flat[length:])
+
+
+def _bincount(values: np.ndarray) -> np.ndarray:
+    import torch  # counts bytes as they are, where NumPy first widens them to eight times their size
+
+    return torch.bincount(torch.from_numpy(np.ascontiguousarray(values)), minlength=256).numpy()

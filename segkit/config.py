@@ -58,18 +58,19 @@ class ResizeConfig:
     short_side: int | None = None
     size: list[int] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Raise InputError if the two contradict each other; ``key`` is where they stand."""
         _require(
             (self.short_side is None) != (self.size is None),
-            f"resize has short_side={self.short_side} and size={self.size}, but needs exactly one of the two: "
-            "set dataset.resize.short_side=null or dataset.resize.size=null",
+            f"{key} has short_side={self.short_side} and size={self.size}, but needs exactly one of the two: "
+            f"set {key}.short_side=null or {key}.size=null",
         )
         if self.size is not None:
             _require(
                 len(self.size) == 2 and min(self.size) > 0,
-                f"resize.size is {self.size}, but must be [height, width]: set dataset.resize.size=[720,1280]",
+                f"{key}.size is {self.size}, but must be [height, width]: set {key}.size=[720,1280]",
             )
-        _at_least("dataset.resize.short_side", self.short_side, 1)
+        _at_least(f"{key}.short_side", self.short_side, 1)
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,10 @@ class DatasetConfig:
             f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most: "
             "set dataset.scale=[0.5,2.0]",
         )
+        for key in ("resize", "eval_resize"):
+            resize = getattr(self, key)
+            if resize is not None:
+                resize.check(f"dataset.{key}")
         for key in ("flip", "color_jitter"):
             value = getattr(self, key)
             _require(

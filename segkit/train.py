@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,26 @@ EXIT_INTERRUPTED = 75
 
 
 def _task(node: Any) -> float | None:
-    """Run one composed configuration; returns the final mean IoU, which sweeps compare."""
-    from hydra.core.hydra_config import HydraConfig
+    """Run one composed configuration; returns the final mean IoU, which sweeps compare.
 
+    A single run ends the process here, with one sentence, if something is wrong; Hydra would print lines of its own
+    about an exception that comes through it. A sweep needs the exception.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _run(node, folder)
+    return guarded(lambda: _run(node, folder))
+
+
+def _run(node: Any, folder: Path) -> float:
     from segkit.config import to_config
     from segkit.preflight import open_phases
 
     config = to_config(node)
-    folder = Path(HydraConfig.get().runtime.output_dir)
     phases = open_phases(config)
 
     from segkit import pipeline
@@ -51,11 +64,11 @@ def main() -> None:
     guarded(_hydra_main)
 
 
-def guarded(command: Any) -> None:
+def guarded(command: Callable[[], Any]) -> Any:
     """Call ``command``; turn the exceptions that a user can mend into one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: f"warning: {message}\n"
     try:
-        command()
+        return command()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -91,7 +91,7 @@ def test_the_command_line_wins_over_the_recipe():
         (["ema_decay=1.0"], "ema_decay is 1.0.*set ema_decay=0.999"),
         (["clip_norm=0"], "clip_norm is 0.0, but must be positive or null"),
         (["evaluation.every_steps=5"], "at most one of the two: set evaluation.every_epochs=null"),
-        (["dataset.resize={short_side:4,size:[3,3]}"], "needs exactly one of the two"),
+        (["dataset=voc", "dataset.resize.size=[3,3]"], "needs exactly one of the two: set dataset.resize.short_side"),
         (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
         (["seed=-1"], "seed is -1"),
         (["model._target_=os.system"], r"model._target_ is 'os.system'.*must begin with one of segkit\."),
@@ -175,7 +175,7 @@ def train(*arguments: str) -> tuple[int, str, float]:
     [
         ("schedle=single", "error: there is no key schedle: did you mean schedule?"),
         ("loss.tua=3", "error: there is no key loss.tua: did you mean loss.tau?"),
-        ("schedule.pretrain.epohcs=3", "did you mean schedule.pretrain.epochs?"),
+        ("schedule.train.epohcs=3", "did you mean schedule.train.epochs?"),
         ("seed=abc", "error: seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
         ("dataset=cityscape", "error: dataset=cityscape is not an option: did you mean dataset=cityscapes?"),
         ("precision=fp8", "error: precision=fp8 is not allowed: invalid value 'fp8', expected one of"),

@@ -53,7 +53,7 @@ def _at_least(key: str, value: float | None, least: float) -> None:
 
 @dataclass(kw_only=True)
 class ResizeConfig:
-    """``short_side``: length in pixels of the shorter side, aspect kept; or ``size``: exactly [height, width]."""
+    """``short_side``: pixels of the shorter side, aspect kept; ``size``: exactly [height, width]; neither: no resize."""
 
     short_side: int | None = None
     size: list[int] | None = None
@@ -61,8 +61,8 @@ class ResizeConfig:
     def check(self, key: str) -> None:
         """Raise InputError if the two contradict each other; ``key`` is where they stand."""
         _require(
-            (self.short_side is None) != (self.size is None),
-            f"{key} has short_side={self.short_side} and size={self.size}, but needs exactly one of the two: "
+            self.short_side is None or self.size is None,
+            f"{key} has short_side={self.short_side} and size={self.size}, but takes at most one of the two: "
             f"set {key}.short_side=null or {key}.size=null",
         )
         if self.size is not None:
@@ -92,8 +92,8 @@ class DatasetConfig:
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
-    resize: ResizeConfig | None = None
-    eval_resize: ResizeConfig | None = None
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    eval_resize: ResizeConfig = field(default_factory=ResizeConfig)
     eval_labels: LabelSize = LabelSize.original
     crop: list[int] = field(default_factory=lambda: [512, 512])
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
@@ -112,9 +112,7 @@ class DatasetConfig:
             "set dataset.scale=[0.5,2.0]",
         )
         for key in ("resize", "eval_resize"):
-            resize = getattr(self, key)
-            if resize is not None:
-                resize.check(f"dataset.{key}")
+            getattr(self, key).check(f"dataset.{key}")
         for key in ("flip", "color_jitter"):
             value = getattr(self, key)
             _require(

@@ -14,7 +14,7 @@ from torch import nn
 
 from segkit import runtime
 from segkit.build import build_loss, build_optimizer, train_transform
-from segkit.config import LOSS_OPTIONS, Config, plain
+from segkit.config import Config, plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
@@ -24,6 +24,7 @@ from segkit.models import Segmenter
 from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
 from segkit.run_folder import RunFolder
+from segkit.targets import LOSS_OPTIONS
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
 from segkit.training.tracking import Tracker

@@ -91,7 +91,7 @@ def test_the_command_line_wins_over_the_recipe():
         (["ema_decay=1.0"], "ema_decay is 1.0.*set ema_decay=0.999"),
         (["clip_norm=0"], "clip_norm is 0.0, but must be positive or null"),
         (["evaluation.every_steps=5"], "at most one of the two: set evaluation.every_epochs=null"),
-        (["dataset=voc", "dataset.resize.size=[3,3]"], "needs exactly one of the two: set dataset.resize.short_side"),
+        (["dataset=voc", "dataset.resize.size=[3,3]"], "takes at most one of the two: set dataset.resize.short_side"),
         (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
         (["seed=-1"], "seed is -1"),
         (["model._target_=os.system"], r"model._target_ is 'os.system'.*must begin with one of segkit\."),

@@ -10,6 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from segkit.evaluation.bootstrap import bootstrap_mean_iou as bootstrap_mean_iou
+    from segkit.evaluation.bootstrap import compare_runs as compare_runs
+    from segkit.evaluation.boundary import BoundaryCounts as BoundaryCounts
     from segkit.evaluation.confusion import ConfusionMatrix as ConfusionMatrix
     from segkit.evaluation.confusion import count_pixels as count_pixels
     from segkit.evaluation.inference import Inference as Inference
@@ -18,8 +21,15 @@ if TYPE_CHECKING:
     from segkit.evaluation.loop import evaluate as evaluate
     from segkit.evaluation.loop import to_results as to_results
     from segkit.evaluation.per_image import PerImageCounts as PerImageCounts
+    from segkit.evaluation.protocols import benchmark_scores as benchmark_scores
+    from segkit.evaluation.protocols import merge_by_name as merge_by_name
 
 _HOME = {
+    "merge_by_name": "protocols",
+    "benchmark_scores": "protocols",
+    "compare_runs": "bootstrap",
+    "bootstrap_mean_iou": "bootstrap",
+    "BoundaryCounts": "boundary",
     "ConfusionMatrix": "confusion",
     "count_pixels": "confusion",
     "Evaluation": "loop",

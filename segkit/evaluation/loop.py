@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.evaluation import metrics
+from segkit.evaluation.boundary import BoundaryCounts
 from segkit.evaluation.confusion import count_pixels
 from segkit.evaluation.inference import whole_image
 from segkit.evaluation.per_image import PerImageCounts
@@ -65,6 +66,7 @@ class Evaluation:
     per_image: PerImageCounts
     ignore_index: int
     pictures: list[Picture] = field(default_factory=list)
+    boundary: BoundaryCounts | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,6 +91,7 @@ class _Local:
     matrices: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]
     names: dict[int, str]
     pictures: dict[int, Picture]
+    boundary: BoundaryCounts | None
 
 
 @torch.inference_mode()
@@ -102,21 +105,26 @@ def evaluate(
     precision: str = "fp32",
     predict: Predict = whole_image,
     pictures: int = 0,
+    boundary_ratio: float | None = None,
     reduce: Reduce | None = None,
     progress: Callable[[Iterable[LabelledBatch]], Iterable[LabelledBatch]] | None = None,
 ) -> Evaluation:
     """Predict every batch and count it against its labels.
 
     ``precision`` is "fp32", "bf16" or "fp16" (autocast). ``predict`` turns images into predictions of the
-    labels' size. ``pictures`` keeps the images with data set index below it. ``reduce`` sums the counts and
-    gathers the rest over the ranks where every rank holds a part of the data set (no image twice).
-    ``progress`` wraps the iterable of batches. The model's train/eval mode is restored.
+    labels' size. ``pictures`` keeps the images with data set index below it. ``boundary_ratio`` (such as 0.02, a
+    share of the diagonal) also counts `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the
+    ranks where every rank holds a part of the data set (no image twice). ``progress`` wraps the iterable of
+    batches. The model's train/eval mode is restored.
 
     Raises `InputError` if there is no image, or as `count_pixels` and ``predict`` do.
     """
     device = torch.device(device)
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    local = _Local({}, {}, {})
+    boundary = None
+    if boundary_ratio is not None:
+        boundary = BoundaryCounts(num_classes, ignore_index=ignore_index, ratio=boundary_ratio)
+    local = _Local({}, {}, {}, boundary)
     was_training = model.training
     model.eval()
     try:
@@ -159,6 +167,8 @@ def _count_batch(
             raise InputError(f"image {name} (number {index}) was evaluated twice; give every image once")
         counts = count_pixels(predictions[i], labels[i], num_classes=num_classes, ignore_index=ignore_index, where=name)
         total += counts
+        if local.boundary is not None:
+            local.boundary.update(predictions[i].cpu().numpy(), batch.labels[i].cpu().numpy())
         matrix = counts.cpu().numpy()
         row, column = np.nonzero(matrix)
         local.matrices[index] = (row, column, matrix[row, column])
@@ -186,6 +196,8 @@ def _merge(counts: Tensor, parts: Sequence[_Local], num_classes: int, ignore_ind
         names |= part.names
         matrices |= part.matrices
         pictures |= part.pictures
+        if part is not parts[0] and parts[0].boundary is not None and part.boundary is not None:
+            parts[0].boundary.merge(part.boundary)
     if not names:
         raise InputError("there is no image to evaluate; check dataset.root and dataset.val_split")
     order = sorted(names)
@@ -197,7 +209,8 @@ def _merge(counts: Tensor, parts: Sequence[_Local], num_classes: int, ignore_ind
     )
     summed = counts.cpu().numpy()
     assert np.array_equal(per_image.total(), summed), "per-image counts and their sum differ"
-    return Evaluation(summed, per_image, ignore_index, [pictures[index] for index in sorted(pictures)])
+    kept = [pictures[index] for index in sorted(pictures)]
+    return Evaluation(summed, per_image, ignore_index, kept, parts[0].boundary)
 
 
 def to_results(
@@ -209,6 +222,10 @@ def to_results(
     """
     results = metrics.summary(evaluation.counts, class_names)
     results["num_images"] = evaluation.num_images
+    if evaluation.boundary is not None:
+        results["boundary"] = evaluation.boundary.summary()
+        for name, score in zip(class_names, evaluation.boundary.iou(), strict=True):
+            results["classes"][name]["boundary_iou"] = metrics.number(score)
     measured = {"ignore_index": evaluation.ignore_index, "absent_class": "excluded"}
     results["protocol"] = measured | (protocol or {})
     return results

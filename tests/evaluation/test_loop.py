@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.evaluation import ConfusionMatrix, evaluate, to_results
+from segkit.evaluation import BoundaryCounts, ConfusionMatrix, evaluate, to_results
 from segkit.evaluation.per_image import PerImageCounts
 
 
@@ -200,3 +200,32 @@ def test_an_image_without_labels_keeps_its_place():
     assert per_image.num_images == 2
     assert per_image.matrix(0).sum() == 0
     np.testing.assert_array_equal(per_image.total(), np.eye(2))
+
+
+def test_boundary_scores_are_counted_on_request_and_over_ranks():
+    batches = list(make_batches(4, size=(20, 30)))
+    result = evaluate(RedIsTheClass(4), batches, num_classes=4, boundary_ratio=0.05)
+    expected = BoundaryCounts(4, ratio=0.05)
+    for batch in batches:
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            expected.update(image[0].numpy(), label.numpy())
+    np.testing.assert_array_equal(result.boundary.iou(), expected.iou())
+    results = to_results(result, class_names=list("abcd"))
+    assert results["boundary"] == expected.summary()
+    assert results["classes"]["b"]["boundary_iou"] == pytest.approx(expected.iou()[1])
+
+    parts = []
+
+    def collect(counts, local):
+        parts.append((counts, local))
+        return counts, [local]
+
+    evaluate(RedIsTheClass(4), batches[1:], num_classes=4, boundary_ratio=0.05, reduce=collect)
+    joined = evaluate(
+        RedIsTheClass(4),
+        batches[:1],
+        num_classes=4,
+        boundary_ratio=0.05,
+        reduce=lambda counts, local: (counts + parts[0][0], [local, parts[0][1]]),
+    )
+    np.testing.assert_array_equal(joined.boundary.iou(), expected.iou())

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from segkit.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
@@ -34,28 +31,24 @@ def read_index_png(path: Path | str) -> np.ndarray:
     """
     path = Path(path)
     check_readable(path, role="label")
-    content = np.fromfile(path, np.uint8)
-    if _is_plain_index_png(content[:33].tobytes()):
-        label = _decode_png(content, path)
-        if label.shape[0] == 1:  # a second channel would be transparency, which Pillow leaves out below
-            return label[0].numpy()
+    content = path.read_bytes()
+    if _is_grey_png(content):
+        import cv2
+
+        label = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if label is None:
+            raise _damaged(path)
+        if label.ndim == 2:  # else the file has transparent grey values, which Pillow leaves out below
+            return label
     return _read_index_with_pillow(path)
 
 
-def _is_plain_index_png(head: bytes) -> bool:
-    """True for a PNG of 8 bits, grey (colour type 0) or palette (3): bytes 24 and 25 of the file, in its IHDR."""
-    return len(head) == 33 and head[:8] == _PNG and head[12:16] == b"IHDR" and head[24] == 8 and head[25] in (0, 3)
+def _is_grey_png(content: bytes) -> bool:
+    """True for a PNG of 8 bits and colour type 0 (bytes 24 and 25, in its IHDR), which OpenCV reads as it is.
 
-
-def _decode_png(content: np.ndarray, path: Path) -> torch.Tensor:
-    """Channels (C, H, W) as stored; torchvision keeps palette indices, and is strict about truncated files."""
-    import torch
-    from torchvision.io import decode_png
-
-    try:
-        return decode_png(torch.from_numpy(content))
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
+    OpenCV would turn palette indices into colours and stretch 1, 2 and 4 bits to 0..255.
+    """
+    return content[:8] == _PNG and content[12:16] == b"IHDR" and content[24:26] == b"\x08\x00"
 
 
 def _read_index_with_pillow(path: Path) -> np.ndarray:
@@ -108,17 +101,16 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
     ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, ceil(H / shrink) x
     ceil(W / shrink), which the format does almost for free; other formats come at full size all the same.
 
-    PNG and JPEG go through torchvision (faster than OpenCV and Pillow, and strict about truncated files,
-    where OpenCV returns half an image); other formats go through Pillow.
+    PNG and JPEG go through OpenCV, which is faster than Pillow; other formats go through Pillow.
     """
     path = Path(path)
     check_readable(path, role="image")
-    with path.open("rb") as file:
-        head = file.read(8)
-    if head[:3] == _JPEG and shrink > 1:
-        return _read_shrunk_jpeg(path, shrink)
-    if head == _PNG or head[:3] == _JPEG:
-        return _read_with_torchvision(path)
+    content = path.read_bytes()
+    if content[:3] == _JPEG:
+        _check_jpeg_end(content, path)
+        return _decode_rgb(content, path, shrink=shrink)
+    if content[:8] == _PNG:
+        return _decode_rgb(content, path)
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
@@ -126,30 +118,24 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
         raise _damaged(path, error) from error
 
 
-def _read_with_torchvision(path: Path) -> np.ndarray:
-    import torch
-    from torchvision.io import ImageReadMode, decode_image, read_file
+def _decode_rgb(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
+    import cv2
 
-    try:
-        tensor = decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
-    if tensor.dtype == torch.uint16:
-        tensor = (tensor.to(torch.int32) >> 8).to(torch.uint8)
-    # The decoder writes rows of RGB pixels and hands them out as a channels-last view, no copy here.
-    return np.ascontiguousarray(tensor.permute(1, 2, 0).numpy())
+    reduced = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+    flags = reduced[shrink] if shrink > 1 else cv2.IMREAD_COLOR_RGB
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise _damaged(path)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if shrink > 1 else image
 
 
-def _read_shrunk_jpeg(path: Path, shrink: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            size = -(-image.width // shrink), -(-image.height // shrink)
-            image.draft("RGB", size)
-            shrunk = np.array(image.convert("RGB"))
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    assert shrunk.shape[1::-1] == size, f"{path}: JPEG decoded at {shrunk.shape[1::-1]}, not {size}"
-    return shrunk
+def _check_jpeg_end(content: bytes, path: Path) -> None:
+    """Raise for a JPEG that was cut off: OpenCV would fill the missing rows with grey and say nothing.
+
+    The end marker must come after the last start of a scan; inside scans its bytes cannot occur.
+    """
+    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        raise _damaged(path)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -185,10 +171,9 @@ def _forbidden(path: Path) -> InputError:
     return InputError(f"{path} may not be read by this user; run `chmod -R u+rX {path.parent}`")
 
 
-def _damaged(path: Path, error: BaseException) -> InputError:
+def _damaged(path: Path, error: BaseException | None = None) -> InputError:
     if isinstance(error, PermissionError):
         return _forbidden(path)
-    reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    if isinstance(error, RuntimeError):  # the text of a C++ assertion: no use to a reader
-        reason = "decoding stopped before its end"
+    text = str(error or "").strip()
+    reason = text.splitlines()[-1] if text else "decoding stopped before its end"
     return InputError(f"{path} is damaged or no image file ({reason}); copy or unpack it again")

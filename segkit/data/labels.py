@@ -130,6 +130,13 @@ def load_table(name: str) -> LabelTable:
     return table_from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def _palette(content: Mapping[str, Any]) -> np.ndarray:
+    colours = np.asarray(content["palette"], dtype=np.int64).reshape(-1, 3)
+    if colours.size and (colours.min() < 0 or colours.max() > 255):
+        raise InputError(f"label table {content['name']} has a palette value outside 0..255; mend that colour")
+    return colours.astype(np.uint8)
+
+
 def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     """A LabelTable from the content of a table file.
 
@@ -145,7 +152,7 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     return LabelTable(
         name=str(content["name"]),
         classes=tuple(str(name) for name in content["classes"]),
-        palette=np.asarray(content["palette"], dtype=np.uint8).reshape(-1, 3),
+        palette=_palette(content),
         raw_to_train=raw_to_train,
         train_to_raw=train_to_raw,
         ignore_index=int(content.get("ignore_index", 255)),

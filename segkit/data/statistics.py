@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -185,7 +185,7 @@ def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> La
     )
 
 
-def _each_count(dataset: SampleSet, workers: int) -> Iterator[np.ndarray]:
+def _each_count(dataset: SampleSet, workers: int) -> Generator[np.ndarray, None, None]:
     """Counts (256,) int64 of train ids of every sample, in order."""
     if workers <= 1:
         for index in range(len(dataset)):

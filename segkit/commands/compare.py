@@ -1,0 +1,78 @@
+"""``segkit compare RUN RUN ...``: tables, curves, intervals and pictures of finished runs, in one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from segkit.errors import InputError
+from segkit.train import guarded
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the verb."""
+    made = argparse.ArgumentParser(
+        prog="segkit compare",
+        description="Compare finished runs: one HTML file that works offline, and tables. "
+        "Runs that differ only in their seed become one row.",
+    )
+    made.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run folder, the folder of one of its phases, or a sweep's folder"
+    )
+    made.add_argument("--baseline", metavar="RUN", help="the run that the others are held against (default: the first)")
+    made.add_argument(
+        "--output", metavar="FILE", help="the report (default: report.html, if no other file is asked for)"
+    )
+    for kind in ("markdown", "csv", "latex"):
+        made.add_argument(f"--{kind}", metavar="FILE", help=f"write the table of scores as {kind.capitalize()}")
+    made.add_argument("--pictures", type=int, default=6, metavar="N", help="images side by side (default: 6)")
+    made.add_argument("--samples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: 2000)")
+    made.add_argument(
+        "--allow-mixed-protocols",
+        action="store_true",
+        help="show runs together although they were not evaluated alike; the report says in what",
+    )
+    return made
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    arguments = parser().parse_args()
+    guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the runs, print the table and write the files that were asked for."""
+    from segkit.report.comparison import compare
+    from segkit.report.export import EXPORTS, screen
+
+    if arguments.samples < 100:
+        raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
+    if arguments.pictures < 0:
+        raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
+    comparison = compare(
+        arguments.runs, baseline=arguments.baseline, allow_mixed_protocols=arguments.allow_mixed_protocols
+    )
+    for note in comparison.notes:
+        print(f"note: {note}")
+    for phrase in comparison.mixed:
+        print(f"warning: not evaluated alike: {phrase}")
+    print(screen(comparison.table))
+    asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
+    for kind, path in asked.items():
+        write(path, EXPORTS[kind](comparison.table))
+    if arguments.output or not asked:
+        from segkit.report.page import page
+
+        text = page(comparison, num_samples=arguments.samples, pictures=arguments.pictures)
+        write(arguments.output or "report.html", text)
+
+
+def write(name: str, text: str) -> None:
+    """Write ``text`` to the file ``name`` and say so; missing folders are created."""
+    path = Path(name)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written: {path}")

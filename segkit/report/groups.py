@@ -1,0 +1,176 @@
+"""Runs that differ only in their seed, under names that tell them from the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from segkit.report.runs import FREE_KEYS, RunRecord
+
+SYMBOLS = {"tau": "τ", "upsilon": "υ", "mean_margin": "mean margin"}
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one configuration; they differ in their seed alone."""
+
+    name: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that took part, by dotted key; see :func:`settings`."""
+        return settings(self.runs[0])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        return self.runs[0].classes
+
+    def scores(self, key: str) -> list[float]:
+        """A score (see :func:`score`) run by run; runs that do not have it are left out."""
+        return [value for run in self.runs if (value := score(run.results, key)) is not None]
+
+
+def score(results: dict[str, Any], key: str) -> float | None:
+    """One score of a ``results.json``: ``mean_iou``, ``pixel_accuracy``, or ``iou/CLASS``; None where it has none."""
+    if key.startswith("iou/"):
+        return results["classes"].get(key.removeprefix("iou/"), {}).get("iou")
+    return results[key]
+
+
+def settings(run: RunRecord) -> dict[str, Any]:
+    """The settings of ``run`` by dotted key: all but the seed and the keys that do not change what is computed.
+
+    ``loss`` is the loss of the phase whose results are compared.
+    """
+    own = {key: value for key, value in run.config.items() if key not in (*FREE_KEYS, "seed")}
+    own["loss"] = run.loss
+    schedule = {name: dict(phase) for name, phase in run.config["schedule"].items()}
+    schedule[run.phase].pop("loss", None)
+    own["schedule"] = schedule
+    return flatten(own)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    if isinstance(tree, dict) and tree:
+        flat: dict[str, Any] = {}
+        for name, value in tree.items():
+            flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+        return flat
+    return {prefix: tree}
+
+
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """Groups in the order in which their first runs were given; runs of a group by seed."""
+    members: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        # A run given twice with one seed (trained again, or on another machine) is a row of its own.
+        key = json.dumps([settings(run), run.protocol, run.classes], sort_keys=True, default=str)
+        while any(other.seed == run.seed for other in members.get(key, [])):
+            key += "+"
+        members.setdefault(key, []).append(run)
+    grouped = [tuple(sorted(group, key=lambda run: run.seed)) for group in members.values()]
+    return [Group(name, group) for name, group in zip(_names(grouped), grouped, strict=True)]
+
+
+def differences(all_settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted key -> its value in each of ``all_settings``, for the keys whose values differ; MISSING where absent."""
+    keys = dict.fromkeys(key for one in all_settings for key in one)
+    columns = {key: [one.get(key, MISSING) for one in all_settings] for key in keys}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values[1:])}
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def loss_name(node: dict[str, Any]) -> str:
+    """A loss in words: ``margin calibration (paper)``, ``cross-entropy``, ``cross-entropy + dice``."""
+    target = node.get("_target_")
+    terms = node.get("terms")
+    if isinstance(terms, dict) and terms:
+        parts = [(loss_name(term.get("loss") or {}), term.get("weight")) for term in terms.values()]
+        return " + ".join(name if weight in (1, None) else f"{weight:g} {name}" for name, weight in parts)
+    if not isinstance(target, str):
+        return "loss"
+    name = target.rpartition(".")[2].removesuffix("Loss")
+    if name != name.lower():
+        name = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+    name = name.replace("_", " ").replace("cross entropy", "cross-entropy")
+    return f"{name} ({node['form']})" if node.get("form") else name
+
+
+def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
+    """One name per group: its loss, then the settings in which it differs from others of that loss."""
+    firsts = [group[0] for group in grouped]
+    names = [loss_name(run.loss) for run in firsts]
+    for name in dict.fromkeys(names):
+        alike = [index for index, other in enumerate(names) if other == name]
+        differing = differences([settings(firsts[index]) for index in alike])
+        for position, index in enumerate(alike):
+            own = {key: values[position] for key, values in differing.items() if _short(values[position])}
+            shown = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
+            names[index] = ", ".join([name, *shown[:5]])
+    models = [settings(run)["model._target_"] for run in firsts]
+    if len(set(models)) > 1:
+        prefixes = [model.rpartition(".")[2] for model in models]
+        names = [f"{prefix}: {name}" for prefix, name in zip(prefixes, names, strict=True)]
+    repeated = {name for name in names if names.count(name) > 1}
+    return [f"{name} [{run.path}]" if name in repeated else name for name, run in zip(names, firsts, strict=True)]
+
+
+def _method(loss: dict[str, Any]) -> dict[str, Any]:
+    """The settings of margin calibration without which a result says little."""
+    keys = ("mean_margin", "upsilon") if loss.get("scale") == "mean" else ("tau", "upsilon")
+    return {f"loss.{key}": loss[key] for key in keys if loss.get(key) is not None}
+
+
+def _setting(key: str, value: Any) -> str:
+    last = key.rpartition(".")[2]
+    name = SYMBOLS.get(last, last if key.startswith("loss.") else key)
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, int | float | str) and len(str(value)) <= 24
+
+
+# -- grids ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Groups that differ in exactly two numbers: ``cells[row][column]`` is the group of ``rows[row]``,
+    ``columns[column]``, or None where that pair was not run."""
+
+    row_key: str
+    column_key: str
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+    cells: tuple[tuple[Group | None, ...], ...]
+
+
+def find_grids(groups: Sequence[Group]) -> list[Grid]:
+    """Every grid, such as tau by upsilon, among ``groups``: at least two values of each number, three cells."""
+    by_loss: dict[str, list[Group]] = {}
+    for group in groups:
+        by_loss.setdefault(loss_name(group.runs[0].loss), []).append(group)
+    grids = []
+    for members in by_loss.values():
+        differing = differences([group.settings for group in members])
+        numbers = {
+            key: values
+            for key, values in differing.items()
+            if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        }
+        if len(differing) == 2 and len(numbers) == 2 and len(members) >= 3:
+            (row_key, row_values), (column_key, column_values) = numbers.items()
+            rows, columns = sorted(set(row_values)), sorted(set(column_values))
+            at = dict(zip(zip(row_values, column_values, strict=True), members, strict=True))
+            cells = tuple(tuple(at.get((row, column)) for column in columns) for row in rows)
+            grids.append(Grid(row_key, column_key, tuple(rows), tuple(columns), cells))
+    return grids

@@ -1,0 +1,302 @@
+"""A finished run as a report reads it: the files of its folder, checked, and nothing computed anew."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+from segkit.evaluation.per_image import PerImageCounts
+from segkit.report.stored_pictures import StoredPicture, read_pictures
+
+RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
+CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
+
+FREE_KEYS = (
+    "workers",
+    "device",
+    "cache_dir",
+    "checkpoint_every",
+    "resume",
+    "ignore_config_change",
+    "profile_steps",
+)
+"""The keys of :data:`segkit.run_folder.FREE_KEYS` (a test keeps the two equal; that module needs torch)."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results.
+
+    Files that a run can do without are None or empty where they are not there, with a sentence in ``notes``.
+    """
+
+    path: Path
+    phase: str
+    is_last: bool
+    config: dict[str, Any]
+    results: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, Any] | None = None
+    margins: dict[str, Any] | None = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    per_image: PerImageCounts | None = None
+    pictures: dict[str, StoredPicture] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers."""
+        return tuple(self.results["classes"])
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(self.config["seed"])
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The loss node of the phase."""
+        return self.config["schedule"][self.phase].get("loss") or self.config["loss"]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How the results were measured."""
+        return self.results["protocol"]
+
+
+def find_runs(paths: Sequence[Path | str]) -> tuple[list[RunRecord], list[str]]:
+    """The runs that ``paths`` name, and what there is to say about files and folders that are left out.
+
+    A path is a run folder, the folder of one phase in it, or a folder whose sub-folders are runs (a sweep).
+    InputError for a named run that cannot be read; an unfinished run of a sweep is left out with a sentence.
+    """
+    runs: list[RunRecord] = []
+    notes: list[str] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise InputError(f"{path} is not a folder: name run folders such as outputs/DATA/MODEL/TIME, or a sweep's")
+        if (path / "config.yaml").is_file() or _is_phase(path):
+            runs.append(read_run(path))
+        else:
+            found, left_out = _read_sweep(path)
+            runs += found
+            notes += left_out
+    seen: dict[Path, RunRecord] = {}
+    for run in runs:
+        key = run.path.resolve() / run.phase
+        if key not in seen:
+            seen[key] = run
+    notes += [note for run in seen.values() for note in run.notes]
+    return list(seen.values()), notes
+
+
+def _is_phase(path: Path) -> bool:
+    return (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
+
+
+def _read_sweep(path: Path) -> tuple[list[RunRecord], list[str]]:
+    folders = sorted((item for item in path.iterdir() if _may_be_run(item)), key=_natural)
+    runs, notes = [], []
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            notes.append(f"left out: {folder} has no config.yaml, its run did not start")
+        elif not (folder / "results.json").is_file():
+            notes.append(f"left out: {folder} has no results.json, its run is not finished")
+        else:
+            runs.append(read_run(folder))
+    if runs:
+        return runs, notes
+    if any((folder / "config.yaml").is_file() for folder in folders):
+        raise InputError(
+            f"no run of the sweep {path} is finished: wait for one, or run the sweep again to go on with it"
+        )
+    raise InputError(
+        f"{path} is neither a run (it has no config.yaml) nor a sweep (no sub-folder has one): name run folders such "
+        "as outputs/DATA/MODEL/TIME"
+    )
+
+
+def _may_be_run(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith((".", "_"))
+
+
+def _natural(path: Path) -> tuple[int, int, str]:
+    return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
+
+
+def read_run(path: Path) -> RunRecord:
+    """The record of a run folder, or of the folder of one of its phases; InputError says what is wrong with it."""
+    top = path if (path / "config.yaml").is_file() else path.resolve().parent
+    config = _read_config(top / "config.yaml")
+    names = list(config["schedule"])
+    phase = names[-1] if top == path else path.name
+    if phase not in config["schedule"]:
+        raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
+    results_file = path / "results.json"
+    if not results_file.is_file():
+        raise InputError(
+            f"{path} has no results.json, its run is not finished: go on with it, or leave it out of the comparison"
+        )
+    results = _check_results(_read_json(results_file), results_file)
+    if top == path and results.get("phase") in names:
+        phase = results["phase"]
+    until = names[: names.index(phase) + 1]
+    config = {**config, "schedule": {name: config["schedule"][name] for name in until}}
+    read = _OptionalFiles(path)
+    metrics = read(top / "metrics.jsonl", lambda file: _read_lines(file, until), "curves")
+    record = RunRecord(
+        path=path,
+        phase=phase,
+        is_last=phase == names[-1],
+        config=config,
+        results=results,
+        provenance=read(top / "provenance.json", _read_json, "origin") or {},
+        counts=read(path / "label_counts.json", _read_counts, "label distribution"),
+        margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
+        metrics=tuple(metrics or ()),
+        per_image=read(path / "per_image.npz", PerImageCounts.load, "intervals, tests and confusion matrix"),
+        pictures=read_pictures(path / "pictures"),
+        notes=tuple(read.notes),
+    )
+    _check_per_image(record)
+    return record
+
+
+class _OptionalFiles:
+    """Reads a file where it is there; otherwise notes what the report then does not show."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.notes = path, list[str]()
+
+    def __call__(self, file: Path, reader: Callable[[Path], Any], purpose: str) -> Any:
+        if file.is_file():
+            return reader(file)
+        self.notes.append(f"{self.path} has no {file.name}: no {purpose} for it")
+        return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))  # interpolations are not resolved: untrusted input
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({_first_line(error)}): the run folder is damaged") from None
+    missing = [key for key in CONFIG_KEYS if not isinstance(config, dict) or key not in config]
+    if missing or not isinstance(config, dict):
+        raise InputError(f"{path} has no {_listed(missing)}, it was written by another version of segkit: run it again")
+    schedule = config["schedule"]
+    if not isinstance(schedule, dict) or not schedule or not all(isinstance(item, dict) for item in schedule.values()):
+        raise InputError(f"{path} has no phases in schedule, it was written by another version of segkit: run it again")
+    for node, name in ((config["loss"], "loss"), (config["model"], "model")):
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise InputError(
+                f"{path} has no {name}._target_, it was written by another version of segkit: run it again"
+            )
+    return {str(key): value for key, value in config.items()}
+
+
+def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [key for key in RESULT_KEYS if key not in results]
+    if missing:
+        raise InputError(
+            f"{path} has no {_listed(missing)}, it was written by another version of segkit: "
+            f"write it again with `segkit evaluate {path.parent}`"
+        )
+    classes = results["classes"]
+    rows = list(classes.values()) if isinstance(classes, dict) else []
+    scores = [
+        results["mean_iou"],
+        results["pixel_accuracy"],
+        *(row.get("iou") for row in rows if isinstance(row, dict)),
+    ]
+    if len(scores) != len(rows) + 2 or not rows or not all(_is_share(value) for value in scores):
+        raise InputError(
+            f"{path} holds a score that is no number from 0 to 1: the file is damaged, write it again with "
+            f"`segkit evaluate {path.parent}`"
+        )
+    if not isinstance(results["protocol"], dict):
+        raise InputError(
+            f"{path} has no protocol of key and value: write it again with `segkit evaluate {path.parent}`"
+        )
+    return results
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({_first_line(error)}): the run folder is damaged") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+    return content
+
+
+def _read_counts(path: Path) -> dict[str, Any]:
+    counts = _read_json(path)
+    if len(counts.get("classes") or ()) != len(counts.get("class_pixels") or (0,)):
+        raise InputError(f"{path} has not one class_pixels per class: write it again with `segkit stats`")
+    return counts
+
+
+def _read_margins(path: Path) -> dict[str, Any]:
+    margins = _read_json(path)
+    sizes = {len(margins.get(key) or ()) for key in ("classes", "rho_0k", "rho_k0")}
+    if len(sizes) != 1 or sizes == {0}:
+        raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")
+    return margins
+
+
+def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
+    wanted, records = set(phases), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            phase = record["phase"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"line {number} of {path} is no record of a phase: the file is damaged; go on with the run to mend it"
+            ) from None
+        if phase in wanted:
+            records.append(record)
+    return records
+
+
+def _check_per_image(run: RunRecord) -> None:
+    """The per-image counts must be of the evaluation that wrote the results."""
+    from segkit.evaluation import metrics
+
+    if run.per_image is None:
+        return
+    counts = run.per_image.total()
+    again = metrics.mean_iou(counts) if run.per_image.num_classes == len(run.classes) else math.nan
+    given = run.results["mean_iou"]
+    if run.per_image.num_images != run.results["num_images"] or not math.isclose(
+        again, math.nan if given is None else given, rel_tol=1e-9, abs_tol=1e-12
+    ):
+        if given is None and again != again and run.per_image.num_images == run.results["num_images"]:
+            return
+        raise InputError(
+            f"{run.path}: results.json (mean IoU {given}, {run.results['num_images']} images) and per_image.npz "
+            f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: write both again "
+            f"with `segkit evaluate {run.path}`"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and no ".join(names)

@@ -1,0 +1,95 @@
+"""How sure the scores of a comparison are: intervals over images, and paired tests against the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
+from segkit.evaluation.per_image import PerImageCounts
+from segkit.report.groups import Group
+from segkit.report.protocols import comparable
+from segkit.report.runs import RunRecord
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A group against the baseline; ``holm`` is the p-value corrected for the number of groups tested."""
+
+    group: Group
+    result: PairedComparison
+    num_pairs: int
+    holm: float
+
+
+def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
+    """The counts of several runs on the same images added image by image, in the order of the first run's images."""
+    known = [run.per_image for run in runs if run.per_image is not None]
+    assert len(known) == len(runs) > 0
+    if len(known) == 1:
+        return known[0]
+    number = {name: index for index, name in enumerate(known[0].names)}
+    image = np.concatenate([np.array([number[name] for name in one.names], np.int64)[one.image] for one in known])
+    rest = [np.concatenate([getattr(one, part) for one in known]) for part in ("target", "prediction", "count")]
+    return PerImageCounts(*_summed(image, *rest), known[0].names, known[0].num_classes)
+
+
+def _summed(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Entries with one (image, target, prediction) made one: the readers of sparse counts expect each once."""
+    keys, position = np.unique(np.stack(columns[:3]), axis=1, return_inverse=True)
+    count = np.zeros(keys.shape[1], np.int64)
+    np.add.at(count, position.reshape(-1), columns[3])
+    return keys[0], keys[1], keys[2], count
+
+
+def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:
+    """(number of the group, interval of its mean IoU) for the groups with per-image counts of at least two images."""
+    found = []
+    for index, group in enumerate(groups):
+        runs = [run for run in group.runs if run.per_image is not None]
+        runs = [run for run in runs if run is runs[0] or comparable(runs[0], run)]
+        if runs and runs[0].results["num_images"] > 1:
+            found.append((index, bootstrap_mean_iou(pooled(runs), num_samples=num_samples)))
+    return found
+
+
+def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) -> list[PairedTest]:
+    """Every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
+    found = []
+    for group in groups:
+        if group is baseline:
+            continue
+        pairs = _pairs(baseline, group)
+        if pairs and pairs[0][0].results["num_images"] > 1:
+            first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
+            found.append((group, compare_runs(first, second, num_samples=num_samples), len(pairs)))
+    corrected = holm([result.p_value for _, result, _ in found])
+    return [PairedTest(*one, p_value) for one, p_value in zip(found, corrected, strict=True)]
+
+
+def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
+    """Equally many runs of both, those of one seed paired; only runs that share images, classes and protocol."""
+    ours = [run for run in baseline.runs if run.per_image is not None]
+    theirs = [run for run in group.runs if run.per_image is not None]
+    by_seed = {run.seed: run for run in ours}
+    pairs = [(by_seed[run.seed], run) for run in theirs if run.seed in by_seed]
+    if not pairs:
+        pairs = list(zip(ours, theirs, strict=False))
+    reference = ours[0] if ours else None
+    return [
+        (one, other)
+        for one, other in pairs
+        if reference is not None and comparable(one, other) and (one is reference or comparable(reference, one))
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: p-values that may be read together, in the given order."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected

@@ -8,6 +8,8 @@ from collections.abc import Callable
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("segkit.train:main", "train a model (the same as python train.py)"),
     "stats": ("segkit.commands.stats:main", "label pixels of every class, and the margins that follow"),
+    "compare": ("segkit.commands.compare:main", "compare finished runs: one offline HTML file, and tables"),
+    "plot": ("segkit.commands.plot:main", "the curves of the margin losses as a picture"),
     "sample": ("segkit.commands.sample:main", "a small synthetic data set in the layout of a real one"),
 }
 """Verb -> (module:function, one line of help). The function is called with the remaining arguments in sys.argv."""

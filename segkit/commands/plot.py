@@ -1,0 +1,107 @@
+"""``segkit plot losses``: the rho-margin loss and the rho-calibrated log-loss over lambda, from the code's own functions.
+
+The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+from segkit.train import guarded
+
+FORMATS = (".png", ".svg", ".pdf")
+RHOS = (0.0, 0.5, 1.0, 2.0)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the verb."""
+    made = argparse.ArgumentParser(prog="segkit plot", description="Draw the losses of margin calibration.")
+    made.add_argument("what", choices=["losses"], help="losses: rho-margin loss and rho-calibrated log-loss")
+    made.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    made.add_argument(
+        "--rho", type=float, nargs="+", default=list(RHOS), help="margins, in logits (default: 0 0.5 1 2)"
+    )
+    made.add_argument("--range", type=float, default=4.0, metavar="R", help="lambda from -R to R (default: 4)")
+    return made
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    arguments = parser().parse_args()
+    guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw the curves and write the picture."""
+    path = Path(arguments.output)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"--output is {path}, but its ending must be one of {', '.join(FORMATS)}")
+    if not all(0 <= rho < math.inf for rho in arguments.rho):
+        given = " ".join(f"{rho:g}" for rho in arguments.rho)
+        raise InputError(
+            f"--rho is {given}, but a margin is a finite number of logits, 0 or more: give --rho 0 0.5 1 2"
+        )
+    if not 0 < arguments.range < math.inf:
+        raise InputError(f"--range is {arguments.range:g}, but must be a positive number of logits: give --range 4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(arguments.rho, arguments.range).savefig(path, dpi=200)
+    print(f"written: {path}")
+
+
+def rho_margin_loss(lam: Any, rho: float) -> Any:
+    """phi_rho(lambda) = min(1, max(0, 1 - lambda / rho)); for rho = 0, 1 where lambda <= 0 and else 0.
+
+    ``lam`` is an array of margins in logits, of any shape; so is the result.
+    """
+    import numpy as np
+
+    lam = np.asarray(lam, np.float64)
+    return (lam <= 0).astype(np.float64) if rho == 0 else np.clip(1 - lam / rho, 0.0, 1.0)
+
+
+def calibrated_log_loss(lam: Any, rho: float) -> Any:
+    """log2(1 + 2^(rho - lambda)) of an array (P,) of margins, as :class:`segkit.losses.MarginCalibrationLoss` gives it.
+
+    The scores (lambda, 0) of two classes with the label 0 have the margin lambda, and both terms of the loss are
+    then this function: the loss with both margins rho is twice what is wanted.
+    """
+    import numpy as np
+    import torch
+
+    from segkit.losses import MarginCalibrationLoss
+
+    rhos = torch.full((2,), float(rho))
+    loss = MarginCalibrationLoss(rho_k0=rhos, rho_0k=rhos, form="paper").double()
+    scores = torch.tensor(np.stack([lam, np.zeros_like(lam)]), dtype=torch.float64)
+    label = torch.zeros(1, 1, 1, dtype=torch.int64)
+    return np.array([float(loss(scores[:, i].reshape(1, 2, 1, 1), label)) / 2 for i in range(scores.shape[1])])
+
+
+def draw(rhos: list[float], reach: float) -> Any:
+    """The figure: one panel per loss, one curve per margin."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    lam = np.linspace(-reach, reach, 401)
+    shades = [(0.09, 0.29, 0.61, 0.25 + 0.75 * (i + 1) / len(rhos)) for i in range(len(rhos))]
+    for rho, shade in zip(rhos, shades, strict=True):
+        # A step is drawn as one: rho = 0 has no slope between its two values.
+        style = {"drawstyle": "steps-post"} if rho == 0 else {}
+        panels[0].plot(lam, rho_margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$", **style)
+        panels[1].plot(lam, calibrated_log_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
+    panels[0].set(title=r"$\rho$-margin loss", ylabel=r"$\Phi_\rho(\lambda)$", ylim=(-0.05, 1.25))
+    panels[1].set(title=r"$\rho$-calibrated log-loss", ylabel=r"$\log_2(1 + 2^{\rho - \lambda})$")
+    for panel in panels:
+        panel.set_xlabel(r"$\lambda$")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        panel.legend(frameon=False)
+    return figure

@@ -17,6 +17,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -41,6 +42,8 @@ MERGED = ("type_labels", "binary_labels", "parts_labels")
 
 PART_CODES = (0, 10, 20, 30, 40)
 IGNORED = 255
+_IS_ODD = np.array([value not in PART_CODES for value in range(256)], np.uint8)
+_FLOOR = np.array([value // 10 * 10 if value <= PART_CODES[-1] else 0 for value in range(256)], np.uint8)
 _FRAME = re.compile(r"frame(\d{3})\.png")
 
 
@@ -189,7 +192,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> np.ndarray:
-    """Raw label (H, W) int16 of a frame: part codes, 0/1 for binary, type codes; 255 for ignored overlaps."""
+    """Raw label (H, W) uint8 of a frame: part codes, 0/1 for binary, type codes; 255 for ignored overlaps."""
     masks = [read_mask(path) for path in sample.labels]
     for path, mask in zip(sample.labels, masks, strict=True):
         if mask.shape != masks[0].shape:
@@ -201,14 +204,14 @@ def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> 
             _check_codes(mask, path)
     merged = {"parts": _merge_parts, "binary": _merge_binary, "type": _merge_types}[task](sample, masks)
     if overlap == "ignore" and task != "binary":
-        merged[sum((mask > 0).astype(np.int16) for mask in masks) > 1] = IGNORED
+        merged[sum((mask > 0).astype(np.uint8) for mask in masks) > 1] = IGNORED
     return merged
 
 
 def _check_codes(mask: np.ndarray, path: Path) -> None:
-    counts = np.bincount(mask.ravel(), minlength=256)
-    odd = [value for value in np.flatnonzero(counts).tolist() if value not in PART_CODES]
-    if odd:
+    if cv2.LUT(mask, _IS_ODD).any():
+        counts = np.bincount(mask.ravel(), minlength=256)
+        odd = [value for value in np.flatnonzero(counts).tolist() if value not in PART_CODES]
         listed = ", ".join(f"{value} ({counts[value]} pixels)" for value in odd[:5])
         raise InputError(
             f"mask {path} has values that are no instrument part: {listed}; allowed are 0, 10, 20, 30, 40: "
@@ -218,22 +221,21 @@ def _check_codes(mask: np.ndarray, path: Path) -> None:
 
 def _merge_parts(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
     """The sum of the codes, 0 where it exceeds 40, rounded down to a multiple of ten."""
-    merged = np.zeros(masks[0].shape, np.int16)
+    merged = np.zeros(masks[0].shape, np.uint16)
     for mask in masks:
         merged += mask
-    merged[merged > PART_CODES[-1]] = 0
-    return merged // 10 * 10
+    return cv2.LUT(np.minimum(merged, 255).astype(np.uint8), _FLOOR)
 
 
 def _merge_binary(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
-    merged = np.zeros(masks[0].shape, np.int16)
+    merged = np.zeros(masks[0].shape, np.uint8)
     for mask in masks:
         merged |= mask > 0
     return merged
 
 
 def _merge_types(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
-    merged = np.zeros(masks[0].shape, np.int16)
+    merged = np.zeros(masks[0].shape, np.uint8)
     for path, mask in zip(sample.labels, masks, strict=True):
         merged[mask > 0] = _type_code(path.parent)
     return merged

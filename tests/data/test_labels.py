@@ -74,7 +74,7 @@ def test_wrong_tables_are_refused(changes, message):
 
 
 def test_unknown_table():
-    with pytest.raises(InputError, match="no label table 'nowhere'; shipped are: .*camvid"):
+    with pytest.raises(InputError, match=r"no label table 'nowhere'; shipped are: .*camvid"):
         load_table("nowhere")
 
 

@@ -1,0 +1,200 @@
+"""Sample sets, opening by name, and what readers share."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.config import config_dir
+from segkit.data import Sample, SampleSet, open_dataset
+from segkit.data.labels import table_from_dict
+from segkit.data.layout import files_by_id, inside, pair, read_list, require_folder, require_root
+from segkit.errors import InputError
+
+TABLE = table_from_dict(
+    {
+        "name": "toy",
+        "classes": ["a", "b"],
+        "palette": [[0, 0, 0], [9, 9, 9]],
+        "raw_to_train": {"0": 0, "1": 1, "9": 255},
+    }
+)
+
+
+def constant_label(sample, *, value):
+    return np.full((4, 6), value, np.int32)
+
+
+def black_image(sample):
+    return np.zeros((4, 6, 3), np.uint8)
+
+
+def made(samples, **options):
+    return SampleSet(samples, table=TABLE, name="toy", split="train", **options)
+
+
+def pair_of_files(folder, name, *, size=(4, 6), label_size=None):
+    rng = np.random.default_rng(0)
+    image, label = folder / f"{name}.png", folder / f"{name}_label.png"
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(image)
+    Image.fromarray(rng.integers(0, 2, label_size or size, dtype=np.uint8)).save(label)
+    return Sample(name=name, image=image, labels=(label,))
+
+
+def test_items(tmp_path):
+    data = made([pair_of_files(tmp_path, "x"), pair_of_files(tmp_path, "y")], notes=["left out z"])
+    assert len(data) == 2
+    assert [item.name for item in data] == ["x", "y"]
+    assert data[-1].name == "y"
+    item = data[0]
+    np.testing.assert_array_equal(item.image, np.asarray(Image.open(tmp_path / "x.png")))
+    np.testing.assert_array_equal(item.label, np.asarray(Image.open(tmp_path / "x_label.png")))
+    np.testing.assert_array_equal(data.image(0), item.image)
+    np.testing.assert_array_equal(data.label(0), item.label)
+    assert (data.classes, data.num_classes, data.ignore_index) == (("a", "b"), 2, 255)
+    assert data.notes == ("left out z",)
+    with pytest.raises(IndexError):
+        data[2]
+
+
+def test_slice_keeps_everything_but_the_samples(tmp_path):
+    data = made([pair_of_files(tmp_path, name) for name in "xyz"], notes=["n"])
+    part = data[1:]
+    assert isinstance(part, SampleSet)
+    assert [item.name for item in part] == ["y", "z"]
+    assert (part.table, part.name, part.split, part.notes) == (data.table, "toy", "train", ("n",))
+
+
+def test_own_reading_functions_and_pickling():
+    sample = Sample(name="s", image=Path("nowhere"), labels=(Path("nowhere"),))
+    data = made([sample], load_image=black_image, load_label=partial(constant_label, value=9))
+    again = pickle.loads(pickle.dumps(data))
+    assert (again[0].label == 255).all()
+    assert again[0].label.dtype == np.uint8
+    wrong = made([sample], load_image=black_image, load_label=partial(constant_label, value=7))
+    with pytest.raises(InputError, match=r"nowhere has values .* 7 \(24 pixels\)"):
+        wrong[0]
+
+
+def test_size_mismatch_names_both_files(tmp_path):
+    data = made([pair_of_files(tmp_path, "x", size=(4, 6), label_size=(6, 4))])
+    expected = r"image .*x\.png is 6x4 but its label .*x_label\.png is 4x6; both must have the same size"
+    with pytest.raises(InputError, match=expected):
+        data[0]
+
+
+def test_empty_split():
+    with pytest.raises(InputError, match=r"split 'train' of toy has no samples; check dataset\.root"):
+        made([])
+
+
+def test_duplicate_names():
+    samples = [Sample(name="x", image=Path("p/x.png")), Sample(name="x", image=Path("q/x.png"))]
+    with pytest.raises(InputError, match=r"'x' occurs twice in split 'train' of toy \(p/x\.png and q/x\.png\)"):
+        made(samples)
+
+
+def test_partly_labelled_split(tmp_path):
+    samples = [pair_of_files(tmp_path, "x"), Sample(name="y", image=Path("y.png"))]
+    with pytest.raises(InputError, match=r"image y\.png has no label, while other images"):
+        made(samples)
+
+
+def test_unlabelled_split_gives_ignored_pixels(tmp_path):
+    sample = pair_of_files(tmp_path, "x")
+    data = made([Sample(name="x", image=sample.image)])
+    assert not data.labelled
+    assert (data[0].label == 255).all()
+    assert data[0].label.shape == (4, 6)
+    with pytest.raises(InputError, match=r"split 'train' of toy has no labels; use a labelled split"):
+        data.label(0)
+
+
+def test_open_by_name_equals_the_reader():
+    by_name = open_dataset("synthetic", split="val", num_images=3, size=[64, 80])
+    from segkit.data.synthetic import read
+
+    direct = read(split="val", num_images=3, size=(64, 80))
+    assert [s.name for s in by_name.samples] == [s.name for s in direct.samples]
+    np.testing.assert_array_equal(by_name[2].image, direct[2].image)
+
+
+def test_every_config_names_a_reader():
+    files = sorted((config_dir() / "dataset").glob("*.yaml"))
+    assert len(files) >= 4
+    for path in files:
+        if path.stem == "synthetic":
+            continue
+        with pytest.raises(InputError, match=r"/nonexistent/folder"):
+            open_dataset(path.stem, root="/nonexistent/folder", split="train")
+
+
+def test_unknown_data_set_split_and_option():
+    with pytest.raises(InputError, match=r"no data set 'cityscape' \(did you mean 'cityscapes'\?\); .* has: .*camvid"):
+        open_dataset("cityscape", split="train")
+    with pytest.raises(InputError, match=r"synthetic has no option 'sise'; its options are: num_images, seed, size"):
+        open_dataset("synthetic", split="train", sise=[1, 2])
+    with pytest.raises(InputError, match="synthetic has no split 'tran'; allowed are train, val, test"):
+        open_dataset("synthetic", split="tran")
+    with pytest.raises(InputError, match="no option '_target_'"):
+        open_dataset("synthetic", split="train", _target_="os.system")
+
+
+def test_a_root_is_needed():
+    with pytest.raises(InputError, match=r"data set toy needs its folder; set dataset\.root=FOLDER"):
+        require_root(None, dataset="toy")
+
+
+def test_missing_folder_names_archives_and_guesses_the_level(tmp_path):
+    (tmp_path / "top" / "images").mkdir(parents=True)
+    for root in (tmp_path, tmp_path / "top" / "images"):
+        expected = rf"folder .*images does not exist; unpack a\.zip .*looks like dataset\.root={tmp_path / 'top'}\)"
+        with pytest.raises(InputError, match=expected):
+            require_folder(root / "images", dataset="toy", root=root, archives="a.zip")
+    with pytest.raises(InputError, match=r"set dataset\.root to it$"):
+        require_folder(tmp_path / "x" / "images", dataset="toy", root=tmp_path / "x", archives="a.zip")
+
+
+@pytest.mark.parametrize("entry", ["../x.png", "a/../../x.png", "/etc/passwd"])
+def test_list_entry_that_leaves_the_root(entry):
+    with pytest.raises(InputError, match=r"entry '.*' of l\.txt leaves the data set's folder root"):
+        inside(Path("root"), entry, list_file=Path("l.txt"))
+    assert inside(Path("root"), "a/x.png", list_file=Path("l.txt")) == Path("root/a/x.png")
+
+
+def test_lists(tmp_path):
+    path = tmp_path / "l.txt"
+    with pytest.raises(InputError, match=r"toy lacks its list file .*l\.txt; unpack a\.zip"):
+        read_list(path, dataset="toy", archives="a.zip")
+    path.write_text("\n  \n")
+    with pytest.raises(InputError, match=r"l\.txt has no entries, so the split is empty"):
+        read_list(path, dataset="toy", archives="a.zip")
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match=r"l\.txt is not a text file"):
+        read_list(path, dataset="toy", archives="a.zip")
+    path.write_text("a \r\n\n b\n")
+    assert read_list(path, dataset="toy", archives="a.zip") == ["a", "b"]
+
+
+def test_pairs():
+    images = {name: Path(f"{name}.jpg") for name in "xyz"}
+    labels = {name: Path(f"{name}.png") for name in "zyx"}
+    names = {"dataset": "toy", "expected_image": "images/{id}.jpg", "expected_label": "labels/{id}.png"}
+    assert [key for key, _, _ in pair(images, labels, **names)] == ["x", "y", "z"]
+    with pytest.raises(InputError, match=r"image y\.jpg of toy has no label \(labels/y\.png is missing\); unpack"):
+        pair(images, {k: v for k, v in labels.items() if k != "y"}, **names)
+    with pytest.raises(InputError, match=r"image x\.jpg .* and 2 more like it"):
+        pair(images, {}, **names)
+    with pytest.raises(InputError, match=r"label y\.png of toy has no image \(images/y\.jpg is missing\)"):
+        pair({k: v for k, v in images.items() if k != "y"}, labels, **names)
+
+
+def test_hidden_files_are_not_samples(tmp_path):
+    for name in ("b.png", "a.png", "._a.png", "c.txt"):
+        (tmp_path / name).touch()
+    assert list(files_by_id(tmp_path, suffix=".png")) == ["a", "b"]

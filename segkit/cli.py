@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("segkit.train:main", "train a model (the same as python train.py)"),
+    "check": ("segkit.commands.check:main", "proof before the GPU hour: the data, and one real step of everything"),
     "stats": ("segkit.commands.stats:main", "label pixels of every class, and the margins that follow"),
     "compare": ("segkit.commands.compare:main", "compare finished runs: one offline HTML file, and tables"),
     "plot": ("segkit.commands.plot:main", "the curves of the margin losses as a picture"),

@@ -1,0 +1,271 @@
+"""Look at every file of a split, in parallel processes, and collect all that is wrong instead of the first.
+
+What is looked at: does every image decode to its end and every label read; are both of one size; which raw values do
+the labels hold and does the label table know them; is an image of one colour or a label without any class; is the
+same image there twice. :mod:`segkit.data.audit_findings` turns what was seen into sentences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from segkit.data.decode import image_size
+from segkit.data.samples import SampleSet
+from segkit.data.statistics import byte_histogram
+from segkit.errors import InputError
+from segkit.progress import track
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of one sample. ``image_error`` and ``label_error`` are the readers' sentences.
+
+    ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels.
+    """
+
+    index: int
+    image_size: Size | None = None
+    label_size: Size | None = None
+    raw_pixels: dict[int, int] = field(default_factory=dict)
+    digest: str | None = None
+    one_colour: bool = False
+    image_error: str | None = None
+    label_error: str | None = None
+
+
+@dataclass(eq=False)
+class SplitAudit:
+    """What was seen of one split.
+
+    ``indices``: the samples looked at; ``sizes``: images of each (height, width); ``raw_pixels``: pixels of each raw
+    label value; ``class_pixels`` and ``class_images`` int64 (K,); ``unknown``: raw values that the table does not
+    know, each with the pixels in each sample; ``digests``: samples of each image content.
+    """
+
+    dataset: SampleSet
+    indices: list[int]
+    sizes: Counter[Size] = field(default_factory=Counter)
+    raw_pixels: Counter[int] = field(default_factory=Counter)
+    class_images: np.ndarray = field(init=False)
+    digests: dict[str, list[int]] = field(default_factory=dict)
+    image_errors: dict[int, str] = field(default_factory=dict)
+    label_errors: dict[int, str] = field(default_factory=dict)
+    size_errors: dict[int, tuple[Size, Size]] = field(default_factory=dict)
+    unknown: dict[int, dict[int, int]] = field(default_factory=dict)
+    one_colour: list[int] = field(default_factory=list)
+    no_class: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.class_images = np.zeros(self.dataset.num_classes, np.int64)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every sample was looked at."""
+        return len(self.indices) == len(self.dataset)
+
+    @property
+    def class_pixels(self) -> np.ndarray:
+        """Pixels of each class, int64 (K,)."""
+        pixels = np.zeros(self.dataset.num_classes, np.int64)
+        for value, count in self.raw_pixels.items():
+            train = self.dataset.table.raw_to_train.get(value)
+            if train is not None and train != self.dataset.ignore_index:
+                pixels[train] += count
+        return pixels
+
+    @property
+    def ignored_pixels(self) -> int:
+        """Pixels whose raw value the table maps to ``ignore_index``."""
+        table = self.dataset.table
+        ignored = [value for value in self.raw_pixels if table.raw_to_train.get(value) == table.ignore_index]
+        return sum(self.raw_pixels[value] for value in ignored)
+
+    @property
+    def broken(self) -> set[int]:
+        """Samples that cannot be trained on."""
+        unknown = {index for samples in self.unknown.values() for index in samples}
+        return {*self.image_errors, *self.label_errors, *self.size_errors, *unknown}
+
+    def usable(self) -> list[int]:
+        """The samples looked at that can be trained on, in the order of the split."""
+        broken = self.broken
+        return [index for index in self.indices if index not in broken]
+
+    def add(self, look: Look) -> None:
+        """Take in what was seen of one sample."""
+        if look.image_error is not None:
+            self.image_errors[look.index] = look.image_error
+        if look.label_error is not None:
+            self.label_errors[look.index] = look.label_error
+        if look.image_size is not None:
+            self.sizes[look.image_size] += 1
+            if look.label_size is not None and look.image_size != look.label_size:
+                self.size_errors[look.index] = (look.image_size, look.label_size)
+        if look.digest is not None:
+            self.digests.setdefault(look.digest, []).append(look.index)
+        if look.one_colour:
+            self.one_colour.append(look.index)
+        if look.raw_pixels:
+            self._add_label(look)
+
+    def _add_label(self, look: Look) -> None:
+        table, present = self.dataset.table, set()
+        for value, count in look.raw_pixels.items():
+            self.raw_pixels[value] += count
+            train = table.raw_to_train.get(value)
+            if train is None:
+                self.unknown.setdefault(value, {})[look.index] = count
+            elif train != table.ignore_index:
+                present.add(train)
+        self.class_images[list(present)] += 1
+        if not present:
+            self.no_class.append(look.index)
+
+
+def audit_split(
+    dataset: SampleSet, *, sample: int | None = None, seed: int = 0, workers: int = 0, progress: bool = True
+) -> SplitAudit:
+    """Look at all samples of ``dataset``, or at ``sample`` random ones drawn with ``seed``.
+
+    Problems of files are collected, never raised. ``workers`` processes do the work (0 and 1: this one).
+    Raises InputError if a process dies.
+    """
+    indices = list(range(len(dataset)))
+    if sample is not None and sample < len(dataset):
+        chosen = np.random.default_rng([seed, len(dataset)]).choice(len(dataset), size=sample, replace=False)
+        indices = sorted(chosen.tolist())
+    audit = SplitAudit(dataset, indices)
+    with closing(_each_look(dataset, indices, min(workers, len(indices)))) as looks:
+        description = f"Checking {dataset.name} {dataset.split}"
+        shown = track(looks, description=description, total=len(indices), unit="images") if progress else looks
+        for look in shown:
+            audit.add(look)
+    return audit
+
+
+def _each_look(dataset: SampleSet, indices: Sequence[int], workers: int) -> Generator[Look, None, None]:
+    """The looks at ``indices``, in their order."""
+    if workers <= 1:
+        for index in indices:
+            yield look_at(dataset, index)
+        return
+    # As in segkit.data.statistics: forked processes start in milliseconds, and share the list of samples and the
+    # libraries that are imported by then.
+    import torchvision.io
+
+    assert torchvision.io
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(dataset,))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            chunk = max(1, min(16, len(indices) // (4 * workers)))
+            looks = pool.map(_look_at, indices, chunksize=chunk)
+        yield from looks
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that reads images died, probably for want of memory; set workers=0 or fewer"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_dataset: SampleSet | None = None  # of a worker process
+
+
+def _start_worker(dataset: SampleSet) -> None:
+    global _dataset
+    _dataset = dataset
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _look_at(index: int) -> Look:
+    assert _dataset is not None
+    return look_at(_dataset, index)
+
+
+def look_at(dataset: SampleSet, index: int) -> Look:
+    """Read image and label of one sample; whatever goes wrong becomes part of the answer."""
+    sample = dataset.samples[index]
+    image, image_error = None, None
+    try:
+        image = dataset.image(index)
+    except Exception as error:
+        image_error = _sentence(error, sample.image)
+    raw, label_error = None, None
+    if dataset.labelled:
+        try:
+            raw = dataset.raw_label(index)
+        except Exception as error:
+            label_error = _sentence(error, sample.labels[0] if sample.labels else sample.name)
+    return Look(
+        index=index,
+        image_size=_size_in_header(sample.image) if image is None else (image.shape[0], image.shape[1]),
+        label_size=None if raw is None else (raw.shape[0], raw.shape[1]),
+        raw_pixels={} if raw is None else raw_histogram(raw),
+        digest=None if image is None else _digest(image),
+        one_colour=image is not None and _is_one_colour(image),
+        image_error=image_error,
+        label_error=label_error,
+    )
+
+
+def _sentence(error: Exception, file: Path | str) -> str:
+    """The reader's own sentence; for an error that it did not foresee, one that names the file."""
+    if isinstance(error, InputError):
+        return str(error)
+    reason = str(error).splitlines()[0] if str(error) else "no message"
+    return f"{file} cannot be read ({type(error).__name__}: {reason}); unpack it again"
+
+
+def _size_in_header(path: Path) -> Size | None:
+    """The size of an image that does not decode; None where not even its header can be read."""
+    try:
+        return image_size(path)
+    except (InputError, OSError):
+        return None
+
+
+def _is_one_colour(image: np.ndarray) -> bool:
+    # A few rows first: almost every image ends there.
+    return all(bool((part == image[0, 0]).all()) for part in (image[:: max(1, len(image) // 8)], image))
+
+
+def _digest(image: np.ndarray) -> str:
+    """Hash of shape and pixels: the same picture stored in another file, or in another lossless format, has it too."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=_salt(image.shape)).hexdigest()
+
+
+def _salt(shape: tuple[int, ...]) -> bytes:
+    return shape[0].to_bytes(8, "little") + shape[1].to_bytes(8, "little")
+
+
+def raw_histogram(raw: np.ndarray) -> dict[int, int]:
+    """{value: pixels} of an integer array of any type."""
+    if raw.dtype != np.uint8:
+        if raw.size == 0 or raw.min() < 0 or raw.max() > 255:
+            values, counts = np.unique(raw, return_counts=True)
+            return dict(zip(values.tolist(), counts.tolist(), strict=True))
+        raw = raw.astype(np.uint8)
+    counts = byte_histogram(raw)
+    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}

@@ -1,0 +1,243 @@
+"""What an audit saw, as findings: one sentence each, with the way to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segkit.data.audit import Size, SplitAudit
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+LEVELS = (ERROR, WARNING, NOTE)
+
+NUM_SHOWN = 5
+"""Sentences of one kind that are listed one by one; more of the kind are counted in one sentence."""
+
+TOLERATED_OVERLAP = 0.01
+"""Share of the validation images that may occur in training as well before it is an error: published splits have a
+few such images, and one has to keep them for scores that compare."""
+
+LEFT_OUT = {
+    ("bdd100k", "train"): 4,
+    ("bdd100k", "val"): 2,
+    ("cityscapes", "train_extra"): 1,
+}
+"""Published pairs that a reader leaves out, because they are broken; its note says so."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence for the user: ``level`` error, warning or note, ``files`` that it is about (all of them)."""
+
+    level: str
+    text: str
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.level in LEVELS, self.level
+
+
+def published_count(dataset: Any, reader: dict[str, Any]) -> int | None:
+    """Images that the publishers give for this split; None where they give none, or options change the split."""
+    if dataset.name == "robotic_instrument" and reader.get("splits", "paper") != "paper":
+        return None
+    if dataset.name == "synthetic" and reader.get("num_images") is not None:
+        return None
+    return dataset.table.splits.get(dataset.split)
+
+
+def split_findings(audit: SplitAudit, *, published: int | None, validates: bool) -> list[Finding]:
+    """Everything that is worth saying of one split; ``validates``: scores are computed on it."""
+    dataset = audit.dataset
+    findings = [Finding(NOTE, note) for note in dataset.notes]
+    findings += _count_findings(audit, published)
+    if not dataset.labelled:
+        text = (
+            f"split {dataset.split!r} of {dataset.name} has no labels, so that nothing can be trained or measured on "
+            "it: choose another dataset.train_split or dataset.val_split"
+        )
+        findings.append(Finding(ERROR, text))
+    findings += _listed(audit, audit.image_errors, what="images that cannot be read")
+    findings += _listed(audit, audit.label_errors, what="labels that cannot be read")
+    findings += _size_findings(audit)
+    findings += [_unknown_value(audit, value) for value in sorted(audit.unknown)]
+    findings += _suspicious(audit)
+    if dataset.labelled and audit.raw_pixels:
+        findings += _absent_classes(audit, validates=validates)
+    return findings
+
+
+def _count_findings(audit: SplitAudit, published: int | None) -> list[Finding]:
+    dataset = audit.dataset
+    found = len(dataset)
+    left_out = LEFT_OUT.get((dataset.name, dataset.split), 0)
+    if published is None or found in (published, published - left_out):
+        return []
+    more_or_less = "only " if found < published else ""
+    text = (
+        f"split {dataset.split} of {dataset.name} has {more_or_less}{found:,} images, but {published - left_out:,} "
+        "are published: unpack the archives again, or go on if this is a part on purpose"
+    )
+    return [Finding(WARNING, text)]
+
+
+def _file(audit: SplitAudit, index: int, *, label: bool = False) -> str:
+    sample = audit.dataset.samples[index]
+    return str(sample.labels[0] if label and sample.labels else sample.image)
+
+
+def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[Finding]:
+    """The first sentences one by one, and one for the rest."""
+    indices = sorted(sentences)
+    label = what.startswith("labels")
+    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in indices[:NUM_SHOWN]]
+    rest = indices[NUM_SHOWN:]
+    if rest:
+        text = (
+            f"split {audit.dataset.split} has {len(rest)} more {what}, for example "
+            f"{_file(audit, rest[0], label=label)}: mend them likewise (--json lists them all)"
+        )
+        findings.append(Finding(ERROR, text, tuple(_file(audit, i, label=label) for i in rest)))
+    return findings
+
+
+def _size_findings(audit: SplitAudit) -> list[Finding]:
+    sentences = {}
+    for index, (image, label) in audit.size_errors.items():
+        sentences[index] = (
+            f"image {_file(audit, index)} is {shown_size(image)} but its label {_file(audit, index, label=True)} is "
+            f"{shown_size(label)}; both must have the same size: mend the pair or remove it from the split"
+        )
+    return _listed(audit, sentences, what="images of another size than their labels")
+
+
+def _unknown_value(audit: SplitAudit, value: int) -> Finding:
+    """One raw value that the table lacks, with the labels that hold it."""
+    samples = audit.unknown[value]
+    worst = max(samples, key=lambda index: (samples[index], -index))
+    files = tuple(_file(audit, index, label=True) for index in sorted(samples))
+    where = f"label {_file(audit, worst, label=True)} has {samples[worst]:,} pixels"
+    if len(samples) > 1:
+        where += (
+            f", {len(samples) - 1} other labels of {audit.dataset.split} {sum(samples.values()) - samples[worst]:,}"
+        )
+    known = ranges(sorted(audit.dataset.table.raw_to_train))
+    text = (
+        f"{where} of the raw value {value}, which the label table of {audit.dataset.name} does not know; allowed are "
+        f"{known}: put the right file there, or add the value to the table's raw_to_train"
+    )
+    return Finding(ERROR, text, files)
+
+
+def _suspicious(audit: SplitAudit) -> list[Finding]:
+    findings = []
+    for indices, label, text in (
+        (audit.one_colour, False, "shows one colour only"),
+        (audit.no_class, True, "has no pixel of any class"),
+    ):
+        if indices:
+            kind, first = "label" if label else "image", _file(audit, indices[0], label=label)
+            others = f" and {len(indices) - 1} more like it" if len(indices) > 1 else ""
+            files = tuple(_file(audit, index, label=label) for index in indices)
+            sentence = (
+                f"{kind} {first} {text}{others}: look at it, and remove the pair from {audit.dataset.split} if broken"
+            )
+            findings.append(Finding(WARNING, sentence, files))
+    twice = [indices for indices in audit.digests.values() if len(indices) > 1]
+    if twice:
+        one, other = twice[0][:2]
+        files = tuple(_file(audit, index) for indices in twice for index in indices)
+        text = (
+            f"split {audit.dataset.split} shows {len(twice)} images more than once, for example {_file(audit, one)} "
+            f"and {_file(audit, other)}: remove the copies"
+        )
+        findings.append(Finding(WARNING, text, files))
+    return findings
+
+
+def _absent_classes(audit: SplitAudit, *, validates: bool) -> list[Finding]:
+    classes, split = audit.dataset.classes, audit.dataset.split
+    absent = [classes[k] for k in np.flatnonzero(audit.class_pixels == 0)]
+    if not absent:
+        return []
+    names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    if not audit.is_complete:
+        text = f"the {len(audit.indices)} samples of {split} show no pixel of {names}: leave out --sample to know"
+        return [Finding(NOTE, text)]
+    if validates:
+        text = (
+            f"split {split} has no pixel of {names}, so the mean IoU will be that of {len(classes) - len(absent)} "
+            f"classes: compare it only with scores on the same split, or add images of {_it(absent)}"
+        )
+    else:
+        text = (
+            f"split {split} has no pixel of {names}, so {_it(absent)} cannot be learnt, and the loss gives "
+            f"{_it(absent)} the margin of loss.absent: add images, or correct the label table"
+        )
+    return [Finding(WARNING, text)]
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
+def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
+    """At most one finding: the images that occur in ``train`` and, by content, in ``val`` as well."""
+    shared = [(train.digests[digest][0], index) for digest in val.digests if digest in train.digests
+              for index in val.digests[digest]]  # fmt: skip
+    if not shared:
+        return []
+    first, second = shared[0]
+    text = (
+        f"{len(shared)} of {len(val.indices)} images of split {val.dataset.split} are in {train.dataset.split} as "
+        f"well, for example {_file(val, second)} = {_file(train, first)}: remove them from {train.dataset.split}, as "
+        "scores on images that were trained on say little about others"
+    )
+    share = len(shared) / len(val.indices)
+    files = tuple(_file(val, index) for _, index in shared)
+    return [Finding(ERROR if share > TOLERATED_OVERLAP else WARNING, text, files)]
+
+
+def shown_size(size: Size) -> str:
+    """(height, width) as "WIDTHxHEIGHT", as image viewers say it."""
+    return f"{size[1]}x{size[0]}"
+
+
+def ranges(values: Sequence[int]) -> str:
+    """Sorted integers as "0..11, 255"."""
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in parts)
+
+
+def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
+    """What was seen of a split, for a JSON report."""
+    dataset = audit.dataset
+    pixels, images = audit.class_pixels.tolist(), audit.class_images.tolist()
+    table = dataset.table
+    return {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "num_images": len(dataset),
+        "num_published": published,
+        "num_checked": len(audit.indices),
+        "num_broken": len(audit.broken),
+        "num_unreadable_images": len(audit.image_errors),
+        "num_unreadable_labels": len(audit.label_errors),
+        "num_different_sizes": len(audit.size_errors),
+        "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in audit.sizes.most_common()],
+        "ignored_pixels": audit.ignored_pixels,
+        "raw_values": [
+            {"value": value, "pixels": audit.raw_pixels[value], "train": table.raw_to_train.get(value)}
+            for value in sorted({*audit.raw_pixels, *table.raw_to_train})
+        ],
+        "classes": {name: {"pixels": pixels[k], "images": images[k]} for k, name in enumerate(dataset.classes)},
+        "notes": list(dataset.notes),
+    }

@@ -1,0 +1,306 @@
+"""One real step of everything, with the exact configuration of a run, in a folder that is thrown away.
+
+The pipeline itself trains a few steps of every phase, is stopped after the first, goes on from its checkpoint, and
+evaluates and saves at the end of each phase. Nothing here imitates it; this module shortens the configuration, takes
+the time, and works out what the whole schedule would take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkit import runtime
+from segkit.config import Config, check_targets
+from segkit.data.loader import steps_per_epoch
+from segkit.phase import PhaseRun, Surroundings
+from segkit.phase_cache import default_cache_dir
+from segkit.pipeline import Run
+from segkit.preflight import Splits
+from segkit.training import checkpoint
+from segkit.training.trainer import Interrupted
+
+NUM_STEPS = {"cpu": 3, "cuda": 12}
+"""Steps of each phase: one to warm up, one after going on from the checkpoint, the rest are timed."""
+
+NUM_EVALUATED = {"cpu": 2, "cuda": 8}
+"""Images of each evaluation."""
+
+LOADING_SECONDS = 20.0
+"""Longest time that measuring the loader may take, once its second batch is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
+    """What a phase of the whole schedule would take, from the steps that were timed.
+
+    ``step_seconds`` is the time of a step without waiting for data; ``seconds`` of all steps and evaluations.
+    """
+
+    name: str
+    num_steps: int
+    num_evaluations: int
+    num_evaluated_images: int
+    step_seconds: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What was measured. ``peak_memory`` in bytes: on a GPU what tensors took, on a CPU what the process took.
+
+    ``memory_limit``: bytes that the GPU has, or the machine; ``peak_reserved``: bytes that were reserved for tensors.
+    """
+
+    device: str
+    is_gpu: bool
+    num_cores: int
+    workers: int
+    num_steps: int
+    batch_size: int
+    peak_memory: int
+    peak_reserved: int
+    memory_limit: int
+    loader_images_per_second: float
+    evaluated_images_per_second: float
+    phases: tuple[PhaseCost, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of the whole schedule, in seconds."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures as dictionaries, lists and numbers."""
+        content = dataclasses.asdict(self)
+        return {**content, "phases": list(content["phases"]), "estimated_seconds": self.seconds}
+
+
+def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tuple[int, int]]) -> Rehearsal:
+    """Train, stop, go on, evaluate and save with ``config`` on ``phases``; returns what it took.
+
+    ``phases`` may hold fewer samples than the real splits, whose numbers of images (training, validation) are
+    ``sizes``. Raises what the pipeline raises.
+    """
+    check_targets(config)
+    runtime.set_determinism(strict=config.determinism.value == "strict")
+    device = runtime.resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with tempfile.TemporaryDirectory(prefix="segkit-check-") as name:
+        folder = Path(name) / "run"
+        short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
+        _say("training the first step, then stopping")
+        with _quiet(), contextlib.suppress(Interrupted):
+            Run(short, folder, phases, device, lambda: True).train()
+        _check_saved(short, folder)
+        _say("going on from the checkpoint, through all phases")
+        again = Run(short, folder, phases, device, lambda: False)
+        with _quiet():
+            again.train()
+        _check_steps(short, folder, phases)
+        _say("timing the loader and the evaluation")
+        loading = loader_speed(again, short, phases)
+        evaluating = evaluation_speed(again, short, phases)
+        costs = tuple(
+            cost(config, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
+            for name in config.schedule
+        )
+    peak, reserved, limit = memory(device)
+    return Rehearsal(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        is_gpu=device.type == "cuda",
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        workers=config.workers,
+        num_steps=short.limit_steps or 0,
+        batch_size=config.batch_size,
+        peak_memory=peak,
+        peak_reserved=reserved,
+        memory_limit=limit,
+        loader_images_per_second=loading,
+        evaluated_images_per_second=evaluating,
+        phases=costs,
+    )
+
+
+def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
+    """``config`` with a few steps and images; all that decides about memory and speed stays."""
+    most = NUM_STEPS[device.type]
+    images = NUM_EVALUATED[device.type]
+    evaluation = dataclasses.replace(
+        config.evaluation,
+        every_steps=None,
+        every_epochs=None,
+        max_images=min(images, config.evaluation.max_images or images),
+    )
+    return dataclasses.replace(
+        config,
+        evaluation=evaluation,
+        limit_steps=min(most, config.limit_steps or most),
+        cache_dir=str(cache_dir),
+        log_every=1,
+        checkpoint_every=None,
+        profile_steps=0,
+        resume=True,
+    )
+
+
+def cache_beside(config: Config, folder: Path) -> Path:
+    """A cache below ``folder`` that shares the label counts of the real one, but not its trained phases."""
+    real = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    counts = real / "label_counts"
+    counts.mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "label_counts").symlink_to(counts.resolve(), target_is_directory=True)
+    return folder / "cache"
+
+
+def _say(text: str) -> None:
+    print(f"rehearsal: {text}", file=sys.stderr, flush=True)
+
+
+def _quiet() -> Any:
+    """Context that keeps the pipeline's lines from the report."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _check_saved(config: Config, folder: Path) -> None:
+    """The pipeline must have saved its state after the first step."""
+    first = next(iter(config.schedule))
+    state = checkpoint.load_last(folder / first / "checkpoints")
+    assert state is not None, f"no checkpoint of phase {first} after its first step"
+    assert state["progress"]["step"] >= 1
+
+
+def _check_steps(config: Config, folder: Path, phases: dict[str, Splits]) -> None:
+    """Every step of every phase must have been trained once: none lost, none twice after going on."""
+    for name in config.schedule:
+        expected = list(range(1, min(real_steps(config, name, len(phases[name].train)), config.limit_steps or 0) + 1))
+        rows = _rows(folder / name / "metrics.jsonl")
+        trained = [row["step"] for row in rows if row["split"] == "train"]
+        assert trained == expected, f"phase {name} trained the steps {trained}, not {expected}"
+        assert any(row["split"] == "val" for row in rows), f"phase {name} was not evaluated"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _last_phase(run: Run, config: Config, phases: dict[str, Splits]) -> PhaseRun:
+    """The last phase of the finished ``run`` once more, with ``config``."""
+    around = Surroundings(
+        config=config,
+        folder=run.folder,
+        cache_dir=run.cache_dir,
+        device=run.device,
+        model=run.model,
+        stop=lambda: False,
+    )
+    name = list(config.schedule)[-1]
+    return PhaseRun(around, name, phases[name])
+
+
+def loader_speed(run: Run, config: Config, phases: dict[str, Splits]) -> float:
+    """Images a second that the loader gives when nothing waits for it.
+
+    The workers begin together, so that their first batches come in a burst: timing starts once each has made one.
+    """
+    first = max(1, config.workers)
+    last = 3 * first
+    phase = _last_phase(run, dataclasses.replace(config, limit_steps=last), phases)
+    arrivals: list[tuple[float, int]] = []
+    start = time.perf_counter()
+    for batch in phase.batches(0):
+        arrivals.append((time.perf_counter() - start, len(batch.names)))
+        if len(arrivals) >= last or (len(arrivals) > first and arrivals[-1][0] > LOADING_SECONDS):
+            break
+    if len(arrivals) <= first:  # a phase of very few steps: all there is
+        return sum(images for _, images in arrivals) / max(arrivals[-1][0], 1e-9)
+    seconds = arrivals[-1][0] - arrivals[first - 1][0]
+    return sum(images for _, images in arrivals[first:]) / max(seconds, 1e-9)
+
+
+def evaluation_speed(run: Run, config: Config, phases: dict[str, Splits]) -> float:
+    """Images a second that an evaluation goes through."""
+    phase = _last_phase(run, config, phases)
+    start = time.perf_counter()
+    results = phase.evaluate(run.model)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return results["num_images"] / max(time.perf_counter() - start, 1e-9)
+
+
+def cost(
+    config: Config,
+    name: str,
+    folder: Path,
+    size: tuple[int, int],
+    num_rehearsed: int,
+    *,
+    loading: float,
+    evaluating: float,
+) -> PhaseCost:
+    """What phase ``name`` would take with ``size`` training and validation images."""
+    batch = min(config.batch_size, num_rehearsed)
+    rows = _rows(folder / name / "timing.jsonl")
+    # The first step warms up; in the first phase, so does the second, with which the run goes on.
+    warm = 2 if name == next(iter(config.schedule)) else 1
+    rows = rows[warm:] or rows[-1:]
+    step_seconds = statistics.median(batch / row["images_per_second"] * (1 - row["data_wait_share"]) for row in rows)
+    in_step = max(step_seconds, batch / loading)
+    num_steps = real_steps(config, name, size[0])
+    num_evaluations = count_evaluations(config, num_steps, size[0])
+    evaluated = min(size[1], config.evaluation.max_images or size[1])
+    return PhaseCost(
+        name=name,
+        num_steps=num_steps,
+        num_evaluations=num_evaluations,
+        num_evaluated_images=evaluated,
+        step_seconds=step_seconds,
+        images_per_second=batch / in_step,
+        seconds=num_steps * in_step + num_evaluations * evaluated / evaluating,
+    )
+
+
+def real_steps(config: Config, name: str, num_samples: int) -> int:
+    """Steps of phase ``name`` on a training split of ``num_samples``."""
+    phase = config.schedule[name]
+    per_epoch = steps_per_epoch(num_samples, config.batch_size)
+    steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
+    return min(steps, config.limit_steps or steps)
+
+
+def count_evaluations(config: Config, num_steps: int, num_samples: int) -> int:
+    """Evaluations of a phase of ``num_steps``: at each interval, and always at its end."""
+    every = config.evaluation.every_steps
+    if config.evaluation.every_epochs is not None:
+        every = max(1, round(config.evaluation.every_epochs * steps_per_epoch(num_samples, config.batch_size)))
+    return 1 if every is None else math.ceil(num_steps / every)
+
+
+def memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes: the peak so far, what was reserved for it, and what there is."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,215 @@
+"""``segkit evaluate``: score a trained run again, on any split and with any inference."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+
+
+def parse() -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="segkit evaluate",
+        description="Evaluate a trained run. Writes results.json beside the checkpoint, and into RUN/evaluations.",
+        epilog="example: segkit evaluate outputs/cityscapes/RUN --tta flip,ms --slide 800x800",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--phase", help="a phase of the run (default: the last)")
+    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    parser.add_argument("--split", help="default: dataset.val_split of the run")
+    parser.add_argument("--root", help="folder of the data set, where it moved")
+    parser.add_argument("--batch-size", type=int, default=1, help="images of equal size at once")
+    parser.add_argument("--max-images", type=int, help="only the first N images")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--protocol", default="standard", help="standard, cityscapes, ade20k or bdd100k")
+    parser.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
+    parser.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
+    parser.add_argument("--calibrated", action="store_true", help="use the bias that --calibrate has tuned")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
+    add_inference_arguments(parser)
+    return parser.parse_args()
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say how images become predictions."""
+    parser.add_argument("--tta", default="", metavar="flip,ms", help="test-time augmentation: flip, ms (multi-scale)")
+    parser.add_argument("--scales", metavar="S,S,...", help="scales of --tta ms (default: 0.5 to 1.75 in quarters)")
+    parser.add_argument("--slide", nargs="?", const="crop", metavar="HxW", help="sliding window (default: the crop)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="share that neighbouring windows have in common")
+    parser.add_argument("--blending", default="gaussian", choices=["gaussian", "uniform"])
+
+
+def inference(arguments: argparse.Namespace, crop: list[int]) -> Any:
+    """The :class:`segkit.evaluation.Inference` that the options describe."""
+    from segkit.evaluation.inference import ADE20K_SCALES, Inference
+
+    modes = {mode for mode in arguments.tta.split(",") if mode}
+    if modes - {"flip", "ms"}:
+        raise InputError(f"--tta is {arguments.tta!r}, but takes flip, ms, or both with a comma between")
+    scales: tuple[float, ...] = (1.0,)
+    if "ms" in modes:
+        scales = numbers(arguments.scales, "--scales") if arguments.scales else ADE20K_SCALES
+    elif arguments.scales:
+        raise InputError("--scales is given without --tta ms: add --tta ms")
+    window = None
+    if arguments.slide:
+        height, width = crop if arguments.slide == "crop" else window_size(arguments.slide)
+        window = (-(-height // 32) * 32, -(-width // 32) * 32)
+    return Inference(
+        window=window, overlap=arguments.overlap, blending=arguments.blending, flip="flip" in modes, scales=scales
+    )
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} is {text!r}, but takes numbers with commas between, as 0.5,1.0,1.5") from None
+
+
+def window_size(text: str) -> tuple[int, int]:
+    """Height and width from ``HxW``."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"--slide is {text!r}, but takes HxW, as 800x800") from None
+    return height, width
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    from segkit.train import guarded
+
+    guarded(run)
+
+
+def run() -> None:
+    """Evaluate, show the table, write the results."""
+    from segkit.preflight import open_split
+    from segkit.report.tables import class_table
+    from segkit.runtime import resolve_device, write_json
+    from segkit.saved_run import open_run
+
+    arguments = parse()
+    saved = open_run(arguments.run, phase=arguments.phase)
+    checkpoint = saved.checkpoint(arguments.checkpoint)
+    dataset = saved.config.phase_dataset(saved.phase_name)
+    if arguments.root:
+        dataset = dataclasses.replace(dataset, root=arguments.root)
+    split = open_split(dataset, arguments.split or dataset.val_split)
+    device = resolve_device(arguments.device)
+    model = saved.model(arguments.checkpoint).to(device)
+    if arguments.calibrate:
+        from segkit.commands.calibration import tune
+
+        tune(saved, model, dataset, device=device, workers=arguments.workers)
+    if arguments.calibrate or arguments.calibrated:
+        from segkit.commands.calibration import with_bias
+
+        model = with_bias(saved, model)
+    results, per_image = evaluate_split(arguments, saved, dataset, split, model, device)
+    results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
+    print(class_table(results))
+    for name in ("benchmark", "boundary"):
+        for key, value in results.get(name, {}).items():
+            if isinstance(value, float):
+                print(f"{name} {key}: {100 * value:.2f} %")
+    folder = saved.folder / "evaluations"
+    folder.mkdir(exist_ok=True)
+    label = evaluation_name(arguments, split.split)
+    per_image.save(folder / f"{label}.npz")
+    targets = [folder / f"{label}.json", checkpoint.parent / "results.json", arguments.output]
+    for path in targets:
+        if path is not None:
+            write_json(path, results)
+            print(f"written: {path}")
+
+
+def evaluation_name(arguments: argparse.Namespace, split: str) -> str:
+    """A file name that tells evaluations of one run apart."""
+    parts = [split, arguments.checkpoint]
+    parts += [mode for mode in arguments.tta.split(",") if mode]
+    parts += ["slide"] * bool(arguments.slide) + ["calibrated"] * (arguments.calibrate or arguments.calibrated)
+    return "-".join(parts)
+
+
+def evaluate_split(
+    arguments: argparse.Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
+) -> tuple[dict[str, Any], Any]:
+    """The results in the form of results.json, and the sparse matrices of the images."""
+    from segkit.config import plain
+    from segkit.data.loader import eval_batches
+    from segkit.data.transforms import EvalTransform
+    from segkit.evaluation import evaluate, to_results
+    from segkit.evaluation.protocols import benchmark_scores
+    from segkit.progress import track
+
+    predict = inference(arguments, dataset.crop)
+    precision = arguments.precision or saved.config.precision.value
+    if arguments.max_images:
+        split = split[: arguments.max_images]
+    transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
+    batches: Iterable[Any] = eval_batches(
+        split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers
+    )
+    boundary, predicting = None, predict
+    if arguments.boundary:
+        from segkit.evaluation.boundary import BoundaryCounts
+
+        boundary = BoundaryCounts(split.num_classes, ignore_index=split.ignore_index)
+        batches, predicting = watched(batches, predict, boundary)
+    evaluation = evaluate(
+        model,
+        batches,
+        num_classes=split.num_classes,
+        ignore_index=split.ignore_index,
+        device=device,
+        precision=precision,
+        predict=predicting,
+        progress=lambda items: track(items, description="evaluating", unit="batches"),
+    )
+    protocol = {
+        "dataset": dataset.name,
+        "split": split.split,
+        "max_images": arguments.max_images,
+        "resize": plain(dataset.eval_resize),
+        "labels": dataset.eval_labels.value,
+        "inference": "whole image" if predict.describe()["window"] is None else "sliding window",
+        **predict.describe(),
+        "precision": precision,
+        "calibrated": bool(arguments.calibrate or arguments.calibrated),
+        "benchmark": arguments.protocol,
+    }
+    results = to_results(evaluation, class_names=split.classes, protocol=protocol)
+    if arguments.protocol != "standard":
+        results["benchmark"] = benchmark_scores(arguments.protocol, evaluation.counts, split.classes)
+    if boundary is not None:
+        results["boundary"] = boundary.summary()
+    return results, evaluation.per_image
+
+
+def watched(
+    batches: Iterable[Any], predict: Callable[..., Any], boundary: Any
+) -> tuple[Iterator[Any], Callable[..., Any]]:
+    """The same batches and predictions; each image is added to ``boundary`` once it is predicted."""
+    latest: list[Any] = []
+
+    def remember(model: Any, images: Any, size: Any) -> Any:
+        latest[:] = [predict(model, images, size)]
+        return latest[0]
+
+    def passing() -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            for prediction, label in zip(latest[0].cpu().numpy(), batch.labels.numpy(), strict=True):
+                boundary.update(prediction, label)
+
+    return passing(), remember

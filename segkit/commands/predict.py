@@ -1,0 +1,129 @@
+"""``segkit predict``: label images and overlays for any pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+
+
+def parse() -> argparse.Namespace:
+    """The arguments of the command line."""
+    from segkit.commands.evaluate import add_inference_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="segkit predict",
+        description="Predict image files: label PNGs, colour overlays with a legend, probabilities.",
+        epilog="example: segkit predict outputs/camvid/RUN --input photos --output predictions",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a model.onnx of segkit export")
+    parser.add_argument("--input", required=True, metavar="DIR|FILE|GLOB")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    parser.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, shown beside the first")
+    parser.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
+    parser.add_argument("--calibrated", action="store_true", help="use the bias of segkit evaluate --calibrate")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--device", default="auto")
+    add_inference_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    from segkit.train import guarded
+
+    guarded(run)
+
+
+def run() -> None:
+    """Predict all images; exit code 1 if one could not be read."""
+    from segkit.commands.evaluate import inference
+    from segkit.evaluation.predict import Outputs, find_images, predict_files
+    from segkit.progress import track
+    from segkit.runtime import resolve_device
+
+    arguments = parse()
+    device = resolve_device(arguments.device)
+    images = find_images(arguments.input, output=arguments.output)
+    scorer, crop, classes, palette = load(arguments.run, arguments, device)
+    scorers: Any = scorer
+    if arguments.side_by_side:
+        other, _, other_classes, _ = load(arguments.side_by_side, arguments, device)
+        if other_classes != classes:
+            raise InputError(
+                f"{arguments.side_by_side} predicts {len(other_classes)} classes and {arguments.run} {len(classes)}, "
+                "or others: name two runs of one data set"
+            )
+        scorers = {title(arguments.run): scorer, title(arguments.side_by_side) + " ": other}
+    report = predict_files(
+        scorers,
+        images,
+        arguments.output,
+        classes=classes,
+        palette=palette,
+        device=device,
+        precision=arguments.precision,
+        inference=inference(arguments, crop),
+        outputs=Outputs(probabilities=arguments.probabilities),
+        progress=lambda names: track(names, description="predicting", unit="images"),
+    )
+    for _, reason in report.failed:
+        print(f"skipped: {reason}", file=sys.stderr)
+    print(f"written: {report.num_written} predictions in {arguments.output}")
+    sys.exit(report.exit_code)
+
+
+def title(run: Path) -> str:
+    """A short name for a run: what its folder says about model and loss."""
+    return run.resolve().parent.name if (run / "config.yaml").is_file() else run.stem
+
+
+def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, list[int], tuple[str, ...], Any]:
+    """The model behind ``path``, the crop it was trained on, its classes and their colours."""
+    if path.suffix == ".onnx":
+        from segkit.commands.onnx_scorer import load_onnx
+
+        return load_onnx(path)
+    from segkit.config import plain
+    from segkit.data.labels import load_table
+    from segkit.saved_run import open_run
+
+    saved = open_run(path)
+    dataset = saved.config.phase_dataset(saved.phase_name)
+    model = saved.model(arguments.checkpoint).to(device)
+    if arguments.calibrated:
+        from segkit.commands.calibration import with_bias
+
+        model = with_bias(saved, model)
+    resize = plain(dataset.eval_resize)
+    if any(resize.values()):
+        if arguments.slide:
+            raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
+        model = Resized(model, resize)
+    counts = saved.label_counts()
+    palette = counts.get("palette")
+    if palette is None:
+        palette = load_table(dataset.name).palette.tolist()
+    return model, dataset.crop, tuple(counts["classes"]), palette
+
+
+class Resized:
+    """A scorer that resizes its images first, as the evaluation of the run did."""
+
+    def __init__(self, model: Any, resize: dict[str, Any]) -> None:
+        self.model, self.resize = model, resize
+
+    def __call__(self, images: Any) -> Any:
+        import numpy as np
+        import torch
+
+        from segkit.data.transforms import resize_image, target_size
+
+        size = target_size(tuple(images.shape[-2:]), self.resize)
+        resized = [resize_image(image.permute(1, 2, 0).cpu().numpy(), size) for image in images.to(torch.uint8)]
+        stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
+        return self.model(stacked.to(images.device))

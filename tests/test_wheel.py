@@ -1,0 +1,73 @@
+"""The built wheel, installed in an environment of its own: ``segkit train`` works from any folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """The bin folder of a new virtual environment that holds the wheel; it sees this one's other packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    wheel = next(folder.glob("segkit-*.whl"))
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    target = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, text=True)
+    # A plain path line: the packages are seen, the editable segkit (a .pth file over there) is not.
+    (Path(target) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "env" / "bin"
+
+
+def call(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([environment / "segkit", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_configs_travel_in_the_wheel(environment, tmp_path):
+    where = subprocess.run(
+        [environment / "python", "-c", "from segkit.config import config_dir; print(config_dir())"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder = Path(where.stdout.strip())
+    assert environment.parent in folder.parents
+    shipped = {path.relative_to(folder) for path in folder.rglob("*.yaml")}
+    assert shipped == {path.relative_to(REPOSITORY / "configs") for path in (REPOSITORY / "configs").rglob("*.yaml")}
+
+
+@pytest.mark.slow
+def test_it_trains_from_any_folder(environment, tmp_path):
+    options = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2"]
+    done = call(environment, tmp_path, "train", *options, "hydra.run.dir=run", "cache_dir=cache", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").is_file()
+
+
+@pytest.mark.slow
+def test_its_mistakes_are_sentences_too(environment, tmp_path):
+    done = call(environment, tmp_path, "train", "schedle=single")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no key schedle: did you mean schedule?")
+    assert call(environment, tmp_path, "trian").stderr.startswith(
+        "error: there is no verb 'trian': did you mean train?"
+    )

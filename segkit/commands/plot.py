@@ -1,6 +1,6 @@
-"""``segkit plot losses``: the rho-margin loss and the rho-calibrated log-loss over lambda, from the code's own functions.
+"""``segkit plot losses``: the rho-margin loss and the rho-calibrated log-loss over lambda.
 
-The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022.
+The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022; the log-loss is what the code of the loss computes.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def calibrated_log_loss(lam: Any, rho: float) -> Any:
     rhos = torch.full((2,), float(rho))
     loss = MarginCalibrationLoss(rho_k0=rhos, rho_0k=rhos, form="paper").double()
     scores = torch.tensor(np.stack([lam, np.zeros_like(lam)]), dtype=torch.float64)
-    label = torch.zeros(1, 1, 1, dtype=torch.int64)
-    return np.array([float(loss(scores[:, i].reshape(1, 2, 1, 1), label)) / 2 for i in range(scores.shape[1])])
+    label = torch.zeros((1, 1, len(lam)), dtype=torch.int64)
+    return loss.pixel_map(scores[None, :, None], label).numpy().reshape(-1) / 2
 
 
 def draw(rhos: list[float], reach: float) -> Any:
@@ -90,12 +90,10 @@ def draw(rhos: list[float], reach: float) -> Any:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    lam = np.linspace(-reach, reach, 401)
+    lam = np.sort(np.append(np.linspace(-reach, reach, 401), 1e-9))  # so that the step of rho = 0 stands at 0
     shades = [(0.09, 0.29, 0.61, 0.25 + 0.75 * (i + 1) / len(rhos)) for i in range(len(rhos))]
     for rho, shade in zip(rhos, shades, strict=True):
-        # A step is drawn as one: rho = 0 has no slope between its two values.
-        style = {"drawstyle": "steps-post"} if rho == 0 else {}
-        panels[0].plot(lam, rho_margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$", **style)
+        panels[0].plot(lam, rho_margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
         panels[1].plot(lam, calibrated_log_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
     panels[0].set(title=r"$\rho$-margin loss", ylabel=r"$\Phi_\rho(\lambda)$", ylim=(-0.05, 1.25))
     panels[1].set(title=r"$\rho$-calibrated log-loss", ylabel=r"$\log_2(1 + 2^{\rho - \lambda})$")

@@ -53,17 +53,18 @@ def csv_text(table: ScoreTable) -> str:
 def screen(table: ScoreTable) -> str:
     """The table for a terminal: pixel accuracy and mean IoU only, the best marked with a star."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from segkit.report.tables import render
 
-    shown = Table(box=box.SIMPLE_HEAD, title=_caption(table))
+    shown = Table(box=box.SIMPLE_HEAD, title=escape(_caption(table)))
     shown.add_column("")
     for title in ("runs", *table.titles[:2]):
         shown.add_column(title, justify="right")
     for group, cells in zip(table.groups, table.rows, strict=True):
         scores = [_marked(cell, "{} *", "{}  ", " ± ") for cell in cells[:2]]
-        shown.add_row(group.name, str(len(group.runs)), *scores)
+        shown.add_row(escape(group.name), str(len(group.runs)), *scores)
     return render(shown)
 
 

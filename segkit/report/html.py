@@ -15,7 +15,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, class_: str = "
     rows = [list(row) for row in rows]
     numeric = [bool(rows) and 'class="num' in rows[0][at] for at in range(len(head))]
     columns = zip(head, numeric, strict=True)
-    header = tag("tr", "".join(tag("th", cell, scope="col", class_="num" if right else None) for cell, right in columns))
+    header = tag(
+        "tr", "".join(tag("th", cell, scope="col", class_="num" if right else None) for cell, right in columns)
+    )
     body = "".join(
         tag(
             "tr",

@@ -88,7 +88,7 @@ def find_runs(paths: Sequence[Path | str]) -> tuple[list[RunRecord], list[str]]:
             notes += left_out
     seen: dict[Path, RunRecord] = {}
     for run in runs:
-        key = run.path.resolve() / run.phase
+        key = (run.path / "results.json").resolve()
         if key not in seen:
             seen[key] = run
     notes += [note for run in seen.values() for note in run.notes]

@@ -152,7 +152,7 @@ def grids(c: Comparison) -> str:
         cells = [cell for row in grid.cells for cell in row if cell]
         means = {cell.name: statistics.fmean(values) for cell in cells if (values := cell.scores("mean_iou"))}
         best = max(means, key=lambda name: means[name]) if means else "none"
-        note = f"Mean IoU in percent; darker is better, hatched was not run. Best: {best}."
+        note = f"Mean IoU in percent; the stronger the colour, the better; an empty cell was not run. Best: {best}."
         items.append(html.card(figures.grid_chart(grid), title=f"{grid.row_key} by {grid.column_key}", note=note))
     return html.cards(items) if items else ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def make_run_at() -> MakeRun:
         path: Path, *overrides: str, skill: float = 0.8, seed: int = 0, classes: Sequence[str] = CLASSES,
         num_images: int = 30, protocol: dict[str, Any] | None = None, margins: bool = False, num_pictures: int = 0,
     ) -> Path:  # fmt: skip
-        config = composed((*overrides, f"seed={seed}"))
+        config = replace(composed(overrides), seed=seed)
         folder = RunFolder(path, config)
         folder.start({"command": ["train.py", *overrides], "started": "2026-01-01T12:00:00+0000", "seed": seed,
                       "git_commit": "0123abc", "git_dirty": False, "python": "3.12.1", "versions": {"torch": "2.9.0"},

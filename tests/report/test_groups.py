@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+
+import pytest
+
+from segkit.report.comparison import compare
+from segkit.report.export import csv_text, latex, latex_text, markdown, screen
+from segkit.report.groups import Group, differences, find_grids, flatten, loss_name
+from segkit.report.scores import Cell, _ranked
+
+RECIPE = "schedule=pretrain_finetune"
+
+
+def test_runs_that_differ_only_in_seed_are_one_row(make_run):
+    runs = [make_run("b", RECIPE, seed=1), make_run("c", RECIPE, "loss.tau=5.0"), make_run("a", RECIPE, "workers=0")]
+    comparison = compare(runs)
+    assert [[run.path.name for run in group.runs] for group in comparison.groups] == [["a", "b"], ["c"]]
+    assert [group.name for group in comparison.groups] == [
+        "margin calibration (paper), τ=10, υ=1",
+        "margin calibration (paper), τ=5, υ=1",
+    ]
+
+
+def test_one_seed_twice_is_two_rows(make_run):
+    comparison = compare([make_run("a"), make_run("b")])
+    assert [len(group.runs) for group in comparison.groups] == [1, 1]
+    assert len({group.name for group in comparison.groups}) == 2
+
+
+def test_names_say_in_what_rows_differ(make_run):
+    runs = [make_run("a", "loss=cross_entropy"), make_run("b", "loss=cross_entropy", "loss.weighting=enet")]
+    runs += [make_run("c", "loss=cross_entropy", "optimizer.lr=0.5"), make_run("d", "loss=dice")]
+    names = [group.name for group in compare(runs).groups]
+    assert names[3] == "dice"
+    assert "weighting=enet" in names[1]
+    assert "optimizer.lr=0.5" in names[2]
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ({"_target_": "segkit.losses.cross_entropy"}, "cross-entropy"),
+        ({"_target_": "segkit.losses.LovaszSoftmaxLoss"}, "lovasz softmax"),
+        ({"_target_": "segkit.losses.margin_calibration", "form": "reference"}, "margin calibration (reference)"),
+        (
+            {
+                "_target_": "segkit.losses.SumLoss",
+                "terms": {
+                    "a": {"weight": 1.0, "loss": {"_target_": "segkit.losses.cross_entropy"}},
+                    "b": {"weight": 0.5, "loss": {"_target_": "segkit.losses.DiceLoss"}},
+                },
+            },
+            "cross-entropy + 0.5 dice",
+        ),
+    ],
+)
+def test_losses_in_words(node, name):
+    assert loss_name(node) == name
+
+
+def test_the_baseline_comes_first(make_run):
+    one, other = make_run("a", "loss=dice"), make_run("b")
+    assert compare([one, other]).baseline.runs[0].path == one
+    assert compare([one, other], baseline=other).baseline.runs[0].path == other
+    assert compare([one], baseline=other).baseline.runs[0].path == other
+
+
+def test_a_grid_is_found_beside_its_baseline(make_run):
+    runs = [make_run("ce", "loss=cross_entropy")]
+    runs += [
+        make_run(f"{t}{u}", f"loss.tau={t}", f"loss.upsilon={u}") for t in (20, 5) for u in (1, 2) if (t, u) != (5, 2)
+    ]
+    (grid,) = find_grids(compare(runs).groups)
+    assert (grid.row_key, grid.column_key) == ("loss.tau", "loss.upsilon")
+    assert (grid.rows, grid.columns) == ((5, 20), (1, 2))
+    shown = [[cell.runs[0].path.name if cell else None for cell in row] for row in grid.cells]
+    assert shown == [["51", None], ["201", "202"]]
+
+
+def test_a_line_is_no_grid(make_run):
+    assert find_grids(compare([make_run(str(t), f"loss.tau={t}") for t in (1, 2, 3)]).groups) == []
+
+
+def test_differences_name_keys_that_one_side_lacks():
+    found = differences([flatten({"a": {"b": 1, "c": 2}}), flatten({"a": {"b": 1, "d": 3}})])
+    assert set(found) == {"a.c", "a.d"}
+    assert found["a.c"][0] == 2
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_cells_have_mean_and_sample_deviation():
+    cell = Cell((0.5, 0.6, 0.8))
+    assert cell.mean == pytest.approx(1.9 / 3)
+    assert cell.spread == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
+    assert Cell((0.5,)).spread is None
+    assert (Cell(()).mean, Cell(()).shown) == (None, "–")
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ([0.1, 0.3, 0.2], [None, 1, 2]),
+        ([0.3, 0.300001, 0.2], [1, 1, None]),  # equal as shown
+        ([0.3, 0.3, 0.2, 0.1], [1, 1, 2, None]),
+        ([0.3, 0.2], [1, None]),
+        ([0.3], [None]),
+        ([0.3, 0.3], [None, None]),
+    ],
+)
+def test_best_and_second_best(values, ranks):
+    assert [cell.rank for cell in _ranked([Cell((value,)) for value in values])] == ranks
+
+
+def test_an_absent_class_is_neither_best_nor_averaged():
+    ranked = _ranked([Cell(()), Cell((0.2,)), Cell((0.1,)), Cell((0.0,))])
+    assert [cell.rank for cell in ranked] == [None, 1, 2, None]
+
+
+@pytest.fixture
+def table(make_run):
+    runs = [make_run(f"ce{s}", "loss=cross_entropy", seed=s) for s in (0, 1)]
+    runs += [make_run("mc", skill=0.9), make_run("dice", "loss=dice", skill=0.5)]
+    return compare(runs).table
+
+
+def test_csv_has_every_digit(table):
+    rows = list(csv.DictReader(io.StringIO(csv_text(table))))
+    assert [row["seed"] for row in rows] == ["0", "1", "0", "0"]
+    runs = [run for group in table.groups for run in group.runs]
+    for row, run in zip(rows, runs, strict=True):
+        assert row["run"] == str(run.path)
+        assert float(row["mean_iou"]) == run.results["mean_iou"]
+        assert float(row["iou/sign"]) == run.results["classes"]["sign"]["iou"]
+
+
+def test_markdown(table):
+    lines = markdown(table).splitlines()
+    assert lines[0].startswith("|  | runs | pixel acc. | mIoU | road | ")
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    score = table.groups[1].runs[0].results["mean_iou"]
+    assert f"| **{100 * score:.2f}** |" in lines[3]
+    pair = [run.results["mean_iou"] for run in table.groups[0].runs]
+    assert f"| <u>{50 * sum(pair):.2f}</u> ± {100 * statistics.stdev(pair):.2f} |" in lines[2]
+
+
+def test_latex(table):
+    lines = latex(table).splitlines()
+    body = [line for line in lines if line.endswith(r"\\")]
+    assert len({line.count("&") for line in body}) == 1
+    assert lines[1] == r"\begin{tabular}{l" + "r" * body[0].count("&") + "}"
+    assert r"$\tau$=10, $\upsilon$=1" in body[2]
+    assert r"\textbf{" in body[2]
+    assert r" $\pm$ " in body[1]
+
+
+def test_latex_letters():
+    assert latex_text(r"50%_a&b\c{}") == r"50\%\_a\&b\textbackslash{}c\{\}"
+
+
+def test_screen(table):
+    text = screen(table)
+    assert re.search(r"margin calibration \(paper\).* 1 .*\*", text)
+    assert "synthetic val, 30 images" in text.replace("\n", " ")
+
+
+def test_a_group_leaves_out_scores_that_runs_lack(make_run):
+    run = compare([make_run("a")]).groups[0].runs[0]
+    run.results["classes"]["sky"]["iou"] = None
+    assert Group("g", (run,)).scores("iou/sky") == []

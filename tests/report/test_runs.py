@@ -1,0 +1,258 @@
+"""Reading run folders: what is there, and one sentence for each way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from segkit.errors import InputError
+from segkit.report import runs as runs_module
+from segkit.report.comparison import compare
+from segkit.report.runs import find_runs, read_run
+from segkit.run_folder import FREE_KEYS
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def real(run, name):
+    """The file behind a link, so that tests can write to it."""
+    return (run / name).resolve()
+
+
+def test_free_keys_are_those_of_the_run_folder():
+    assert runs_module.FREE_KEYS == FREE_KEYS
+
+
+def test_a_run_is_read(make_run):
+    run = make_run("a", "schedule=pretrain_finetune", seed=3, margins=True, num_pictures=2)
+    record = read_run(run)
+    assert (record.phase, record.is_last, record.seed) == ("finetune", True, 3)
+    assert record.loss["_target_"] == "segkit.losses.margin_calibration"
+    assert record.classes[:2] == ("road", "sidewalk")
+    assert {line["phase"] for line in record.metrics} == {"pretrain", "finetune"}
+    assert list(record.pictures) == ["val_0000", "val_0001"]
+    assert record.margins["rho_0k"][0] == pytest.approx(0.01)
+    assert record.notes == ()
+
+
+def test_a_phase_is_a_run_of_its_own(make_run):
+    run = make_run("a", "schedule=pretrain_finetune")
+    record = read_run(run / "pretrain")
+    assert (record.phase, record.is_last) == ("pretrain", False)
+    assert record.loss["_target_"] == "segkit.losses.cross_entropy"
+    assert list(record.config["schedule"]) == ["pretrain"]
+    assert {line["phase"] for line in record.metrics} == {"pretrain"}
+    both = compare([run / "pretrain", run])
+    assert [group.name for group in both.groups] == ["cross-entropy", "margin calibration (paper), τ=10, υ=1"]
+
+
+def test_a_run_named_twice_counts_once(make_run):
+    run = make_run("a")
+    assert len(find_runs([run, run, run / "finetune"])[0]) == 1
+
+
+def test_a_sweep_is_its_finished_runs_in_order(make_run, tmp_path):
+    for job in (10, 2, 0):
+        make_run(f"sweep/{job}", f"loss.tau={job + 1}.0")
+    real(tmp_path / "sweep" / "10", "results.json").unlink()
+    (tmp_path / "sweep" / "11").mkdir()
+    (tmp_path / "sweep" / ".submitit").mkdir()
+    found, notes = find_runs([tmp_path / "sweep"])
+    assert [run.path.name for run in found] == ["0", "2"]
+    assert notes == [
+        f"left out: {tmp_path}/sweep/10 has no results.json, its run is not finished",
+        f"left out: {tmp_path}/sweep/11 has no config.yaml, its run did not start",
+    ]
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match=r"gone is not a folder: name run folders such as"):
+        find_runs([tmp_path / "gone"])
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(InputError, match=r"is neither a run .* nor a sweep \(no sub-folder has one\)"):
+        find_runs([tmp_path])
+
+
+def test_a_sweep_without_a_finished_run(make_run, tmp_path):
+    real(make_run("sweep/0"), "results.json").unlink()
+    with pytest.raises(InputError, match=r"no run of the sweep .*sweep is finished: wait for one"):
+        find_runs([tmp_path / "sweep"])
+
+
+def test_a_half_written_run(make_run):
+    run = make_run("a")
+    real(run, "results.json").unlink()
+    with pytest.raises(InputError, match=r"a has no results.json, its run is not finished: go on with it, or leave it"):
+        find_runs([run])
+
+
+@pytest.mark.parametrize("name", ["results.json", "label_counts.json", "provenance.json"])
+def test_a_torn_json_file(make_run, name):
+    run = make_run("a")
+    file = real(run, name)
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(InputError, match=rf"{name} cannot be read \(.*\): the run folder is damaged"):
+        find_runs([run])
+
+
+def test_json_that_is_no_object(make_run):
+    run = make_run("a")
+    real(run, "results.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"results.json holds no JSON object: the run folder is damaged"):
+        find_runs([run])
+
+
+def test_results_of_another_version(make_run):
+    run = make_run("a")
+    edit(real(run, "results.json"), lambda results: (results.pop("protocol"), results.pop("num_images")))
+    with pytest.raises(
+        InputError, match=r"has no num_images and no protocol, it was written by another version .* `segkit evaluate "
+    ):
+        find_runs([run])
+
+
+@pytest.mark.parametrize("value", [1.7, "0.5"])
+def test_a_score_that_is_none(make_run, value):
+    run = make_run("a")
+    edit(real(run, "results.json"), lambda results: results["classes"]["sky"].update(iou=value))
+    with pytest.raises(InputError, match=r"holds a score that is no number from 0 to 1"):
+        find_runs([run])
+
+
+def test_a_protocol_without_keys(make_run):
+    run = make_run("a")
+    edit(real(run, "results.json"), lambda results: results.update(protocol="whole"))
+    with pytest.raises(InputError, match=r"has no protocol of key and value"):
+        find_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("loss: [", r"config.yaml cannot be read \(.*\): the run folder is damaged"),
+        ("seed: 0\nmodel: {}\ndataset: {}", r"config.yaml has no loss and no schedule, it was written by another"),
+        ("- 1", r"config.yaml has no dataset and no model"),
+        ("{seed: 0, model: {}, dataset: {}, loss: {}, schedule: {}}", r"has no phases in schedule"),
+        ("{seed: 0, model: {}, dataset: {}, loss: {}, schedule: {train: {}}}", r"has no loss._target_, it was written"),
+    ],
+)
+def test_a_configuration_of_another_version(make_run, content, message):
+    run = make_run("a")
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=message):
+        find_runs([run])
+
+
+def test_a_saved_configuration_cannot_read_the_environment(make_run, monkeypatch):
+    monkeypatch.setenv("SECRET", "letmein")
+    run = make_run("a")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("device: auto", "device: ${oc.env:SECRET}"))
+    assert "letmein" not in str(read_run(run).config)
+
+
+def test_a_torn_line_of_metrics(make_run):
+    run = make_run("a", "schedule=single")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text[:-20])
+    with pytest.raises(InputError, match=r"line 24 of .*metrics.jsonl is no record of a phase: the file is damaged"):
+        find_runs([run])
+
+
+def test_counts_of_another_evaluation(make_run):
+    run, other = make_run("a"), make_run("b", skill=0.6)
+    shutil.copy(real(other, "per_image.npz"), real(run, "per_image.npz"))
+    with pytest.raises(InputError, match=r"results.json \(mean IoU .* are not of one evaluation: write both again"):
+        find_runs([run])
+
+
+def test_a_broken_count_file(make_run):
+    run = make_run("a")
+    real(run, "per_image.npz").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"per_image.npz is not a per-image count file"):
+        find_runs([run])
+
+
+def test_label_counts_and_margins_need_one_number_per_class(make_run):
+    run = make_run("a", margins=True)
+    edit(real(run, "margins.json"), lambda margins: margins["rho_0k"].pop())
+    with pytest.raises(InputError, match=r"margins.json has not one rho_0k and one rho_k0 per class"):
+        find_runs([run])
+    edit(real(run, "label_counts.json"), lambda counts: counts["class_pixels"].pop())
+    with pytest.raises(InputError, match=r"label_counts.json has not one class_pixels per class"):
+        find_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "purpose"),
+    [
+        ("per_image.npz", "intervals, tests and confusion matrix"),
+        ("metrics.jsonl", "curves"),
+        ("label_counts.json", "label distribution"),
+        ("provenance.json", "origin"),
+    ],
+)
+def test_a_missing_file_is_said(make_run, name, purpose):
+    run = make_run("a")
+    (run / name).unlink()
+    assert find_runs([run])[1] == [f"{run} has no {name}: no {purpose} for it"]
+
+
+def test_a_broken_index_of_pictures(make_run):
+    run = make_run("a", num_pictures=1)
+    real(run, "pictures").joinpath("index.json").write_text('{"pictures": 3}')
+    with pytest.raises(InputError, match=r"index.json is no index of pictures .* delete the folder"):
+        find_runs([run])
+
+
+# -- runs that do not belong together ------------------------------------------------------------------------------
+
+
+def test_other_data_sets(make_run):
+    one, other = make_run("a"), make_run("b", protocol={"dataset": "camvid"}, classes=("Sky", "Road"))
+    message = (
+        r"dataset is 'synthetic' in .*a and 'camvid' in .*b; the classes are 8 \(road, sidewalk, building, "
+        r"vegetation, ...\) in .*a and 2 \(Sky, Road\) in .*b. Compare runs of one protocol.* --allow-mixed-protocols"
+    )
+    with pytest.raises(InputError, match=message):
+        compare([one, other])
+    mixed = compare([one, other], allow_mixed_protocols=True)
+    assert len(mixed.mixed) == 2
+    assert mixed.table.titles == ("pixel acc.", "mIoU", *mixed.runs[0].classes, "Sky", "Road")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": {"resize": {"short_side": 400}}}, r"resize is None in .*a and not given in .*b"),
+        ({"protocol": {"inference": "flip"}}, r"inference is 'whole image' in .*a and 'flip' in .*b"),
+        ({"protocol": {"extra": 1}}, r"extra is not given in .*a and 1 in .*b"),
+        ({"num_images": 12}, r"number of images is 30 in .*a and 12 in .*b"),
+    ],
+)
+def test_other_protocols(make_run, options, message):
+    with pytest.raises(InputError, match=f"not evaluated alike: .*{message}"):
+        compare([make_run("a"), make_run("b", **options)])
+
+
+def test_other_images(make_run):
+    one, other = make_run("a"), make_run("b")
+    from dataclasses import replace
+
+    from segkit.evaluation.per_image import PerImageCounts
+
+    counts = PerImageCounts.load(other / "per_image.npz")
+    replace(counts, names=tuple(f"test_{i}" for i in range(30))).save(real(other, "per_image.npz"))
+    with pytest.raises(InputError, match=r"the images of .*a and of .*b have different names"):
+        compare([one, other])

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from segkit.report import images, uncertainty
+from segkit.report.comparison import compare
+
+
+def test_pooled_counts_are_the_sum_of_the_runs(make_run):
+    (group,) = compare([make_run(f"a{s}", seed=s) for s in (0, 1, 2)]).groups
+    pooled = uncertainty.pooled(group.runs)
+    for image in (0, 7, 29):
+        expected = sum(run.per_image.matrix(image) for run in group.runs)
+        np.testing.assert_array_equal(pooled.matrix(image), expected)
+    np.testing.assert_array_equal(pooled.total(), sum(run.per_image.total() for run in group.runs))
+
+
+def test_pooling_goes_by_image_name(make_run):
+    (group,) = compare([make_run(f"a{s}", seed=s) for s in (0, 1)]).groups
+    counts = group.runs[1].per_image
+    turned = replace(counts, image=counts.num_images - 1 - counts.image, names=counts.names[::-1])
+    pooled = uncertainty.pooled([group.runs[0], replace(group.runs[1], per_image=turned)])
+    expected = group.runs[0].per_image.matrix(3) + counts.matrix(3)
+    np.testing.assert_array_equal(pooled.matrix(3), expected)
+
+
+def test_intervals_hold_the_score(make_run):
+    groups = compare([make_run("a"), make_run("b", "loss=dice", skill=0.6)]).groups
+    found = uncertainty.intervals(groups, num_samples=300)
+    for at, interval in found:
+        score = groups[at].runs[0].results["mean_iou"]
+        assert interval.mean_iou == pytest.approx(score, rel=1e-12)
+        assert interval.low < score < interval.high
+    assert [at for at, _ in found] == [0, 1]
+
+
+def test_a_clear_gain_is_found_and_none_is_not(make_run):
+    runs = [make_run("a", skill=0.7), make_run("b", "loss=dice", skill=0.8), make_run("c", "loss=focal", skill=0.7)]
+    comparison = compare(runs)
+    better, same = uncertainty.paired_tests(comparison.groups, comparison.baseline, num_samples=300)
+    expected = comparison.groups[1].runs[0].results["mean_iou"] - comparison.baseline.runs[0].results["mean_iou"]
+    assert better.result.difference == pytest.approx(expected)
+    assert better.result.low > 0
+    assert better.result.p_value == pytest.approx(1 / 301)
+    assert better.holm == pytest.approx(2 / 301)
+    assert same.result.p_value == 1
+
+
+def test_seeds_are_paired(make_run):
+    runs = [make_run(f"a{s}", seed=s) for s in (0, 1, 2)] + [make_run(f"b{s}", "loss=dice", seed=s) for s in (2, 5)]
+    base, other = compare(runs).groups
+    assert [(one.seed, two.seed) for one, two in uncertainty._pairs(base, other)] == [(2, 2)]
+    other = replace(other, runs=other.runs[1:])  # no seed in common: in their order
+    assert [(one.seed, two.seed) for one, two in uncertainty._pairs(base, other)] == [(0, 5)]
+
+
+def test_other_protocols_are_never_paired(make_run):
+    runs = [make_run("a"), make_run("b", protocol={"inference": "flip"})]
+    comparison = compare(runs, allow_mixed_protocols=True)
+    assert len(comparison.groups) == 2
+    assert uncertainty.paired_tests(comparison.groups, comparison.baseline, num_samples=100) == []
+    assert images.gains(*comparison.runs) == []
+
+
+def test_holm_by_hand():
+    assert uncertainty.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert uncertainty.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert uncertainty.holm([]) == []
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+def test_image_scores_are_means_over_the_classes_of_the_image(make_run):
+    (group,) = compare([make_run("a")]).groups
+    scores = images.image_scores(group.runs[0])
+    matrix = group.runs[0].per_image.matrix(4).astype(float)
+    union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+    assert scores["val_0004"] == pytest.approx(np.mean([m / u for m, u in zip(np.diag(matrix), union) if u]))  # noqa: B905
+
+
+def test_gains_are_sorted(make_run):
+    runs = compare([make_run("a"), make_run("b", "loss=dice", skill=0.82)]).runs
+    gains = images.gains(*runs)
+    assert len(gains) == 30
+    assert [one.gain for one in gains] == sorted((one.gain for one in gains), reverse=True)
+
+
+def test_best_and_worst_stored_images_are_chosen(make_run):
+    (run,) = compare([make_run("a", num_pictures=6)]).runs
+    ranked = ["val_0005", "val_0029", "val_0003", "val_0000", "val_0001", "val_0002", "val_0004"]
+    assert images.chosen_names([run], ranked, 3) == ["val_0005", "val_0003", "val_0004"]
+    assert images.chosen_names([run], ranked, 1) == ["val_0005"]
+    assert len(images.chosen_names([run], [], 10)) == 6
+
+
+def test_overlay_keeps_the_image_where_there_is_no_class():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    mixed = images.overlay(image, np.array([[0, 1, 255]], np.uint8), [(200, 0, 50), (0, 0, 0)])
+    np.testing.assert_array_equal(mixed[0], [[160, 40, 70], [40, 40, 40], [100, 100, 100]])
+
+
+def test_stored_pictures_come_back(make_run):
+    run = make_run("a", num_pictures=2)
+    (record,) = compare([run]).runs
+    image, label, prediction = record.pictures["val_0001"].read()
+    assert image.shape == (96, 128, 3)
+    assert label.dtype == np.uint8
+    assert set(np.unique(label[:4])) == {255}
+    assert prediction.max() < 8
+
+
+def test_stored_pictures_are_small_and_keep_their_classes(tmp_path):
+    from types import SimpleNamespace
+
+    from segkit.report.stored_pictures import LONGEST, read_pictures, write_pictures
+
+    label = np.zeros((600, 3000), np.uint8)
+    label[:, 1500:] = 149
+    picture = SimpleNamespace(
+        name="x", image=np.zeros((600, 3000, 3), np.uint8), label=label, prediction=label.astype(int)
+    )
+    write_pictures(tmp_path / "p", [picture], palette=np.zeros((150, 3), np.uint8), classes=["c"] * 150)
+    image, stored, _ = read_pictures(tmp_path / "p")["x"].read()
+    assert image.shape == (205, LONGEST, 3)
+    assert set(np.unique(stored)) == {0, 149}
+
+
+def test_an_index_cannot_name_files_elsewhere(make_run, tmp_path):
+    run = make_run("a", num_pictures=1)
+    index = run / "pictures" / "index.json"
+    index.write_text(index.read_text().replace("0000_label.png", "../../../secret.png"))
+    (record,) = compare([run]).runs
+    assert record.pictures["val_0000"].label == run / "pictures" / "secret.png"
+
+
+@pytest.mark.parametrize("part", ["label", "image"])
+def test_a_broken_picture_is_named(make_run, part):
+    from segkit.errors import InputError
+
+    run = make_run("a", num_pictures=1)
+    (record,) = compare([run]).runs
+    getattr(record.pictures["val_0000"], part).write_bytes(b"no picture")
+    with pytest.raises(InputError, match=rf"0000_{part}\.\w+ cannot be read .*: delete the folder"):
+        record.pictures["val_0000"].read()
+
+
+def test_pictures_of_two_sizes_are_named(make_run):
+    from PIL import Image
+
+    from segkit.errors import InputError
+
+    (record,) = compare([make_run("a", num_pictures=1)]).runs
+    Image.new("L", (3, 2)).save(record.pictures["val_0000"].prediction)
+    with pytest.raises(InputError, match=r"have sizes \(96, 128\), \(96, 128\) and \(2, 3\), but must have one"):
+        record.pictures["val_0000"].read()

@@ -181,6 +181,16 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """A sweep (``-m``) on this machine: ``jobs`` run at a time."""
+
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("sweep.jobs", self.jobs, 1)
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run. ``configs/train.yaml`` explains every key."""
 
@@ -190,6 +200,7 @@ class Config:
     optimizer: dict[str, Any]
     schedule: dict[str, PhaseConfig]
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     seed: int = 0
     determinism: Determinism = Determinism.none

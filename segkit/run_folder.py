@@ -26,6 +26,7 @@ FREE_KEYS = (
     "resume",
     "ignore_config_change",
     "profile_steps",
+    "sweep",
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 

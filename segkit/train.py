@@ -19,20 +19,35 @@ EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or SIGINT: the state is saved, the same command goes on."""
 
 
+_sweeps: list[Any] = []
+"""The sweep on this machine that the command line asked for, if it did."""
+
+
 def _task(node: Any) -> float | None:
     """Run one composed configuration; returns the final mean IoU, which sweeps compare.
 
     A single run ends the process here, with one sentence, if something is wrong; Hydra would print lines of its own
-    about an exception that comes through it. A sweep needs the exception.
+    about an exception that comes through it. A job of a sweep on this machine is handed to a process of its own; one
+    of a cluster's launcher or of a searching sweeper runs here, and they need its exception.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return guarded(lambda: _run(node, folder))
+    choices = hydra_config.runtime.choices
+    if choices["hydra/launcher"] != "basic" or choices["hydra/sweeper"] != "basic":
         return _run(node, folder)
-    return guarded(lambda: _run(node, folder))
+    from segkit.config import to_config
+    from segkit.sweep import LocalSweep
+
+    to_config(node)  # a mistake in all jobs ends the sweep before it starts
+    if not _sweeps:
+        _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=node.sweep.jobs))
+    _sweeps[0].submit(list(hydra_config.overrides.task), folder)
+    return None
 
 
 def _run(node: Any, folder: Path) -> float:
@@ -55,6 +70,8 @@ def _hydra_main() -> None:
 
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_task)()
+    if _sweeps:
+        sys.exit(_sweeps[0].finish())
 
 
 def main() -> None:

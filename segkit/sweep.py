@@ -1,0 +1,140 @@
+"""Many runs from one command line: ``python train.py -m loss.tau=1,5,10``.
+
+Every job of a sweep on this machine is a process of its own with its own run folder, ``sweep.jobs`` of them at a time.
+A job that fails does not stop the others. ``sweep.json`` and a table at the end show every job's state and score; the
+same command with the same ``hydra.sweep.dir`` goes on where an interrupted sweep stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from segkit.runtime import write_json
+from segkit.train import EXIT_INTERRUPTED
+
+LOG = "log.txt"
+
+
+@dataclass
+class Job:
+    """One run of a sweep. ``state``: waiting, running, finished, failed or interrupted."""
+
+    number: int
+    overrides: list[str]
+    folder: str
+    state: str = "waiting"
+    mean_iou: float | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+class LocalSweep:
+    """Runs the jobs of one sweep on this machine."""
+
+    def __init__(self, folder: Path, *, jobs: int) -> None:
+        self.folder, self.limit = folder, jobs
+        self.jobs: list[Job] = []
+        self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
+
+    def submit(self, overrides: Sequence[str], folder: Path) -> None:
+        """Start a job as soon as fewer than ``limit`` are running."""
+        while len(self._running) >= self.limit:
+            self._collect()
+        job = Job(len(self.jobs), list(overrides), str(folder), state="running")
+        self.jobs.append(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if self.limit > 1:
+            # As many threads in all as there are processors.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.limit)))
+        log = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 (closed when the job ends)
+        command = [sys.executable, "-m", "segkit.train", *overrides, f"hydra.run.dir={folder}"]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self._running[job.number] = (process, time.monotonic(), log)
+        print(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}", flush=True)
+        self._note()
+
+    def finish(self) -> int:
+        """Wait for all jobs and show their table; returns the exit code of the sweep."""
+        while self._running:
+            self._collect()
+        print(self.table())
+        failed = [job for job in self.jobs if job.state != "finished"]
+        if failed:
+            print(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see {LOG} in their folders", file=sys.stderr)
+        return 1 if failed else 0
+
+    def _collect(self) -> None:
+        """Wait until a job ends, and note how."""
+        while True:
+            try:
+                ended = [number for number, (process, _, _) in self._running.items() if process.poll() is not None]
+                if ended:
+                    break
+                time.sleep(0.2)
+            except KeyboardInterrupt:
+                # The jobs have got the signal too: they save their state and end.
+                print("interrupted: waiting for the running jobs to save their state", file=sys.stderr, flush=True)
+                for process, _, _ in self._running.values():
+                    process.wait()
+        for number in ended:
+            process, start, log = self._running.pop(number)
+            log.close()
+            job = self.jobs[number]
+            job.seconds = round(time.monotonic() - start, 1)
+            self._judge(job, process.returncode)
+            score = f"mean IoU {job.mean_iou:.4f}" if job.mean_iou is not None else job.error
+            print(f"job {number}: {self._label(job)} {job.state}: {score}", flush=True)
+        self._note()
+        if any(job.state == "interrupted" for job in self.jobs):
+            self._stop()
+
+    def _stop(self) -> None:
+        while self._running:
+            _, (process, _, log) = self._running.popitem()
+            process.wait()
+            log.close()
+        print(self.table())
+        print(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+    def _judge(self, job: Job, code: int) -> None:
+        results = Path(job.folder) / "results.json"
+        if code == 0 and results.is_file():
+            job.state = "finished"
+            job.mean_iou = json.loads(results.read_text(encoding="utf-8"))["mean_iou"]
+            return
+        job.state = "interrupted" if code == EXIT_INTERRUPTED else "failed"
+        lines = (Path(job.folder) / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+
+    def _label(self, job: Job) -> str:
+        """The overrides in which the jobs differ; all of them for the first job, when that is not known yet."""
+        common = set.intersection(*(set(other.overrides) for other in self.jobs)) if len(self.jobs) > 1 else set()
+        return ", ".join(item for item in job.overrides if item not in common) or "as configured"
+
+    def _note(self) -> None:
+        write_json(self.folder / "sweep.json", [asdict(job) for job in self.jobs])
+
+    def table(self) -> str:
+        """Every job with its state and score, the best first."""
+        from rich import box
+        from rich.table import Table
+
+        from segkit.report.tables import percent, render
+
+        table = Table(title=f"{len(self.jobs)} jobs in {self.folder}", box=box.SIMPLE_HEAD)
+        for column in ("job", "overrides", "state", "mean IoU %", "seconds"):
+            table.add_column(column, justify="left" if column in ("overrides", "state") else "right")
+        order = sorted(self.jobs, key=lambda job: (job.mean_iou is None, -(job.mean_iou or 0.0), job.number))
+        for job in order:
+            table.add_row(str(job.number), self._label(job), job.state, percent(job.mean_iou), f"{job.seconds or 0:.0f}")
+        return render(table)

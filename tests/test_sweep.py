@@ -1,0 +1,43 @@
+"""A sweep on this machine: the shared phase is trained once, a failed job does not hide, the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+SMALL = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2", "device=cpu"]
+
+
+def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    fixed = [*SMALL, f"hydra.sweep.dir={folder}/sweep", f"cache_dir={folder}/cache"]
+    command = [sys.executable, str(TRAIN), "-m", *fixed, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_job_that_fails(tmp_path):
+    done = sweep(tmp_path, "loss.upsilon=1.0,1e-9,2.0")
+    assert done.returncode == 1
+    status = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [job["state"] for job in status] == ["finished", "failed", "finished"]
+    assert "upsilon = 1e-09 is too small" in status[1]["error"]
+    assert "1 of 3 jobs did not finish" in done.stderr
+    results = json.loads((tmp_path / "sweep" / "0" / "results.json").read_text())
+    assert status[0]["mean_iou"] == results["mean_iou"]
+    logs = [(tmp_path / "sweep" / str(number) / "log.txt").read_text() for number in range(3)]
+    assert ["taken from the cache" in log for log in logs] == [False, True, True]
+
+    again = sweep(tmp_path, "loss.upsilon=1.0,2.0")  # the finished jobs are not trained again
+    assert again.returncode == 0
+    assert "phase pretrain: finished already" in (tmp_path / "sweep" / "0" / "log.txt").read_text()
+
+
+def test_jobs_must_be_positive(tmp_path):
+    done = sweep(tmp_path, "sweep.jobs=0", "loss.tau=1,2")
+    assert done.returncode == 2
+    assert "sweep.jobs is 0, but must be at least 1" in done.stderr

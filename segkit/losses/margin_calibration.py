@@ -29,46 +29,48 @@ from torch import Tensor
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice
 from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
-from segkit.losses.tiles import PixelLoss
+from segkit.losses.tiles import PixelLoss, TileRule, not_on_cpu
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
 
 FORMS = ("paper", "reference")
 
 
-def margin_tile(
-    s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, divisor: float
-) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of logits ``s`` (K,P) with labels ``y`` (P,): the head of this file.
+def margin_tile(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of logits ``s`` (K,P), overwritten, with labels ``y`` (P,): the head of this file.
 
-    With g_y = -w_pos sigmoid(c x_y), g_k = sigmoid(c x_k) and G their sum, the gradient is g_k, except
-    2 g_m1 - G at the maximum and g_m2 - g_m1 at the runner-up. Tied scores share equally what one of them
-    would get: of t > 1 tied maxima each pays (G - G_M) / t for the classes outside the tie (G_M: sum of g
-    inside) and (G_M - g_k) / (t - 1) for the others inside, whose runner-up it is; of r tied runner-ups each
-    pays g_m1 / r. That is a sub-gradient, sums to zero and does not depend on the order of the classes.
+    ``rho_k0`` and ``rho_0k`` (K,) are margins times c. With g_y = -w_pos sigmoid(c x_y), g_k = sigmoid(c x_k) and G
+    their sum, the gradient is g_k, except 2 g_m1 - G at the maximum and g_m2 - g_m1 at the runner-up. Tied scores
+    share equally what one of them would get: of t > 1 tied maxima each pays (G - G_M) / t for the classes outside
+    the tie (G_M: sum of g inside) and (G_M - g_k) / (t - 1) for the others inside, whose runner-up it is; of r tied
+    runner-ups each pays g_m1 / r. That is a sub-gradient, sums to zero and does not depend on the order of classes.
     """
-    s = s - s.amax(0)
-    top = s == 0
-    ties = top.sum(0)
-    second = s.masked_fill(top, -math.inf).amax(0)  # largest score below the maximum
-    alone = ties == 1
-    lam = torch.where(top, torch.where(alone, -second, 0), s)
     at_label = y.unsqueeze(0)
-    x = lam + rho_0k[:, None]
-    x.scatter_(0, at_label, rho_k0[y][None] - lam.gather(0, at_label))
-    x *= c
-    softplus = F.softplus(x, threshold=60.0)
-    loss = (softplus.sum(0) + (w_pos - 1) * softplus.gather(0, at_label)[0]) / (c * divisor)
+    s.sub_(s.amax(0))
+    is_top = torch.eq(s, 0, out=torch.empty_like(s))
+    ties = is_top.sum(0)
+    alone = (ties == 1).to(s.dtype)
+    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max).amax(0)
+    is_second = torch.eq(s, second, out=torch.empty_like(s))
 
-    g = torch.sigmoid(x)
+    s.addcmul_(is_top, -second * alone)  # lambda
+    label_x = rho_k0[y][None] - c * s.gather(0, at_label)
+    x = torch.add(rho_0k[:, None], s, alpha=c).scatter_(0, at_label, label_x)
+    terms = F.softplus(x, threshold=60.0)
+    loss = (terms.sum(0) + (w_pos - 1) * terms.gather(0, at_label)[0]) / c
+
+    g = x.sigmoid_()
     g.scatter_(0, at_label, -w_pos * g.gather(0, at_label))
-    total = g.sum(0)
-    inside = torch.where(top, g, 0).sum(0)
-    pay_top = (total - inside) / ties + (inside - g) / (ties - 1).clamp(min=1)
-    runner_up = (s == second) & alone
-    pay_second = inside / runner_up.sum(0).clamp(min=1)
-    gradient = g - torch.where(top, pay_top, torch.where(runner_up, pay_second, 0))
-    return loss, gradient / divisor
+    outside = g.sum(0)
+    inside = torch.mul(g, is_top, out=terms).sum(0)
+    outside -= inside
+    if not_on_cpu(g) or bool((ties > 1).any()):
+        share = (1 - alone) / (ties - 1).clamp(min=1)
+        g.addcmul_(terms, share)
+        outside += ties * share * inside
+    g.addcmul_(is_top, outside / -ties)
+    g.addcmul_(is_second, -inside * alone / is_second.sum(0).clamp(min=1))
+    return loss, g
 
 
 class MarginCalibrationLoss(PixelLoss):
@@ -79,9 +81,16 @@ class MarginCalibrationLoss(PixelLoss):
 
     rho_k0: Tensor
     rho_0k: Tensor
-    tile_function = staticmethod(margin_tile)
 
-    def __init__(self, *, rho_k0: Tensor, rho_0k: Tensor, form: str = "paper", ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        *,
+        rho_k0: Tensor,
+        rho_0k: Tensor,
+        form: str = "paper",
+        ignore_index: int = 255,
+        compile_tiles: bool | None = None,
+    ) -> None:
         check_choice(form, "form", FORMS)
         rho_k0, rho_0k = (torch.as_tensor(r, dtype=torch.float32).clone() for r in (rho_k0, rho_0k))
         for name, rho in (("rho_k0", rho_k0), ("rho_0k", rho_0k)):
@@ -96,14 +105,15 @@ class MarginCalibrationLoss(PixelLoss):
                     f"{name} must be finite and not negative, got {[round(v, 6) for v in rho.tolist()]}; "
                     "take the margins from margin_offsets of the label counts"
                 )
-        super().__init__(ignore_index=ignore_index, num_classes=len(rho_k0))
+        super().__init__(ignore_index=ignore_index, num_classes=len(rho_k0), compile_tiles=compile_tiles)
         self.form = form
         self.register_buffer("rho_k0", rho_k0)
         self.register_buffer("rho_0k", rho_0k)
 
-    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        c, w_pos, divisor = (math.log(2.0), 1.0, 1.0) if self.form == "paper" else (1.0, num_classes, num_classes)
-        return self.rho_k0.to(dtype), self.rho_0k.to(dtype), c, float(w_pos), float(divisor)
+    def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
+        c, w_pos, divisor = (math.log(2.0), 1, 1) if self.form == "paper" else (1.0, num_classes, num_classes)
+        parameters = (c * self.rho_k0.to(dtype), c * self.rho_0k.to(dtype), c, float(w_pos))
+        return TileRule(margin_tile, parameters, scale=1 / divisor)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, form={self.form!r}, ignore_index={self.ignore_index}"
@@ -121,6 +131,7 @@ def margin_calibration(
     rho_max: float | None = None,
     form: str = "paper",
     ignore_index: int = 255,
+    compile_tiles: bool | None = None,
 ) -> MarginCalibrationLoss:
     """The loss with the margins of ``class_pixels`` (K,); the arguments are those of ``margin_offsets``."""
     offsets = margin_offsets(
@@ -133,4 +144,10 @@ def margin_calibration(
         rho_max=rho_max,
         class_names=class_names,
     )
-    return MarginCalibrationLoss(rho_k0=offsets.rho_k0, rho_0k=offsets.rho_0k, form=form, ignore_index=ignore_index)
+    return MarginCalibrationLoss(
+        rho_k0=offsets.rho_k0,
+        rho_0k=offsets.rho_0k,
+        form=form,
+        ignore_index=ignore_index,
+        compile_tiles=compile_tiles,
+    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice, check_inputs, check_number
-from segkit.losses.tiles import PixelLoss
+from segkit.losses.tiles import PixelLoss, TileRule
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
 
@@ -44,25 +44,38 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     return torch.from_numpy(weights / weights[present].mean()).float()
 
 
-def cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
+def softmax_parts(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(s - max s) (K,P) in place of ``s``, its sum over classes (P,), log p_y (P,)) with p = softmax(s)."""
+    s.sub_(s.amax(0))
+    label_s = s.gather(0, y.unsqueeze(0))[0]
+    s.exp_()
+    total = s.sum(0)
+    return s, total, label_s - total.log()
 
-    q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K, w = 1 without class weights (as torch defines it).
-    The gradient is p_k sum(q) - q_k.
-    """
+
+def cross_entropy_tile(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s), ``s`` overwritten; the gradient is p_k - [k = y]."""
+    exps, total, log_py = softmax_parts(s, y)
     at_label = y.unsqueeze(0)
-    log_p = torch.log_softmax(s, 0)
-    gradient = log_p.exp()
-    on_label = (1 - smoothing) * (torch.ones_like(s[0]) if weight is None else weight[y])
-    loss = -on_label * log_p.gather(0, at_label)[0]
-    if smoothing == 0.0:
-        if weight is not None:
-            gradient *= on_label
-    else:
-        spread = smoothing / len(s) * (torch.ones_like(s[:, 0]) if weight is None else weight)[:, None]
-        loss = loss - (spread * log_p).sum(0)
-        gradient = gradient * (on_label + spread.sum()) - spread
-    return loss, gradient.scatter_add_(0, at_label, -on_label[None])
+    gradient = exps.mul_(1 / total)
+    gradient.scatter_(0, at_label, gradient.gather(0, at_label) - 1)
+    return -log_py, gradient
+
+
+def weighted_cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s), ``s`` overwritten.
+
+    q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K (as torch defines it); the gradient is p_k sum(q) - q_k.
+    """
+    on_label = (1 - smoothing) * weight[y]
+    spread = smoothing / len(s) * weight
+    top = s.amax(0)
+    spread_s = spread @ s - spread.sum() * top
+    exps, total, log_py = softmax_parts(s, y)
+    loss = spread.sum() * total.log() - spread_s - on_label * log_py
+    gradient = exps.mul_((on_label + spread.sum()) / total).sub_(spread[:, None])
+    at_label = y.unsqueeze(0)
+    return loss, gradient.scatter_(0, at_label, gradient.gather(0, at_label) - on_label)
 
 
 class CrossEntropyLoss(PixelLoss):
@@ -72,9 +85,15 @@ class CrossEntropyLoss(PixelLoss):
     """
 
     weight: Tensor | None
-    tile_function = staticmethod(cross_entropy_tile)
 
-    def __init__(self, *, weight: Tensor | None = None, label_smoothing: float = 0.0, ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = 255,
+        compile_tiles: bool | None = None,
+    ) -> None:
         if weight is not None:
             weight = torch.as_tensor(weight, dtype=torch.float32).clone()
             if weight.dim() != 1 or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
@@ -82,12 +101,16 @@ class CrossEntropyLoss(PixelLoss):
                     "weight must be a vector of K finite class weights, none negative, "
                     f"got {[round(v, 6) for v in weight.flatten().tolist()]} of shape {tuple(weight.shape)}"
                 )
-        super().__init__(ignore_index=ignore_index, num_classes=None if weight is None else len(weight))
+        num_classes = None if weight is None else len(weight)
+        super().__init__(ignore_index=ignore_index, num_classes=num_classes, compile_tiles=compile_tiles)
         self.label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
         self.register_buffer("weight", weight)
 
-    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (None if self.weight is None else self.weight.to(dtype)), self.label_smoothing
+    def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
+        if self.weight is None and self.label_smoothing == 0.0:
+            return TileRule(cross_entropy_tile, ())
+        weight = torch.ones(num_classes) if self.weight is None else self.weight
+        return TileRule(weighted_cross_entropy_tile, (weight.to(dtype), self.label_smoothing))
 
     def denominator(self, target: Tensor) -> Tensor:
         """() float: valid pixels of ``target`` (N,H,W), or the sum of their class weights."""
@@ -104,19 +127,19 @@ class CrossEntropyLoss(PixelLoss):
 
 
 def focal_tile(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
+    """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s), ``s`` overwritten.
 
-    With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] -
-    p_k): written so that gamma < 1 has no pole at p_y = 1.
+    With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] - p_k):
+    written so that gamma < 1 has no pole at p_y = 1.
     """
-    at_label = y.unsqueeze(0)
-    log_p = torch.log_softmax(s, 0)
-    log_py = log_p.gather(0, at_label)[0]
+    exps, total, log_py = softmax_parts(s, y)
     q = -torch.expm1(log_py)
     r = torch.where(q > 0, log_py / torch.where(q > 0, q, 1), -1)
     scale = q**gamma
     slope = scale * (gamma * (1 - q) * r - 1)
-    return -scale * log_py, (log_p.exp() * -slope).scatter_add_(0, at_label, slope[None])
+    gradient = exps.mul_(-slope / total)
+    at_label = y.unsqueeze(0)
+    return -scale * log_py, gradient.scatter_(0, at_label, gradient.gather(0, at_label) + slope)
 
 
 class FocalLoss(PixelLoss):
@@ -125,14 +148,12 @@ class FocalLoss(PixelLoss):
     gamma = 0 is cross-entropy.
     """
 
-    tile_function = staticmethod(focal_tile)
-
-    def __init__(self, *, gamma: float = 2.0, ignore_index: int = 255) -> None:
-        super().__init__(ignore_index=ignore_index)
+    def __init__(self, *, gamma: float = 2.0, ignore_index: int = 255, compile_tiles: bool | None = None) -> None:
+        super().__init__(ignore_index=ignore_index, compile_tiles=compile_tiles)
         self.gamma = check_number(gamma, "gamma", low=0.0)
 
-    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (self.gamma,)
+    def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
+        return TileRule(focal_tile, (self.gamma,))
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, ignore_index={self.ignore_index}"
@@ -179,6 +200,7 @@ def cross_entropy(
     weighting: str | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = 255,
+    compile_tiles: bool | None = None,
 ) -> CrossEntropyLoss:
     """Cross-entropy with class weights from ``class_pixels`` (K,): see ``class_weights``; None weighs all
     alike."""
@@ -188,4 +210,6 @@ def cross_entropy(
         if class_pixels is None:
             raise InputError(f"weighting = {weighting} needs the label counts, got no class_pixels")
         weight = class_weights(class_pixels, weighting=weighting)
-    return CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    return CrossEntropyLoss(
+        weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, compile_tiles=compile_tiles
+    )

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from segkit.losses.checks import check_inputs, check_number
 from segkit.losses.pixelwise import CrossEntropyLoss
-from segkit.losses.tiles import compute_dtype, row_tiles, tile_elements
+from segkit.losses.tiles import (
+    compute_dtype,
+    fill_columns,
+    read_labels,
+    row_tiles,
+    rows_per_tile,
+    sum_dtype,
+    tile_logits,
+)
 
 
 def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,14 +36,15 @@ def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[T
     return _SoftCounts.apply(logits, target, ignore_index)
 
 
-def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
-    """(index of the tile, probabilities (K,P), labels (P,), valid (P,)), labels 0 where not valid."""
-    for n, top, bottom in row_tiles(logits, tile_elements(logits)):
-        where = (n, slice(None), slice(top, bottom))
-        part = logits[where].to(compute_dtype(logits)).flatten(1)
-        label = target[n, top:bottom].reshape(-1).long()
-        valid = label != ignore_index
-        yield where, torch.softmax(part, 0), torch.where(valid, label, 0), valid
+def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
+    """(index of the tile, probabilities (K,P), labels (P,), void pixels); see ``segkit.losses.tiles``."""
+    _, num_classes, height, width = logits.shape
+    rows = rows_per_tile(num_classes, height, width, logits.device)
+    scratch = torch.empty(num_classes, rows * width, dtype=compute_dtype(logits), device=logits.device)
+    for n, band in row_tiles(logits):
+        label, void = read_labels(target[n, band], ignore_index)
+        p = torch.softmax(tile_logits(logits[n, :, band], void, scratch), 0)
+        yield (n, slice(None), band), fill_columns(p, void), label, void
 
 
 class _SoftCounts(torch.autograd.Function):
@@ -45,13 +54,13 @@ class _SoftCounts(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, target)
         ctx.ignore_index = ignore_index
-        dtype = torch.float64 if logits.device.type == "cpu" else compute_dtype(logits)
-        hits, mass, size = (torch.zeros(logits.shape[1], dtype=dtype, device=logits.device) for _ in range(3))
+        hits, mass, size = torch.zeros(3, logits.shape[1], dtype=sum_dtype(logits), device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            for _, p, label, valid in _tiles(logits, target, ignore_index):
-                mass += torch.where(valid, p, 0).sum(1)
-                hits.scatter_add_(0, label, torch.where(valid, p.gather(0, label[None])[0], 0).to(dtype))
-                size.scatter_add_(0, label, valid.to(dtype))
+            for _, p, label, void in _tiles(logits, target, ignore_index):
+                mass += p.sum(1)  # void columns of p are 0
+                hits.scatter_add_(0, label, p.gather(0, label[None])[0].to(hits.dtype))
+                valid = fill_columns(torch.ones(label.shape, dtype=size.dtype, device=size.device), void)
+                size.scatter_add_(0, label, valid)
         hits, mass, size = (v.to(compute_dtype(logits)) for v in (hits, mass, size))
         ctx.mark_non_differentiable(size)
         return hits, mass, size
@@ -62,12 +71,13 @@ class _SoftCounts(torch.autograd.Function):
         logits, target = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            for where, p, label, valid in _tiles(logits, target, ctx.ignore_index):
-                # dL/dp_k = d_mass_k + [k = y] d_hits_k = v_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
+            for where, p, label, _void in _tiles(logits, target, ctx.ignore_index):
+                # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
                 at_label = label[None]
-                v = d_mass[:, None].expand_as(p).scatter_add(0, at_label, d_hits[at_label])
-                slope = p * (v - (p * v).sum(0))
-                gradient[where] = torch.where(valid, slope, 0).view_as(gradient[where])
+                label_p, label_hits = p.gather(0, at_label), d_hits[at_label]
+                mean = d_mass @ p + (label_p * label_hits)[0]
+                slope = p.mul_(d_mass[:, None] - mean).scatter_add_(0, at_label, label_p * label_hits)
+                gradient[where] = slope.view_as(gradient[where])
         return gradient, None, None
 
 

@@ -1,29 +1,93 @@
 """Sums over pixels with a closed-form gradient, tile by tile.
 
-A loss that is a sum over pixels needs one visit per pixel: value and gradient come from the same
-exponentials, so autograd would only store and reread what is already known. ``pixel_sum`` cuts the logits
-into tiles of (K, pixels) that stay in the cache, hands each to a *tile function*, and keeps the gradient for
-the backward pass.
+A loss that is a sum over pixels needs one visit per pixel: value and gradient come from the same exponentials, so
+autograd would only store and reread what is already known. Here the logits are cut into tiles of (K, pixels) that
+stay in the cache, each is handed to a *tile function*, and the gradient is kept for the backward pass.
 
-A tile function is pure:
+A tile function takes a private copy of the logits of P pixels and may overwrite it:
 
-    tile(logits (K,P) float32 or float64, label (P,) int64 in [0,K), *parameters) -> loss (P,), gradient (K,P)
+    tile(s (K,P) float32 or float64, label (P,) int64 in [0,K), *parameters) -> loss (P,), gradient (K,P)
+
+Inside, classes are told apart by arithmetic with masks of 0 and 1 in floating point rather than by boolean masks:
+on a CPU the former run at the speed of an addition, the latter about eight times slower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from segkit.losses.checks import check_inputs
+from segkit.losses.compiling import compiled
 
 TileFunction = Callable[..., tuple[Tensor, Tensor]]
 
-TILE_ELEMENTS = 256 * 1024
-"""Logits per tile on a CPU: 1 MB of float32, so that a tile and its temporaries stay in the cache."""
+TILE_ELEMENTS = 64 * 1024
+"""Logits per tile and thread on a CPU: 256 kB of float32, so that a tile and its temporaries stay in the cache."""
+
+
+@dataclass(frozen=True)
+class TileRule:
+    """A tile function, its parameters, and a factor for both of its results."""
+
+    function: TileFunction
+    parameters: tuple[Any, ...]
+    scale: float = 1.0
+
+
+class PixelLoss(nn.Module):
+    """A loss that is a sum over valid pixels, divided by ``denominator(target)``.
+
+    Subclasses give ``tile_rule``. ``compile_tiles``: see ``segkit.losses.compiling``.
+    """
+
+    pixel_decomposable = True
+
+    def __init__(
+        self, *, ignore_index: int = 255, num_classes: int | None = None, compile_tiles: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.ignore_index = int(ignore_index)
+        self.num_classes = num_classes
+        self.compile_tiles = compile_tiles
+
+    def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
+        """What happens to a tile of ``num_classes`` logits, computed in ``dtype``."""
+        raise NotImplementedError
+
+    def rule_for(self, logits: Tensor) -> TileRule:
+        """The rule for ``logits`` (N,K,..), compiled where that is asked for."""
+        rule = self.tile_rule(logits.shape[1], compute_dtype(logits))
+        function = compiled(rule.function, wanted=self.compile_tiles, device=logits.device)
+        return TileRule(function, rule.parameters, rule.scale)
+
+    def denominator(self, target: Tensor) -> Tensor:
+        """() float: the number of valid pixels of ``target`` (N,H,W)."""
+        return (target != self.ignore_index).sum().to(torch.float32)
+
+    def forward(self, logits: Tensor, target: Tensor, *, denominator: Tensor | None = None) -> Tensor:
+        """Loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W), () in float32 (float64 for float64 logits).
+
+        The sum over valid pixels is divided by ``denominator`` where given (summed over accumulation steps and
+        ranks by the caller), else by ``self.denominator(target)``; 0 if every pixel is ignored.
+        """
+        check_inputs(logits, target, ignore_index=self.ignore_index, num_classes=self.num_classes)
+        if denominator is None:
+            denominator = self.denominator(target)
+        return _PixelMean.apply(logits, target, positive(denominator), self.ignore_index, self.rule_for(logits))
+
+    def pixel_map(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(N,H,W) the loss of every pixel, 0 where ignored; shapes as ``forward``."""
+        return _PixelMap.apply(logits, target, self.ignore_index, self.rule_for(logits))
+
+
+def positive(denominator: Tensor) -> Tensor:
+    """``denominator``, 1 where it is 0: so that no valid pixel gives 0 / 1."""
+    return torch.where(denominator > 0, denominator, 1)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -31,114 +95,160 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-class PixelLoss(nn.Module):
-    """A loss that is a sum over valid pixels, divided by ``denominator(target)``.
-
-    Subclasses give ``tile_function`` and ``tile_parameters``; see the head of this file.
-    """
-
-    pixel_decomposable = True
-
-    def __init__(self, *, ignore_index: int = 255, num_classes: int | None = None) -> None:
-        super().__init__()
-        self.ignore_index = int(ignore_index)
-        self.num_classes = num_classes
-
-    tile_function: TileFunction
-
-    def tile_parameters(self, num_classes: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What the tile function takes after logits and label."""
-        raise NotImplementedError
-
-    def denominator(self, target: Tensor) -> Tensor:
-        """() float: the number of valid pixels of ``target`` (N,H,W)."""
-        return (target != self.ignore_index).sum().to(torch.float32)
-
-    def forward(self, logits: Tensor, target: Tensor, *, denominator: Tensor | None = None) -> Tensor:
-        """Loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W), () in float32 (float64 for float64
-        logits).
-
-        The sum over valid pixels is divided by ``denominator`` where given (summed over accumulation steps
-        and ranks by the caller), else by ``self.denominator(target)``; 0 if every pixel is ignored.
-        """
-        check_inputs(logits, target, ignore_index=self.ignore_index, num_classes=self.num_classes)
-        if denominator is None:
-            denominator = self.denominator(target)
-        return safe_divide(self.pixel_sum(logits, target), denominator)
-
-    def pixel_sum(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The sum over valid pixels, not divided; shapes as ``forward``."""
-        parameters = self.tile_parameters(logits.shape[1], compute_dtype(logits))
-        return _PixelSum.apply(logits, target, self.ignore_index, type(self).tile_function, parameters)
-
-    def pixel_map(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(N,H,W) the loss of every pixel, 0 where ignored; shapes as ``forward``."""
-        parameters = self.tile_parameters(logits.shape[1], compute_dtype(logits))
-        return _PixelMap.apply(logits, target, self.ignore_index, type(self).tile_function, parameters)
+def not_on_cpu(tensor: Tensor) -> bool:
+    """True where asking a tensor for a value is slow (another device) or impossible (under compilation)."""
+    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
-def safe_divide(total: Tensor, denominator: Tensor) -> Tensor:
-    """``total / denominator``, with 0 / 0 = 0 and the graph kept."""
-    return total / torch.where(denominator > 0, denominator, 1).to(total.dtype)
+def sum_dtype(logits: Tensor) -> torch.dtype:
+    """float64 on a CPU, where it is free; elsewhere the dtype of the computation."""
+    return torch.float64 if logits.device.type == "cpu" else compute_dtype(logits)
 
 
-def tile_elements(logits: Tensor) -> int:
-    """Logits per tile: what stays in the cache of a CPU; everything at once on an accelerator."""
-    return TILE_ELEMENTS if logits.device.type == "cpu" else max(1, logits.numel())
+def rows_per_tile(num_classes: int, height: int, width: int, device: torch.device) -> int:
+    """Rows of an image in one tile: what stays in the caches of a CPU; all of them on an accelerator."""
+    if device.type != "cpu":
+        return max(1, height)
+    elements = TILE_ELEMENTS * torch.get_num_threads()
+    return max(1, min(height, elements // max(1, num_classes * width)))
 
 
-def row_tiles(logits: Tensor, elements: int) -> list[tuple[int, int, int]]:
-    """(image, first row, last row) of tiles of at most ``elements`` logits, at least one row each."""
+def row_tiles(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """(image, rows) of every tile of ``logits`` (N,K,H,W)."""
     num, num_classes, height, width = logits.shape
-    rows = max(1, min(height, elements // max(1, num_classes * width)))
-    return [(n, top, min(top + rows, height)) for n in range(num) for top in range(0, height, rows)]
+    rows = rows_per_tile(num_classes, height, width, logits.device)
+    for n in range(num):
+        for top in range(0, height, rows):
+            yield n, slice(top, min(top + rows, height))
 
 
-def sums_and_gradient(
+def read_labels(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Labels (P,) int64, 0 where void, and which of them are void, None if none is, of ``target`` (rows, W).
+
+    Void pixels are given as indices on a CPU and as a boolean mask elsewhere (indices would wait for the device).
+    """
+    label = target.reshape(-1).long()
+    void = label == ignore_index
+    if label.device.type != "cpu":
+        return label.masked_fill(void, 0), void
+    indices = void.nonzero()[:, 0]
+    if len(indices) == 0:
+        return label, None
+    return label.index_fill(0, indices, 0), indices
+
+
+def fill_columns(matrix: Tensor, void: Tensor | None, value: float = 0.0) -> Tensor:
+    """``matrix`` (.., P) with ``value`` written into the void columns, in place; see ``read_labels``."""
+    if void is None:
+        return matrix
+    if void.dtype == torch.bool:
+        return matrix.masked_fill_(void, value)
+    return matrix.index_fill_(-1, void, value)
+
+
+def tile_logits(part: Tensor, void: Tensor | None, scratch: Tensor) -> Tensor:
+    """(K,P) private copy of ``part`` (K, rows, W) in ``scratch``; nothing of a void pixel, nan included, gets in.
+
+    A void pixel becomes (1, 0, ..., 0): a unique maximum, so that it takes no path reserved for ties.
+    """
+    s = scratch[:, : part[0].numel()]
+    s.view(part.shape).copy_(part)
+    fill_columns(s, void)
+    fill_columns(s[0], void, 1.0)
+    return s
+
+
+def run_tiles(
     logits: Tensor,
     target: Tensor,
+    *,
     ignore_index: int,
-    tile: TileFunction,
-    parameters: Sequence[Any],
+    rule: TileRule,
     gradient: Tensor | None,
+    gradient_scale: Tensor | float = 1.0,
     losses: Tensor | None = None,
 ) -> Tensor:
-    """The sum over valid pixels, (); its gradient is written to ``gradient``, its terms to ``losses``, where given."""
-    dtype = compute_dtype(logits)
-    total = torch.zeros((), dtype=torch.float64 if logits.device.type == "cpu" else dtype, device=logits.device)
-    num_classes = logits.shape[1]
-    for n, top, bottom in row_tiles(logits, tile_elements(logits)):
-        part = logits[n, :, top:bottom].to(dtype).reshape(num_classes, -1)
-        label = target[n, top:bottom].reshape(-1).long()
-        void = label == ignore_index
-        loss, slope = tile(part, torch.where(void, 0, label), *parameters)
-        loss = torch.where(void, 0, loss)
+    """The sum over valid pixels of ``logits`` (N,K,H,W) and ``target`` (N,H,W), (), in ``sum_dtype``.
+
+    ``gradient_scale`` times the gradient of that sum is written to ``gradient`` (N,K,H,W), the loss of every pixel
+    to ``losses`` (N,H,W), where these are given.
+    """
+    _, num_classes, height, width = logits.shape
+    rows = rows_per_tile(num_classes, height, width, logits.device)
+    total = torch.zeros((), dtype=sum_dtype(logits), device=logits.device)
+    scratch = torch.empty(num_classes, rows * width, dtype=compute_dtype(logits), device=logits.device)
+    scale = gradient_scale * torch.full((), rule.scale, dtype=compute_dtype(logits), device=logits.device)
+    for n, band in row_tiles(logits):
+        part = logits[n, :, band]
+        label, void = read_labels(target[n, band], ignore_index)
+        loss, slope = rule.function(tile_logits(part, void, scratch), label, *rule.parameters)
+        fill_columns(loss, void)
         total += loss.sum(dtype=total.dtype)
         if losses is not None:
-            losses[n, top:bottom] = loss.view(bottom - top, -1)
+            losses[n, band] = loss.view(part.shape[1:]) * rule.scale
         if gradient is not None:
-            # where, not a product: whatever stands at a void pixel, nan included, must not reach the gradient
-            slope = torch.where(void, 0, slope)
-            gradient[n, :, top:bottom] = slope.view(num_classes, bottom - top, -1)
-    return total.to(dtype)
+            fill_columns(slope, void)
+            torch.mul(slope.view(part.shape), scale, out=gradient[n, :, band])
+    return total * rule.scale
 
 
-class _PixelMap(torch.autograd.Function):
-    """The loss of every pixel, (N,H,W), 0 where ignored; its gradient is computed with it and kept."""
+class _PixelMean(torch.autograd.Function):
+    """The sum over valid pixels divided by a denominator; the gradient is computed with it and kept.
+
+    The kept gradient is divided by the denominator where it is float32 or wider. In half precision it is not:
+    g / n would underflow to zero, g times the incoming (loss-scaled) gradient does not.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        tile: TileFunction,
-        parameters: tuple[Any, ...],
+        ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor, ignore_index: int, rule: TileRule
     ) -> Tensor:
+        ctx.ignore_index, ctx.rule = ignore_index, rule
+        ctx.save_for_backward(logits, target, denominator)
+        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        return _mean_and_gradient(ctx, logits, target, denominator)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, denominator = ctx.saved_tensors
+        if ctx.gradient is None:  # a second pass through a retained graph: the first one gave the buffer away
+            ctx.gradient = torch.empty_like(logits)
+            _mean_and_gradient(ctx, logits, target, denominator)
+        gradient, ctx.gradient = ctx.gradient, None
+        factor = grad_output if _divides_early(logits) else grad_output / denominator
+        if gradient.device.type != "cpu" or float(factor) != 1.0:
+            gradient.mul_(factor)
+        return gradient, None, None, None, None
+
+
+def _divides_early(logits: Tensor) -> bool:
+    return logits.dtype in (torch.float32, torch.float64)
+
+
+def _mean_and_gradient(ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor) -> Tensor:
+    """The mean, (), and in ``ctx.gradient`` its gradient, see ``_PixelMean``."""
+    with torch.autocast(logits.device.type, enabled=False):
+        total = run_tiles(
+            logits,
+            target,
+            ignore_index=ctx.ignore_index,
+            rule=ctx.rule,
+            gradient=ctx.gradient,
+            gradient_scale=1 / denominator.to(compute_dtype(logits)) if _divides_early(logits) else 1.0,
+        )
+        return (total / denominator).to(compute_dtype(logits))
+
+
+class _PixelMap(torch.autograd.Function):
+    """The loss of every pixel, (N,H,W), 0 where ignored; the gradient is computed with it and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, rule: TileRule) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            sums_and_gradient(logits, target, ignore_index, tile, parameters, gradient, losses)
+            run_tiles(logits, target, ignore_index=ignore_index, rule=rule, gradient=gradient, losses=losses)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -146,33 +256,4 @@ class _PixelMap(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output.unsqueeze(1)).to(gradient.dtype), None, None, None, None
-
-
-class _PixelSum(torch.autograd.Function):
-    """The sum over valid pixels; its gradient is computed with it and kept, not divided by any count.
-
-    Not divided because the gradient is kept in the dtype of the logits: g / n of a half precision loss would
-    underflow to zero, g times the incoming (loss-scaled) gradient does not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        tile: TileFunction,
-        parameters: tuple[Any, ...],
-    ) -> Tensor:
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        with torch.autocast(logits.device.type, enabled=False):
-            total = sums_and_gradient(logits, target, ignore_index, tile, parameters, gradient)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None, None, None
+        return (gradient * grad_output.unsqueeze(1)).to(gradient.dtype), None, None, None

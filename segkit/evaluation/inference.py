@@ -10,14 +10,17 @@ full-size scores, maps that are smaller by the square of the stride.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segkit.errors import InputError
 from segkit.evaluation.resample import Size, argmax_channel, band_slices, class_dtype, resized_rows
+
+Scorer = Callable[[Tensor], Tensor]
+"""images (N, 3, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""
 
 ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales that are averaged, with flips, in the usual ADE20K protocol."""
@@ -25,7 +28,7 @@ ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 _BLENDINGS = ("gaussian", "uniform")
 
 
-def whole_image(model: nn.Module, images: Tensor, size: Size) -> Tensor:
+def whole_image(model: Scorer, images: Tensor, size: Size) -> Tensor:
     """Predictions (N, H, W) of one forward pass per batch.
 
     ``images`` (N, 3, h, w) as the model takes them, ``size`` = (H, W) of the labels. uint8 up to 256 classes,
@@ -34,7 +37,7 @@ def whole_image(model: nn.Module, images: Tensor, size: Size) -> Tensor:
     return _WHOLE_IMAGE(model, images, size)
 
 
-def forward(model: nn.Module, images: Tensor) -> Tensor:
+def forward(model: Scorer, images: Tensor) -> Tensor:
     """The model's logits (N, K, h', w') in float32, checked."""
     logits = model(images)
     if logits.ndim != 4 or len(logits) != len(images):
@@ -88,7 +91,7 @@ class Inference:
                 f"window is {list(self.window)}; both sides must be multiples of {self.multiple}, such as {fitting}"
             )
 
-    def __call__(self, model: nn.Module, images: Tensor, size: Size) -> Tensor:
+    def __call__(self, model: Scorer, images: Tensor, size: Size) -> Tensor:
         """Predictions (N, H, W) on the device of ``images`` (N, 3, h, w): uint8, or int16 beyond 256 classes."""
         best: Tensor | None = None
         for rows, band in self._views(model, images, size).bands():
@@ -99,7 +102,7 @@ class Inference:
         assert best is not None
         return best
 
-    def probabilities(self, model: nn.Module, images: Tensor, size: Size) -> Iterator[tuple[slice, Tensor]]:
+    def probabilities(self, model: Scorer, images: Tensor, size: Size) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, band)`` from top to bottom: class probabilities (N, K, len(rows), W) in float32."""
         views = self._views(model, images, size)
         for rows, band in views.bands():
@@ -112,7 +115,7 @@ class Inference:
             described |= {"window": list(self.window), "overlap": self.overlap, "blending": self.blending}
         return described
 
-    def _views(self, model: nn.Module, images: Tensor, size: Size) -> _Views:
+    def _views(self, model: Scorer, images: Tensor, size: Size) -> _Views:
         mirrors = (False, True) if self.flip else (False,)
         views = _Views(size, num_views=len(self.scales) * len(mirrors))
         height, width = images.shape[-2:]
@@ -127,7 +130,7 @@ class Inference:
                 views.add(*view, flipped=flipped)
         return views
 
-    def _view_of_whole(self, model: nn.Module, images: Tensor, scaled: Size) -> tuple[Tensor, tuple[float, float]]:
+    def _view_of_whole(self, model: Scorer, images: Tensor, scaled: Size) -> tuple[Tensor, tuple[float, float]]:
         if scaled == tuple(images.shape[-2:]):
             inputs = images
         else:
@@ -140,7 +143,7 @@ class Inference:
         )
 
     def _view_of_windows(
-        self, model: nn.Module, images: Tensor, scaled: Size, window: Size
+        self, model: Scorer, images: Tensor, scaled: Size, window: Size
     ) -> tuple[Tensor, tuple[float, float]]:
         padded = _padded(scaled, self.multiple)
         tile = min(window[0], padded[0]), min(window[1], padded[1])

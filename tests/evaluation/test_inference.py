@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -247,3 +249,37 @@ def test_a_stride_that_does_not_divide_the_window_is_named():
     message = r"logits of 13x13 for a window of 64x64, which is no whole stride; choose another window"
     with pytest.raises(InputError, match=message):
         predictions(Inference(window=(64, 64)), Odd(), random_images(1, 128, 128), (128, 128))
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+import torch
+from segkit.evaluation.inference import ADE20K_SCALES, Inference, whole_image
+
+torch.set_num_threads(2)
+first, second, last = torch.nn.Conv2d(3, 64, 1), torch.nn.Conv2d(64, 256, 1), torch.nn.Conv2d(256, int(sys.argv[2]), 1)
+
+def model(images):  # feature maps as in a ResNet: 64 at stride 2, 256 at stride 4, where the logits are as well
+    hidden = first(torch.nn.functional.avg_pool2d(images.float(), 2)).relu()
+    return last(second(torch.nn.functional.avg_pool2d(hidden, 2)).relu())
+
+everything = Inference(window=(512, 512), overlap=0.25, flip=True, scales=ADE20K_SCALES)
+predict = {"whole": whole_image, "everything": everything}[sys.argv[1]]
+images = torch.zeros(1, 3, 1024, 2048, dtype=torch.uint8)
+with torch.inference_mode():
+    model(images[..., :64, :64])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    predict(model, images, (1024, 2048))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux gives it")
+def test_windows_flips_and_six_scales_need_little_more_memory_than_one_whole_image():
+    peaks = {
+        way: int(subprocess.check_output([sys.executable, "-c", MEMORY_SCRIPT, way, "19"], text=True))
+        for way in ("whole", "everything")
+    }
+    assert peaks["whole"] > 200_000, "kB: the feature maps of one pass"
+    assert peaks["everything"] <= 1.5 * peaks["whole"], peaks

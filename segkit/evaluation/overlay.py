@@ -1,0 +1,91 @@
+"""Predictions as pictures: palette PNGs, colours laid over the image, a legend, two predictions side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Bytes = NDArray[np.uint8]
+Labels = NDArray[np.integer]
+
+_MARGIN = 6
+_WHITE = (255, 255, 255)
+_BLACK = (0, 0, 0)
+
+
+def palette_image(labels: Labels, palette: Bytes) -> Image.Image:
+    """``labels`` (H, W) as a palette image: the index of a pixel is its class, shown in the class's colour."""
+    image = Image.fromarray(labels.astype(np.uint8))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def overlay(image: Bytes, labels: Labels, palette: Bytes, *, opacity: float = 0.5) -> Bytes:
+    """Class colours over ``image`` (H, W, 3) with white lines between the classes; uint8 (H, W, 3)."""
+    assert image.shape[:2] == labels.shape, (image.shape, labels.shape)
+    # One table entry per class and colour channel keeps the mixture in integers.
+    share = round(opacity * 256)
+    mixed = image.astype(np.uint16) * (256 - share)
+    mixed += palette.astype(np.uint16)[labels] * share
+    shown = (mixed >> 8).astype(np.uint8)
+    line = np.zeros(labels.shape, bool)
+    line[1:] |= labels[1:] != labels[:-1]
+    line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    shown[line] = 255
+    return shown
+
+
+def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: int) -> Bytes:
+    """A column that names the classes of ``labels`` by falling area, with their share; uint8 (height, width, 3).
+
+    Classes that find no room are counted in the last line.
+    """
+    pixels = np.bincount(labels.reshape(-1), minlength=len(classes))
+    order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
+    size = int(np.clip(height / 30, 10, 28))
+    font = ImageFont.load_default(size)
+    room = max(1, (height - _MARGIN) // (size + _MARGIN))
+    shown = order if len(order) <= room else order[: room - 1]
+    lines = [(k, f"{classes[k]}  {100 * pixels[k] / labels.size:.1f} %") for k in shown]
+    more = len(order) - len(shown)
+    texts = [text for _, text in lines] + ([f"and {more} more"] if more else [])
+    width = max(int(font.getlength(text)) for text in texts) + size + 3 * _MARGIN
+    column = Image.new("RGB", (width, height), _WHITE)
+    draw = ImageDraw.Draw(column)
+    for row, text in enumerate(texts):
+        top = _MARGIN + row * (size + _MARGIN)
+        if row < len(lines):
+            colour = tuple(int(v) for v in palette[lines[row][0]])
+            draw.rectangle((_MARGIN, top, _MARGIN + size, top + size), fill=colour, outline=_BLACK)
+        draw.text((size + 2 * _MARGIN, top), text, fill=_BLACK, font=font)
+    return np.asarray(column)
+
+
+def overlay_with_legend(image: Bytes, labels: Labels, classes: Sequence[str], palette: Bytes) -> Bytes:
+    """`overlay`, with the `legend` at its right."""
+    shown = overlay(image, labels, palette)
+    return np.concatenate([shown, legend(labels, classes, palette, height=len(shown))], axis=1)
+
+
+def side_by_side(
+    image: Bytes, predictions: Sequence[tuple[str, Labels]], classes: Sequence[str], palette: Bytes
+) -> Bytes:
+    """The image, the overlay of each ``(title, labels)``, and one legend of all classes that occur."""
+    size = int(np.clip(len(image) / 25, 12, 32))
+    panels = [_titled(image, "image", size)]
+    panels += [_titled(overlay(image, labels, palette), title, size) for title, labels in predictions]
+    gap = np.full((len(panels[0]), _MARGIN, 3), 255, np.uint8)
+    parts = [part for panel in panels for part in (panel, gap)]
+    every = np.concatenate([labels.reshape(1, -1) for _, labels in predictions], axis=1)
+    return np.concatenate([*parts, legend(every, classes, palette, height=len(panels[0]))], axis=1)
+
+
+def _titled(image: Bytes, title: str, size: int) -> Bytes:
+    strip = Image.new("RGB", (image.shape[1], size + 2 * _MARGIN), _WHITE)
+    ImageDraw.Draw(strip).text((_MARGIN, _MARGIN), title, fill=_BLACK, font=ImageFont.load_default(size))
+    return np.concatenate([np.asarray(strip), image])

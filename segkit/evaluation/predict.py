@@ -1,0 +1,268 @@
+"""Predictions for image files of any kind: label PNGs, overlays, probabilities.
+
+Files are decoded and written by threads while the model computes; a few images are in memory at a time. A file
+that cannot be read is reported and skipped.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import nn
+
+from segkit.errors import InputError
+from segkit.evaluation import overlay
+from segkit.evaluation.inference import Inference, Scorer
+from segkit.evaluation.loop import autocast
+from segkit.evaluation.resample import argmax_channel, class_dtype
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What is written for every image, each kind into a folder of its own."""
+
+    labels: bool = True
+    """labels/NAME.png: palette PNG, the index is the class"""
+    overlays: bool = True
+    """overlays/NAME.png: colours over the image, with a legend"""
+    probabilities: bool = False
+    """probabilities/NAME.npz: ``probabilities`` float16 (K, H, W)"""
+
+
+@dataclass
+class Report:
+    """What became of the files."""
+
+    num_written: int = 0
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every file was predicted, else 1."""
+        return 1 if self.failed else 0
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The predictions of one image: class maps by title, and probabilities of the first if asked for."""
+
+    labels: dict[str, NDArray[np.integer]]
+    probabilities: NDArray[np.float16] | None
+
+
+def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> dict[str, Path]:
+    """Image files of a folder (with subfolders), of a pattern such as ``'shots/*.jpg'``, or a single file.
+
+    The keys are names for the results, without suffix unless two files would share it; folders are kept.
+    Files below ``output`` are left out, so that a second run does not predict the results of the first.
+    """
+    source = Path(source)
+    if source.is_dir():
+        root = source
+        files = sorted(p for p in source.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+    elif source.is_file():
+        root, files = source.parent, [source]
+    else:
+        files = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
+        root = Path(os.path.commonpath([p.parent for p in files])) if files else source
+    if output is not None:
+        results = Path(output).resolve()
+        files = [p for p in files if results not in p.resolve().parents]
+    if not files:
+        raise InputError(
+            f"no image matches {source}; give a file, a pattern in quotes, or a folder with "
+            f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))} files"
+        )
+    names = [p.relative_to(root) for p in files]
+    shared = Counter(name.with_suffix("") for name in names)
+    return {
+        (name if shared[name.with_suffix("")] > 1 else name.with_suffix("")).as_posix(): path
+        for name, path in zip(names, files, strict=True)
+    }
+
+
+def read_any_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Any image file as uint8 RGB (H, W, 3), upright.
+
+    The EXIF orientation is applied, 16-bit grey values are divided by 257, transparent pixels show white.
+    Raises `InputError` that names the file.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                return _from_16_bit(np.asarray(image), path)
+            if image.mode == "F":
+                raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits a channel")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            return np.asarray(image.convert("RGB"))
+    except InputError:
+        raise
+    except Exception as error:  # decoders of damaged files raise errors of many kinds
+        raise InputError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+
+
+def _from_16_bit(values: NDArray[np.integer], path: object) -> NDArray[np.uint8]:
+    values = values.astype(np.int64)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
+    grey = ((values + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def predict_files(
+    scorers: Scorer | Mapping[str, Scorer],
+    images: Mapping[str, Path],
+    output: str | os.PathLike[str],
+    *,
+    classes: Sequence[str],
+    palette: NDArray[np.uint8],
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    inference: Inference | None = None,
+    outputs: Outputs | None = None,
+    threads: int = 2,
+    progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
+) -> Report:
+    """Predict ``images`` (see `find_images`) and write the results below ``output``.
+
+    ``scorers``: one, or several by title; the first one's predictions are written, and with several also
+    ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report lists the files that could not
+    be read; see `Report.exit_code`.
+    """
+    titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
+    assert titled, "at least one scorer is needed"
+    inference = Inference() if inference is None else inference
+    outputs = Outputs() if outputs is None else outputs
+    device = torch.device(device)
+    writer = _Writer(Path(output), classes, palette, outputs, several=len(titled) > 1)
+    writer.make_folders(images)
+    report = Report()
+    for scorer in titled.values():
+        if isinstance(scorer, nn.Module):
+            scorer.eval()
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers, torch.inference_mode():
+        written: deque[Future[None]] = deque()
+        names = list(images) if progress is None else progress(list(images))
+        for name, image in _decoded_ahead(names, images, readers, num_ahead=2 * threads):
+            if isinstance(image, InputError):
+                report.failed.append((images[name], str(image)))
+                continue
+            with autocast(device, precision):
+                done = _predict(titled, image, inference, device, probabilities=outputs.probabilities)
+            written.append(writers.submit(writer.write, name, image, done))
+            report.num_written += 1
+            while len(written) > 2 * threads:
+                written.popleft().result()
+        while written:
+            written.popleft().result()
+    return report
+
+
+def _decoded_ahead(
+    names: Iterable[str], images: Mapping[str, Path], pool: ThreadPoolExecutor, *, num_ahead: int
+) -> Iterator[tuple[str, NDArray[np.uint8] | InputError]]:
+    """Names with their decoded image, or with the error, in order; ``num_ahead`` are decoded in advance."""
+
+    def read(path: Path) -> NDArray[np.uint8] | InputError:
+        try:
+            return read_any_image(path)
+        except InputError as error:
+            return error
+
+    # The names are drawn one by one, in step with the results, so that progress is shown when an image is done.
+    upcoming = iter(images.items())
+    waiting: deque[Future[NDArray[np.uint8] | InputError]] = deque()
+    for name in names:
+        for _, path in upcoming:
+            waiting.append(pool.submit(read, path))
+            if len(waiting) > num_ahead:
+                break
+        yield name, waiting.popleft().result()
+
+
+def _predict(
+    scorers: Mapping[str, Scorer],
+    image: NDArray[np.uint8],
+    inference: Inference,
+    device: torch.device,
+    *,
+    probabilities: bool,
+) -> _Done:
+    size = (image.shape[0], image.shape[1])
+    tensor = torch.tensor(image).permute(2, 0, 1)[None].contiguous().to(device)
+    labels: dict[str, NDArray[np.integer]] = {}
+    scores: NDArray[np.float16] | None = None
+    for title, scorer in scorers.items():
+        if not probabilities or scores is not None:
+            labels[title] = inference(scorer, tensor, size)[0].cpu().numpy()
+            continue
+        bands, best = [], []
+        for _, band in inference.probabilities(scorer, tensor, size):
+            bands.append(band[0].half().cpu().numpy())
+            best.append(argmax_channel(band, class_dtype(band.shape[1]))[0].cpu().numpy())
+        labels[title], scores = np.concatenate(best), np.concatenate(bands, axis=1)
+    return _Done(labels, scores)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    output: Path
+    classes: Sequence[str]
+    palette: NDArray[np.uint8]
+    outputs: Outputs
+    several: bool
+
+    def _kinds(self) -> list[str]:
+        kinds = {
+            "labels": self.outputs.labels,
+            "overlays": self.outputs.overlays,
+            "probabilities": self.outputs.probabilities,
+            "side_by_side": self.several,
+        }
+        return [kind for kind, wanted in kinds.items() if wanted]
+
+    def make_folders(self, names: Iterable[str]) -> None:
+        try:
+            for folder in {Path(name).parent for name in names}:
+                for kind in self._kinds():
+                    (self.output / kind / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.output} ({error.strerror}); give another output folder") from error
+
+    def write(self, name: str, image: NDArray[np.uint8], done: _Done) -> None:
+        """Write everything of one image."""
+        first = next(iter(done.labels.values()))
+        if first.size and int(first.max()) >= len(self.classes):
+            raise InputError(
+                f"the model predicts class {int(first.max())}, but {len(self.classes)} classes are named; use the "
+                "label table it was trained with"
+            )
+        for kind in self._kinds():
+            path = self.output / kind / f"{name}{'.npz' if kind == 'probabilities' else '.png'}"
+            if kind == "labels":
+                overlay.palette_image(first, self.palette).save(path)
+            elif kind == "overlays":
+                shown = overlay.overlay_with_legend(image, first, self.classes, self.palette)
+                Image.fromarray(shown).save(path, compress_level=1)
+            elif kind == "probabilities":
+                assert done.probabilities is not None
+                np.savez_compressed(path, probabilities=done.probabilities)
+            else:
+                shown = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
+                Image.fromarray(shown).save(path, compress_level=1)

@@ -16,7 +16,7 @@ from segkit import runtime
 from segkit.build import build_loss, build_optimizer, train_transform
 from segkit.config import Config, plain
 from segkit.data import SampleSet
-from segkit.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
+from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.data.transforms import EvalTransform
 from segkit.evaluation import Evaluation, evaluate, to_results
@@ -28,7 +28,7 @@ from segkit.targets import LOSS_OPTIONS
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
 from segkit.training.tracking import Tracker
-from segkit.training.trainer import Settings, Trainer
+from segkit.training.trainer import Interrupted, Settings, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,12 @@ class PhaseRun:
         return min(steps, self.config.limit_steps or steps), per_epoch
 
     def _count_labels(self) -> LabelCounts:
-        arguments = {"workers": self.config.workers, "cache_dir": self.run.cache_dir}
-        if distributed.is_main():
-            counts = count_labels(self.splits.train, **arguments)
+        def count() -> str:
+            counts = count_labels(self.splits.train, workers=self.config.workers, cache_dir=self.run.cache_dir)
             runtime.write_json(self.folder / "label_counts.json", json.loads(counts.to_json()))
-        distributed.agree(None)  # the other ranks then read the cache
-        return counts if distributed.is_main() else count_labels(self.splits.train, **arguments)
+            return counts.to_json()
+
+        return LabelCounts.from_json(distributed.on_main(count))
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -109,6 +109,15 @@ class PhaseRun:
             return self._load(start, self.num_steps, augment=True)
         return (self.fixed[step % len(self.fixed)] for step in range(start, self.num_steps))
 
+    def names_of(self, step: int) -> list[str]:
+        """The samples of ``step``, in the order of the batch over all ranks."""
+        if self.fixed is not None:
+            return list(self.fixed[step % len(self.fixed)].names)
+        samples, size = self.splits.train.samples, self.config.batch_size
+        epoch, place = divmod(step, self.per_epoch)
+        order = epoch_order(len(samples), seed=self.config.seed, phase=self.name, epoch=epoch)
+        return [samples[index].name for index in order[place * size : (place + 1) * size]]
+
     def _eval_batches(self) -> Iterable[Any]:
         if self.fixed is not None:
             return numbered(self.fixed)
@@ -129,6 +138,24 @@ class PhaseRun:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, to their end or until the run is to stop; several ranks agree on that afterwards."""
+        for batch in batches:
+            if self.run.stop():
+                if distributed.world_size() == 1:
+                    raise self._stopped()
+                return
+            yield batch
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted(f"stopped in an evaluation of phase {self.name}")
+
+    def _sum_and_gather(self, counts: torch.Tensor, local: Any) -> tuple[torch.Tensor, list[Any]]:
+        """The reduction of :func:`segkit.evaluation.evaluate` over the ranks."""
+        if distributed.any_rank(self.run.stop(), self.run.device):
+            raise self._stopped()
+        return distributed.sum_over_ranks(counts), distributed.gather_objects(local)
+
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Evaluate ``model`` on the validation split; the results in the form of results.json."""
         self.evaluation = evaluate(
@@ -139,7 +166,8 @@ class PhaseRun:
             device=self.run.device,
             precision=self.config.precision.value,
             pictures=self.config.evaluation.pictures,
-            reduce=sum_and_gather if distributed.world_size() > 1 else None,
+            reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
+            progress=self._until_stopped,
         )
         protocol = {
             "dataset": self.dataset_config.name,
@@ -221,24 +249,23 @@ class PhaseRun:
             sync_batchnorm=self.config.sync_batchnorm,
             compile_model=self.config.compile,
             stop=self.run.stop,
+            names_of=self.names_of,
         )
 
     def train(self) -> dict[str, Any]:
         """Train the phase to its end and write its results."""
         trainer = self.trainer()
-        state = checkpoint.load_last(self.folder / "checkpoints")
+        last = distributed.on_main(lambda: checkpoint.find_last(self.folder / "checkpoints"))
         earlier = self.run.folder.earlier_metrics(self.name)
-        if state is None:
+        if last is None:
             self.tracker.truncate(0, step=0, earlier=earlier)
         else:
-            trainer.restore(state, earlier=earlier)
+            trainer.restore(checkpoint.load(last), earlier=earlier)
             say(f"phase {self.name}: going on from step {trainer.progress.step} of {self.num_steps}")
         try:
-            results = trainer.fit(self.batches) if trainer.progress.step < self.num_steps else {}
+            results = trainer.fit(self.batches)
         finally:
             self.tracker.close()
-        if self.evaluation is None:  # stopped between the last checkpoint and the results
-            results = self.evaluate(trainer.model if trainer.ema is None else trainer.ema.module)
         return self._finish(results, trainer)
 
     def _finish(self, results: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
@@ -248,7 +275,12 @@ class PhaseRun:
             "phase": self.name,
             "step": progress.step,
             "best": {"mean_iou": progress.best_score, "step": progress.best_step},
-            "training": {"loss": self.loss_node, "model": self.config.model, "seed": self.config.seed},
+            "training": {
+                "loss": self.loss_node,
+                "model": self.config.model,
+                "seed": self.config.seed,
+                "batch_size": self.config.batch_size,
+            },
         }
         if distributed.is_main():
             assert self.evaluation is not None
@@ -272,11 +304,6 @@ def numbered(batches: list[Batch]) -> Iterator[Batch]:
     for batch in batches:
         yield batch._replace(indices=list(range(count, count + len(batch.names))))
         count += len(batch.names)
-
-
-def sum_and_gather(counts: torch.Tensor, local: Any) -> tuple[torch.Tensor, list[Any]]:
-    """The reduction of :func:`segkit.evaluation.evaluate` over the ranks."""
-    return distributed.sum_over_ranks(counts), distributed.gather_objects(local)
 
 
 def shown(value: float | None) -> str:

@@ -6,14 +6,14 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segkit import runtime
+from segkit import auto_batch, runtime
 from segkit.build import build_model
 from segkit.config import Config, check_targets
 from segkit.data.statistics import fingerprint
@@ -24,6 +24,7 @@ from segkit.preflight import Splits
 from segkit.report.tables import class_table
 from segkit.run_folder import RunFolder
 from segkit.training import checkpoint, distributed
+from segkit.training.trainer import Interrupted
 
 
 def run(config: Config, folder: Path, phases: dict[str, Splits]) -> float:
@@ -46,7 +47,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, frame: Any) -> None:
         asked.set()
@@ -76,38 +77,55 @@ class Run:
 
     def __post_init__(self) -> None:
         self.path = Path(distributed.agree(str(self.path)))
-        self.folder = RunFolder(self.path, self.config, writes=distributed.is_main())
         self.cache_dir = Path(self.config.cache_dir) if self.config.cache_dir else default_cache_dir()
 
     def train(self) -> float:
         """Train all phases; returns the mean IoU of the last."""
+        cache = PhaseCache(self.cache_dir)
+        distributed.on_main(cache.check)
+        chosen = self._choose_batch() if self.config.auto_batch else None
+        self.folder = RunFolder(self.path, self.config, writes=distributed.is_main())
         origin = runtime.provenance(device=self.device, seed=self.config.seed)
-        fingerprints = {name: fingerprint(splits.train) for name, splits in self.phases.items()}
-        self.folder.start({**origin, "data": fingerprints, "world_size": distributed.world_size()})
+        data = {
+            name: {"train": fingerprint(splits.train), "val": fingerprint(splits.val)}
+            for name, splits in self.phases.items()
+        }
+        world = distributed.world_size()
+        noted = {**origin, "data": data, "world_size": world, "auto_batch": chosen}
+        distributed.on_main(lambda: self.folder.start(noted))
         for note in dict.fromkeys(note for splits in self.phases.values() for note in splits.train.notes):
             say(f"note: {note}")
+        self._build()
+        if self.config.profile_steps:
+            return self._profile()
+        machine = {**{key: origin[key] for key in ("versions", "device", "threads")}, "world_size": world}
+        *shared, last = self.config.schedule
+        for name in shared:
+            self._shared_phase(cache, name, phase_key(self.config, name, fingerprints=data, machine=machine))
+            self._load_phase(name)
+        self.folder.link_last_phase()  # a run that is watched, or stopped, shows its checkpoints there
+        results = self._phase(last)
+        self.folder.link_last_phase()
+        say(class_table(results))
+        say(f"run folder: {self.path}")
+        return float(results["mean_iou"])
+
+    def _choose_batch(self) -> dict[str, Any] | None:
+        """Set the batch size to the largest that fits; returns what it was chosen by."""
+        saved = self.path / "config.yaml"
+        self.config, chosen = auto_batch.with_largest_batch(
+            self.config, saved=saved, phases=self.phases, device=self.device
+        )
+        say(auto_batch.sentence(chosen) if chosen else f"auto_batch: batch_size={self.config.batch_size}, as before")
+        return chosen
+
+    def _build(self) -> None:
         first = next(iter(self.phases.values())).train
         self.model = build_model(self.config, first.num_classes).to(self.device)
         if self.config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.init_from:
             self._initialise(Path(self.config.init_from))
-        if self.config.profile_steps:
-            return self._profile()
-        machine = {"versions": origin["versions"], "device": origin["device"], "threads": origin["threads"]}
-        results: dict[str, Any] = {}
-        for name in self.config.schedule:
-            if name == list(self.config.schedule)[-1]:
-                self.folder.link_last_phase()  # a run that is watched, or stopped, shows its checkpoints there
-                results = self._phase(name)
-                self.folder.link_last_phase()
-            else:
-                key = phase_key(self.config, name, fingerprints=fingerprints, machine=machine)
-                results = self._shared_phase(name, key)
-            self._load_phase(name)
-        say(class_table(results))
-        say(f"run folder: {self.path}")
-        return float(results["mean_iou"])
 
     def _initialise(self, source: Path) -> None:
         path = source / "checkpoints" / checkpoint.LAST if source.is_dir() else source
@@ -118,24 +136,43 @@ class Run:
         path = self.folder.phase(name) / "checkpoints" / checkpoint.LAST
         checkpoint.load_weights(self.model, checkpoint.weights(checkpoint.load(path)), source=path)
 
-    def _shared_phase(self, name: str, key: str) -> dict[str, Any]:
+    def _shared_phase(self, cache: PhaseCache, name: str, key: str) -> None:
         """A phase that others build on: from the run folder, from the cache, or trained and then kept there."""
-        if distributed.agree(self.folder.is_finished(name)):
-            return self._phase(name)
-        cache, cached = PhaseCache(self.cache_dir), False
-        with ExitStack() as stack:
-            if distributed.is_main():
-                waiting = f"phase {name}: another run trains it; waiting for that"
-                stack.enter_context(cache.locked(key, on_wait=lambda: say(waiting)))
-                unfinished = (self.folder.phase(name) / "checkpoints").exists()
-                cached = not unfinished and cache.fetch(key, self.folder.phase(name))
-                if cached:
-                    say(f"phase {name}: taken from the cache ({key})")
-            distributed.agree(None)
-            results = self._phase(name)
-            if distributed.is_main() and not cached:
-                cache.store(key, self.folder.phase(name))
-        return results
+        folder = self.folder.phase(name)
+        if distributed.on_main(lambda: self.folder.is_finished(name)):
+            self._phase(name)
+            distributed.on_main(lambda: cache.offer(key, folder))
+            return
+        with self._locked(cache, key, name):
+            if distributed.on_main(lambda: self._fetch(cache, key, folder)):
+                say(f"phase {name}: taken from the cache ({key})")
+            self._phase(name)
+            distributed.on_main(lambda: cache.store(key, folder))
+
+    def _fetch(self, cache: PhaseCache, key: str, folder: Path) -> bool:
+        """Take the phase from the cache, unless its training has begun in this run folder already."""
+        if (folder / "checkpoints").exists():
+            return False
+        if cache.fetch(key, folder):
+            return True
+        cache.mark(key, folder)
+        return False
+
+    @contextmanager
+    def _locked(self, cache: PhaseCache, key: str, name: str) -> Iterator[None]:
+        """Hold the cache's lock of ``key``; waits for it as long as another run trains that phase, or until stopped."""
+        lock = cache.lock(key)
+        waiting = False
+        try:
+            while not distributed.on_main(lambda: cache.acquire(lock)):
+                if not waiting:
+                    say(f"phase {name}: another run trains it; waiting for that")
+                waiting = True
+                if distributed.any_rank(self.stop(), self.device):
+                    raise Interrupted(f"stopped while another run trained phase {name}")
+            yield
+        finally:
+            lock.release()
 
     # -- one phase -----------------------------------------------------------------------------------------------
 
@@ -144,7 +181,7 @@ class Run:
             say(f"phase {name}: finished already")
             if distributed.is_main():
                 metrics = self.folder.phase(name) / "metrics.jsonl"
-                self.folder.metrics.write_bytes(self.folder.earlier_metrics(name) + metrics.read_bytes())
+                runtime.write_atomically(self.folder.metrics, self.folder.earlier_metrics(name) + metrics.read_bytes())
             return self.folder.results(name)
         return PhaseRun(self._surroundings(), name, self.phases[name]).train()
 
@@ -163,6 +200,5 @@ class Run:
 
         name = next(iter(self.config.schedule))
         phase = PhaseRun(self._surroundings(), name, self.phases[name])
-        trainer = phase.trainer()
-        say(profile_steps(trainer, phase.batches(0), num_steps=self.config.profile_steps, folder=self.path))
+        say(profile_steps(phase.trainer(), phase.batches(0), num_steps=self.config.profile_steps, folder=self.path))
         return math.nan

@@ -45,7 +45,7 @@ def write(path: Path, state: dict[str, Any]) -> str:
     try:
         with open(temporary, "wb") as file:
             hashing = _HashingFile(file)
-            torch.save(state, hashing)
+            torch.save(state, hashing)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -116,27 +116,34 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_last(folder: Path) -> dict[str, Any] | None:
+def find_last(folder: Path) -> Path | None:
     """The newest whole checkpoint of ``folder``, or None if it never had one.
 
-    A torn ``last.pt`` is passed over for ``previous.pt``, with a warning. InputError if both are torn.
+    A torn ``last.pt`` is passed over for ``previous.pt``, with a warning. InputError if both are torn. A write that was
+    cut short is tidied up: with several processes, only one may call this.
     """
     known = set(_checksums(folder).values())
     incoming = folder / INCOMING
     if incoming.exists() and not (folder / LAST).exists() and _digest(incoming) in known:
         incoming.replace(folder / LAST)  # the process died between the two renames of save_last
     candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-    if not candidates:
-        return None
     for path in candidates:
         if _digest(path) in known:
             if path.name == PREVIOUS and (folder / LAST).exists():
                 warnings.warn(f"{folder / LAST} is torn: going on from {path}, one interval earlier", stacklevel=2)
-            return load(path)
+            return path
+    if not candidates:
+        return None
     raise InputError(
         f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)} do not match "
         f"{CHECKSUMS}): delete the folder to start again"
     )
+
+
+def load_last(folder: Path) -> dict[str, Any] | None:
+    """The content of :func:`find_last`."""
+    path = find_last(folder)
+    return None if path is None else load(path)
 
 
 def network(model: nn.Module) -> nn.Module:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from segkit.errors import InputError
+
+T = TypeVar("T")
 
 
 def is_active() -> bool:
@@ -33,6 +37,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def agent_store() -> dist.TCPStore:
+    """The key-value store of torchrun's own process: it is there before the ranks are, and outlives a restart."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+
+
+def first_value(key: str, value: str) -> str:
+    """The value that the first rank to ask for ``key`` gave; the same on every rank and after a restart."""
+    return agent_store().compare_set(f"segkit/{key}", "", value).decode()
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that torchrun describes (nccl for GPUs, gloo for CPUs); nothing without torchrun."""
@@ -43,10 +58,15 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     minutes = float(os.environ.get("SEGKIT_RANK_TIMEOUT_MINUTES", "30"))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: to leave in good order would mean to wait for ranks that wait for this one.
+    dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True for what a rank sees when another has ended."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "remote process exited")
+    return is_active() and isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -75,6 +95,22 @@ def agree(value: Any) -> Any:
     return holder[0]
 
 
+def on_main(function: Callable[[], T]) -> T:
+    """What ``function`` returns on the main process, on every rank; its InputError is raised on every rank."""
+    if world_size() == 1:
+        return function()
+    outcome: tuple[Any, str | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (function(), None)
+        except InputError as error:
+            outcome = (None, str(error))
+    value, message = agree(outcome)
+    if message is not None:
+        raise InputError(message)
+    return value
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if ``flag`` is true on one."""
     if world_size() == 1:
@@ -82,11 +118,20 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the main process's running statistics, which DDP shares only before the next training step."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def replicate(model: nn.Module, device: torch.device, *, sync_batchnorm: bool) -> nn.Module:
     """``model`` with gradients averaged over ranks; the model itself in a single process."""
     if world_size() == 1:
         return model
     if sync_batchnorm:
+        if device.type == "cpu":
+            raise InputError("sync_batchnorm=true needs GPUs, but the device is the CPU: set sync_batchnorm=false")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index or 0] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from segkit.training.trainer import Trainer, split
+from segkit.errors import InputError
+from segkit.training.step import split
+from segkit.training.trainer import Trainer
 
 WARMUP = 2
 """Steps before the timing starts: memory is allocated and kernels are chosen in them."""
@@ -22,6 +24,11 @@ def profile_steps(trainer: Trainer, batches: Iterable[Any], *, num_steps: int, f
     Parts: waiting for data, moving it to the device, forward, loss, backward, optimizer. Every part ends with a
     synchronisation of the device, so their sum is a little more than an undisturbed step.
     """
+    if trainer.settings.num_steps < WARMUP + num_steps:
+        raise InputError(
+            f"profile_steps is {num_steps}, and {WARMUP} more warm up, but phase {trainer.settings.phase} has only "
+            f"{trainer.settings.num_steps} steps: set profile_steps lower or the schedule longer"
+        )
     iterator = iter(batches)
     times: dict[str, list[float]] = {}
     activities = [ProfilerActivity.CPU]

@@ -7,6 +7,7 @@ Times go to ``timing.jsonl`` and to TensorBoard.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,13 +41,18 @@ class Tracker:
             return
         own = self.files[0]
         kept = own.read_bytes()[:size] if own.exists() else b""
-        own.write_bytes(kept)
+        if own.exists():
+            os.truncate(own, len(kept))  # in one piece: a process that dies here loses nothing that is kept
         for path in self.files[1:]:
             path.write_bytes(earlier + kept)
 
     def size(self) -> int:
-        """Bytes of the phase's metrics.jsonl so far."""
-        return self.files[0].stat().st_size if self.folder is not None and self.files[0].exists() else 0
+        """Bytes of the phase's metrics.jsonl so far; they are on the disk then, as a checkpoint counts on them."""
+        if self.folder is None or not self.files[0].exists():
+            return 0
+        with open(self.files[0], "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     @property
     def writer(self) -> Any:

@@ -8,20 +8,25 @@ costs what going on from step 10 costs.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from segkit.runtime import derive_seed
-from segkit.training import checkpoint, distributed
-from segkit.training.failure import NonFiniteLoss, save_bundle
+from segkit.errors import InputError
+from segkit.training import checkpoint, distributed, failure, memory
+from segkit.training.failure import NonFiniteLoss
 from segkit.training.optim import lr_factor, set_lr
 from segkit.training.precision import Mixed
+from segkit.training.step import split, train_step
 from segkit.training.tracking import Tracker
 
 
@@ -55,65 +60,6 @@ class Progress:
     window_steps: int = 0
     best_score: float = -math.inf
     best_step: int = 0
-    results: dict[str, Any] = field(default_factory=dict)
-
-
-def split(batch: Any, parts: int) -> list[tuple[Tensor, Tensor]]:
-    """``parts`` equal slices (images, labels) of a batch."""
-    return list(zip(batch.images.chunk(parts), batch.labels.chunk(parts), strict=True))
-
-
-def train_step(
-    model: nn.Module,
-    loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parts: list[tuple[Tensor, Tensor]],
-    *,
-    mixed: Mixed,
-    scaler: torch.amp.GradScaler,
-    clip_norm: float | None = None,
-) -> tuple[float, float]:
-    """One update from ``parts`` of a batch; returns (loss, norm of the gradient before clipping).
-
-    The gradient is that of the whole batch over all ranks in one piece: a pixel-wise loss is divided by the valid
-    pixels of all parts and ranks. Other losses (Dice, Lovasz, ...) are averaged over the parts. A non-finite loss
-    raises :class:`NonFiniteLoss` before the weights are touched.
-    """
-    device, world = mixed.device, distributed.world_size()
-    moved = [(images.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for images, labels in parts]
-    targets = [labels.long() for _, labels in moved]
-    denominator = None
-    if loss.pixel_decomposable:
-        denominator = distributed.sum_over_ranks(torch.stack([loss.denominator(target) for target in targets]).sum())
-    total = torch.zeros((), device=device)
-    optimizer.zero_grad(set_to_none=True)
-    for index, ((images, _), target) in enumerate(zip(moved, targets, strict=True)):
-        with _no_sync(model, index < len(moved) - 1):
-            with mixed.autocast():
-                logits = model(images)
-            if denominator is not None:
-                # DDP averages gradients over ranks; this sum is divided by the pixels of all ranks already.
-                value = loss(logits, target, denominator=denominator) * world
-            else:
-                value = loss(logits, target) / len(moved)
-            scaler.scale(value).backward()
-        total += value.detach()
-    mean = float(distributed.sum_over_ranks(total)) / world
-    if not math.isfinite(mean):
-        raise NonFiniteLoss(f"the loss is {mean}")
-    scaler.unscale_(optimizer)
-    limit = math.inf if clip_norm is None else clip_norm
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    scaler.step(optimizer)
-    scaler.update()
-    return mean, float(norm)
-
-
-def _no_sync(model: nn.Module, active: bool) -> Any:
-    """Context that keeps DDP from exchanging gradients before the last part."""
-    from contextlib import nullcontext
-
-    return model.no_sync() if active and hasattr(model, "no_sync") else nullcontext()
 
 
 class Trainer:
@@ -121,6 +67,7 @@ class Trainer:
 
     ``validate`` is called as ``validate(model, step)`` and returns the results of an evaluation, with ``mean_iou``;
     ``config`` is stored in failure bundles and checkpoints. ``stop`` is asked after every step whether to end.
+    ``names_of(step)`` are the samples of a step that could not be read.
     """
 
     def __init__(
@@ -135,17 +82,19 @@ class Trainer:
         folder: Path,
         validate: Callable[[nn.Module, int], dict[str, Any]],
         config: dict[str, Any],
-        ema: nn.Module | None = None,
+        ema: AveragedModel | None = None,
         sync_batchnorm: bool = False,
         compile_model: bool = False,
         stop: Callable[[], bool] = lambda: False,
+        names_of: Callable[[int], Sequence[str]] = lambda step: (),
     ) -> None:
         self.model, self.loss, self.optimizer, self.ema = model, loss, optimizer, ema
         self.settings, self.mixed, self.tracker = settings, mixed, tracker
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.validate, self.config, self.stop = validate, config, stop
+        self.validate, self.config, self.stop, self.names_of = validate, config, stop, names_of
         self.scaler = mixed.scaler()
         self.progress = Progress()
+        self.results: dict[str, Any] = {}
         self.wrapped = distributed.replicate(model, mixed.device, sync_batchnorm=sync_batchnorm)
         if compile_model:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
@@ -197,43 +146,52 @@ class Trainer:
     def fit(self, make_batches: Callable[[int], Iterable[Any]]) -> dict[str, Any]:
         """Train from ``self.progress.step`` to ``settings.num_steps``; ``make_batches(step)`` yields from there on.
 
-        Returns the results of the last evaluation. Raises Interrupted after saving if ``stop`` says so.
+        Returns the results of the last evaluation. Raises Interrupted if ``stop`` says so, with the state saved. A
+        checkpoint comes before the evaluation of its step: whatever happens there costs no training, and going on from
+        a checkpoint begins with that evaluation.
         """
         settings = self.settings
-        batches = self._timed(make_batches(self.progress.step))
+        if self._evaluates():
+            self._evaluate()
+        if self.progress.step >= settings.num_steps:
+            return self.results
+        batches = iter(make_batches(self.progress.step))
         self.wrapped.train()
-        for batch in batches:
+        while (batch := self._next(batches)) is not None:
             self._step(batch)
-            step, last = self.progress.step, self.progress.step >= settings.num_steps
-            if step % settings.log_every == 0 or last:
+            step, evaluates = self.progress.step, self._evaluates()
+            if step % settings.log_every == 0 or step == settings.num_steps:
                 self._log()
-            evaluates = last or _due(step, settings.evaluate_every)
-            if evaluates:
-                self._evaluate()
             stopping = distributed.any_rank(self.stop(), self.mixed.device)
             if evaluates or stopping or _due(step, settings.checkpoint_every):
                 self.save()
-            if stopping and not last:
+            if stopping:
                 raise Interrupted(f"stopped at step {step} of phase {settings.phase}")
-            if last:
+            if evaluates:
+                self._evaluate()
+            if step == settings.num_steps:
                 break
-        return self.progress.results
+        return self.results
 
-    def _timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; the time spent waiting for them goes to the clock."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._clock.waited += time.perf_counter() - start
-            yield batch
+    def _evaluates(self) -> bool:
+        """True if an evaluation follows the present step."""
+        step, settings = self.progress.step, self.settings
+        return step > 0 and (step >= settings.num_steps or _due(step, settings.evaluate_every))
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, or None at the end. An error of the loader leaves the state saved and a failure bundle."""
+        start = time.perf_counter()
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            self._loading_failed(error)
+        self._clock.waited += time.perf_counter() - start
+        _ignore_dead_children()
+        return batch
 
     def _step(self, batch: Any) -> None:
         settings, progress = self.settings, self.progress
-        torch.manual_seed(derive_seed(settings.seed, settings.phase, progress.step, distributed.rank()))
+        torch.manual_seed(self._where().seed(settings.seed))
         factor = lr_factor(
             progress.step,
             num_steps=settings.num_steps,
@@ -254,8 +212,8 @@ class Trainer:
                 scaler=self.scaler,
                 clip_norm=settings.clip_norm,
             )
-        except NonFiniteLoss as error:
-            self._report_failure(error, batch)
+        except (NonFiniteLoss, RuntimeError, MemoryError) as error:
+            self._step_failed(error, batch)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         progress.step += 1
@@ -263,16 +221,56 @@ class Trainer:
         progress.window_steps += 1
         self._clock.images += len(batch.names) * distributed.world_size()
 
-    def _report_failure(self, error: NonFiniteLoss, batch: Any) -> None:
-        step = self.progress.step
-        bundle = save_bundle(
-            self.folder, error=str(error), step=step, batch=batch, state=self.state(), config=self.config
-        )
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _where(self) -> failure.Where:
+        return failure.Where(phase=self.settings.phase, step=self.progress.step, rank=distributed.rank())
+
+    def _bundle(self, error: BaseException, names: Sequence[str], **content: Any) -> str:
+        """Write a failure bundle; returns where it is. A failure of that is told, and does not hide ``error``."""
+        try:
+            bundle = failure.save_bundle(
+                self.folder, self._where(), error=error, names=names, config=self.config, **content
+            )
+        except (OSError, RuntimeError, MemoryError) as second:
+            return f"no folder, as that could not be written ({second})"
+        return str(bundle)
+
+    def _step_failed(self, error: Exception, batch: Any) -> NoReturn:
+        """Keep what the step needs to be repeated, and say what happened. Errors of another kind go through."""
+        where = f"at step {self.progress.step + 1} of phase {self.settings.phase}"
+        if memory.is_out_of_memory(error):
+            levers = memory.training_levers(self.config)
+            described = memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers)
+            bundle = self._bundle(described, batch.names, batch=batch, state=self.state())
+            raise memory.OutOfMemory(f"{described}; the batch is in {bundle}") from error
+        if not isinstance(error, NonFiniteLoss):
+            raise error
+        self._bundle(error, batch.names, batch=batch, state=self.state())  # first: the look at it may fail as well
+        try:
+            seed = self._where().seed(self.settings.seed)
+            findings = failure.examine(self.model, self.loss, batch, mixed=self.mixed, seed=seed)
+        except (RuntimeError, MemoryError) as second:
+            findings = {"error": str(second)}
+        bundle = self._bundle(error, batch.names, findings=findings)
         raise NonFiniteLoss(
-            f"{error} at step {step + 1} of phase {self.settings.phase} for the images {', '.join(batch.names)}; the "
-            f"batch and the state before it are in {bundle}: lower optimizer.lr, set clip_norm=1.0 or "
-            "precision=bf16, or look at these images"
+            f"{error} {where} for the images {', '.join(batch.names)}; the batch and the state before it are in "
+            f"{bundle} (`segkit replay` repeats the step): lower optimizer.lr, set clip_norm=1.0 or precision=bf16, or "
+            "look at these images"
         ) from None
+
+    def _loading_failed(self, error: Exception) -> NoReturn:
+        step, phase = self.progress.step, self.settings.phase
+        if step and not self._evaluates():  # else it was saved before its evaluation
+            self.save()
+        if self.stop():  # a signal to the whole process group ends the loading processes first
+            raise Interrupted(f"stopped at step {step} of phase {phase}") from None
+        bundle = self._bundle(error, self.names_of(step))
+        text = f"step {step + 1} of phase {phase} had no batch, see {bundle} (`segkit replay` reads it again)"
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; {text}, and the state before it is saved") from error
+        error.add_note(text)
+        raise error
 
     def _log(self) -> None:
         progress = self.progress
@@ -297,18 +295,43 @@ class Trainer:
         progress = self.progress
         with self._clock.paused():
             evaluated = self.model if self.ema is None else self.ema.module
-            progress.results = self.validate(evaluated, progress.step)
+            distributed.share_buffers(evaluated)
+            try:
+                self.results = self.validate(evaluated, progress.step)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                where = f"in the evaluation after step {progress.step} of phase {self.settings.phase}"
+                levers = memory.evaluation_levers(self.config)
+                raise memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers) from error
             self.wrapped.train()
-            score = progress.results["mean_iou"]
+            score = self.results["mean_iou"]
             if score is not None and score > progress.best_score:
                 progress.best_score, progress.best_step = score, progress.step
-                if distributed.is_main():
-                    best = {"format": 1, "phase": self.settings.phase, "config": self.config, "step": progress.step}
-                    checkpoint.save_best(self.checkpoints, {**best, "model": checkpoint.network(evaluated).state_dict()})
+                self._save_best(evaluated)
+
+    def _save_best(self, evaluated: nn.Module) -> None:
+        if not distributed.is_main():
+            return
+        state = {"format": 1, "phase": self.settings.phase, "config": self.config, "step": self.progress.step}
+        try:
+            checkpoint.save_best(self.checkpoints, {**state, "model": checkpoint.network(evaluated).state_dict()})
+        except OSError as error:
+            self.tracker.say(f"warning: {error}")
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _ignore_dead_children() -> None:
+    """Take back the signal handler that torch's loader sets for its processes.
+
+    It raises wherever the main thread is when one of them dies, also between two halves of an update. The next batch
+    reports a dead process as well, and then the state is whole.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class Clock:
@@ -325,14 +348,9 @@ class Clock:
         self.images, self.waited, self.start = 0, 0.0, now
         return figures
 
-    def paused(self) -> Any:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Context whose duration does not count."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def pause() -> Iterator[None]:
-            begun = time.perf_counter()
-            yield
-            self.start += time.perf_counter() - begun
-
-        return pause()
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun

@@ -1,0 +1,125 @@
+"""``auto_batch=true``: the largest batch that fits, from the memory of two batch sizes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segkit.build import build_loss, build_model, build_optimizer
+from segkit.config import Config
+from segkit.data.loader import Batch
+from segkit.data.statistics import LabelCounts
+from segkit.preflight import Splits
+from segkit.training import distributed, memory
+from segkit.training.precision import Mixed
+from segkit.training.step import split, train_step
+
+PROBES = (2, 4)
+"""Images a step at which memory is measured; one alone has no statistics to normalise by."""
+SHARE = 0.85
+"""Of the free memory, that a step may take: the rest is for loading, evaluation and fragmentation."""
+
+
+def with_largest_batch(
+    config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
+) -> tuple[Config, dict[str, Any] | None]:
+    """``config`` with the largest ``batch_size`` that fits, and the measurements behind it.
+
+    A run that goes on (``saved``, its config.yaml, is there) keeps its batch size, and None is returned for the rest.
+    The learning rate and the number of epochs stay as they are. InputError if not even the probes fit.
+    """
+    if saved.is_file():
+        from omegaconf import OmegaConf
+
+        kept: Any = OmegaConf.load(saved)
+        if kept.get("auto_batch"):
+            return dataclasses.replace(config, batch_size=kept["batch_size"]), None
+    parts = config.accumulate * distributed.world_size()
+    most = min(len(splits.train) for splits in phases.values()) // parts
+    report: dict[str, Any] = {"phases": {}, "asked": config.batch_size}
+    for name, splits in phases.items():
+        budget = _held(device) + int(SHARE * memory.available(device))
+        peaks = measure(config, name, splits, device)
+        fits = images_that_fit(peaks, budget)
+        report["phases"][name] = {"peaks": peaks, "budget": budget, "images_at_once": fits}
+        most = min(most, fits)
+    most = max(1, min(distributed.gather_objects(most)))
+    report["batch_size"] = most * parts
+    return dataclasses.replace(config, batch_size=most * parts), report
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """What was measured and chosen, for the screen."""
+    measured = [
+        f"{name}: {', '.join(f'{peak / memory.GIB:.2f} GiB for {n} images' for n, peak in phase['peaks'].items())} of "
+        f"{phase['budget'] / memory.GIB:.2f} GiB"
+        for name, phase in report["phases"].items()
+    ]
+    return (
+        f"auto_batch: batch_size={report['batch_size']} instead of {report['asked']} ({'; '.join(measured)}); the "
+        "learning rate stays as it is"
+    )
+
+
+def images_that_fit(peaks: dict[int, int], budget: int) -> int:
+    """The most images n with a + b n <= ``budget`` bytes, for the line through the two ``peaks`` (n -> bytes)."""
+    (few, low), (many, high) = sorted(peaks.items())
+    slope = max((high - low) / (many - few), 1.0)
+    return max(int((budget - low) / slope + few), 0)
+
+
+def measure(config: Config, name: str, splits: Splits, device: torch.device) -> dict[int, int]:
+    """Peak bytes of a training step of phase ``name`` for each number of images of :data:`PROBES`.
+
+    Model and optimizer are built for this alone; the images are noise of the size of the crop.
+    """
+    table = splits.train
+    model = build_model(config, table.num_classes).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = copy.deepcopy(model) if config.ema_decay is not None else None
+    loss = build_loss(config.phase_loss(name), _even_counts(table), ignore_index=table.ignore_index).to(device)
+    optimizer = build_optimizer(config, model, config.schedule[name].lr)
+    mixed = Mixed(config.precision.value, device)
+    scaler = mixed.scaler()
+    crop = config.phase_dataset(name).crop
+    peaks = {}
+    try:
+        for images in (PROBES[0], *PROBES):  # the first step makes the optimizer's state
+            batch = _noise(images, crop, table.num_classes)
+            with memory.measuring(device) as measured:
+                train_step(model, loss, optimizer, split(batch, 1), mixed=mixed, scaler=scaler)
+            peaks[images] = measured.bytes
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        levers = f"grad_checkpointing=true, or precision=bf16, or a smaller dataset.crop than {crop}"
+        where = f"while auto_batch tried {images} images at once"
+        raise memory.out_of_memory(error, device=device, where=where, levers=levers) from error
+    finally:
+        del model, average, optimizer, loss
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return peaks
+
+
+def _held(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
+
+
+def _even_counts(table: Any) -> LabelCounts:
+    """Counts in which all classes are as frequent: the memory of a loss does not depend on them."""
+    ones = np.full(table.num_classes, 1_000_000, np.int64)
+    return LabelCounts(ones, ones, 0, 1, tuple(table.classes), "")
+
+
+def _noise(images: int, crop: list[int], num_classes: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, *crop), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, num_classes, (images, *crop), generator=generator, dtype=torch.uint8)
+    return Batch(pixels, labels, [""] * images, list(range(images)))

@@ -12,6 +12,7 @@ from segkit.config import Config, DatasetConfig, plain
 from segkit.data.statistics import LabelCounts
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
+from segkit.evaluation.inference import Inference
 from segkit.losses import UpsampledLoss
 from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.targets import instantiate
@@ -59,3 +60,19 @@ def train_transform(dataset: DatasetConfig, *, augment: bool, ignore_index: int)
         color_jitter=dataset.color_jitter if augment else 0.0,
         ignore_index=ignore_index,
     )
+
+
+def evaluation_protocol(
+    dataset: DatasetConfig, inference: Inference, *, split: str, max_images: int | None, precision: str
+) -> dict[str, Any]:
+    """How a score was measured: what stands beside it in results.json, and what runs must share to be compared."""
+    return {
+        "dataset": dataset.name,
+        "split": split,
+        "max_images": max_images,
+        "resize": plain(dataset.eval_resize),
+        "labels": dataset.eval_labels.value,
+        "inference": "whole image" if inference.window is None else "sliding window",
+        **inference.describe(),
+        "precision": precision,
+    }

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from segkit import runtime
-from segkit.build import build_loss, build_optimizer, train_transform
+from segkit.build import build_loss, build_optimizer, evaluation_protocol, train_transform
 from segkit.config import Config, plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.data.transforms import EvalTransform
 from segkit.evaluation import Evaluation, evaluate, to_results
+from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter
 from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
@@ -169,15 +170,13 @@ class PhaseRun:
             reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
             progress=self._until_stopped,
         )
-        protocol = {
-            "dataset": self.dataset_config.name,
-            "split": self.dataset_config.val_split if self.fixed is None else "overfitted batches",
-            "max_images": self.config.evaluation.max_images,
-            "resize": plain(self.dataset_config.eval_resize),
-            "labels": self.dataset_config.eval_labels.value,
-            "inference": "whole image",
-            "precision": self.config.precision.value,
-        }
+        protocol = evaluation_protocol(
+            self.dataset_config,
+            Inference(),
+            split=self.dataset_config.val_split if self.fixed is None else "overfitted batches",
+            max_images=self.config.evaluation.max_images,
+            precision=self.config.precision.value,
+        )
         return to_results(self.evaluation, class_names=self.splits.val.classes, protocol=protocol)
 
     def validate(self, model: nn.Module, step: int) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def run() -> None:
     print(class_table(results))
     for name in ("benchmark", "boundary"):
         for key, value in results.get(name, {}).items():
-            if isinstance(value, float):
+            if isinstance(value, float) and key != "boundary_ratio":
                 print(f"{name} {key}: {100 * value:.2f} %")
     folder = saved.folder / "evaluations"
     folder.mkdir(exist_ok=True)
@@ -145,6 +145,7 @@ def evaluate_split(
     arguments: argparse.Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
 ) -> tuple[dict[str, Any], Any]:
     """The results in the form of results.json, and the sparse matrices of the images."""
+    from segkit.build import evaluation_protocol
     from segkit.config import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
@@ -176,18 +177,13 @@ def evaluate_split(
         predict=predicting,
         progress=lambda items: track(items, description="evaluating", unit="batches"),
     )
-    protocol = {
-        "dataset": dataset.name,
-        "split": split.split,
-        "max_images": arguments.max_images,
-        "resize": plain(dataset.eval_resize),
-        "labels": dataset.eval_labels.value,
-        "inference": "whole image" if predict.describe()["window"] is None else "sliding window",
-        **predict.describe(),
-        "precision": precision,
-        "calibrated": bool(arguments.calibrate or arguments.calibrated),
-        "benchmark": arguments.protocol,
-    }
+    protocol = evaluation_protocol(
+        dataset, predict, split=split.split, max_images=arguments.max_images, precision=precision
+    )
+    if arguments.protocol != "standard":
+        protocol["benchmark"] = arguments.protocol
+    if arguments.calibrate or arguments.calibrated:
+        protocol["calibrated"] = True
     results = to_results(evaluation, class_names=split.classes, protocol=protocol)
     if arguments.protocol != "standard":
         results["benchmark"] = benchmark_scores(arguments.protocol, evaluation.counts, split.classes)

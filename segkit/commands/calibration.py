@@ -1,0 +1,56 @@
+"""The bias per class of ``segkit evaluate --calibrate``: tuned on training images, kept in the run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from segkit.config import DatasetConfig, plain
+from segkit.errors import InputError
+from segkit.saved_run import SavedRun, read_json
+
+FILE = "calibration.json"
+MAX_IMAGES = 500
+"""Training images that are looked at; more hardly move the bias."""
+
+
+def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, workers: int) -> None:
+    """Tune the bias on up to :data:`MAX_IMAGES` images of the training split, evenly chosen, and write it."""
+    from segkit.data.loader import eval_batches
+    from segkit.data.transforms import EvalTransform
+    from segkit.evaluation.calibrate import collect_logits, tune_bias
+    from segkit.preflight import open_split
+    from segkit.progress import track
+    from segkit.runtime import write_json
+
+    split = open_split(dataset, dataset.train_split)
+    step = max(1, len(split) // MAX_IMAGES)
+    split = split[: step * MAX_IMAGES : step]
+    transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
+    sample = collect_logits(
+        model,
+        eval_batches(split, transform=transform, workers=workers),
+        num_classes=split.num_classes,
+        ignore_index=split.ignore_index,
+        device=device,
+        progress=lambda items: track(items, description="calibrating", total=len(split), unit="images"),
+    )
+    calibration = tune_bias(sample)
+    write_json(saved.folder / FILE, {**calibration.to_json(split.classes), "split": split.split})
+    print(
+        f"calibrated on {calibration.num_images} training images: mean IoU there "
+        f"{100 * calibration.mean_iou_before:.2f} -> {100 * calibration.mean_iou_after:.2f} %; kept in "
+        f"{saved.folder / FILE}"
+    )
+
+
+def with_bias(saved: SavedRun, model: Any) -> Any:
+    """``model`` with the run's bias; InputError if none was tuned."""
+    from segkit.evaluation.calibrate import BiasedModel, bias_from_json
+
+    if not (saved.folder / FILE).is_file():
+        raise InputError(
+            f"{saved.folder / FILE} is not there: tune the bias first, segkit evaluate {saved.path} --calibrate"
+        )
+    bias = bias_from_json(read_json(saved.folder / FILE), saved.label_counts()["classes"])
+    device = next(model.parameters()).device
+    return BiasedModel(model, bias).to(device).eval()

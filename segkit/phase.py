@@ -76,7 +76,8 @@ class PhaseRun:
     def _count_labels(self) -> LabelCounts:
         def count() -> str:
             counts = count_labels(self.splits.train, workers=self.config.workers, cache_dir=self.run.cache_dir)
-            runtime.write_json(self.folder / "label_counts.json", json.loads(counts.to_json()))
+            palette = self.splits.train.palette.tolist()  # so that a prediction needs no data set
+            runtime.write_json(self.folder / "label_counts.json", {**json.loads(counts.to_json()), "palette": palette})
             return counts.to_json()
 
         return LabelCounts.from_json(distributed.on_main(count))

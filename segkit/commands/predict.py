@@ -88,6 +88,8 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, l
         from segkit.commands.onnx_scorer import load_onnx
 
         return load_onnx(path)
+    import numpy as np
+
     from segkit.config import plain
     from segkit.data.labels import load_table
     from segkit.saved_run import open_run
@@ -105,10 +107,8 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, l
             raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
         model = Resized(model, resize)
     counts = saved.label_counts()
-    palette = counts.get("palette")
-    if palette is None:
-        palette = load_table(dataset.name).palette.tolist()
-    return model, dataset.crop, tuple(counts["classes"]), palette
+    palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
+    return model, dataset.crop, tuple(counts["classes"]), np.asarray(palette, np.uint8)
 
 
 class Resized:

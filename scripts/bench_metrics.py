@@ -83,9 +83,7 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 
 def main() -> None:
     """Print one table row per number of classes, kind of map, label type and way."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), help="height and width")
     parser.add_argument("--classes", type=int, nargs="+", default=[19, 150])
     parser.add_argument("--threads", type=int, default=2)

@@ -318,4 +318,8 @@ class _Views:
 def _halved(logits: Tensor) -> Tensor:
     if logits.dtype == torch.float16:
         return logits
-    return (logits - logits.amax(1, keepdim=True)).clamp_(min=-6e4).half()
+    halved = torch.empty_like(logits, dtype=torch.float16)
+    for rows in band_slices((logits.shape[2], logits.shape[3]), logits.shape[0] * logits.shape[1]):
+        band = logits[:, :, rows]
+        halved[:, :, rows] = (band - band.amax(1, keepdim=True)).clamp_(min=-6e4)
+    return halved

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -131,7 +131,7 @@ def predict_files(
     output: str | os.PathLike[str],
     *,
     classes: Sequence[str],
-    palette: NDArray[np.uint8],
+    palette: ArrayLike,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     inference: Inference | None = None,
@@ -141,16 +141,16 @@ def predict_files(
 ) -> Report:
     """Predict ``images`` (see `find_images`) and write the results below ``output``.
 
-    ``scorers``: one, or several by title; the first one's predictions are written, and with several also
-    ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report lists the files that could not
-    be read; see `Report.exit_code`.
+    ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
+    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report
+    lists the files that could not be read; see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"
     inference = Inference() if inference is None else inference
     outputs = Outputs() if outputs is None else outputs
     device = torch.device(device)
-    writer = _Writer(Path(output), classes, palette, outputs, several=len(titled) > 1)
+    writer = _Writer(Path(output), classes, np.asarray(palette, np.uint8), outputs, several=len(titled) > 1)
     writer.make_folders(images)
     report = Report()
     for scorer in titled.values():

@@ -49,7 +49,7 @@ def run(folder, output, **options):
         find_images(folder, output=output),
         output,
         classes=CLASSES,
-        palette=PALETTE,
+        palette=PALETTE.tolist(),
         **options,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from segkit import ranks
 from segkit.errors import InputError
 
 EXIT_INPUT = 2
@@ -65,9 +66,11 @@ def _run(node: Any, folder: Path) -> float:
 def _hydra_main() -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
     from segkit.config import Config, config_dir
 
+    OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_task)()
     if _sweeps:
@@ -84,6 +87,7 @@ def main() -> None:
 def guarded(command: Callable[[], Any]) -> Any:
     """Call ``command``; turn the exceptions that a user can mend into one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: f"warning: {message}\n"
+    ranks.quiet_others()
     try:
         return command()
     except KeyboardInterrupt:
@@ -92,7 +96,8 @@ def guarded(command: Callable[[], Any]) -> Any:
         sentence, code = explain(error)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        if ranks.speaks(sentence):
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(code)
 
 
@@ -106,6 +111,10 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         )
     if isinstance(error, InputError) or "NonFiniteLoss" in kinds:
         return str(error), EXIT_INPUT
+    if "OutOfMemory" in kinds:
+        return str(error), 1
+    if ranks.is_lost_peer(error):
+        return "another process of this run has ended; its own message says why", 1
     if "OutOfMemoryError" in kinds:
         return f"out of memory ({str(error).splitlines()[0]}): {MEMORY_ADVICE}", 1
     if "HydraException" in kinds or "OmegaConfBaseException" in kinds:
@@ -116,7 +125,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 
 
 MEMORY_ADVICE = (
-    "set grad_checkpointing=true, or accumulate=2 (twice the accumulation halves the images at once), or a smaller "
+    "set grad_checkpointing=true, or accumulate=2 (or twice what it is: half as many images at once), or a smaller "
     "dataset.crop"
 )
 

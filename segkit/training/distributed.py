@@ -63,12 +63,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """True for what a rank sees when another has ended."""
-    texts = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "remote process exited")
-    return is_active() and isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` over all ranks, on every rank."""
     if world_size() > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from segkit import runtime
@@ -24,6 +25,7 @@ from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter
 from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
+from segkit.report.stored_pictures import write_pictures
 from segkit.run_folder import RunFolder
 from segkit.targets import LOSS_OPTIONS
 from segkit.training import checkpoint, distributed
@@ -285,6 +287,13 @@ class PhaseRun:
         if distributed.is_main():
             assert self.evaluation is not None
             self.evaluation.per_image.save(self.folder / "per_image.npz")
+            if self.evaluation.pictures:
+                table = self.splits.val.table
+                grid = picture_grid(self.evaluation.pictures, table.palette, table.classes)
+                Image.fromarray(grid).save(self.folder / "pictures.png")
+                write_pictures(
+                    self.folder / "pictures", self.evaluation.pictures, palette=table.palette, classes=table.classes
+                )
             runtime.write_json(self.folder / "results.json", results)
         distributed.agree(None)
         return results

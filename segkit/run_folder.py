@@ -30,7 +30,15 @@ FREE_KEYS = (
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
-LINKED = ("checkpoints", "label_counts.json", "margins.json", "per_image.npz", "results.json")
+LINKED = (
+    "checkpoints",
+    "label_counts.json",
+    "margins.json",
+    "per_image.npz",
+    "pictures",
+    "pictures.png",
+    "results.json",
+)
 
 
 class RunFolder:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-SMALL = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2", "device=cpu"]
+SMALL = [
+    "debug=smoke",
+    "limit_steps=2",
+    "batch_size=2",
+    "dataset.crop=[64,64]",
+    "evaluation.max_images=2",
+    "device=cpu",
+]
 
 
 def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

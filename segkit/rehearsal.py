@@ -104,20 +104,24 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
     with tempfile.TemporaryDirectory(prefix="segkit-check-") as name:
         folder = Path(name) / "run"
         short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
-        _say("training the first step, then stopping")
-        with _quiet(), contextlib.suppress(Interrupted):
-            Run(short, folder, phases, device, lambda: True).train()
-        _check_saved(short, folder)
+        first = next(iter(config.schedule))
+        if steps_of(short, first, len(phases[first].train)) > 1:
+            _say("training the first step, then stopping")
+            with _quiet(), contextlib.suppress(Interrupted):
+                Run(short, folder, phases, device, lambda: True).train()
+            _check_saved(folder / first)
         _say("going on from the checkpoint, through all phases")
         again = Run(short, folder, phases, device, lambda: False)
         with _quiet():
             again.train()
-        _check_steps(short, folder, phases)
+        _check_steps(again.config, folder, phases)
         _say("timing the loader and the evaluation")
-        loading = loader_speed(again, short, phases)
-        evaluating = evaluation_speed(again, short, phases)
+        loading = loader_speed(again, phases)
+        evaluating = evaluation_speed(again, phases)
+        # auto_batch may have chosen another batch size.
+        chosen = dataclasses.replace(config, batch_size=again.config.batch_size, accumulate=again.config.accumulate)
         costs = tuple(
-            cost(config, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
+            cost(chosen, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
             for name in config.schedule
         )
     peak, reserved, limit = memory(device)
@@ -127,7 +131,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         workers=config.workers,
         num_steps=short.limit_steps or 0,
-        batch_size=config.batch_size,
+        batch_size=chosen.batch_size,
         peak_memory=peak,
         peak_reserved=reserved,
         memory_limit=limit,
@@ -178,18 +182,17 @@ def _quiet() -> Any:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _check_saved(config: Config, folder: Path) -> None:
-    """The pipeline must have saved its state after the first step."""
-    first = next(iter(config.schedule))
-    state = checkpoint.load_last(folder / first / "checkpoints")
-    assert state is not None, f"no checkpoint of phase {first} after its first step"
-    assert state["progress"]["step"] >= 1
+def _check_saved(folder: Path) -> None:
+    """The pipeline must have saved the state of the phase in ``folder`` after its first step."""
+    state = checkpoint.load_last(folder / "checkpoints")
+    assert state is not None, f"no checkpoint in {folder}"
+    assert state["progress"]["step"] == 1, state["progress"]
 
 
 def _check_steps(config: Config, folder: Path, phases: dict[str, Splits]) -> None:
     """Every step of every phase must have been trained once: none lost, none twice after going on."""
     for name in config.schedule:
-        expected = list(range(1, min(real_steps(config, name, len(phases[name].train)), config.limit_steps or 0) + 1))
+        expected = list(range(1, steps_of(config, name, len(phases[name].train)) + 1))
         rows = _rows(folder / name / "metrics.jsonl")
         trained = [row["step"] for row in rows if row["split"] == "train"]
         assert trained == expected, f"phase {name} trained the steps {trained}, not {expected}"
@@ -217,14 +220,14 @@ def _last_phase(run: Run, config: Config, phases: dict[str, Splits]) -> PhaseRun
     return PhaseRun(around, name, phases[name])
 
 
-def loader_speed(run: Run, config: Config, phases: dict[str, Splits]) -> float:
+def loader_speed(run: Run, phases: dict[str, Splits]) -> float:
     """Images a second that the loader gives when nothing waits for it.
 
     The workers begin together, so that their first batches come in a burst: timing starts once each has made one.
     """
-    first = max(1, config.workers)
+    first = max(1, run.config.workers)
     last = 3 * first
-    phase = _last_phase(run, dataclasses.replace(config, limit_steps=last), phases)
+    phase = _last_phase(run, dataclasses.replace(run.config, limit_steps=last), phases)
     arrivals: list[tuple[float, int]] = []
     start = time.perf_counter()
     for batch in phase.batches(0):
@@ -237,9 +240,9 @@ def loader_speed(run: Run, config: Config, phases: dict[str, Splits]) -> float:
     return sum(images for _, images in arrivals[first:]) / max(seconds, 1e-9)
 
 
-def evaluation_speed(run: Run, config: Config, phases: dict[str, Splits]) -> float:
+def evaluation_speed(run: Run, phases: dict[str, Splits]) -> float:
     """Images a second that an evaluation goes through."""
-    phase = _last_phase(run, config, phases)
+    phase = _last_phase(run, run.config, phases)
     start = time.perf_counter()
     results = phase.evaluate(run.model)
     if run.device.type == "cuda":
@@ -265,7 +268,7 @@ def cost(
     rows = rows[warm:] or rows[-1:]
     step_seconds = statistics.median(batch / row["images_per_second"] * (1 - row["data_wait_share"]) for row in rows)
     in_step = max(step_seconds, batch / loading)
-    num_steps = real_steps(config, name, size[0])
+    num_steps = steps_of(config, name, size[0])
     num_evaluations = count_evaluations(config, num_steps, size[0])
     evaluated = min(size[1], config.evaluation.max_images or size[1])
     return PhaseCost(
@@ -279,7 +282,7 @@ def cost(
     )
 
 
-def real_steps(config: Config, name: str, num_samples: int) -> int:
+def steps_of(config: Config, name: str, num_samples: int) -> int:
     """Steps of phase ``name`` on a training split of ``num_samples``."""
     phase = config.schedule[name]
     per_epoch = steps_per_epoch(num_samples, config.batch_size)

@@ -157,12 +157,18 @@ def _audit(report: Report, dataset: DatasetConfig, split: str, *, validates: boo
     """Open and audit one split; what stops its reader becomes a finding, and the split None."""
     from segkit.data.audit import audit_split
     from segkit.data.audit_findings import published_count, split_findings
+    from segkit.data.layout import collecting
     from segkit.preflight import open_split
 
-    try:
-        opened = open_split(dataset, split)
-    except InputError as error:
+    opened = None
+    with collecting() as refused:
+        try:
+            opened = open_split(dataset, split)
+        except InputError as error:
+            refused.append(error)
+    for error in refused:
         report.add("error", str(error))
+    if opened is None:
         return None
     audit = audit_split(opened, sample=report.sample, seed=report.config.seed, workers=report.config.workers)
     published = published_count(opened, dataset.reader)
@@ -187,8 +193,10 @@ def rehearse(report: Report) -> None:
             report.rehearsal = rehearse_run(_tolerant(report), phases, sizes=sizes)
         except Exception as error:
             report.add("error", _failure(error))
+    # Where only a part of the labels is counted, what the loss says of rare classes says little of the whole.
+    level = "warning" if _is_whole(report) else "note"
     for text in dict.fromkeys(str(item.message) for item in caught if _is_ours(item)):
-        report.add("warning", f"while training: {text}")
+        report.add(level, f"while training: {text}")
     if report.rehearsal is not None:
         _judge(report)
 
@@ -210,6 +218,7 @@ def _rehearsal_data(report: Report) -> dict[str, Any] | None:
 
     None, with a finding, where there is nothing to rehearse with.
     """
+    from segkit.data.layout import collecting
     from segkit.preflight import Splits, open_phases
 
     if any(seen.train is None or seen.val is None for seen in report.data):
@@ -219,7 +228,8 @@ def _rehearsal_data(report: Report) -> dict[str, Any] | None:
         report.add("note", "no step was tried, because a split has no usable pair of image and label")
         return None
     try:
-        open_phases(report.config)  # for what it says of phases that do not fit together
+        with collecting():  # pairs that a reader refuses were reported above
+            open_phases(report.config)  # for what it says of phases that do not fit together
     except InputError as error:
         report.add("error", str(error))
         return None
@@ -241,10 +251,15 @@ def _usable(report: Report, audit: Any) -> Any:
     return audit.dataset.subset(audit.usable()[:least])
 
 
+def _is_whole(report: Report) -> bool:
+    """True if the rehearsal trains on all of the training data."""
+    return all(seen.train.is_complete and not seen.train.broken for seen in report.data)
+
+
 def _tolerant(report: Report) -> Config:
     """The configuration; where only a part of the labels is counted, a class may be missing from that part."""
     config = report.config
-    if all(seen.train.is_complete and not seen.train.broken for seen in report.data):
+    if _is_whole(report):
         return config
 
     def tolerant(loss: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, inside, read_list, require_folder, require_root
+from segkit.data.layout import check_split, inside, read_list, refuse, require_folder, require_root
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -35,13 +35,16 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
                 "of an image and of its label"
             )
         image, label = (inside(root, _below_camvid(column), list_file=list_file) for column in columns)
-        for role, path, other in (("image", image, label), ("label", label, image)):
-            if not path.exists():
-                raise InputError(
+        lacking = [pair for pair in (("image", image, label), ("label", label, image)) if not pair[1].exists()]
+        for role, path, other in lacking:
+            refuse(
+                InputError(
                     f"{list_file} lists {role} {path}, which does not exist, beside {other}; copy the file "
                     "again or remove the line"
                 )
-        samples.append(Sample(name=image.stem, image=image, labels=(label,)))
+            )
+        if not lacking:
+            samples.append(Sample(name=image.stem, image=image, labels=(label,)))
     return SampleSet(samples, table=load_table("camvid"), name="camvid", split=split)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from segkit.data.archives import base_folder, check_unique, missing_file, table_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, inside, read_list, require_folder, require_root
+from segkit.data.layout import check_split, files_by_id, inside, read_list, refuse, require_folder, require_root
 from segkit.data.matlab import read_mat
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
@@ -54,14 +54,16 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
     for found, parent, suffix in ((images, folder, ".jpg"), (labels, top / "annotations", ".mat")):
         missing = [key for key in keys if key not in found]
         if missing:
-            raise missing_file(
-                parent / f"{missing[0]}{suffix}",
-                list_file=list_file,
-                dataset="cocostuff10k",
-                num_missing=len(missing),
-                archives=ARCHIVES,
+            refuse(
+                missing_file(
+                    parent / f"{missing[0]}{suffix}",
+                    list_file=list_file,
+                    dataset="cocostuff10k",
+                    num_missing=len(missing),
+                    archives=ARCHIVES,
+                )
             )
-    samples = [Sample(key, images[key], (labels[key],)) for key in keys]
+    samples = [Sample(key, images[key], (labels[key],)) for key in keys if key in images and key in labels]
     return SampleSet(samples, table=load_table("cocostuff10k"), name="cocostuff10k", split=split, load_label=read_label)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from segkit.data.archives import base_folder, check_unique
 from segkit.data.labels import LabelTable
-from segkit.data.layout import inside, pair, read_list, require_root
+from segkit.data.layout import inside, pair, read_list, refuse, require_root
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -92,16 +92,21 @@ def _listed(top: Path, list_file: Path, *, labelled: bool) -> list[Sample]:
         inside(top / "images", entry, list_file=list_file)
         key = _key(entry)
         if key not in images:
-            raise InputError(
-                f"{list_file} names {entry!r}, but {top / 'images' / entry} does not exist; correct the line "
-                "or add the image"
+            refuse(
+                InputError(
+                    f"{list_file} names {entry!r}, but {top / 'images' / entry} does not exist; correct the line "
+                    "or add the image"
+                )
             )
-        if labelled and key not in labels:
-            raise InputError(
-                f"image {images[key]} has no label ({top / 'labels' / key}.png is missing); add it or remove "
-                f"the line from {list_file}"
+        elif labelled and key not in labels:
+            refuse(
+                InputError(
+                    f"image {images[key]} has no label ({top / 'labels' / key}.png is missing); add it or remove "
+                    f"the line from {list_file}"
+                )
             )
-        samples.append(Sample(key, images[key], (labels[key],) if labelled else ()))
+        else:
+            samples.append(Sample(key, images[key], (labels[key],) if labelled else ()))
     return samples
 
 

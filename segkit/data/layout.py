@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from segkit.errors import InputError
+
+_refused: ContextVar[list[InputError] | None] = ContextVar("refused", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[InputError]]:
+    """While this context is open, readers leave out pairs that they would refuse; yields the errors so far.
+
+    Training stops at the first such pair; an audit wants all of them, and what is wrong beside them.
+    """
+    errors: list[InputError] = []
+    token = _refused.set(errors)
+    try:
+        yield errors
+    finally:
+        _refused.reset(token)
+
+
+def refuse(error: InputError) -> None:
+    """Raise ``error``, or keep it for :func:`collecting`; the caller then goes on without the pair."""
+    errors = _refused.get()
+    if errors is None:
+        raise error
+    errors.append(error)
 
 
 def require_root(root: Path | str | None, *, dataset: str) -> Path:
@@ -52,8 +78,7 @@ def read_list(path: Path, *, dataset: str, archives: str) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise InputError(
-            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and name it "
-            "in dataset.root"
+            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and name it in dataset.root"
         ) from None
     except PermissionError:
         raise InputError(f"list file {path} may not be read by this user; run `chmod u+r {path}`") from None
@@ -97,19 +122,23 @@ def pair(
 
     ``expected_image`` and ``expected_label`` are patterns with ``{id}`` shown as the missing file.
     """
-    for key, image in images.items():
-        if key not in labels:
-            raise InputError(
-                f"image {image} of {dataset} has no label ({expected_label.format(id=key)} is missing)"
-                f"{_others(set(images) - set(labels))}; unpack the labels again or remove the image"
+    lonely = [key for key in images if key not in labels]
+    if lonely:
+        refuse(
+            InputError(
+                f"image {images[lonely[0]]} of {dataset} has no label ({expected_label.format(id=lonely[0])} is "
+                f"missing){_others(set(lonely))}; unpack the labels again or remove the image"
             )
-    for key, label in labels.items():
-        if key not in images:
-            raise InputError(
-                f"label {label} of {dataset} has no image ({expected_image.format(id=key)} is missing)"
-                f"{_others(set(labels) - set(images))}; unpack the images again or remove the label"
+        )
+    lonely = [key for key in labels if key not in images]
+    if lonely:
+        refuse(
+            InputError(
+                f"label {labels[lonely[0]]} of {dataset} has no image ({expected_image.format(id=lonely[0])} is "
+                f"missing){_others(set(lonely))}; unpack the images again or remove the label"
             )
-    return [(key, image, labels[key]) for key, image in images.items()]
+        )
+    return [(key, image, labels[key]) for key, image in images.items() if key in labels]
 
 
 def _others(missing: set[str]) -> str:

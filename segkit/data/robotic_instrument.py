@@ -24,7 +24,7 @@ from PIL import Image
 from segkit.data.archives import base_folder, check_option, table_file
 from segkit.data.decode import check_readable, read_index_png, read_rgb
 from segkit.data.labels import LabelTable, load_table
-from segkit.data.layout import check_split, require_folder, require_root
+from segkit.data.layout import check_split, refuse, require_folder, require_root
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -165,16 +165,22 @@ def _samples(sequence: Path, *, frames: range) -> list[Sample]:
     for number in sorted(set(images).union(*masks) & set(frames)):
         if number not in images:
             folder = next(folder for folder, found in zip(folders, masks, strict=True) if number in found)
-            raise InputError(
-                f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks "
-                f"it); unpack {ARCHIVES} again"
+            refuse(
+                InputError(
+                    f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks "
+                    f"it); unpack {ARCHIVES} again"
+                )
             )
+            continue
         lacking = [folder for folder, found in zip(folders, masks, strict=True) if number not in found]
         if lacking:
-            raise InputError(
-                f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); "
-                f"unpack {ARCHIVES} again"
+            refuse(
+                InputError(
+                    f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); "
+                    f"unpack {ARCHIVES} again"
+                )
             )
+            continue
         labels = tuple(found[number] for found in masks)
         samples.append(Sample(f"{sequence.name}_frame{number:03d}", images[number], labels))
     return samples

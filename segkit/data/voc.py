@@ -20,7 +20,7 @@ import numpy as np
 
 from segkit.data.archives import base_folder, check_option, check_unique, missing_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, inside, read_list, require_folder, require_root
+from segkit.data.layout import check_split, files_by_id, inside, read_list, refuse, require_folder, require_root
 from segkit.data.matlab import read_mat
 from segkit.data.samples import Sample, SampleSet, read_index_png
 from segkit.errors import InputError
@@ -58,7 +58,8 @@ def read(
         pairs, notes = _augmented(voc, root, images, augmentation, sbd_root)
     elif split == "test":
         list_file = _list_file(voc, "test")
-        pairs = [(key, _image(key, images, list_file, voc), None) for key in _ids(list_file, "VOC2012test.tar")]
+        keys = _with_image(_ids(list_file, "VOC2012test.tar"), images, list_file, voc)
+        pairs = [(key, images[key], None) for key in keys]
     else:
         pairs = _official(voc, split, images)
     samples = [Sample(key, image, (label,) if label else ()) for key, image, label in pairs]
@@ -103,16 +104,20 @@ def _ids(list_file: Path, archives: str = ARCHIVES) -> list[str]:
     return entries
 
 
-def _image(key: str, images: dict[str, Path], list_file: Path, voc: Path) -> Path:
-    if key not in images:
-        raise missing_file(
-            voc / "JPEGImages" / f"{key}.jpg",
-            list_file=list_file,
-            dataset="voc",
-            num_missing=1,
-            archives=ARCHIVES,
+def _with_image(keys: list[str], images: dict[str, Path], list_file: Path, voc: Path) -> list[str]:
+    """The keys whose image is there: all of them, or those without one are refused."""
+    missing = [key for key in keys if key not in images]
+    if missing:
+        refuse(
+            missing_file(
+                voc / "JPEGImages" / f"{missing[0]}.jpg",
+                list_file=list_file,
+                dataset="voc",
+                num_missing=len(missing),
+                archives=ARCHIVES,
+            )
         )
-    return images[key]
+    return [key for key in keys if key in images]
 
 
 def _official(voc: Path, split: str, images: dict[str, Path]) -> Pairs:
@@ -123,11 +128,13 @@ def _official(voc: Path, split: str, images: dict[str, Path]) -> Pairs:
     keys = _ids(list_file)
     missing = [key for key in keys if key not in masks]
     if missing:
-        raise InputError(
-            f"image {missing[0]} of list {list_file} has no label ({folder / missing[0]}.png is missing)"
-            f"{_more(missing)}; unpack {ARCHIVES} again"
+        refuse(
+            InputError(
+                f"image {missing[0]} of list {list_file} has no label ({folder / missing[0]}.png is missing)"
+                f"{_more(missing)}; unpack {ARCHIVES} again"
+            )
         )
-    return [(key, _image(key, images, list_file, voc), masks[key]) for key in keys]
+    return [(key, images[key], masks[key]) for key in _with_image(keys, images, list_file, voc) if key in masks]
 
 
 def _more(missing: list[str]) -> str:
@@ -161,8 +168,11 @@ def _augmented(
         elif key in images:
             pairs.append((key, images[key], masks[key]))
         else:
-            raise InputError(
-                f"label {masks[key]} has no image ({voc / 'JPEGImages' / key}.jpg is missing); unpack {ARCHIVES} again"
+            refuse(
+                InputError(
+                    f"label {masks[key]} has no image ({voc / 'JPEGImages' / key}.jpg is missing); "
+                    f"unpack {ARCHIVES} again"
+                )
             )
     note = f"trainaug: {len(official)} masks of VOC, {len(keys) - len(official)} of {source}"
     return pairs, [note]
@@ -220,17 +230,19 @@ def _sbd_masks(sbd: Path, images: dict[str, Path]) -> tuple[dict[str, Path], dic
         keys = _ids(list_file, SBD_ARCHIVE)
         lengths[f"sbd_{name}"] = len(keys)
         _check_masks(keys, masks, sbd, list_file)
-        chosen.update((key, masks[key]) for key in keys)
+        chosen.update((key, masks[key]) for key in keys if key in masks)
     return chosen, lengths, {**extra, **images}
 
 
 def _check_masks(keys: Iterable[str], masks: dict[str, Path], sbd: Path, list_file: Path) -> None:
     missing = [key for key in keys if key not in masks]
     if missing:
-        raise missing_file(
-            sbd / "cls" / f"{missing[0]}.mat",
-            list_file=list_file,
-            dataset="SBD",
-            num_missing=len(missing),
-            archives=SBD_ARCHIVE,
+        refuse(
+            missing_file(
+                sbd / "cls" / f"{missing[0]}.mat",
+                list_file=list_file,
+                dataset="SBD",
+                num_missing=len(missing),
+                archives=SBD_ARCHIVE,
+            )
         )

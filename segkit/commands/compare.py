@@ -21,6 +21,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--baseline", metavar="RUN", help="the run that the others are held against (default: the first)")
     made.add_argument(
+        "--evaluation",
+        metavar="NAME",
+        help="compare RUN/evaluations/NAME.json, as segkit evaluate wrote it, in place of the scores after training",
+    )
+    made.add_argument(
         "--output", metavar="FILE", help="the report (default: report.html, if no other file is asked for)"
     )
     for kind in ("markdown", "csv", "latex"):
@@ -51,7 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pictures < 0:
         raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
     comparison = compare(
-        arguments.runs, baseline=arguments.baseline, allow_mixed_protocols=arguments.allow_mixed_protocols
+        arguments.runs,
+        baseline=arguments.baseline,
+        evaluation=arguments.evaluation,
+        allow_mixed_protocols=arguments.allow_mixed_protocols,
     )
     for note in comparison.notes:
         print(f"note: {note}")

@@ -42,15 +42,21 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path | str], *, baseline: Path | str | None = None, allow_mixed_protocols: bool = False
+    paths: Sequence[Path | str],
+    *,
+    baseline: Path | str | None = None,
+    evaluation: str | None = None,
+    allow_mixed_protocols: bool = False,
 ) -> Comparison:
     """Read the runs in ``paths`` and group them; the first one's group is the baseline, or that of ``baseline``.
 
-    Raises InputError for a run that cannot be read, and for runs that were not evaluated alike, unless
-    ``allow_mixed_protocols``.
+    ``evaluation`` is as in :func:`segkit.report.runs.find_runs`.
+
+    Raises InputError for a run that cannot be read, and for runs that were not
+    evaluated alike, unless ``allow_mixed_protocols``.
     """
     named = [baseline, *paths] if baseline is not None else list(paths)
-    runs, notes = find_runs(named)
+    runs, notes = find_runs(named, evaluation=evaluation)
     mixed: list[str] = []
     if allow_mixed_protocols:
         mixed = differing_protocols(runs)

@@ -16,6 +16,8 @@ from segkit.report.stored_pictures import StoredPicture, read_pictures
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
+AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or train it again"
+
 FREE_KEYS = (
     "workers",
     "device",
@@ -24,6 +26,7 @@ FREE_KEYS = (
     "resume",
     "ignore_config_change",
     "profile_steps",
+    "sweep",
 )
 """The keys of :data:`segkit.run_folder.FREE_KEYS` (a test keeps the two equal; that module needs torch)."""
 
@@ -69,11 +72,13 @@ class RunRecord:
         return self.results["protocol"]
 
 
-def find_runs(paths: Sequence[Path | str]) -> tuple[list[RunRecord], list[str]]:
+def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> tuple[list[RunRecord], list[str]]:
     """The runs that ``paths`` name, and what there is to say about files and folders that are left out.
 
     A path is a run folder, the folder of one phase in it, or a folder whose sub-folders are runs (a sweep).
-    InputError for a named run that cannot be read; an unfinished run of a sweep is left out with a sentence.
+    ``evaluation`` names an evaluation that ``segkit evaluate`` wrote into RUN/evaluations; without it the results
+    are those at the end of training. InputError for a named run that cannot be read; an unfinished run of a sweep
+    is left out with a sentence.
     """
     runs: list[RunRecord] = []
     notes: list[str] = []
@@ -81,9 +86,9 @@ def find_runs(paths: Sequence[Path | str]) -> tuple[list[RunRecord], list[str]]:
         if not path.is_dir():
             raise InputError(f"{path} is not a folder: name run folders such as outputs/DATA/MODEL/TIME, or a sweep's")
         if (path / "config.yaml").is_file() or _is_phase(path):
-            runs.append(read_run(path))
+            runs.append(read_run(path, evaluation=evaluation))
         else:
-            found, left_out = _read_sweep(path)
+            found, left_out = _read_sweep(path, evaluation)
             runs += found
             notes += left_out
     seen: dict[Path, RunRecord] = {}
@@ -99,16 +104,17 @@ def _is_phase(path: Path) -> bool:
     return (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
 
 
-def _read_sweep(path: Path) -> tuple[list[RunRecord], list[str]]:
+def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], list[str]]:
+    ends = _sweep_ends(path)
     folders = sorted((item for item in path.iterdir() if _may_be_run(item)), key=_natural)
     runs, notes = [], []
     for folder in folders:
         if not (folder / "config.yaml").is_file():
-            notes.append(f"left out: {folder} has no config.yaml, its run did not start")
+            notes.append(f"left out: {folder} has no config.yaml, its run {ends.get(folder.name, 'did not start')}")
         elif not (folder / "results.json").is_file():
-            notes.append(f"left out: {folder} has no results.json, its run is not finished")
+            notes.append(f"left out: {folder} has no results.json, its run {ends.get(folder.name, 'is not finished')}")
         else:
-            runs.append(read_run(folder))
+            runs.append(read_run(folder, evaluation=evaluation))
     if runs:
         return runs, notes
     if any((folder / "config.yaml").is_file() for folder in folders):
@@ -121,6 +127,20 @@ def _read_sweep(path: Path) -> tuple[list[RunRecord], list[str]]:
     )
 
 
+def _sweep_ends(path: Path) -> dict[str, str]:
+    """Folder name -> how its job ended, for the jobs that the sweep noted as failed."""
+    try:
+        jobs = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+        failed = [job for job in jobs if job["state"] == "failed"]
+        return {Path(job["folder"]).name: f"failed: {_clause(job.get('error'))}" for job in failed}
+    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has none; the folders say enough
+        return {}
+
+
+def _clause(error: Any) -> str:
+    return str(error).strip().removeprefix("error: ") if error else "its log says why"
+
+
 def _may_be_run(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith((".", "_"))
 
@@ -129,7 +149,7 @@ def _natural(path: Path) -> tuple[int, int, str]:
     return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
 
 
-def read_run(path: Path) -> RunRecord:
+def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     """The record of a run folder, or of the folder of one of its phases; InputError says what is wrong with it."""
     top = path if (path / "config.yaml").is_file() else path.resolve().parent
     config = _read_config(top / "config.yaml")
@@ -137,11 +157,7 @@ def read_run(path: Path) -> RunRecord:
     phase = names[-1] if top == path else path.name
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
-    results_file = path / "results.json"
-    if not results_file.is_file():
-        raise InputError(
-            f"{path} has no results.json, its run is not finished: go on with it, or leave it out of the comparison"
-        )
+    results_file, counts_file = _result_files(path, evaluation)
     results = _check_results(_read_json(results_file), results_file)
     if top == path and results.get("phase") in names:
         phase = results["phase"]
@@ -159,12 +175,28 @@ def read_run(path: Path) -> RunRecord:
         counts=read(path / "label_counts.json", _read_counts, "label distribution"),
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
         metrics=tuple(metrics or ()),
-        per_image=read(path / "per_image.npz", PerImageCounts.load, "intervals, tests and confusion matrix"),
+        per_image=read(counts_file, PerImageCounts.load, "intervals, tests and confusion matrix"),
         pictures=read_pictures(path / "pictures"),
         notes=tuple(read.notes),
     )
-    _check_per_image(record)
+    _check_per_image(record, results_file, counts_file)
     return record
+
+
+def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
+    """The files of scores and of per-image counts; InputError if there are no such scores."""
+    if evaluation is None:
+        if not (path / "results.json").is_file():
+            raise InputError(
+                f"{path} has no results.json, its run is not finished: go on with it, or leave it out of the comparison"
+            )
+        return path / "results.json", path / "per_image.npz"
+    folder = path / "evaluations"
+    known = sorted(item.stem for item in folder.glob("*.json"))
+    if evaluation not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise InputError(f"{path} has no evaluation {evaluation!r}, {has}: make it with `segkit evaluate {path}`")
+    return folder / f"{evaluation}.json", folder / f"{evaluation}.npz"
 
 
 class _OptionalFiles:
@@ -206,10 +238,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [key for key in RESULT_KEYS if key not in results]
     if missing:
-        raise InputError(
-            f"{path} has no {_listed(missing)}, it was written by another version of segkit: "
-            f"write it again with `segkit evaluate {path.parent}`"
-        )
+        raise InputError(f"{path} has no {_listed(missing)}, it was written by another version of segkit: {AGAIN}")
     classes = results["classes"]
     rows = list(classes.values()) if isinstance(classes, dict) else []
     scores = [
@@ -218,14 +247,9 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
         *(row.get("iou") for row in rows if isinstance(row, dict)),
     ]
     if len(scores) != len(rows) + 2 or not rows or not all(_is_share(value) for value in scores):
-        raise InputError(
-            f"{path} holds a score that is no number from 0 to 1: the file is damaged, write it again with "
-            f"`segkit evaluate {path.parent}`"
-        )
+        raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
     if not isinstance(results["protocol"], dict):
-        raise InputError(
-            f"{path} has no protocol of key and value: write it again with `segkit evaluate {path.parent}`"
-        )
+        raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {AGAIN}")
     return results
 
 
@@ -273,7 +297,7 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _check_per_image(run: RunRecord) -> None:
+def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> None:
     """The per-image counts must be of the evaluation that wrote the results."""
     from segkit.evaluation import metrics
 
@@ -288,9 +312,8 @@ def _check_per_image(run: RunRecord) -> None:
         if given is None and again != again and run.per_image.num_images == run.results["num_images"]:
             return
         raise InputError(
-            f"{run.path}: results.json (mean IoU {given}, {run.results['num_images']} images) and per_image.npz "
-            f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: write both again "
-            f"with `segkit evaluate {run.path}`"
+            f"{results_file} (mean IoU {given}, {run.results['num_images']} images) and {counts_file.name} "
+            f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: {AGAIN}"
         )
 
 

@@ -71,6 +71,36 @@ def test_a_sweep_is_its_finished_runs_in_order(make_run, tmp_path):
     ]
 
 
+def test_a_sweep_says_why_a_job_failed(make_run, tmp_path):
+    make_run("sweep/0")
+    (tmp_path / "sweep" / "1").mkdir()
+    jobs = [{"folder": "sweep/0", "state": "finished"}]
+    jobs += [{"folder": "sweep/1", "state": "failed", "error": "error: no memory"}]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(jobs))
+    _, notes = find_runs([tmp_path / "sweep"])
+    assert notes == [f"left out: {tmp_path}/sweep/1 has no config.yaml, its run failed: no memory"]
+    (tmp_path / "sweep" / "sweep.json").write_text("{torn")
+    assert find_runs([tmp_path / "sweep"])[1][0].endswith("its run did not start")
+
+
+def test_another_evaluation_of_a_run(make_run):
+    run, flipped = make_run("a"), make_run("flipped", skill=0.9, protocol={"inference": "flip"})
+    folder = run / "evaluations"
+    folder.mkdir()
+    shutil.copy(flipped / "results.json", folder / "val-last-flip.json")
+    shutil.copy(flipped / "per_image.npz", folder / "val-last-flip.npz")
+    ((record,), notes) = find_runs([run], evaluation="val-last-flip")
+    assert record.results["mean_iou"] == read_run(flipped).results["mean_iou"]
+    assert record.per_image.total().sum() == 30 * 20_000
+    assert notes == []
+    with pytest.raises(InputError, match=r"a has no evaluation 'test', it has val-last-flip: make it with"):
+        find_runs([run], evaluation="test")
+    with pytest.raises(InputError, match=r"has no evaluation 'x', it has none: make it with `segkit evaluate "):
+        find_runs([flipped], evaluation="x")
+    with pytest.raises(InputError, match=r"has no evaluation '../results'"):
+        find_runs([run], evaluation="../results")
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +147,8 @@ def test_results_of_another_version(make_run):
     run = make_run("a")
     edit(real(run, "results.json"), lambda results: (results.pop("protocol"), results.pop("num_images")))
     with pytest.raises(
-        InputError, match=r"has no num_images and no protocol, it was written by another version .* `segkit evaluate "
+        InputError,
+        match=r"has no num_images and no protocol, it was written by another version .* with --evaluation",
     ):
         find_runs([run])
 
@@ -133,7 +164,7 @@ def test_a_score_that_is_none(make_run, value):
 def test_a_protocol_without_keys(make_run):
     run = make_run("a")
     edit(real(run, "results.json"), lambda results: results.update(protocol="whole"))
-    with pytest.raises(InputError, match=r"has no protocol of key and value"):
+    with pytest.raises(InputError, match=r"has a protocol that is not of keys and values, the file is damaged"):
         find_runs([run])
 
 
@@ -173,7 +204,9 @@ def test_a_torn_line_of_metrics(make_run):
 def test_counts_of_another_evaluation(make_run):
     run, other = make_run("a"), make_run("b", skill=0.6)
     shutil.copy(real(other, "per_image.npz"), real(run, "per_image.npz"))
-    with pytest.raises(InputError, match=r"results.json \(mean IoU .* are not of one evaluation: write both again"):
+    with pytest.raises(
+        InputError, match=r"results.json \(mean IoU .* are not of one evaluation: evaluate the run again"
+    ):
         find_runs([run])
 
 

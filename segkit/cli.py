@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("segkit.commands.compare:main", "compare finished runs: one offline HTML file, and tables"),
     "plot": ("segkit.commands.plot:main", "the curves of the margin losses as a picture"),
     "sample": ("segkit.commands.sample:main", "a small synthetic data set in the layout of a real one"),
+    "replay": ("segkit.commands.replay:main", "repeat the step of a failure bundle"),
 }
 """Verb -> (module:function, one line of help). The function is called with the remaining arguments in sys.argv."""
 

@@ -64,25 +64,29 @@ class SavedRun:
 
 def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
     """Open the run folder ``path``; InputError if it is none, or if its configuration is not allowed."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     path = Path(path)
     saved = path / "config.yaml"
     if not saved.is_file():
         raise InputError(
             f"{path} is no run folder, it has no config.yaml: name a folder such as outputs/DATA/MODEL/TIME"
         )
+    config = read_config(saved)
+    if phase is not None and phase not in config.schedule:
+        raise InputError(f"{path} has no phase {phase!r}: its phases are {', '.join(config.schedule)}")
+    return SavedRun(path, config, phase)
+
+
+def read_config(saved: Path) -> Config:
+    """The configuration in ``saved`` (YAML or JSON), through the schema; InputError for anything it does not allow."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        loaded = OmegaConf.load(saved)
-        config = to_config(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+        return to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved)))
     except (OmegaConfBaseException, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{saved} is not a configuration of this version ({str(error).splitlines()[0]})") from None
-    if phase is not None and phase not in config.schedule:
-        raise InputError(f"{path} has no phase {phase!r}: its phases are {', '.join(config.schedule)}")
-    return SavedRun(path, config, phase)
 
 
 def without_sources(config: Config) -> Config:

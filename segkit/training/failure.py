@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from segkit.runtime import derive_seed, write_json
 from segkit.training.precision import Mixed
+
+COUNTS = "label_counts.json"
 
 
 class NonFiniteLoss(ValueError):
@@ -47,15 +50,17 @@ def save_bundle(
     """Write ``folder/failure-STEP/`` (of a rank other than 0: ``failure-STEP-rankR/``) and return it.
 
     error.json: the error, the phase, the number of steps before the failed one, the rank, the samples' names and the
-    ``findings`` of :func:`examine`; config.json; batch.pt: images uint8 (N, 3, H, W), labels uint8 (N, H, W), names,
-    indices, where they could be read; state.pt: what a checkpoint holds, from before the failed step (only the running
-    statistics of batch norm may have seen it already).
+    ``findings`` of :func:`examine`; config.json; label_counts.json, which the loss may need; batch.pt: images uint8
+    (N, 3, H, W), labels uint8 (N, H, W), names, indices, where they could be read; state.pt: what a checkpoint holds,
+    from before the failed step (only the running statistics of batch norm may have seen it already).
     """
     bundle = folder / (f"failure-{where.step:07d}" + (f"-rank{where.rank}" if where.rank else ""))
     bundle.mkdir(parents=True, exist_ok=True)
     what = {"kind": type(error).__name__, "error": str(error), **asdict(where)}
     write_json(bundle / "error.json", {**what, "names": list(names), "findings": findings})
     write_json(bundle / "config.json", config)
+    if (folder / COUNTS).is_file():
+        shutil.copy(folder / COUNTS, bundle / COUNTS)
     if batch is not None:
         content = {"images": batch.images, "labels": batch.labels}
         torch.save({**content, "names": list(batch.names), "indices": list(batch.indices)}, bundle / "batch.pt")

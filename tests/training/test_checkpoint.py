@@ -57,7 +57,7 @@ def test_both_torn_is_an_error(tmp_path):
         checkpoint.save_last(tmp_path, state(step))
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         checkpoint.load_last(tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_files_that_are_none(tmp_path):
 def test_weights_of_another_model_say_what_differs(tmp_path):
     with pytest.raises(InputError, match=r"weight has shape \(3, 2\) instead of \(5, 2\)"):
         checkpoint.load_weights(nn.Linear(2, 5), nn.Linear(2, 3).state_dict(), source=tmp_path)
-    with pytest.raises(InputError, match="1 entries missing, 0 unknown.*bias is missing"):
+    with pytest.raises(InputError, match=r"1 entries missing, 0 unknown.*bias is missing"):
         checkpoint.load_weights(nn.Linear(2, 3), nn.Linear(2, 3, bias=False).state_dict(), source=tmp_path)
 
 

@@ -1,0 +1,117 @@
+"""``segkit replay``: repeat the step of a failure bundle and look at it from the inside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+
+
+def parse() -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="segkit replay",
+        description="Repeat the forward and backward pass of a failed step from the bundle that training left.",
+        epilog="example: segkit replay outputs/synthetic/RUN/train/failure-0000120",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder failure-STEP of a run")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point of the verb."""
+    from segkit.train import guarded
+
+    guarded(run)
+
+
+def run() -> None:
+    """Repeat the step and print what was found."""
+    arguments = parse()
+    from segkit.saved_run import read_json
+
+    bundle = arguments.bundle
+    if not (bundle / "error.json").is_file():
+        raise InputError(f"{bundle} is no failure bundle, it has no error.json: name a folder failure-STEP of a run")
+    failed = read_json(bundle / "error.json")
+    if not arguments.json:
+        print(f"phase {failed['phase']}, step {failed['step'] + 1}, rank {failed['rank']}: {failed['error']}")
+        print(f"samples: {', '.join(failed['names']) or 'not known'}")
+    findings = repeat(bundle, failed, device=arguments.device)
+    print(json.dumps(findings, indent=2) if arguments.json else "\n".join(lines(findings)))
+
+
+def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, Any]:
+    """The findings of :func:`segkit.training.failure.examine` on the step of ``bundle``.
+
+    A batch that could not be read then is read again first, from the data that the configuration names.
+    """
+    from segkit import runtime
+    from segkit.build import build_loss, build_model
+    from segkit.data.statistics import LabelCounts
+    from segkit.saved_run import read_config, read_json, without_sources
+    from segkit.training import checkpoint, failure
+    from segkit.training.precision import Mixed
+
+    config = read_config(bundle / "config.json")
+    batch = stored_batch(bundle) if (bundle / "batch.pt").is_file() else read_again(config, failed)
+    counts = LabelCounts.from_json(json.dumps(read_json(bundle / failure.COUNTS)))
+    runtime.set_determinism(strict=config.determinism.value == "strict")
+    chosen = runtime.resolve_device(device)
+    model = build_model(without_sources(config), len(counts.classes)).to(chosen)
+    source = bundle / "state.pt"
+    if source.is_file():
+        checkpoint.load_weights(model, checkpoint.load(source)["model"], source=source)
+    loss = build_loss(config.phase_loss(failed["phase"]), counts, ignore_index=255).to(chosen)
+    where = failure.Where(phase=failed["phase"], step=failed["step"], rank=failed["rank"])
+    mixed = Mixed(config.precision.value, chosen)
+    return failure.examine(model, loss, batch, mixed=mixed, seed=where.seed(config.seed))
+
+
+def stored_batch(bundle: Path) -> Any:
+    """The batch that was saved with the bundle."""
+    import torch
+
+    from segkit.data.loader import Batch
+
+    return Batch(**torch.load(bundle / "batch.pt", map_location="cpu", weights_only=True))
+
+
+def read_again(config: Any, failed: dict[str, Any]) -> Any:
+    """Read the batch of the failed step; raises what the reader raises."""
+    from segkit.build import train_transform
+    from segkit.data.loader import train_batches
+    from segkit.preflight import open_split
+
+    dataset = config.phase_dataset(failed["phase"])
+    split = open_split(dataset, dataset.train_split)
+    batches = train_batches(
+        split,
+        transform=train_transform(dataset, augment=True, ignore_index=split.ignore_index),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        phase=failed["phase"],
+        start_step=failed["step"],
+        num_steps=failed["step"] + 1,
+    )
+    return next(iter(batches))
+
+
+def lines(findings: dict[str, Any]) -> list[str]:
+    """The findings as text."""
+    logits = findings["logits"]
+    terms = ", ".join(f"{name} {value:.6g}" for name, value in findings["terms"].items())
+    norms = sorted(findings["gradient_norms"].items(), key=lambda item: -item[1])
+    return [
+        f"loss {findings['loss']:.6g} ({terms})",
+        f"logits from {logits['least']} to {logits['greatest']}, {logits['not_finite']} not finite",
+        f"first module with a non-finite output: {findings['first_non_finite_module'] or 'none'}",
+        f"first parameter with a non-finite gradient: {findings['first_non_finite_gradient'] or 'none'}",
+        f"gradient norm {findings['gradient_norm']:.6g}: "
+        + ", ".join(f"{name} {norm:.4g}" for name, norm in norms[:12]),
+    ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import InputError
-from segkit.losses.checks import check_choice, check_inputs, check_number
+from segkit.losses.checks import check_choice, check_inputs, check_labels, check_number
 from segkit.losses.tiles import PixelLoss, TileRule
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
@@ -54,7 +54,7 @@ def softmax_parts(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cross_entropy_tile(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s), ``s`` overwritten; the gradient is p_k - [k = y]."""
+    """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s), ``s`` overwritten; the gradient is p - [k = y]."""
     exps, total, log_py = softmax_parts(s, y)
     at_label = y.unsqueeze(0)
     gradient = exps.mul_(1 / total)
@@ -116,6 +116,7 @@ class CrossEntropyLoss(PixelLoss):
         """() float: valid pixels of ``target`` (N,H,W), or the sum of their class weights."""
         if self.weight is None:
             return super().denominator(target)
+        check_labels(target, num_classes=len(self.weight), ignore_index=self.ignore_index)
         valid = target != self.ignore_index
         return torch.where(valid, self.weight[torch.where(valid, target, 0).long()], 0).sum()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_number
+from segkit.losses.tiles import PixelLoss
 
 
 class SumLoss(nn.Module):
@@ -51,6 +52,15 @@ class SumLoss(nn.Module):
                 first += count
             total = total + self.weights[name] * loss(logits, target, denominator=part)
         return total
+
+    def pixel_terms(self) -> list[tuple[PixelLoss, float]]:
+        """The terms with their weights, nested sums flattened, in the order of ``denominator``."""
+        assert self.pixel_decomposable, "a term is not a sum over pixels"
+        terms: list[tuple[Any, float]] = []
+        for name, loss in self.losses.items():
+            inner = loss.pixel_terms() if isinstance(loss, SumLoss) else [(loss, 1.0)]
+            terms += [(pixel_loss, self.weights[name] * weight) for pixel_loss, weight in inner]
+        return terms
 
     def _terms(self) -> list[Any]:
         return list(self.losses.values())

@@ -25,9 +25,13 @@ from segkit.losses.checks import check_inputs
 from segkit.losses.compiling import compiled
 
 TileFunction = Callable[..., tuple[Tensor, Tensor]]
+Compute = Callable[[Tensor, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
 TILE_ELEMENTS = 64 * 1024
 """Logits per tile and thread on a CPU: 256 kB of float32, so that a tile and its temporaries stay in the cache."""
+
+ACCELERATOR_TILE_ELEMENTS = 16 * 1024 * 1024
+"""Logits per tile elsewhere: 64 MB of float32, so that launches cost nothing and temporaries little memory."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,22 @@ class PixelLoss(nn.Module):
         check_inputs(logits, target, ignore_index=self.ignore_index, num_classes=self.num_classes)
         if denominator is None:
             denominator = self.denominator(target)
-        return _PixelMean.apply(logits, target, positive(denominator), self.ignore_index, self.rule_for(logits))
+        rule, divisor = self.rule_for(logits), positive(denominator)
+
+        def compute(given: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            gradient = torch.empty_like(given) if wanted else None
+            early = divides_early(given)
+            total = run_tiles(
+                given,
+                target,
+                ignore_index=self.ignore_index,
+                rule=rule,
+                gradient=gradient,
+                gradient_scale=1 / divisor.to(compute_dtype(given)) if early else 1.0,
+            )
+            return (total / divisor).to(compute_dtype(given)), gradient, None if early else divisor
+
+        return KeptGradient.apply(logits, compute)
 
     def pixel_map(self, logits: Tensor, target: Tensor) -> Tensor:
         """(N,H,W) the loss of every pixel, 0 where ignored; shapes as ``forward``."""
@@ -105,12 +124,15 @@ def sum_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.device.type == "cpu" else compute_dtype(logits)
 
 
+def pixels_per_tile(num_classes: int, device: torch.device) -> int:
+    """P: how many pixels of ``num_classes`` logits make a tile."""
+    cpu = TILE_ELEMENTS * torch.get_num_threads()
+    return max(1, (cpu if device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS) // num_classes)
+
+
 def rows_per_tile(num_classes: int, height: int, width: int, device: torch.device) -> int:
-    """Rows of an image in one tile: what stays in the caches of a CPU; all of them on an accelerator."""
-    if device.type != "cpu":
-        return max(1, height)
-    elements = TILE_ELEMENTS * torch.get_num_threads()
-    return max(1, min(height, elements // max(1, num_classes * width)))
+    """Rows of an image of that size in one tile."""
+    return max(1, min(height, pixels_per_tile(num_classes, device) // max(1, width)))
 
 
 def row_tiles(logits: Tensor) -> Iterator[tuple[int, slice]]:
@@ -192,52 +214,39 @@ def run_tiles(
     return total * rule.scale
 
 
-class _PixelMean(torch.autograd.Function):
-    """The sum over valid pixels divided by a denominator; the gradient is computed with it and kept.
+class KeptGradient(torch.autograd.Function):
+    """A loss whose gradient is computed together with its value, and kept until the backward pass asks for it.
 
-    The kept gradient is divided by the denominator where it is float32 or wider. In half precision it is not:
-    g / n would underflow to zero, g times the incoming (loss-scaled) gradient does not.
+    ``compute(logits, wanted)`` returns (value (), gradient or None, divisor () or None): the gradient of the value is
+    gradient / divisor. A divisor is for gradients kept in half precision: g / n would underflow to zero there, g
+    times the incoming (loss-scaled) gradient does not.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor, ignore_index: int, rule: TileRule
-    ) -> Tensor:
-        ctx.ignore_index, ctx.rule = ignore_index, rule
-        ctx.save_for_backward(logits, target, denominator)
-        ctx.gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        return _mean_and_gradient(ctx, logits, target, denominator)
+    def forward(ctx: Any, logits: Tensor, compute: Compute) -> Tensor:
+        with torch.autocast(logits.device.type, enabled=False):
+            value, ctx.gradient, ctx.divisor = compute(logits, ctx.needs_input_grad[0])
+        ctx.compute = compute
+        ctx.save_for_backward(logits)
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, denominator = ctx.saved_tensors
+        (logits,) = ctx.saved_tensors
         if ctx.gradient is None:  # a second pass through a retained graph: the first one gave the buffer away
-            ctx.gradient = torch.empty_like(logits)
-            _mean_and_gradient(ctx, logits, target, denominator)
+            with torch.autocast(logits.device.type, enabled=False):
+                _, ctx.gradient, ctx.divisor = ctx.compute(logits, True)
         gradient, ctx.gradient = ctx.gradient, None
-        factor = grad_output if _divides_early(logits) else grad_output / denominator
+        factor = grad_output if ctx.divisor is None else grad_output / ctx.divisor
         if gradient.device.type != "cpu" or float(factor) != 1.0:
             gradient.mul_(factor)
-        return gradient, None, None, None, None
+        return gradient, None
 
 
-def _divides_early(logits: Tensor) -> bool:
+def divides_early(logits: Tensor) -> bool:
+    """True where a gradient may be kept divided by the number of pixels."""
     return logits.dtype in (torch.float32, torch.float64)
-
-
-def _mean_and_gradient(ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor) -> Tensor:
-    """The mean, (), and in ``ctx.gradient`` its gradient, see ``_PixelMean``."""
-    with torch.autocast(logits.device.type, enabled=False):
-        total = run_tiles(
-            logits,
-            target,
-            ignore_index=ctx.ignore_index,
-            rule=ctx.rule,
-            gradient=ctx.gradient,
-            gradient_scale=1 / denominator.to(compute_dtype(logits)) if _divides_early(logits) else 1.0,
-        )
-        return (total / denominator).to(compute_dtype(logits))
 
 
 class _PixelMap(torch.autograd.Function):

@@ -1,21 +1,45 @@
-"""A loss on logits below label resolution."""
+"""A loss on logits below label resolution, without ever holding the logits at label resolution.
+
+Bilinear up-sampling is linear and separable: a block of rows and columns is R X C^T, with R and C the slices of two
+small matrices and X the few low-resolution logits that reach the block. So for each block: up-sample, take loss and
+gradient G from the tile functions, give R^T G C to the gradient of the low-resolution logits, drop the block.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segkit.errors import InputError
+from segkit.losses.checks import check_inputs, shape
+from segkit.losses.sum import SumLoss
+from segkit.losses.tiles import (
+    Compute,
+    KeptGradient,
+    PixelLoss,
+    TileRule,
+    compute_dtype,
+    divides_early,
+    fill_columns,
+    pixels_per_tile,
+    positive,
+    read_labels,
+    sum_dtype,
+)
 
 
 class UpsampledLoss(nn.Module):
-    """``loss`` of logits (N,K,h,w) that are up-sampled bilinearly (align_corners=False) to the size of the
-    labels.
+    """``loss`` of logits (N,K,h,w) that are up-sampled bilinearly (align_corners=False) to the size of the labels.
 
-    ``banded``: True up-samples band by band and never holds the full-resolution logits; only a
-    pixel-decomposable loss can do that. None: True where the loss can.
+    ``banded``: True works block by block and never holds the up-sampled logits; only a pixel-decomposable loss can
+    do that. None: True where the loss can. False: up-sample all at once. Value and gradient are the same.
     """
 
     def __init__(self, loss: Any, *, banded: bool | None = None) -> None:
@@ -34,6 +58,126 @@ class UpsampledLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: Tensor | None = None) -> Tensor:
         """The loss, (), of ``logits`` (N,K,h,w) against ``target`` (N,H,W)."""
-        if logits.dim() == 4 and target.dim() == 3 and logits.shape[2:] != target.shape[1:]:
-            logits = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
-        return self.loss(logits, target, denominator=denominator)
+        if logits.dim() != 4 or target.dim() != 3 or logits.shape[2:] == target.shape[1:]:
+            return self.loss(logits, target, denominator=denominator)
+        if len(logits) != len(target):
+            raise InputError(
+                f"logits of shape {shape(logits)} and target of shape {shape(target)} hold different numbers of images"
+            )
+        if not self.banded:
+            scores = logits.to(compute_dtype(logits))
+            full = F.interpolate(scores, size=target.shape[1:], mode="bilinear", align_corners=False)
+            return self.loss(full, target, denominator=denominator)
+        return KeptGradient.apply(logits, banded_mean(self.loss, logits, target, denominator))
+
+
+class Term(NamedTuple):
+    """One loss of a weighted sum: its rule for a tile, what it ignores, its divisor () and its weight."""
+
+    rule: TileRule
+    ignore_index: int
+    divisor: Tensor
+    weight: float
+
+
+def banded_mean(loss: Any, logits: Tensor, target: Tensor, denominator: Tensor | None) -> Compute:
+    """What ``KeptGradient`` wants for ``loss`` of ``logits`` (N,K,h,w) against ``target`` (N,H,W), block by block."""
+    losses: list[tuple[PixelLoss, float]] = loss.pixel_terms() if isinstance(loss, SumLoss) else [(loss, 1.0)]
+    stand_in = logits.new_empty(()).expand(len(target), logits.shape[1], *target.shape[1:])
+    for pixel_loss, _ in losses:
+        check_inputs(stand_in, target, ignore_index=pixel_loss.ignore_index, num_classes=pixel_loss.num_classes)
+    if denominator is None:
+        denominator = loss.denominator(target)
+    terms = []
+    for (pixel_loss, weight), divisor in zip(losses, denominator.reshape(-1), strict=True):
+        divisor = positive(divisor).to(compute_dtype(logits))
+        terms.append(Term(pixel_loss.rule_for(logits), pixel_loss.ignore_index, divisor, weight))
+
+    def compute(given: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # in half precision only ratios of divisors are applied here, the first divisor itself in the backward pass
+        late = None if divides_early(given) else terms[0].divisor
+        factors = [t.weight * t.rule.scale / t.divisor * (1 if late is None else late) for t in terms]
+        gradient = torch.empty_like(given) if wanted else None
+        totals = torch.zeros(len(terms), dtype=sum_dtype(given), device=given.device)
+        for n in range(len(given)):
+            band_sums(given[n], target[n], terms, factors, totals, None if gradient is None else gradient[n])
+        value = sum(t.weight * t.rule.scale * total / t.divisor for t, total in zip(terms, totals, strict=True))
+        return torch.as_tensor(value).to(compute_dtype(given)), gradient, late
+
+    return compute
+
+
+def band_sums(
+    logits: Tensor, target: Tensor, terms: list[Term], factors: list[Any], totals: Tensor, gradient: Tensor | None
+) -> None:
+    """Add the sums of one image, ``logits`` (K,h,w) and ``target`` (H,W), to ``totals`` (T,).
+
+    sum_t factors[t] times the gradient of the t-th sum is written to ``gradient`` (K,h,w) where one is given.
+    """
+    num_classes = len(logits)
+    dtype = compute_dtype(logits)
+    whole = None if gradient is None else torch.zeros_like(logits, dtype=dtype)
+    for rows, columns in blocks(num_classes, target, logits.shape[1:]):
+        low = logits[:, rows.first : rows.last, columns.first : columns.last].to(dtype)
+        r, c = rows.matrix.to(logits.device, dtype), columns.matrix.to(logits.device, dtype)
+        block = torch.matmul(r, torch.matmul(low, c.T)).flatten(1)
+        label_block = target[rows.out, columns.out]
+        slopes = None
+        for i, term in enumerate(terms):
+            label, void = read_labels(label_block, term.ignore_index)
+            s = block if i == len(terms) - 1 else block.clone()
+            fill_columns(s, void)
+            fill_columns(s[0], void, 1.0)
+            loss, slope = term.rule.function(s, label, *term.rule.parameters)
+            totals[i] += fill_columns(loss, void).sum(dtype=totals.dtype)
+            if whole is not None:
+                fill_columns(slope, void)
+                slopes = slope.mul_(factors[i]) if slopes is None else slopes.addcmul_(slope, factors[i])
+        if whole is not None and slopes is not None:
+            back = torch.matmul(torch.matmul(r.T, slopes.view(num_classes, *label_block.shape)), c)
+            whole[:, rows.first : rows.last, columns.first : columns.last] += back
+    if gradient is not None and whole is not None:
+        gradient.copy_(whole)
+
+
+class Span(NamedTuple):
+    """Output positions ``out`` of one axis, the input positions first..last-1 that reach them, and the weights."""
+
+    out: slice
+    first: int
+    last: int
+    matrix: Tensor
+
+
+def blocks(num_classes: int, target: Tensor, low: tuple[int, ...]) -> Iterator[tuple[Span, Span]]:
+    """(rows, columns) of every block of ``target`` (H,W): nearly square, so that few inputs are read twice."""
+    height, width = target.shape
+    pixels = pixels_per_tile(num_classes, target.device)
+    num_rows = min(height, max(1, math.isqrt(pixels)))
+    num_columns = min(width, max(1, pixels // num_rows))
+    num_rows = min(height, max(1, pixels // num_columns))
+    columns = spans(low[1], width, num_columns)
+    for rows in spans(low[0], height, num_rows):
+        for column in columns:
+            yield rows, column
+
+
+@functools.lru_cache(maxsize=64)
+def spans(num_in: int, num_out: int, size: int) -> list[Span]:
+    """Spans of ``size`` outputs for bilinear interpolation (align_corners=False) from ``num_in`` to ``num_out``.
+
+    Output i lies at (i + 1/2) num_in / num_out - 1/2 on the input axis, not below 0, between two neighbours.
+    """
+    count = -(-num_out // size)
+    edges = [round(i * num_out / count) for i in range(count + 1)]
+    found = []
+    for start, stop in itertools.pairwise(edges):
+        position = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * (num_in / num_out) - 0.5).clamp(min=0)
+        left = position.long().clamp(max=num_in - 1)
+        right = (left + 1).clamp(max=num_in - 1)
+        first, last = int(left[0]), int(right[-1]) + 1
+        matrix = torch.zeros(stop - start, last - first, dtype=torch.float64)
+        share = (position - left)[:, None]
+        matrix.scatter_add_(1, (left - first)[:, None], 1 - share).scatter_add_(1, (right - first)[:, None], share)
+        found.append(Span(slice(start, stop), first, last, matrix))
+    return found

@@ -58,6 +58,11 @@ def card(content: str, *, title: str = "", note: str = "", wide: bool = False) -
     return tag("figure", head + content + foot, class_="card wide" if wide else "card")
 
 
+def tall(chart: str) -> str:
+    """A chart that scrolls where it is taller than a screen (one row per class, many classes)."""
+    return tag("div", chart, class_="tall")
+
+
 def cards(items: Iterable[str]) -> str:
     """Cards side by side where there is room."""
     return tag("div", "".join(items), class_="cards")

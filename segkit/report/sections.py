@@ -72,7 +72,7 @@ def _percent(value: float | None) -> str:
 
 def certainty(c: Comparison, *, num_samples: int) -> str:
     """Bootstrap intervals, and paired tests against the baseline."""
-    parts = []
+    charts, table = [], ""
     found = uncertainty.intervals(c.groups, num_samples=num_samples)
     if found:
         rows = [(at, c.groups[at].name, one.low, one.mean_iou, one.high) for at, one in found]
@@ -84,7 +84,7 @@ def certainty(c: Comparison, *, num_samples: int) -> str:
             "They say how much the choice of images matters, not the choice of the seed. Frames of one video are not "
             "independent: for those the intervals are too narrow."
         )
-        parts.append(html.card(chart, title="Mean IoU", note=note))
+        charts.append(html.card(chart, title="Mean IoU", note=note))
     tests = uncertainty.paired_tests(c.groups, c.baseline, num_samples=num_samples)
     if tests:
         numbers = {id(group): at for at, group in enumerate(c.groups)}
@@ -99,26 +99,18 @@ def certainty(c: Comparison, *, num_samples: int) -> str:
             value_text=_points,
             zero=True,
         )
-        parts.append(
-            html.card(
-                chart,
-                title=f"Gain over {c.baseline.name}",
-                note="95 % percentile intervals, the same images drawn for both.",
-            )
-        )
-        parts.append(
-            html.card(
-                _test_table(c, tests, numbers), title="Paired randomisation test", note=_test_note(c, tests), wide=True
-            )
-        )
-    return html.cards(parts) if parts else ""
+        note = "95 % percentile intervals, the same images drawn for both."
+        charts.append(html.card(chart, title=f"Gain over {c.baseline.name}", note=note))
+        note = _test_note(c, tests)
+        table = html.cards([html.card(_test_table(tests, numbers), title="Paired randomisation test", note=note)])
+    return html.cards(charts) + table if charts else ""
 
 
 def _points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
-def _test_table(c: Comparison, tests: Sequence[uncertainty.PairedTest], numbers: dict[int, int]) -> str:
+def _test_table(tests: Sequence[uncertainty.PairedTest], numbers: dict[int, int]) -> str:
     corrected = len(tests) > 1
     head = ["", "difference", "95 % interval", "p", *(["p (Holm)"] if corrected else []), "pairs of runs"]
     rows = []
@@ -194,7 +186,7 @@ def classes(c: Comparison) -> str:
     at = c.table.keys.index("mean_iou")
     means = {id(group): row[at].mean or 0.0 for group, row in zip(c.groups, c.table.rows, strict=True)}
     charts.sort(key=lambda item: -means[id(item[0])])
-    drawn = [html.card(chart, title=group.name) for group, chart in charts]
+    drawn = [html.card(html.tall(chart), title=group.name) for group, chart in charts]
     lead = f"IoU less that of {c.baseline.name}, in points, all on one scale; rows with the largest mean IoU first."
     lead += " Classes from most to fewest training pixels." if shares else ""
     more = drawn[OPEN_CHARTS:]
@@ -208,12 +200,14 @@ def labels(c: Comparison) -> str:
     share = figures.share_chart(c.groups)
     if share:
         items.append(
-            html.card(share, title="Share of training pixels", note="Counted in the label files; logarithmic axis.")
+            html.card(
+                html.tall(share), title="Share of training pixels", note="Counted in the label files; logarithmic axis."
+            )
         )
     for key, title, note in MARGINS:
         chart = figures.margin_chart(c.groups, key, "logits")
         if chart:
-            items.append(html.card(chart, title=title, note=note))
+            items.append(html.card(html.tall(chart), title=title, note=note))
     if not items:
         return ""
     known = [index for index, group in enumerate(c.groups) if group.runs[0].margins]

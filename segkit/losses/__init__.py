@@ -1,9 +1,10 @@
 """Losses for semantic segmentation; each keeps the contract that tests/losses/test_contract.py checks."""
 
 from segkit.losses.checks import check_inputs, check_labels, lift_binary
+from segkit.losses.diagnostics import epsilon, margin_sums, summarise
 from segkit.losses.lovasz import LovaszSoftmaxLoss
 from segkit.losses.margin_calibration import MarginCalibrationLoss, margin_calibration
-from segkit.losses.margins import MarginOffsets, margin_offsets
+from segkit.losses.margins import MarginOffsets, margin_offsets, margin_ratios
 from segkit.losses.pixelwise import (
     CrossEntropyLoss,
     FocalLoss,
@@ -32,7 +33,11 @@ __all__ = [
     "check_labels",
     "class_weights",
     "cross_entropy",
+    "epsilon",
     "lift_binary",
     "margin_calibration",
     "margin_offsets",
+    "margin_ratios",
+    "margin_sums",
+    "summarise",
 ]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice
+from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
 from segkit.losses.tiles import PixelLoss, TileRule, not_on_cpu
 
@@ -114,6 +115,10 @@ class MarginCalibrationLoss(PixelLoss):
         c, w_pos, divisor = (math.log(2.0), 1, 1) if self.form == "paper" else (1.0, num_classes, num_classes)
         parameters = (c * self.rho_k0.to(dtype), c * self.rho_0k.to(dtype), c, float(w_pos))
         return TileRule(margin_tile, parameters, scale=1 / divisor)
+
+    def diagnostics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Sums (K,) of ``segkit.losses.diagnostics.margin_sums`` at the margins of this loss."""
+        return margin_sums(logits, target, rho_k0=self.rho_k0, rho_0k=self.rho_0k, ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, form={self.form!r}, ignore_index={self.ignore_index}"

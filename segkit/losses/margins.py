@@ -72,7 +72,7 @@ def margin_offsets(
             "or choose loss.absent=max or loss.absent=zero"
         )
     d = np.where(present, np.sqrt(np.float64(total - counts)) / np.maximum(counts, 1), 0.0)
-    mu = _mu(counts, total, upsilon, names)
+    mu = margin_ratios(counts, upsilon=upsilon, class_names=names)
     rho_0k = d * _factor(d[present], scale, tau, mean_margin)
     rho_0k = _cap(rho_0k, present & (counts < total), rho_max, names)
     if missing and absent == "max":
@@ -117,8 +117,14 @@ def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     return [str(name) for name in class_names]
 
 
-def _mu(counts: np.ndarray, total: int, upsilon: float, names: list[str]) -> np.ndarray:
-    """mu_k (K,), 0 for a class without pixels or with all of them; InputError where mu_k would be <= 0."""
+def margin_ratios(class_pixels: Any, *, upsilon: float = 1.0, class_names: Sequence[str] | None = None) -> np.ndarray:
+    """mu_k = rho_k0 / rho_0k (K,) float64 of counts (K,), 0 for a class without pixels or with all of them.
+
+    Raises InputError, with the least legal ``upsilon``, where some mu_k would not be positive.
+    """
+    counts = _counts(class_pixels)
+    names = _names(class_names, len(counts))
+    total = int(counts.sum())
     inner = (counts > 0) & (counts < total)
     share = counts / np.float64(total)
     others = np.float64(total - counts)

@@ -174,16 +174,16 @@ class OhemCrossEntropyLoss(nn.Module):
         super().__init__()
         self.threshold = check_number(threshold, "threshold", low=0.0, high=1.0)
         self.min_kept = int(check_number(min_kept, "min_kept", low=0))
+        self.ignore_index = int(ignore_index)
         self.cross_entropy = CrossEntropyLoss(ignore_index=ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
         """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W)."""
         assert denominator is None, "a choice among all pixels: there is nothing to divide by"
-        ignore_index = self.cross_entropy.ignore_index
-        check_inputs(logits, target, ignore_index=ignore_index)
+        check_inputs(logits, target, ignore_index=self.ignore_index)
         losses = self.cross_entropy.pixel_map(logits, target)
         with torch.no_grad():
-            valid = target != ignore_index
+            valid = target != self.ignore_index
             py = torch.where(valid, torch.exp(-losses), torch.inf)
             hard = py < self.threshold
             wanted = min(self.min_kept, int(valid.sum()))

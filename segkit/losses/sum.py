@@ -32,6 +32,7 @@ class SumLoss(nn.Module):
                 raise InputError(f"term {name} of a weighted sum needs the keys loss and weight, got {got}")
             self.losses[name] = term["loss"]
             self.weights[name] = check_number(term["weight"], f"terms.{name}.weight", low=0.0)
+        self.ignore_index: int = self._terms()[0].ignore_index
         self.pixel_decomposable = all(loss.pixel_decomposable for loss in self.losses.values())
 
     def denominator(self, target: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ gradient G from the tile functions, give R^T G C to the gradient of the low-reso
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +17,9 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_inputs, shape
+from segkit.losses.diagnostics import margin_sums
+from segkit.losses.margin_calibration import MarginCalibrationLoss
+from segkit.losses.resize import Span, spans
 from segkit.losses.sum import SumLoss
 from segkit.losses.tiles import (
     Compute,
@@ -69,6 +70,13 @@ class UpsampledLoss(nn.Module):
             full = F.interpolate(scores, size=target.shape[1:], mode="bilinear", align_corners=False)
             return self.loss(full, target, denominator=denominator)
         return KeptGradient.apply(logits, banded_mean(self.loss, logits, target, denominator))
+
+    def diagnostics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Sums (K,) of ``segkit.losses.diagnostics.margin_sums``, at the margins of the loss where it has some."""
+        for part in self.loss.modules():
+            if isinstance(part, MarginCalibrationLoss):
+                return part.diagnostics(logits, target)
+        return margin_sums(logits, target, ignore_index=self.loss.ignore_index)
 
 
 class Term(NamedTuple):
@@ -140,15 +148,6 @@ def band_sums(
         gradient.copy_(whole)
 
 
-class Span(NamedTuple):
-    """Output positions ``out`` of one axis, the input positions first..last-1 that reach them, and the weights."""
-
-    out: slice
-    first: int
-    last: int
-    matrix: Tensor
-
-
 def blocks(num_classes: int, target: Tensor, low: tuple[int, ...]) -> Iterator[tuple[Span, Span]]:
     """(rows, columns) of every block of ``target`` (H,W): nearly square, so that few inputs are read twice."""
     height, width = target.shape
@@ -160,24 +159,3 @@ def blocks(num_classes: int, target: Tensor, low: tuple[int, ...]) -> Iterator[t
     for rows in spans(low[0], height, num_rows):
         for column in columns:
             yield rows, column
-
-
-@functools.lru_cache(maxsize=64)
-def spans(num_in: int, num_out: int, size: int) -> list[Span]:
-    """Spans of ``size`` outputs for bilinear interpolation (align_corners=False) from ``num_in`` to ``num_out``.
-
-    Output i lies at (i + 1/2) num_in / num_out - 1/2 on the input axis, not below 0, between two neighbours.
-    """
-    count = -(-num_out // size)
-    edges = [round(i * num_out / count) for i in range(count + 1)]
-    found = []
-    for start, stop in itertools.pairwise(edges):
-        position = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * (num_in / num_out) - 0.5).clamp(min=0)
-        left = position.long().clamp(max=num_in - 1)
-        right = (left + 1).clamp(max=num_in - 1)
-        first, last = int(left[0]), int(right[-1]) + 1
-        matrix = torch.zeros(stop - start, last - first, dtype=torch.float64)
-        share = (position - left)[:, None]
-        matrix.scatter_add_(1, (left - first)[:, None], 1 - share).scatter_add_(1, (right - first)[:, None], share)
-        found.append(Span(slice(start, stop), first, last, matrix))
-    return found

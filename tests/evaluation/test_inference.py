@@ -303,9 +303,8 @@ def test_the_memory_meter_counts_live_tensors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_classes", [19, 65])
-def test_windows_flips_and_six_scales_need_at_most_half_again_the_memory_of_one_whole_image(num_classes):
-    first, second, last = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 256, 1), nn.Conv2d(256, num_classes, 1)
+def test_windows_flips_and_six_scales_need_at_most_half_again_the_memory_of_one_whole_image():
+    first, second, last = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 256, 1), nn.Conv2d(256, 19, 1)
 
     def model(images):
         """Feature maps as in a ResNet: 64 at stride 2, 256 at stride 4, where the logits are as well."""

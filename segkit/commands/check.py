@@ -166,8 +166,8 @@ def _audit(report: Report, dataset: DatasetConfig, split: str, *, validates: boo
             opened = open_split(dataset, split)
         except InputError as error:
             refused.append(error)
-    for error in refused:
-        report.add("error", str(error))
+    for refusal in refused:
+        report.add("error", str(refusal))
     if opened is None:
         return None
     audit = audit_split(opened, sample=report.sample, seed=report.config.seed, workers=report.config.workers)

@@ -63,7 +63,7 @@ def _split_table(content: dict[str, Any]) -> str:
     from rich.table import Table
 
     part = f", {content['sample']} random samples of each split" if content["sample"] else ""
-    table = Table(title=f"{content['dataset']} in {content['root']}{part}", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("split")
     for column in ("images", "published", "read", "broken", "classes", "ignored %"):
         table.add_column(column, justify="right")
@@ -81,7 +81,8 @@ def _split_table(content: dict[str, Any]) -> str:
             percent(split["ignored_pixels"] / sum(pixels)) if sum(pixels) else "-",
             _sizes(split["sizes"]),
         )
-    return render(table)
+    place = f" in {content['root']}" if content["root"] else ""
+    return f"{content['dataset']}{place}{part}\n{render(table)}"
 
 
 def _sizes(sizes: list[dict[str, int]]) -> str:
@@ -114,7 +115,7 @@ def _value_table(splits: list[dict[str, Any]]) -> str:
         missing = [v for v in shown if meaning[v] == "unknown" or any(not p.get(v, 0) for p in pixels)]
         title += f"; the {RAREST} rarest of {len(shown)}, missing and unknown ones (--json has all)"
         shown = sorted({*rarest, *missing[:MOST_ROWS]})
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("value", justify="right")
     table.add_column("class")
     for split in splits:
@@ -122,7 +123,7 @@ def _value_table(splits: list[dict[str, Any]]) -> str:
     for value in shown:
         shares = [f"{100 * p.get(value, 0) / max(total, 1):.4f}" for p, total in zip(pixels, totals, strict=True)]
         table.add_row(str(value), meaning[value], *shares)
-    return render(table)
+    return f"{title}\n{render(table)}"
 
 
 def _rehearsal_text(measured: dict[str, Any]) -> str:

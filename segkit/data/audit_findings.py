@@ -14,7 +14,7 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVELS = (ERROR, WARNING, NOTE)
 
 NUM_SHOWN = 5
-"""Sentences of one kind that are listed one by one; more of the kind are counted in one sentence."""
+"""Sentences of one kind that are listed one by one; the others of the kind are counted in one sentence."""
 
 TOLERATED_OVERLAP = 0.01
 """Share of the validation images that may occur in training as well before it is an error: published splits have a
@@ -93,8 +93,9 @@ def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[
     """The first sentences one by one, and one for the rest."""
     indices = sorted(sentences)
     label = what.startswith("labels")
-    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in indices[:NUM_SHOWN]]
-    rest = indices[NUM_SHOWN:]
+    shown = indices if len(indices) <= NUM_SHOWN + 1 else indices[:NUM_SHOWN]
+    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in shown]
+    rest = indices[len(shown) :]
     if rest:
         text = (
             f"split {audit.dataset.split} has {len(rest)} more {what}, for example "
@@ -119,15 +120,15 @@ def _unknown_value(audit: SplitAudit, value: int) -> Finding:
     samples = audit.unknown[value]
     worst = max(samples, key=lambda index: (samples[index], -index))
     files = tuple(_file(audit, index, label=True) for index in sorted(samples))
-    where = f"label {_file(audit, worst, label=True)} has {samples[worst]:,} pixels"
+    in_all = ""
     if len(samples) > 1:
-        where += (
-            f", {len(samples) - 1} other labels of {audit.dataset.split} {sum(samples.values()) - samples[worst]:,}"
-        )
+        pixels = sum(samples.values())
+        in_all = f" ({len(samples):,} labels of {audit.dataset.split} hold it, {pixels:,} pixels in all)"
     known = ranges(sorted(audit.dataset.table.raw_to_train))
     text = (
-        f"{where} of the raw value {value}, which the label table of {audit.dataset.name} does not know; allowed are "
-        f"{known}: put the right file there, or add the value to the table's raw_to_train"
+        f"label {_file(audit, worst, label=True)} has {samples[worst]:,} pixels of the raw value {value}{in_all}, "
+        f"which the label table of {audit.dataset.name} does not know; allowed are {known}: put the right file there, "
+        "or add the value to the table's raw_to_train"
     )
     return Finding(ERROR, text, files)
 
@@ -151,8 +152,8 @@ def _suspicious(audit: SplitAudit) -> list[Finding]:
         one, other = twice[0][:2]
         files = tuple(_file(audit, index) for indices in twice for index in indices)
         text = (
-            f"split {audit.dataset.split} shows {len(twice)} images more than once, for example {_file(audit, one)} "
-            f"and {_file(audit, other)}: remove the copies"
+            f"split {audit.dataset.split} shows {len(twice)} image{'s' * (len(twice) > 1)} more than once, for example "
+            f"{_file(audit, one)} and {_file(audit, other)}: remove the copies"
         )
         findings.append(Finding(WARNING, text, files))
     return findings

@@ -13,7 +13,7 @@ from segkit.data.statistics import LabelCounts
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
-from segkit.losses import UpsampledLoss
+from segkit.losses import ObservedLoss, UpsampledLoss
 from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.targets import instantiate
 from segkit.training.optim import parameter_groups
@@ -28,15 +28,19 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     return Segmenter(net)
 
 
-def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> UpsampledLoss:
-    """The loss of ``node`` with margins or weights from ``counts``, up-sampling logits to the labels' size."""
+def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> UpsampledLoss | ObservedLoss:
+    """The loss of ``node`` with margins or weights from ``counts``, up-sampling logits to the labels' size.
+
+    With ``diagnostics`` in ``node`` it also sums what the margins do (:class:`segkit.losses.ObservedLoss`).
+    """
     facts = {
         "class_pixels": counts.class_pixels,
         "class_names": list(counts.classes),
         "num_classes": len(counts.classes),
         "ignore_index": ignore_index,
     }
-    return UpsampledLoss(instantiate(node, facts, key="loss"), banded=node.get("banded"))
+    loss = UpsampledLoss(instantiate(node, facts, key="loss"), banded=node.get("banded"))
+    return ObservedLoss(loss) if node.get("diagnostics") else loss
 
 
 def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ from segkit.data.statistics import LabelCounts, count_labels
 from segkit.data.transforms import EvalTransform
 from segkit.evaluation import Evaluation, evaluate, to_results
 from segkit.evaluation.inference import Inference
+from segkit.losses import ObservedLoss, summarise
 from segkit.models import Segmenter
 from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
@@ -57,6 +58,7 @@ class PhaseRun:
         self.folder = run.folder.phase(name)
         self.num_steps, self.per_epoch = self._count_steps()
         self.evaluation: Evaluation | None = None
+        self.loss: nn.Module | None = None
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
         self.counts = self._count_labels()
@@ -195,6 +197,7 @@ class PhaseRun:
                 f"val_{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None
             }
         self.tracker.scalars(step, scalars)
+        self._diagnose(step)
         assert self.evaluation is not None
         if self.evaluation.pictures and distributed.is_main():
             grid = picture_grid(self.evaluation.pictures, self.splits.val.palette, self.splits.val.classes)
@@ -204,6 +207,20 @@ class PhaseRun:
             f"{results['num_classes_averaged']} classes, pixel accuracy {shown(results['pixel_accuracy'])}"
         )
         return results
+
+    def _diagnose(self, step: int) -> None:
+        """Show what the margins did since the last evaluation, where the loss keeps sums of that."""
+        if not isinstance(self.loss, ObservedLoss):
+            return
+        sums = {name: distributed.sum_over_ranks(value) for name, value in self.loss.take().items()}
+        if not sums:
+            return
+        for name, value in summarise(sums, class_pixels=self.counts.class_pixels).items():
+            if value.dim() == 0:
+                self.tracker.scalars(step, {f"margins/{name}": float(value)})
+            else:
+                named = zip(self.counts.classes, value.tolist(), strict=True)
+                self.tracker.scalars(step, {f"margins_{name}/{label}": number for label, number in named})
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -230,16 +247,16 @@ class PhaseRun:
     def trainer(self) -> Trainer:
         """The trainer of the phase, at its start."""
         model = self.run.model
-        loss = build_loss(self.loss_node, self.counts, ignore_index=self.splits.train.ignore_index)
+        self.loss = build_loss(self.loss_node, self.counts, ignore_index=self.splits.train.ignore_index)
         if distributed.is_main():
-            write_margins(self.folder, loss.loss, self.loss_node, self.counts.classes)
+            write_margins(self.folder, self.loss, self.loss_node, self.counts.classes)
         ema = None
         if self.config.ema_decay is not None:
             averaging = torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema_decay)
             ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
         return Trainer(
             model=model,
-            loss=loss.to(self.run.device),
+            loss=self.loss.to(self.run.device),
             optimizer=build_optimizer(self.config, model, self.settings_of.lr),
             settings=self.settings(),
             mixed=self.mixed,
@@ -301,8 +318,9 @@ class PhaseRun:
 
 def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequence[str]) -> None:
     """Note the margins that ``loss`` trains with in margins.json; nothing for a loss without margins."""
-    if hasattr(loss, "rho_0k"):
-        margins = {name: getattr(loss, name).tolist() for name in ("rho_0k", "rho_k0")}
+    found = next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
+    if found is not None:
+        margins = {name: getattr(found, name).tolist() for name in ("rho_0k", "rho_k0")}
         options = {key: value for key, value in node.items() if key not in ("_target_", *LOSS_OPTIONS)}
         runtime.write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
 

@@ -5,6 +5,7 @@ from segkit.losses.diagnostics import epsilon, margin_sums, summarise
 from segkit.losses.lovasz import LovaszSoftmaxLoss
 from segkit.losses.margin_calibration import MarginCalibrationLoss, margin_calibration
 from segkit.losses.margins import MarginOffsets, margin_offsets, margin_ratios
+from segkit.losses.observed import ObservedLoss
 from segkit.losses.pixelwise import (
     CrossEntropyLoss,
     FocalLoss,
@@ -25,6 +26,7 @@ __all__ = [
     "LovaszSoftmaxLoss",
     "MarginCalibrationLoss",
     "MarginOffsets",
+    "ObservedLoss",
     "OhemCrossEntropyLoss",
     "SumLoss",
     "TverskyLoss",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segkit.data.samples import SampleSet
 from segkit.data.transforms import EvalTransform, TrainTransform
+from segkit.data.worker import start_worker
 from segkit.errors import InputError
 
 PREFETCH = 2
@@ -114,12 +114,14 @@ class _TrainSteps(Dataset[Batch | InputError]):
 
     def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Read the label first: its size decides the window, and the window how finely the image is decoded."""
-        label = self.dataset.label(index)
-        window = self.transform.draw((label.shape[0], label.shape[1]), rng)
+        raw = self.dataset.raw_label(index)
+        window = self.transform.draw((raw.shape[0], raw.shape[1]), rng)
         shrink = window.shrink if self.dataset.shrinkable(index) else 1
         image = self.dataset.image(index, shrink=shrink)
-        self.dataset.check_sizes(index, image.shape[:2], label.shape, shrink=shrink)
-        return self.transform.apply(image, label, window)
+        self.dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
+        shrink = 1 if image.shape[:2] == raw.shape else shrink
+        label_cut = self.dataset.to_train(index, window.cut_label(raw))
+        return self.transform.finish(window.cut_image(image, shrink), label_cut, window)
 
 
 class _EvalItems(Dataset[Batch | InputError]):
@@ -288,9 +290,5 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
         del iterator  # ends the workers, also where the loop was left early
 
 
-def _start_worker(worker: int) -> None:
-    """Threads of libraries would compete with the other workers; signals are the main process's business."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _start_worker(number: int) -> None:
+    start_worker()

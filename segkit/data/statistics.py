@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -26,6 +25,7 @@ import numpy as np
 
 from segkit.data.decode import check_readable
 from segkit.data.samples import SampleSet
+from segkit.data.worker import start_worker
 from segkit.errors import InputError
 from segkit.progress import track
 
@@ -200,7 +200,10 @@ def _each_count(dataset: SampleSet, workers: int) -> Generator[np.ndarray, None,
             results = pool.map(
                 _count_one, range(len(dataset)), chunksize=max(1, min(16, len(dataset) // (4 * workers)))
             )
-        yield from results
+        for present, numbers in results:
+            counts = np.zeros(256, np.int64)
+            counts[present] = numbers
+            yield counts
     except BrokenProcessPool as error:
         raise InputError(
             "a process that counts labels died, probably for want of memory; set workers=0 or fewer"
@@ -217,16 +220,15 @@ _dataset: SampleSet | None = None  # of a worker process
 def _start_worker(dataset: SampleSet) -> None:
     global _dataset
     _dataset = dataset
-    import torch
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    start_worker()
 
 
-def _count_one(index: int) -> np.ndarray:
+def _count_one(index: int) -> tuple[list[int], list[int]]:
+    """The values that occur and their counts: a shorter message than all 256."""
     assert _dataset is not None
-    return label_histogram(_dataset, index)
+    counts = label_histogram(_dataset, index)
+    present = np.flatnonzero(counts)
+    return present.tolist(), counts[present].tolist()
 
 
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
@@ -251,21 +253,17 @@ def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
 def byte_histogram(array: np.ndarray) -> np.ndarray:
     """Number of each value 0..255 of a uint8 array: int64 (256,).
 
-    Counting a long run of one value is slow, as each step waits for the one before.  Labels are mostly runs, so
-    words of eight equal pixels are counted once by their first pixel, and only the mixed words pixel by pixel.
+    Labels are mostly runs of one value, and counting a run pixel by pixel is slow, as each step waits for the one
+    before.  So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted
+    with the run's length as their weight (in float64, exact up to 2**53).
     """
     flat = np.ascontiguousarray(array).reshape(-1)
-    length = max(0, flat.size - 1) // 8 * 8
-    changes = np.not_equal(flat[1 : length + 1], flat[:length]).view(np.uint64)
-    mixed_at = np.flatnonzero(changes != 0)
-    if 2 * mixed_at.size > length // 8:
-        return _bincount(flat)
-    mixed = flat[:length].view(np.uint64)[mixed_at].view(np.uint8)
-    firsts = _bincount(flat[:length:8]) - _bincount(mixed[::8])
-    return 8 * firsts + _bincount(mixed) + _bincount(flat[length:])
-
-
-def _bincount(values: np.ndarray) -> np.ndarray:
-    import torch  # counts bytes as they are, where NumPy first widens them to eight times their size
-
-    return torch.bincount(torch.from_numpy(np.ascontiguousarray(values)), minlength=256).numpy()
+    length = flat.size // 8 * 8
+    words = flat[:length].view(np.uint64)
+    ends = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
+    if words.size == 0 or 4 * ends.size > words.size:
+        return np.bincount(flat, minlength=256)
+    pixels = words[ends].view(np.uint8)
+    weights = np.repeat(np.diff(ends, prepend=-1), 8)
+    counts = np.bincount(pixels, weights=weights, minlength=256).astype(np.int64)
+    return counts + np.bincount(flat[length:], minlength=256)

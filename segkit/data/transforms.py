@@ -80,6 +80,15 @@ class Window:
     jitter: dict[str, Any] | None
     shrink: int
 
+    def cut_image(self, image: np.ndarray, shrink: int) -> np.ndarray:
+        """The window's part of an image that was decoded at 1/``shrink`` of its size; a view."""
+        rows = slice(self.top // shrink, -(-self.bottom // shrink))
+        return image[rows, self.left // shrink : -(-self.right // shrink)]
+
+    def cut_label(self, label: np.ndarray) -> np.ndarray:
+        """The window's part of a label of full size; a view."""
+        return label[self.top : self.bottom, self.left : self.right]
+
 
 class TrainTransform:
     """Random scale, crop, flip and colour jitter to exactly ``crop`` = (height, width).
@@ -151,19 +160,25 @@ class TrainTransform:
     def apply(self, image: np.ndarray, label: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Cut ``window`` out of a pair; the image may have been decoded at 1/``window.shrink`` of its size."""
         shrink = 1 if image.shape[:2] == label.shape else window.shrink
-        rows = slice(window.top // shrink, -(-window.bottom // shrink))
-        columns = slice(window.left // shrink, -(-window.right // shrink))
+        return self.finish(window.cut_image(image, shrink), window.cut_label(label), window)
+
+    def finish(self, image_cut: np.ndarray, label_cut: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """The crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip."""
         size = (window.height, window.width)
-        image_crop = resize_image(image[rows, columns], size)
-        label_crop = resize_label(label[window.top : window.bottom, window.left : window.right], size)
+        # The colours are jittered at the smaller of the two sizes, and never in the padding.
+        early = image_cut.shape[0] * image_cut.shape[1] < size[0] * size[1]
+        if early:
+            image_cut = _jittered(image_cut, window)
+        image = resize_image(image_cut, size)
+        if not early:
+            image = _jittered(image, window)
+        label = resize_label(label_cut, size)
         if size != self.crop:
-            image_crop = self._padded(image_crop, window, PAD_COLOUR)
-            label_crop = self._padded(label_crop, window, self.ignore_index)
+            image = self._padded(image, window, PAD_COLOUR)
+            label = self._padded(label, window, self.ignore_index)
         if window.flip:
-            image_crop, label_crop = cv2.flip(image_crop, 1), cv2.flip(label_crop, 1)
-        if window.jitter is not None:
-            image_crop = _color_jitter.apply(image_crop, **window.jitter)
-        return np.array(image_crop, copy=None, order="C"), np.array(label_crop, copy=None, order="C")
+            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        return np.array(image, copy=None, order="C"), np.array(label, copy=None, order="C")
 
     def _padded(self, part: np.ndarray, window: Window, value: Any) -> np.ndarray:
         whole = np.empty((*self.crop, *part.shape[2:]), part.dtype)
@@ -171,6 +186,10 @@ class TrainTransform:
         rows = slice(window.pad_top, window.pad_top + window.height)
         whole[rows, window.pad_left : window.pad_left + window.width] = part
         return whole
+
+
+def _jittered(image: np.ndarray, window: Window) -> np.ndarray:
+    return image if window.jitter is None else _color_jitter.apply(np.ascontiguousarray(image), **window.jitter)
 
 
 def _shrink(factor: float) -> int:

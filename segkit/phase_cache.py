@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -27,12 +26,6 @@ MARK = "phase_key"
 """File in the folder of a phase: the key under which its training began."""
 POLL = 1.0
 """Seconds between two looks at a lock that another run holds."""
-
-
-def default_cache_dir() -> Path:
-    """``$SEGKIT_CACHE``, or ``~/.cache/segkit``."""
-    base = os.environ.get("SEGKIT_CACHE")
-    return Path(base) if base else Path.home() / ".cache" / "segkit"
 
 
 def code_version() -> str:

@@ -15,11 +15,12 @@ import torch
 
 from segkit import auto_batch, runtime
 from segkit.build import build_model
+from segkit.cache_dir import cache_dir_of
 from segkit.config import Config, check_targets
 from segkit.data.statistics import fingerprint
 from segkit.models import Segmenter
 from segkit.phase import PhaseRun, Surroundings, say
-from segkit.phase_cache import PhaseCache, default_cache_dir, phase_key
+from segkit.phase_cache import PhaseCache, phase_key
 from segkit.preflight import Splits
 from segkit.report.tables import class_table
 from segkit.run_folder import RunFolder
@@ -77,7 +78,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.path = Path(distributed.agree(str(self.path)))
-        self.cache_dir = Path(self.config.cache_dir) if self.config.cache_dir else default_cache_dir()
+        self.cache_dir = cache_dir_of(self.config)
 
     def train(self) -> float:
         """Train all phases; returns the mean IoU of the last."""

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from segkit import runtime
+from segkit.cache_dir import cache_dir_of
 from segkit.config import Config, check_targets
 from segkit.data.loader import steps_per_epoch
 from segkit.phase import PhaseRun, Surroundings
-from segkit.phase_cache import default_cache_dir
 from segkit.pipeline import Run
 from segkit.preflight import Splits
 from segkit.training import checkpoint
@@ -165,8 +165,7 @@ def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
 
 def cache_beside(config: Config, folder: Path) -> Path:
     """A cache below ``folder`` that shares the label counts of the real one, but not its trained phases."""
-    real = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    counts = real / "label_counts"
+    counts = cache_dir_of(config) / "label_counts"
     counts.mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir()
     (folder / "cache" / "label_counts").symlink_to(counts.resolve(), target_is_directory=True)

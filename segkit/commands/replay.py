@@ -33,6 +33,7 @@ def main() -> None:
 def run() -> None:
     """Repeat the step and print what was found."""
     arguments = parse()
+    from segkit.runtime import without_nan
     from segkit.saved_run import read_json
 
     bundle = arguments.bundle
@@ -43,7 +44,7 @@ def run() -> None:
         print(f"phase {failed['phase']}, step {failed['step'] + 1}, rank {failed['rank']}: {failed['error']}")
         print(f"samples: {', '.join(failed['names']) or 'not known'}")
     findings = repeat(bundle, failed, device=arguments.device)
-    print(json.dumps(findings, indent=2) if arguments.json else "\n".join(lines(findings)))
+    print(json.dumps(without_nan(findings), indent=2) if arguments.json else "\n".join(lines(findings)))
 
 
 def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""``segkit replay``: from a run that fails to what the failed step looks like from the inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from segkit import pipeline
+from segkit.commands import replay
+from segkit.commands.compose import compose
+from segkit.data.sample_maker import make_sample
+from segkit.errors import InputError
+from segkit.preflight import open_phases
+from segkit.training.failure import NonFiniteLoss
+
+SMALL = (
+    "dataset.crop=[32,32]",
+    "batch_size=2",
+    "loss=cross_entropy_dice",
+    "schedule=single",
+    "limit_steps=6",
+    "evaluation.pictures=0",
+    "workers=0",
+    "device=cpu",
+    "model=coplenet",
+    "model.feature_channels=[4,8,16,32,64]",
+    "model.num_groups=2",
+)
+
+
+def train(folder: Path, *overrides: str) -> None:
+    config = compose([*SMALL, f"cache_dir={folder}/../cache", *overrides])
+    pipeline.run(config, folder, open_phases(config))
+
+
+@pytest.fixture
+def replayed(monkeypatch, capsys):
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["segkit replay", *map(str, arguments)])
+        capsys.readouterr()
+        replay.run()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_diverged_run(tmp_path, replayed):
+    synthetic = ("dataset.reader.num_images=6", "dataset.reader.size=[64,64]", "optimizer=sgd", "optimizer.lr=1e30")
+    with pytest.raises(NonFiniteLoss, match=r"segkit replay"):
+        train(tmp_path / "run", *synthetic)
+    (bundle,) = (tmp_path / "run" / "train").glob("failure-*")
+    noted = json.loads((bundle / "error.json").read_text())
+    found = json.loads(replayed(bundle, "--json"))
+    assert found == noted["findings"]
+    assert found["first_non_finite_module"] is not None
+    assert found["logits"]["not_finite"] > 0
+    assert set(found["terms"]) == {"cross_entropy", "dice"}
+    text = replayed(bundle)
+    assert f"first module with a non-finite output: {found['first_non_finite_module']}" in text
+    assert f"step {noted['step'] + 1}" in text
+    assert all(name in text for name in noted["names"])
+
+
+def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed):
+    root = make_sample("folder", tmp_path / "data", num_images=4, scale=0.2)
+    broken = sorted((root / "images" / "train").iterdir())[1]
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"{broken.name}.*had no batch, see .*failure-\d+.*state before it is saved"):
+        train(tmp_path / "run", "dataset=folder", f"dataset.root={root}", "dataset.flip=0")
+    (bundle,) = (tmp_path / "run" / "train").glob("failure-*")
+    noted = json.loads((bundle / "error.json").read_text())
+    assert broken.stem in " ".join(noted["names"])
+    with pytest.raises(InputError, match=broken.name):
+        replayed(bundle)
+    broken.write_bytes(content)
+    found = json.loads(replayed(bundle, "--json"))
+    assert found["logits"]["not_finite"] == 0
+    assert found["gradient_norm"] > 0
+
+
+def test_what_is_no_bundle(tmp_path, replayed):
+    with pytest.raises(InputError, match=r"is no failure bundle, it has no error.json"):
+        replayed(tmp_path)

@@ -1,0 +1,90 @@
+"""The largest batch that fits: the line through two measurements, and a run that uses it and goes on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit import auto_batch, pipeline
+from segkit.commands.compose import compose
+from segkit.preflight import open_phases
+from segkit.training import memory
+
+MIB = 2**20
+SMALL = (
+    "auto_batch=true",
+    "schedule=single",
+    "loss=cross_entropy",
+    "dataset.reader.num_images=23",
+    "dataset.reader.size=[96,96]",
+    "dataset.crop=[96,96]",
+    "limit_steps=2",
+    "evaluation.max_images=2",
+    "evaluation.pictures=0",
+    "workers=0",
+    "device=cpu",
+    "model=coplenet",
+    "model.feature_channels=[8,16,32,64,128]",
+)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "budget", "images"),
+    [
+        ({2: 300, 4: 400}, 1000, 16),  # 200 + 50 n
+        ({2: 300, 4: 400}, 1049, 16),
+        ({2: 300, 4: 400}, 1050, 17),
+        ({2: 300, 4: 400}, 300, 2),
+        ({2: 300, 4: 400}, 100, 0),
+    ],
+)
+def test_the_line_through_two_measurements(peaks, budget, images):
+    assert auto_batch.images_that_fit(peaks, budget) == images
+
+
+def test_a_step_is_measured_as_it_is():
+    """Two more images take more memory, by at least their own activations."""
+    config = compose([*SMALL, "dataset.crop=[256,256]"])
+    phases = open_phases(config)
+    peaks = auto_batch.measure(config, "train", phases["train"], torch.device("cpu"))
+    one_level = 2 * 8 * 256 * 256 * 4  # two images, eight channels of the first convolution, float32
+    assert peaks[4] - peaks[2] > 4 * one_level
+
+
+def run(folder: Path, *overrides: str) -> None:
+    config = compose([*SMALL, f"cache_dir={folder.parent}/cache", *overrides])
+    pipeline.run(config, folder, open_phases(config))
+
+
+def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(auto_batch, "measure", lambda *arguments: {2: 300 * MIB, 4: 400 * MIB})
+    monkeypatch.setattr(auto_batch, "_held", lambda device: 0)
+    monkeypatch.setattr(memory, "available", lambda device: 600 * MIB)  # 85 % of it: 510, 6 images
+    run(tmp_path / "run", "accumulate=2")
+    assert "auto_batch: batch_size=12 instead of 8" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["training"]["batch_size"] == 12
+    noted = json.loads((tmp_path / "run" / "provenance.json").read_text())["auto_batch"]
+    assert (noted["batch_size"], noted["asked"], noted["phases"]["train"]["images_at_once"]) == (12, 8, 6)
+    monkeypatch.setattr(memory, "available", lambda device: 400 * MIB)  # less than before: the run keeps its batch
+    (tmp_path / "run" / "train" / "results.json").unlink()
+    run(tmp_path / "run", "accumulate=2")
+    assert "auto_batch: batch_size=12, as before" in capsys.readouterr().out
+
+
+def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(auto_batch, "measure", lambda *arguments: {2: 300, 4: 301})
+    run(tmp_path / "run")
+    assert "batch_size=23 instead of 8" in capsys.readouterr().out
+
+
+def test_probes_that_do_not_fit_say_what_helps(monkeypatch):
+    def greedy(*arguments, **options):
+        torch.empty(2**56)
+
+    monkeypatch.setattr(auto_batch, "train_step", greedy)
+    config = compose([*SMALL])
+    with pytest.raises(memory.OutOfMemory, match=r"while auto_batch tried 2 images at once.*grad_checkpointing=true"):
+        auto_batch.measure(config, "train", open_phases(config)["train"], torch.device("cpu"))

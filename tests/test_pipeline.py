@@ -1,0 +1,159 @@
+"""Whole runs, small ones: phases, initial weights, resuming by configuration, profiling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit import pipeline
+from segkit.commands.compose import compose
+from segkit.data.sample_maker import make_sample
+from segkit.errors import InputError
+from segkit.preflight import open_phases
+from segkit.training import checkpoint
+
+SMALL = (
+    "dataset.reader.num_images=6",
+    "dataset.reader.size=[64,64]",
+    "dataset.crop=[32,32]",
+    "batch_size=2",
+    "loss=cross_entropy",
+    "evaluation.every_epochs=null",
+    "evaluation.max_images=2",
+    "evaluation.pictures=0",
+    "limit_steps=2",
+    "workers=0",
+    "device=cpu",
+    "determinism=strict",
+    "model=coplenet",
+    "model.feature_channels=[4,8,16,32,64]",
+    "model.num_groups=2",
+)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(NAME, overrides...) runs in tmp_path/NAME and returns that folder."""
+
+    def run(name: str, *overrides: str) -> Path:
+        one_phase = [] if any(item.startswith("schedule=") for item in overrides) else ["schedule=single"]
+        config = compose([*SMALL, *one_phase, f"cache_dir={tmp_path}/cache", *overrides])
+        pipeline.run(config, tmp_path / name, open_phases(config))
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoints" / f"{which}.pt")["model"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_starts_from_the_weights_of_another(train):
+    first = train("first")
+    still = ("optimizer.lr=0.0", "seed=1")  # another seed would draw other weights
+    from_run = train("from_run", *still, f"init_from={first}")
+    from_file = train("from_file", *still, f"init_from={first}/checkpoints/last.pt")
+    assert equal(weights(from_run), weights(first))
+    assert equal(weights(from_file), weights(first))
+    assert not equal(weights(train("from_scratch", *still)), weights(first))
+
+
+def test_weights_of_another_model_are_refused(train):
+    first = train("first")
+    message = (
+        r"holds the weights of another model \(0 entries missing, 0 unknown, \d+ of another shape; first: .*model="
+    )
+    with pytest.raises(InputError, match=message):
+        train("second", f"init_from={first}", "model.feature_channels=[8,16,32,64,128]")
+    with pytest.raises(InputError, match=r"there is no checkpoint .*nowhere"):
+        train("third", f"init_from={first}/nowhere.pt")
+
+
+def test_a_finished_run_is_not_repeated(train, capsys):
+    folder = train("run", "schedule=pretrain_finetune")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".yaml"}
+    capsys.readouterr()
+    train("run", "schedule=pretrain_finetune")
+    assert "phase pretrain: finished already" in capsys.readouterr().out
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {"provenance.json"}  # the list of starts
+
+
+def test_another_configuration_in_the_same_folder_is_refused(train):
+    train("run")
+    with pytest.raises(InputError, match=r"keys differ: seed \(0 there, 1 now\), optimizer.lr|optimizer.lr .*, seed"):
+        train("run", "seed=1", "optimizer.lr=0.5")
+    with pytest.raises(InputError, match="holds a run already: set resume=true"):
+        train("run", "resume=false")
+    train("run", "seed=1", "ignore_config_change=true")
+    train("other", "workers=1")
+    train("other", "workers=0", "checkpoint_every=1")  # these may change
+
+
+def test_the_cache_gives_what_training_gives(train, capsys):
+    phases = ("schedule=pretrain_finetune", "schedule.finetune.lr=0.01")
+    first = train("first", *phases)
+    other = train("other", *phases, "loss=dice")
+    assert "phase pretrain: taken from the cache" in capsys.readouterr().out
+    fresh = train("fresh", *phases, "loss=dice", f"cache_dir={first.parent}/cache2")
+    assert "taken from the cache" not in capsys.readouterr().out
+    assert equal(weights(other / "pretrain"), weights(first / "pretrain"))
+    assert equal(weights(other), weights(fresh))
+    assert not equal(weights(other), weights(first))
+    for name in ("metrics.jsonl", "results.json"):
+        assert (other / name).read_bytes() == (fresh / name).read_bytes()
+
+
+def test_coarse_labels_then_fine_ones_then_the_loss(tmp_path):
+    root = make_sample("cityscapes_coarse", tmp_path / "data", num_images=4, scale=0.05)
+    small = [item for item in SMALL if not item.startswith(("dataset", "loss"))]
+    config = compose(
+        [
+            *small,
+            "dataset=cityscapes",
+            "schedule=coarse_pretrain_finetune",
+            *(f"{dataset}.root={root}" for dataset in ("dataset", "schedule.coarse.dataset")),
+            *(f"{dataset}.crop=[32,32]" for dataset in ("dataset", "schedule.coarse.dataset")),
+            f"cache_dir={tmp_path}/cache",
+        ]
+    )
+    folder = tmp_path / "run"
+    pipeline.run(config, folder, open_phases(config))
+    phases = ("coarse", "pretrain", "finetune")
+    assert [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
+        phase for phase in phases for _ in range(2)
+    ]
+    counts = {phase: json.loads((folder / phase / "label_counts.json").read_text()) for phase in phases}
+    assert counts["pretrain"] == counts["finetune"]
+    assert counts["coarse"]["ignored_pixels"] > counts["pretrain"]["ignored_pixels"]
+    results = {phase: json.loads((folder / phase / "results.json").read_text()) for phase in phases}
+    assert results["coarse"]["training"]["loss"]["_target_"] == "segkit.losses.cross_entropy"
+    assert results["finetune"]["training"]["loss"]["_target_"] == "segkit.losses.margin_calibration"
+    assert results["coarse"]["protocol"]["dataset"] == "cityscapes_coarse"
+    assert results["coarse"]["num_images"] == results["finetune"]["num_images"] == 2
+
+
+def test_profile_writes_a_table_and_a_trace(train, capsys):
+    folder = train("run", "debug=profile", "profile_steps=2", "limit_steps=4", "accumulate=1")
+    printed = capsys.readouterr().out
+    assert "median of 2 steps" in printed
+    for part in ("waiting for data", "moving data", "forward", "loss", "backward", "optimizer"):
+        assert part in printed
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "backward" and event.get("ph") == "X" for event in events) >= 2
+    with pytest.raises(InputError, match="profile_steps is 2, and 2 more warm up, but phase train has only 3 steps"):
+        train("short", "debug=profile", "profile_steps=2", "limit_steps=3")
+
+
+def test_an_unwritable_cache_is_named_before_anything_else(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache_dir is .*file/cache, where nothing can be written"):
+        train("run", f"cache_dir={tmp_path}/file/cache")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from segkit.errors import InputError
@@ -24,7 +25,14 @@ def run() -> None:
     )
     parser.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
     parser.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=0.25,
+        metavar="S",
+        help="size of the images, relative to the official (default: 0.25)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
     arguments = parser.parse_args()
     key, _, name = arguments.dataset.partition("=")
@@ -32,6 +40,6 @@ def run() -> None:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")
     from segkit.data.sample_maker import make_sample
 
-    make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed)
+    make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed, scale=arguments.scale)
     print(f"written: {arguments.output}")
-    print(f"try: segkit check dataset={name} dataset.root={arguments.output}")
+    print(f"try: segkit check dataset={name} {shlex.quote(f'dataset.root={arguments.output}')}")

@@ -1,0 +1,78 @@
+"""``segkit sample``: the command around the maker of synthetic data sets."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.commands import sample as command
+from segkit.commands.compose import compose
+from segkit.data import open_dataset
+from segkit.preflight import open_phases
+
+
+def call(monkeypatch, capsys, *arguments):
+    """The command line: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["segkit sample", *map(str, arguments)])
+    code = 0
+    try:
+        command.main()
+    except SystemExit as end:
+        code = end.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_what_is_written_opens_with_the_command_that_is_printed(monkeypatch, capsys, tmp_path):
+    target = tmp_path / "a folder"
+    code, out, _ = call(monkeypatch, capsys, "dataset=camvid", "--n", 3, "--output", target, "--scale", 0.1)
+    assert code == 0
+    written, hint = out.splitlines()
+    assert written == f"written: {target}"
+    assert hint.startswith("try: segkit check dataset=camvid ")
+    overrides = shlex.split(hint)[3:]
+    phases = open_phases(compose(overrides))
+    (splits,) = phases.values()
+    assert len(splits.train) == 3
+    assert splits.train[0].image.shape == (36, 48, 3)
+
+
+def test_the_seed_decides_the_pixels(monkeypatch, capsys, tmp_path):
+    images = []
+    for number, seed in enumerate((1, 1, 2)):
+        target = tmp_path / str(number)
+        options = ("--n", 2, "--seed", seed, "--output", target, "--scale", 0.1)
+        assert call(monkeypatch, capsys, "dataset=folder", *options)[0] == 0
+        first = open_dataset("folder", root=target, split="train").samples[0].image
+        images.append(np.array(Image.open(first)))
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["camvid"], "the first argument is 'camvid', but must be dataset=NAME"),
+        (["data=camvid"], "the first argument is 'data=camvid', but must be dataset=NAME"),
+        (["dataset=camvidd"], "there is no sample of data set 'camvidd'; samples can be made of ade20k, bdd100k"),
+        (["dataset=camvid", "--n", "0"], "a sample needs at least one image, got 0"),
+        (["dataset=camvid", "--scale", "2"], "the scale of a sample's images is 2.0, but must lie in (0, 1]"),
+    ],
+)
+def test_mistakes_end_with_2_and_write_nothing(monkeypatch, capsys, tmp_path, arguments, sentence):
+    code, out, err = call(monkeypatch, capsys, *arguments, "--output", tmp_path / "new")
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(monkeypatch, capsys, tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    code, _, err = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path)
+    assert code == 2
+    assert f"{tmp_path} exists and is not an empty folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

@@ -1,0 +1,196 @@
+"""``segkit stats`` against plain counts, the formula of the margins, and a changed file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.commands import stats as command
+from segkit.data.sample_maker import make_sample
+
+NAMES = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_sample("camvid", tmp_path / "CamVid", num_images=5, scale=0.1)
+
+
+@pytest.fixture
+def arguments(root, tmp_path):
+    return ["dataset=camvid", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}", "workers=0"]
+
+
+@pytest.fixture
+def plain(root):
+    """Pixels of each raw value 0..11, (12,), and images with each of them, counted one label at a time."""
+    labels = [np.array(Image.open(path)) for path in sorted((root / "trainannot").iterdir())]
+    pixels = np.array([sum(int((label == k).sum()) for label in labels) for k in range(12)])
+    images = [sum(bool((label == k).any()) for label in labels) for k in range(12)]
+    return pixels, images
+
+
+def call(monkeypatch, capsys, *arguments):
+    """The command line: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["segkit stats", *map(str, arguments)])
+    code = 0
+    with warnings.catch_warnings():
+        for message in ("very few training pixels", "no training pixel"):  # in five small images
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            command.main()
+        except SystemExit as end:
+            code = end.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_rows_in_every_form(monkeypatch, capsys, arguments, plain, tmp_path):
+    pixels, images = plain
+    files = [tmp_path / name for name in ("stats.csv", "stats.json", "stats.png")]
+    options = ["--csv", files[0], "--json", files[1], "--plot", files[2]]
+    code, out, err = call(monkeypatch, capsys, *arguments, "loss.tau=5", "loss.rho_max=1e9", *options)
+    assert code == 0
+    content = json.loads(files[1].read_text())
+    rows = content["classes"]
+    valid = pixels[:11].sum()
+    assert [row["class"] for row in rows] == NAMES
+    assert [row["pixels"] for row in rows] == pixels[:11].tolist()
+    assert [row["images"] for row in rows] == images[:11]
+    np.testing.assert_allclose([row["share"] for row in rows], pixels[:11] / valid, rtol=1e-12)
+    # Algorithm 1 of the paper in float64, written out again
+    rho_0k = 5 * np.sqrt(valid - pixels[:11]) / pixels[:11]
+    share = pixels[:11] / valid
+    mu = share * np.sqrt(pixels[:11]) / ((valid - pixels[:11]) - share * np.sqrt(valid - pixels[:11]))
+    np.testing.assert_allclose([row["rho_0k"] for row in rows], rho_0k, rtol=1e-6)
+    np.testing.assert_allclose([row["rho_k0"] for row in rows], mu * rho_0k, rtol=1e-6)
+    assert content["ignored_pixels"] == pixels[11]
+    assert content["ignored_share"] == pytest.approx(pixels[11] / pixels.sum())
+    assert content["num_images"] == 5
+    assert content["margins"]["tau"] == 5
+    with files[0].open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["rho_0k"]) for row in table] == [row["rho_0k"] for row in rows]
+    assert [int(row["pixels"]) for row in table] == pixels[:11].tolist()
+    with Image.open(files[2]) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1000
+    assert "margins in logits: tau=5, upsilon=1.0" in out
+    for name, row in zip(NAMES, rows, strict=True):
+        assert any(name in line and f"{row['pixels']:,}" in line for line in out.splitlines())
+    assert err.count("written: ") == 3
+
+
+def test_another_split(monkeypatch, capsys, arguments, tmp_path):
+    code, out, _ = call(monkeypatch, capsys, "--split", "val", *arguments, "--json", tmp_path / "stats.json")
+    assert code == 0
+    assert "camvid val, 2 images" in out
+    assert json.loads((tmp_path / "stats.json").read_text())["split"] == "val"
+
+
+def test_another_loss_shows_the_default_margins(monkeypatch, capsys, arguments):
+    code, out, _ = call(monkeypatch, capsys, *arguments, "loss=cross_entropy")
+    assert code == 0
+    assert "margins in logits: tau=10.0, upsilon=1.0, scale=tau, absent=max" in out
+
+
+def test_the_defaults_are_those_of_margin_offsets():
+    import inspect
+
+    from segkit.losses import margin_offsets
+
+    parameters = inspect.signature(margin_offsets).parameters
+    assert {name: parameters[name].default for name in command.MARGIN_DEFAULTS} == command.MARGIN_DEFAULTS
+
+
+def test_the_second_call_reads_no_label_and_a_changed_file_is_counted_again(
+    monkeypatch, capsys, arguments, root, tmp_path
+):
+    from segkit.data import statistics
+
+    read = []
+    original = statistics.label_histogram
+    monkeypatch.setattr(
+        statistics, "label_histogram", lambda dataset, index: read.append(index) or original(dataset, index)
+    )
+    report = tmp_path / "stats.json"
+    call(monkeypatch, capsys, *arguments, "--json", report)
+    first, read[:] = json.loads(report.read_text()), []
+    call(monkeypatch, capsys, *arguments, "--json", report)
+    assert read == []
+    assert json.loads(report.read_text()) == first
+    Image.fromarray(np.full((36, 48), 3, np.uint8)).save(root / "trainannot" / "train_00000.png")
+    call(monkeypatch, capsys, *arguments, "--json", report)
+    assert read == [0, 1, 2, 3, 4]
+    assert json.loads(report.read_text())["classes"][3]["pixels"] > first["classes"][3]["pixels"]
+
+
+def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments):
+    call(monkeypatch, capsys, *arguments)
+    code = (
+        "import sys; from segkit.commands import stats; sys.argv = ['segkit stats', *sys.argv[1:]]; stats.run(); "
+        "print(sorted({'torch', 'matplotlib', 'albumentations', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Bicyclist" in done.stdout
+
+
+def test_kept_margins_give_their_warnings_again_and_torn_ones_are_computed_again(tmp_path):
+    pixels, names = [900, 100, 90, 0], ["a", "b", "c", "d"]
+    margins = dict(command.MARGIN_DEFAULTS)
+    kept = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no training pixel is of class d"):
+            kept.append(command.margins_of(pixels, names, margins, cache_dir=tmp_path))
+    assert kept[0] == kept[1]
+    (path,) = (tmp_path / "margins").iterdir()
+    path.write_text(path.read_text()[:20])
+    with pytest.warns(UserWarning, match="no training pixel is of class d"):
+        assert command.margins_of(pixels, names, margins, cache_dir=tmp_path) == kept[0]
+    with pytest.warns(UserWarning, match="no training pixel is of class d"):
+        other = command.margins_of(pixels, names, {**margins, "tau": 1.0}, cache_dir=tmp_path)
+    np.testing.assert_allclose(np.array(other["rho_0k"]) * 10, kept[0]["rho_0k"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--plot", "/tmp/plot.bmp"], "--plot is /tmp/plot.bmp, but must end with .png, .svg, .pdf"),
+        (["--csv", "/no/such/folder/a.csv"], "the folder /no/such/folder does not exist"),
+        (["--split", "trian"], "camvid has no split 'trian'; allowed are train, val, test"),
+        (["loss.upsilon=-1"], "upsilon must be a finite number greater than 0, got -1; set loss.upsilon"),
+    ],
+)
+def test_mistakes_end_with_2(monkeypatch, capsys, arguments, extra, sentence):
+    code, out, err = call(monkeypatch, capsys, *arguments, *extra)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def rows_with(shares):
+    return [
+        {"class": f"class {k}", "pixels": int(1000 * share), "share": share, "rho_0k": 0.1 * k}
+        for k, share in enumerate(shares)
+    ]
+
+
+def test_an_absent_class_has_no_bar(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    widths = []
+    original = Axes.barh
+    monkeypatch.setattr(
+        Axes, "barh", lambda self, y, width, **rest: widths.append(list(width)) or original(self, y, width, **rest)
+    )
+    command.plot(tmp_path / "a.svg", rows_with([0.9, 0.0, 0.1]), {"dataset": "d", "split": "train", "num_images": 3})
+    assert np.isnan(widths[0][0])  # the smallest share comes first
+    assert widths[0][1:] == [10.0, 90.0]
+    assert (tmp_path / "a.svg").read_text().count("absent") >= 1

@@ -32,13 +32,20 @@ class Comparison:
         """The scores."""
         return score_table(self.groups)
 
+    def mean_iou(self, group: Group) -> float:
+        """Mean IoU of a group, averaged over its runs; -1 where it has none, so that it sorts last."""
+        mean = self.table.rows[self.groups.index(group)][self.table.keys.index("mean_iou")].mean
+        return -1.0 if mean is None else mean
+
     @property
     def best(self) -> Group:
         """The group of the largest mean IoU."""
-        at = self.table.keys.index("mean_iou")
-        means = [row[at].mean for row in self.table.rows]
-        known = [-1.0 if mean is None else mean for mean in means]
-        return self.groups[known.index(max(known))]
+        return max(self.groups, key=self.mean_iou)
+
+    @property
+    def contender(self) -> Group | None:
+        """The group of the largest mean IoU but for the baseline; None if there is no other."""
+        return max((group for group in self.groups if group is not self.baseline), key=self.mean_iou, default=None)
 
 
 def compare(

@@ -35,10 +35,9 @@ def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
     names = list(dict.fromkeys(name for group in groups for name in group.classes))
     for group in groups:
         counts = group.runs[0].counts
-        if counts and set(counts["classes"]) >= set(names):
-            total = sum(counts["class_pixels"]) or 1
-            pixels = dict(zip(counts["classes"], counts["class_pixels"], strict=True))
-            return sorted(names, key=lambda name: -pixels[name]), {name: pixels[name] / total for name in names}
+        if counts and set(counts) >= set(names):
+            total = sum(counts.values()) or 1
+            return sorted(names, key=lambda name: -counts[name]), {name: counts[name] / total for name in names}
     return names, {}
 
 

@@ -111,8 +111,12 @@ def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     for name in dict.fromkeys(names):
         alike = [index for index, other in enumerate(names) if other == name]
         differing = differences([settings(firsts[index]) for index in alike])
+        # Phases that only some of them have are told by the name of the phase.
+        shown_keys = {key: values for key, values in differing.items() if not _of_one_phase(key, values)}
         for position, index in enumerate(alike):
-            own = {key: values[position] for key, values in differing.items() if _short(values[position])}
+            own = {key: values[position] for key, values in shown_keys.items() if _short(values[position])}
+            if len({firsts[other].phase for other in alike}) > 1:
+                own = {"phase": firsts[index].phase} | own
             shown = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
             names[index] = ", ".join([name, *shown[:5]])
     models = [settings(run)["model._target_"] for run in firsts]
@@ -121,6 +125,10 @@ def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
         names = [f"{prefix}: {name}" for prefix, name in zip(prefixes, names, strict=True)]
     repeated = {name for name in names if names.count(name) > 1}
     return [f"{name} [{run.path}]" if name in repeated else name for name, run in zip(names, firsts, strict=True)]
+
+
+def _of_one_phase(key: str, values: Sequence[Any]) -> bool:
+    return key.startswith("schedule.") and any(value is MISSING for value in values)
 
 
 def _method(loss: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _head(c: Comparison) -> str:
     chips = "".join(
         tag("li", f"{escape(key.replace('_', ' '))} <b>{escape(_plain(value))}</b>")
         for key, value in measured.items()
-        if value is not None
+        if value is not None and value is not False
     )
     parts = [
         tag("p", "segkit compare", class_="kicker"),
@@ -87,12 +87,12 @@ def _head(c: Comparison) -> str:
 def _highlights(c: Comparison) -> str:
     """The three figures that a reader looks for first."""
     at = c.table.keys.index("mean_iou")
-    cells = {id(group): row[at] for group, row in zip(c.groups, c.table.rows, strict=True)}
-    best, base = cells[id(c.best)], cells[id(c.baseline)]
+    best = c.table.rows[c.groups.index(c.best)][at]
     spread = f" ± {best.shown_spread}" if best.shown_spread else ""
     tiles = [("best mean IoU", f"{best.shown}{spread} %", c.best.name)]
-    if c.best is not c.baseline and best.mean is not None and base.mean is not None:
-        tiles.append(("gain over the baseline", f"{100 * (best.mean - base.mean):+.2f} points", c.baseline.name))
+    if c.contender is not None and min(c.mean_iou(c.contender), c.mean_iou(c.baseline)) >= 0:
+        gain = 100 * (c.mean_iou(c.contender) - c.mean_iou(c.baseline))
+        tiles.append(("against the baseline", f"{gain:+.2f} points", f"{c.contender.name}, less {c.baseline.name}"))
     num_seeds = sorted({len(group.runs) for group in c.groups})
     seeds = (
         "one seed each" if num_seeds == [1] else f"{'–'.join(map(str, {num_seeds[0]: 0, num_seeds[-1]: 0}))} seeds each"

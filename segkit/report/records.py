@@ -20,8 +20,10 @@ NUM_LISTED = 5
 
 def pictures(c: Comparison, *, most: int) -> str:
     """Images with the largest gains and losses: their scores, and their predictions where run folders hold pictures."""
-    baseline, best = c.baseline.runs[0], c.best.runs[0]
-    ranked = images.gains(baseline, best) if c.best is not c.baseline else []
+    if c.contender is None:
+        return _gallery(c, [], most)
+    baseline, other = c.baseline.runs[0], c.contender.runs[0]
+    ranked = images.gains(baseline, other)
     parts = []
     if ranked:
         listed = ranked if len(ranked) <= 2 * NUM_LISTED else ranked[:NUM_LISTED] + ranked[-NUM_LISTED:]
@@ -30,10 +32,8 @@ def pictures(c: Comparison, *, most: int) -> str:
              f'<td class="num">{100 * one.gain:+.2f}</td>']
             for one in listed
         ]  # fmt: skip
-        head = ["image", escape(c.baseline.name), escape(c.best.name), "gain"]
-        note = (
-            f"Mean IoU of single images, over the classes in each, in percent; run {baseline.path} and run {best.path}."
-        )
+        head = ["image", escape(c.baseline.name), escape(c.contender.name), "gain"]
+        note = f"Mean IoU of single images, over the classes in each, in percent: {baseline.path} and {other.path}."
         parts.append(
             html.cards([html.card(html.table(head, rows), title="Largest gains and losses", note=note, wide=True)])
         )
@@ -44,7 +44,7 @@ def _gallery(c: Comparison, ranked: Sequence[images.ImageScore], most: int) -> s
     stored = images.stored_runs(c.groups)
     if not stored or not most:
         return ""
-    first = {id(c.baseline): 0, id(c.best): 1}
+    first = {id(c.baseline): 0, id(c.contender): 1}
     stored = sorted(stored, key=lambda item: (first.get(id(c.groups[item[0]]), 2), item[0]))[:MOST_OVERLAYS]
     runs = [run for _, run in stored]
     names = images.chosen_names(runs, [one.name for one in ranked], most)

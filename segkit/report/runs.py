@@ -33,7 +33,8 @@ FREE_KEYS = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results.
+    """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results; ``counts`` are
+    the training pixels of every class.
 
     Files that a run can do without are None or empty where they are not there, with a sentence in ``notes``.
     """
@@ -44,7 +45,7 @@ class RunRecord:
     config: dict[str, Any]
     results: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
-    counts: dict[str, Any] | None = None
+    counts: dict[str, int] | None = None
     margins: dict[str, Any] | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     per_image: PerImageCounts | None = None
@@ -267,10 +268,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_counts(path: Path) -> dict[str, Any]:
-    counts = _read_json(path)
-    if len(counts.get("classes") or ()) != len(counts.get("class_pixels") or (0,)):
-        raise InputError(f"{path} has not one class_pixels per class: write it again with `segkit stats`")
+def _read_counts(path: Path) -> dict[str, int]:
+    rows = _read_json(path).get("classes")
+    try:
+        counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} has not a number of pixels per class: train the run again") from None
     return counts
 
 

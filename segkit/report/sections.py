@@ -84,6 +84,8 @@ def certainty(c: Comparison, *, num_samples: int) -> str:
             "They say how much the choice of images matters, not the choice of the seed. Frames of one video are not "
             "independent: for those the intervals are too narrow."
         )
+        if any(len(group.runs) > 1 for group in c.groups):
+            note += " For a row of several runs their counts are added, which comes near the mean in the table."
         charts.append(html.card(chart, title="Mean IoU", note=note))
     tests = uncertainty.paired_tests(c.groups, c.baseline, num_samples=num_samples)
     if tests:
@@ -183,9 +185,7 @@ def classes(c: Comparison) -> str:
     if not charts:
         return ""
     _, shares = figures.class_order(c.groups)
-    at = c.table.keys.index("mean_iou")
-    means = {id(group): row[at].mean or 0.0 for group, row in zip(c.groups, c.table.rows, strict=True)}
-    charts.sort(key=lambda item: -means[id(item[0])])
+    charts.sort(key=lambda item: -c.mean_iou(item[0]))
     drawn = [html.card(html.tall(chart), title=group.name) for group, chart in charts]
     lead = f"IoU less that of {c.baseline.name}, in points, all on one scale; rows with the largest mean IoU first."
     lead += " Classes from most to fewest training pixels." if shares else ""
@@ -215,8 +215,8 @@ def labels(c: Comparison) -> str:
 
 
 def confusions(c: Comparison) -> str:
-    """Confusion matrices: of the baseline and of the best open, the others folded."""
-    shown = {id(c.baseline), id(c.best)}
+    """Confusion matrices: of the baseline and of the best other row open, the rest folded."""
+    shown = {id(c.baseline), id(c.contender)}
     opened: list[str] = []
     folded: list[str] = []
     for group in sorted(c.groups, key=lambda one: one is not c.baseline):

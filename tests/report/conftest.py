@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from segkit.commands.compose import compose
 from segkit.config import plain
+from segkit.data.statistics import LabelCounts
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
+from segkit.losses import MarginCalibrationLoss
+from segkit.phase import write_margins
 from segkit.report.stored_pictures import write_pictures
 from segkit.run_folder import RunFolder
 
@@ -136,15 +140,12 @@ def make_run_at() -> MakeRun:
                         "step": 200, "best": {"mean_iou": results["mean_iou"], "step": 200},
                         "training": {"loss": node, "model": plain(config.model), "seed": seed}}  # fmt: skip
             per_image.save(path / phase / "per_image.npz")
-            pixels = (SHARES.repeat(-(-len(classes) // len(SHARES)))[: len(classes)] * 10**7).astype(int).tolist()
-            counts = {"class_pixels": pixels, "class_images": [400] * len(classes), "ignored_pixels": 5,
-                      "num_images": 400, "classes": list(classes), "fingerprint": "f00d"}  # fmt: skip
-            (path / phase / "label_counts.json").write_text(json.dumps(counts))
+            pixels = (np.resize(SHARES, len(classes)) * 10**7).astype(np.int64)
+            counts = LabelCounts(pixels, np.full(len(classes), 400), 5, 400, tuple(classes), "f00d")
+            (path / phase / "label_counts.json").write_text(counts.to_json())
             if margins:
-                rho = [node.get("tau", 10.0) * 1e-3 * (k + 1) for k in range(len(classes))]
-                made = {"classes": list(classes), "rho_0k": rho, "rho_k0": [1e-9] * len(classes), "tau": 10.0,
-                        "upsilon": 1.0, "form": "paper"}  # fmt: skip
-                (path / phase / "margins.json").write_text(json.dumps(made))
+                rho = torch.arange(1, len(classes) + 1) * node.get("tau", 10.0) * 1e-3
+                write_margins(path / phase, MarginCalibrationLoss(rho_0k=rho, rho_k0=rho * 1e-6), node, classes)
             if num_pictures:
                 pictures = shown_pictures(own_skill, num_pictures, len(classes))
                 write_pictures(path / phase / "pictures", pictures, palette=PALETTE, classes=classes)

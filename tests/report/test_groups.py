@@ -41,6 +41,20 @@ def test_names_say_in_what_rows_differ(make_run):
     assert len(set(names)) == 4
 
 
+def test_phases_of_one_loss_are_told_by_their_names(make_run):
+    run = make_run("a", "loss=cross_entropy", RECIPE)
+    names = [group.name for group in compare([run / "pretrain", run]).groups]
+    assert names == ["cross-entropy, phase=pretrain", "cross-entropy, phase=finetune"]
+
+
+def test_the_contender_is_the_best_row_but_the_baseline(make_run):
+    runs = [make_run("a", skill=0.9), make_run("b", "loss=dice", skill=0.6), make_run("c", "loss=focal", skill=0.7)]
+    comparison = compare(runs)
+    assert comparison.best is comparison.baseline
+    assert comparison.contender.runs[0].path == runs[2]
+    assert compare(runs[:1]).contender is None
+
+
 @pytest.mark.parametrize(
     ("node", "name"),
     [

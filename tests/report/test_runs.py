@@ -222,8 +222,8 @@ def test_label_counts_and_margins_need_one_number_per_class(make_run):
     edit(real(run, "margins.json"), lambda margins: margins["rho_0k"].pop())
     with pytest.raises(InputError, match=r"margins.json has not one rho_0k and one rho_k0 per class"):
         find_runs([run])
-    edit(real(run, "label_counts.json"), lambda counts: counts["class_pixels"].pop())
-    with pytest.raises(InputError, match=r"label_counts.json has not one class_pixels per class"):
+    edit(real(run, "label_counts.json"), lambda counts: counts.update(classes=["road", "sky"]))
+    with pytest.raises(InputError, match=r"label_counts.json has not a number of pixels per class: train"):
         find_runs([run])
 
 

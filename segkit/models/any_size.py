@@ -40,17 +40,28 @@ def fit_logits(logits: torch.Tensor, *, padded: Sequence[int], size: Sequence[in
     divides the size, that is a crop. Elsewhere the last cell would hang over the border, and interpolation would
     stretch the grid by up to s - 1 pixels; so the grid is sampled again at the centres of cells of size H / h.
     """
-    strides = [whole / cells for whole, cells in zip(padded, logits.shape[-2:], strict=True)]
-    cells = [-int(-extent // stride) for extent, stride in zip(size, strides, strict=True)]
-    # Width of a cell that divides the image evenly, in units of the logits' own cells; at most 1.
-    ratios = [extent / (stride * count) for extent, stride, count in zip(size, strides, cells, strict=True)]
-    if all(ratio == 1.0 for ratio in ratios):
-        return crop_to(logits, cells)
-    scales = [1.0 / ratio for ratio in ratios]
-    resampled = F.interpolate(
-        logits, scale_factor=scales, mode="bilinear", align_corners=False, recompute_scale_factor=False
-    )
-    return crop_to(resampled, cells)
+    for axis, whole, extent in zip((-2, -1), padded, size, strict=True):
+        stride = whole / logits.shape[axis]
+        cells = -int(-extent // stride)
+        logits = _resample(logits, axis, cells=cells, ratio=extent / (stride * cells))
+    return logits
+
+
+def _resample(x: torch.Tensor, axis: int, *, cells: int, ratio: float) -> torch.Tensor:
+    """Linear interpolation of ``x`` along ``axis`` at the centres of ``cells`` cells of ``ratio`` <= 1 of its own.
+
+    (``F.interpolate`` copies its input, whatever the scale, where the sizes happen to be equal.)
+    """
+    if ratio == 1.0:
+        return x.narrow(axis, 0, cells)
+    centres = (torch.arange(cells, device=x.device, dtype=torch.float64) + 0.5) * ratio - 0.5
+    centres = centres.clamp(min=0)
+    lower = centres.long()
+    upper = (lower + 1).clamp(max=x.shape[axis] - 1)
+    shape = [1] * x.dim()
+    shape[axis] = cells
+    weight = (centres - lower).to(x.dtype).view(shape)
+    return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), weight)
 
 
 class AnySize(nn.Module):
@@ -77,6 +88,7 @@ def accept_any_size(net: nn.Module, *, multiple: int) -> nn.Module:
     The class of the object is exchanged for a subclass: a wrapping module would put its own name in front of every
     key of the state dict, and a hook would have to remember the size between two calls.
     """
-    net.__class__ = _any_size_class(type(net))
+    cls: Any = type(net)
+    net.__class__ = _any_size_class(cls)
     vars(net).update(size_multiple=multiple)
     return net

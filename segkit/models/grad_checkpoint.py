@@ -42,7 +42,8 @@ def enable_grad_checkpointing(model: nn.Module) -> int:
             "grad_checkpointing=false"
         )
     for block in blocks:
-        block.__class__ = _checkpointed_class(type(block))
+        cls: Any = type(block)
+        block.__class__ = _checkpointed_class(cls)
     return len(blocks)
 
 
@@ -69,12 +70,11 @@ def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _members(container: nn.Module) -> Iterator[nn.Module]:
     """The blocks among the members of ``container``; a member that is itself a series of blocks is looked into."""
     for member in container.children():
+        is_series = isinstance(member, CONTAINERS) and not _is_plain(member)
         if _is_unit(member):
             yield member
-        elif isinstance(member, CONTAINERS) and not _is_plain(member):
+        elif is_series or type(member).__name__.endswith("Stage"):  # timm's name for a series of blocks
             yield from _members(member)
-        elif type(member).__name__.endswith("Stage"):  # timm's name for a series of blocks with its down-sampling
-            yield from _find_blocks(member)
         elif any(True for _ in member.children()) and any(True for _ in member.parameters()):
             yield member
 

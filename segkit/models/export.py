@@ -1,0 +1,221 @@
+"""A trained model as one file that runs without segkit: ONNX, or a program of torch.export.
+
+The graph takes colours from 0 to 255, normalises them, and gives logits at the size of the image, for any batch size,
+height and width. Names of classes, palette and normalisation travel in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segkit.errors import InputError
+from segkit.models.any_size import AnySize, crop_to, padded_size
+from segkit.models.coplenet import STRIDE, COPLENet
+from segkit.models.segmenter import Segmenter
+
+FORMATS = ("onnx", "torch_export")
+INPUT, OUTPUT = "images", "logits"
+METADATA_KEY = "segkit"
+"""Key of the metadata, a JSON object, in an ONNX file; the name of an extra file in one of torch.export."""
+OPSET = 18
+
+
+class WholeImage(nn.Module):
+    """Images (N, 3, H, W) float in 0..255 -> logits (N, K, H, W).
+
+    The image is padded here to the multiple that the network wants, the logits are up-sampled by the network's stride
+    and cropped. Where the stride divides the image's size, these are the logits of ``segmenter`` interpolated to the
+    image; elsewhere they lack the second interpolation with which :mod:`segkit.models.any_size` fits the grid to the
+    image, and are if anything the sharper.
+    """
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.multiple = size_multiple(segmenter.net)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        normalised = self.segmenter.normalise(images)
+        rows, columns = padded_size(height, self.multiple), padded_size(width, self.multiple)
+        # Both cuts below remove at least one row and one column, whatever the size: where a cut may remove nothing,
+        # the tracer ties the graph to what it did for the example.
+        padded = crop_to(F.pad(normalised, (0, self.multiple, 0, self.multiple)), (rows, columns))
+        logits = self.segmenter.net(padded)
+        whole = F.interpolate(logits.float(), size=(rows, columns), mode="bilinear", align_corners=False)
+        return crop_to(F.pad(whole, (0, 1, 0, 1)), (height, width))
+
+
+def size_multiple(net: nn.Module) -> int:
+    """What the sides of the input of ``net`` must be multiples of."""
+    if isinstance(net, AnySize):
+        return net.size_multiple
+    return STRIDE if isinstance(net, COPLENet) else 1
+
+
+def export(
+    segmenter: Segmenter,
+    path: str | Path,
+    *,
+    format: str = "onnx",
+    metadata: Mapping[str, Any] | None = None,
+    opset: int = OPSET,
+) -> None:
+    """Write ``segmenter`` to ``path`` as a graph with input ``images`` and output ``logits``.
+
+    ``images``: (N, C, H, W) float32 in 0..255, H and W larger than the multiple that the network needs; ``logits``:
+    (N, K, H, W) float32. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load
+    reads it). ``metadata``: what a reader of the file should know besides, as JSON values: the label table for
+    example; normalisation and sizes are added. ``segmenter`` itself is not changed.
+
+    InputError for an unknown format, a missing package, a folder that is not there, or a network that cannot be traced
+    for arbitrary sizes.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise InputError(f"the format is {format!r}, but can be {' or '.join(FORMATS)}: give --format onnx")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written, since there is no folder {path.parent}: create it first")
+    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
+    if model.multiple > 1:
+        _fix_same_padding(model)
+    text = json.dumps({**(metadata or {}), **_facts(model)})
+    program = _trace(model)
+    if format == "torch_export":
+        torch.export.save(program, path, extra_files={METADATA_KEY: text})
+    else:
+        _write_onnx(program, path, text, opset=opset)
+
+
+class StaticSameConv2d(nn.Conv2d):
+    """A convolution with the ``SAME`` padding of TensorFlow for inputs that its stride divides.
+
+    timm computes that padding from the size at hand, which entangles every layer's shape with the image's and makes
+    tracing take minutes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads: list[int] = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max(dilation * (kernel - 1) + 1 - stride, 0)
+            pads = [total // 2, total - total // 2, *pads]  # F.pad begins with the last axis
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _fix_same_padding(model: nn.Module) -> None:
+    """Give timm's convolutions with dynamic padding a fixed one: the image is padded to a multiple of all strides."""
+    for module in model.modules():
+        if type(module).__name__ == "Conv2dSame":
+            module.__class__ = StaticSameConv2d
+
+
+def _facts(model: WholeImage) -> dict[str, Any]:
+    """What the metadata says of the graph itself."""
+    segmenter = model.segmenter
+    return {
+        "input": INPUT,
+        "output": OUTPUT,
+        "input_range": [0, 255],
+        "mean": list(segmenter.mean),
+        "std": list(segmenter.std),
+        "normalised_inside": True,
+        "size_multiple": model.multiple,
+    }
+
+
+def _trace(model: WholeImage) -> torch.export.ExportedProgram:
+    """The graph of ``model`` with dynamic batch size, height and width."""
+    side = 4 * max(model.multiple, 8)
+    # Sizes that are no multiples of each other or of the stride, so that no coincidence ends up in the graph.
+    example = torch.linspace(0, 255, 2 * len(model.segmenter.mean) * (side + 6) * (2 * side + 10))
+    example = example.reshape(2, -1, side + 6, 2 * side + 10)
+    dynamic = torch.export.Dim.AUTO
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about its own internals
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    except Exception as error:  # the tracer's errors share no base class
+        raise InputError(
+            f"{type(model.segmenter.net).__name__} cannot be exported ({_reason(error)}): choose "
+            "another model, such as model=deeplabv3plus"
+        ) from error
+    shape = (
+        next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == INPUT).meta["val"].shape
+    )
+    if any(isinstance(shape[axis], int) for axis in (0, 2, 3)):
+        raise InputError(
+            f"{type(model.segmenter.net).__name__} can be exported for images of one size only, because its layers "
+            "depend on the size: choose another model, such as model=deeplabv3plus"
+        )
+    return program
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of ``error``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, opset: int) -> None:
+    """Translate ``program`` to ONNX and write it with the metadata ``text``."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"ONNX needs the package {error.name}, which is not installed: pip install 'segkit[export]', or give "
+            "--format torch_export"
+        ) from None
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)  # it repeats what the error below says
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the translator, about its own internals
+            translated = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            )
+    except Exception as error:  # the translator's errors share no base class
+        raise InputError(
+            f"the model cannot be translated to ONNX ({_reason(error)}): give --format torch_export, or choose another "
+            "model, such as model=deeplabv3plus"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    assert translated is not None
+    model = translated.model_proto
+    onnx.helper.set_model_props(model, {METADATA_KEY: text})
+    onnx.save(model, str(path))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a file that :func:`export` wrote; InputError if it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no exported model {path}: write one with segkit export")
+    try:
+        if path.suffix == ".onnx":
+            import onnx
+
+            properties = onnx.load(str(path), load_external_data=False).metadata_props
+            text = {item.key: item.value for item in properties}[METADATA_KEY]
+        else:
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(f"/{METADATA_KEY}"))
+                text = archive.read(name).decode("utf-8")
+        return json.loads(text)
+    except Exception:  # what the readers of the formats raise for a foreign file is not one family
+        raise InputError(f"{path} is not a model that segkit exported: write one with segkit export") from None

@@ -1,0 +1,193 @@
+"""Exported graphs against the torch model, at sizes and batches other than the one that was traced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segkit.errors import InputError
+from segkit.models import COPLENet, Segmenter, deeplabv3plus, enable_grad_checkpointing
+from segkit.models import export as export_module
+from segkit.models.any_size import accept_any_size
+from segkit.models.export import WholeImage, export, read_metadata
+
+
+def coplenet() -> nn.Module:
+    return COPLENet(3, 4, feature_channels=(8, 16, 32, 64, 128), norm="batch")
+
+
+def tiny() -> nn.Module:
+    return deeplabv3plus("tu-regnetx_002", 4, encoder_weights="none", output_stride=16, decoder_channels=16)
+
+
+def lite() -> nn.Module:
+    return deeplabv3plus("tu-tf_efficientnet_lite0", 4, output_stride=16, decoder_channels=32)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"coplenet": coplenet, "tiny": tiny, "lite": lite}
+SIZES = [(1, 64, 96), (3, 65, 97), (1, 81, 50), (2, 128, 64)]
+
+
+def segmenter(name: str) -> Segmenter:
+    torch.manual_seed(0)
+    model = Segmenter(MODELS[name]())
+    with torch.no_grad():  # running statistics other than their initial values
+        model.train()(torch.rand(2, 3, 64, 64) * 255)
+    return model.eval()
+
+
+def test_up_samples_the_models_logits() -> None:
+    """Where the stride divides the size: the logits of the model, interpolated as evaluation does it."""
+    model = segmenter("tiny")
+    for size in ((64, 96), (72, 84)):
+        images = torch.rand(2, 3, *size) * 255
+        with torch.no_grad():
+            expected = F.interpolate(model(images), size=size, mode="bilinear", align_corners=False)
+            whole = WholeImage(model)(images)
+        # Beyond the last cell of the image, evaluation repeats it, and the graph still has the next one.
+        inner = (..., slice(0, size[0] - 4), slice(0, size[1] - 4))
+        torch.testing.assert_close(whole[inner], expected[inner], rtol=0, atol=1e-5)
+
+
+class Pooling(nn.Module):
+    """Logits at stride 8: the mean colour of each cell."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, 8)
+
+
+def test_odd_sizes_are_aligned_with_evaluation() -> None:
+    """Colours that rise evenly come back evenly, by the graph and by the interpolation of evaluation alike."""
+    net = accept_any_size(Pooling(), multiple=16)
+    model = Segmenter(net, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    rows, columns = torch.meshgrid(torch.arange(93.0), torch.arange(75.0), indexing="ij")
+    images = torch.stack([rows, columns, rows + columns])[None]
+    evaluated = F.interpolate(model(images), size=(93, 75), mode="bilinear", align_corners=False)
+    inner = (..., slice(16, -16), slice(16, -16))
+    torch.testing.assert_close(evaluated[inner], images[inner], rtol=0, atol=1e-3)
+    torch.testing.assert_close(WholeImage(model)(images)[inner], images[inner], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny", "coplenet", pytest.param("lite", marks=pytest.mark.slow)])
+def test_onnx(tmp_path: Path, name: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = segmenter(name)
+    path = tmp_path / "model.onnx"
+    export(model, path, metadata={"classes": ["road", "sky"], "ignore_index": 255})
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [item.name for item in (*session.get_inputs(), *session.get_outputs())] == ["images", "logits"]
+    for num, height, width in SIZES:
+        images = torch.randint(0, 256, (num, 3, height, width)).float()
+        with torch.no_grad():
+            expected = WholeImage(model)(images)
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        assert logits.shape == (num, 4, height, width)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.999
+    metadata = read_metadata(path)
+    assert metadata["classes"] == ["road", "sky"]
+    assert metadata["ignore_index"] == 255
+    assert metadata["mean"] == list(model.mean)
+    assert metadata["input_range"] == [0, 255]
+    assert metadata["normalised_inside"] is True
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("coplenet", marks=pytest.mark.slow)])
+def test_torch_export(tmp_path: Path, name: str) -> None:
+    model = segmenter(name)
+    path = tmp_path / "model.pt2"
+    export(model, path, format="torch_export", metadata={"classes": ["road"]})
+    program = torch.export.load(path).module()
+    for num, height, width in SIZES:
+        images = torch.rand(num, 3, height, width) * 255
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), WholeImage(model)(images), rtol=1e-5, atol=1e-5)
+    assert read_metadata(path)["classes"] == ["road"]
+
+
+def test_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = segmenter("tiny").train()
+    enable_grad_checkpointing(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export(model, tmp_path / "model.pt2", format="torch_export")
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_static_padding_is_that_of_timm() -> None:
+    """Kernels, strides and dilations of a dynamically padded convolution, on sides that the stride divides."""
+    from timm.layers.conv2d_same import Conv2dSame
+
+    for kernel, stride, dilation in ((3, 2, 1), (5, 2, 1), (3, 1, 2), (1, 2, 1), (7, 4, 1)):
+        conv = Conv2dSame(3, 2, kernel, stride=stride, dilation=dilation)
+        images = torch.randn(1, 3, 16, 24)
+        expected = conv(images)
+        export_module._fix_same_padding(conv)
+        torch.testing.assert_close(conv(images), expected, rtol=0, atol=0)
+
+
+class OneSize(nn.Module):
+    """Its weights belong to the positions of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(3, 38, 74))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.positions
+
+
+def test_network_of_one_size(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"OneSize can be exported for images of one size only.*choose another model"):
+        export(Segmenter(OneSize()), tmp_path / "model.pt2", format="torch_export")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+class Untraceable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.sum())
+
+
+def test_network_that_cannot_be_traced(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Untraceable cannot be exported \(.+\): choose another model"):
+        export(Segmenter(Untraceable()), tmp_path / "model.pt2", format="torch_export")
+
+
+def test_network_that_onnx_does_not_know(tmp_path: Path) -> None:
+    """Pooling to a fixed number of cells, as PSPNet does, has no counterpart in ONNX for images of any size."""
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(3, 2, 1))
+    with pytest.raises(InputError, match=r"cannot be translated to ONNX \(.+\): give --format torch_export") as caught:
+        export(Segmenter(net), tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    model = Segmenter(nn.Conv2d(3, 2, 1))
+    with pytest.raises(InputError, match="the format is 'tflite', but can be onnx or torch_export"):
+        export(model, tmp_path / "model.tflite", format="tflite")
+    with pytest.raises(InputError, match=r"cannot be written, since there is no folder .*missing: create it first"):
+        export(model, tmp_path / "missing" / "model.onnx")
+
+
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match=r"ONNX needs the package onnx, .* pip install 'segkit\[export\]'"):
+        export(Segmenter(nn.Conv2d(3, 2, 1)), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_metadata_of_a_foreign_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"there is no exported model .*{name}"):
+        read_metadata(tmp_path / name)
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(InputError, match=f"{name} is not a model that segkit exported"):
+        read_metadata(tmp_path / name)

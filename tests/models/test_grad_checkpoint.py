@@ -1,0 +1,258 @@
+"""Gradient checkpointing: the same loss, gradients, buffers and keys; less kept for the backward pass."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segkit.errors import InputError
+from segkit.models import COPLENet, Segmenter, deeplabv3plus, enable_grad_checkpointing, smp_model
+
+
+def coplenet(norm: str) -> nn.Module:
+    return COPLENet(3, 4, feature_channels=(8, 16, 32, 64, 128), norm=norm)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "coplenet batch": lambda: coplenet("batch"),
+    "coplenet group": lambda: coplenet("group"),
+    "tiny": lambda: deeplabv3plus(
+        "tu-regnetx_002", 4, encoder_weights="none", output_stride=16, decoder_channels=32, atrous_rates=(1, 2, 3)
+    ),
+}
+SLOW_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "se-resnext": lambda: deeplabv3plus("se_resnext50_32x4d", 4, encoder_weights="none", decoder_channels=32),
+    "lite0": lambda: deeplabv3plus("tu-tf_efficientnet_lite0", 4, encoder_weights="none", output_stride=16),
+    "dense list arguments": lambda: smp_model("FPN", "densenet121", 4, encoder_weights="none"),
+    "functional dropout": lambda: smp_model("Unet", "efficientnet-b0", 4, encoder_weights="none"),
+    "stages of timm": lambda: smp_model("Unet", "tu-resnetv2_50", 4, encoder_weights="none"),
+    "transformer": lambda: smp_model("Segformer", "mit_b0", 4, encoder_weights="none"),
+}
+
+
+def step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Loss of one training step; the random numbers of dropout are the same at every call."""
+    torch.manual_seed(7)
+    target = torch.arange(images.shape[0] * 9).reshape(images.shape[0], 3, 3) % 4
+    logits = F.adaptive_avg_pool2d(model(images).float(), 3)
+    loss = F.cross_entropy(logits, target)
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MODELS)])
+def test_same_loss_gradients_buffers_and_keys(name: str) -> None:
+    torch.manual_seed(0)
+    plain = (MODELS | SLOW_MODELS)[name]()
+    wrapped = copy.deepcopy(plain)
+    keys = list(plain.state_dict())
+    assert enable_grad_checkpointing(wrapped) >= 10
+    assert list(wrapped.state_dict()) == keys
+    images = torch.randn(2, 3, 64, 64) if name in SLOW_MODELS else torch.randn(2, 3, 32, 48)
+    for _ in range(2):  # the second step would show running statistics that were updated twice in the first
+        assert torch.equal(step(plain, images), step(wrapped, images))
+    gradients = {key: value.grad for key, value in plain.named_parameters()}
+    for key, value in wrapped.named_parameters():
+        if value.grad is None:
+            assert gradients[key] is None
+        else:
+            torch.testing.assert_close(value.grad, gradients[key], rtol=1e-6, atol=1e-9, msg=key)
+    for key, value in wrapped.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
+
+
+class Block(nn.Module):
+    """A residual block with everything that a second computation could get wrong."""
+
+    def __init__(self, channels: int, *, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels, momentum=momentum)
+        self.dropout = nn.Dropout(0.5)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x + self.dropout(F.relu(self.norm(self.conv(x))))
+
+
+def stack(num_blocks: int = 3, **options: float | None) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.ModuleDict({"stage": nn.Sequential(*(Block(8, **options) for _ in range(num_blocks)))})["stage"],
+    )
+
+
+def test_blocks_are_computed_twice_and_count_their_batches_once() -> None:
+    model = stack()
+    assert enable_grad_checkpointing(model) == 3
+    step(model, torch.randn(2, 3, 8, 8))
+    for block in model[1]:
+        assert block.calls == 2
+        assert block.norm.num_batches_tracked.item() == 1
+        assert block.norm.momentum == 0.1
+
+
+def test_cumulative_average_of_batch_norm() -> None:
+    """``momentum=None`` divides by the counter, so a counter that rose twice would show."""
+    torch.manual_seed(0)
+    plain = stack(momentum=None)
+    wrapped = copy.deepcopy(plain)
+    enable_grad_checkpointing(wrapped)
+    for seed in range(3):
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        step(plain, images)
+        step(wrapped, images)
+    for key, value in wrapped.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
+
+
+def test_no_recomputation_without_gradients() -> None:
+    model = stack()
+    enable_grad_checkpointing(model)
+    with torch.no_grad():
+        model.eval()(torch.randn(1, 3, 8, 8))
+    assert [block.calls for block in model[1]] == [1, 1, 1]
+
+
+def test_copy_does_not_share_weights() -> None:
+    """A moving average of the weights is a deep copy; its blocks must compute with its own weights."""
+    model = stack().eval()
+    enable_grad_checkpointing(model)
+    clone = copy.deepcopy(model)
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        for value in clone.parameters():
+            value.zero_()
+        assert clone(images).abs().sum() == 0
+        assert model(images).abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = coplenet("batch")
+    wrapped = copy.deepcopy(plain)
+    enable_grad_checkpointing(wrapped)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(step(plain, images), step(wrapped, images))
+    for key, value in wrapped.named_parameters():
+        torch.testing.assert_close(value.grad, dict(plain.named_parameters())[key].grad, rtol=1e-6, atol=1e-9)
+
+
+def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
+    """Bytes of distinct storages that the forward pass of ``model`` keeps for the backward pass, weights left out."""
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        model(images)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("coplenet batch", 0.45), ("tiny", 0.4), pytest.param("se-resnext", 0.4, marks=pytest.mark.slow)],
+)
+def test_keeps_less_for_the_backward_pass(name: str, share: float) -> None:
+    torch.manual_seed(0)
+    model = (MODELS | SLOW_MODELS)[name]()
+    images = torch.randn(2, 3, 64, 64)
+    whole = saved_bytes(model, images)
+    enable_grad_checkpointing(model)
+    assert saved_bytes(model, images) < share * whole
+
+
+def test_compiled() -> None:
+    """Under torch.compile: same loss, gradients and running statistics, without a break of the graph."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(*(Residual(8) for _ in range(3))))
+    wrapped = copy.deepcopy(plain)
+    enable_grad_checkpointing(wrapped)
+    images = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about its internals
+        compiled = torch.compile(wrapped, backend="aot_eager_decomp_partition", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(step(plain, images), step(compiled, images), rtol=1e-5, atol=1e-6)
+    for key, value in wrapped.named_parameters():
+        torch.testing.assert_close(value.grad, dict(plain.named_parameters())[key].grad, rtol=1e-4, atol=1e-6)
+    for key, value in wrapped.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_distributed(tmp_path: Path) -> None:
+    """Wrapped by DistributedDataParallel (one process): same loss, gradients and running statistics."""
+    torch.manual_seed(0)
+    plain = stack()
+    wrapped = copy.deepcopy(plain)
+    enable_grad_checkpointing(wrapped)
+    images = torch.randn(2, 3, 8, 8)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(wrapped)
+        assert torch.equal(step(plain, images), step(parallel, images))
+    finally:
+        torch.distributed.destroy_process_group()
+    for key, value in wrapped.named_parameters():
+        torch.testing.assert_close(value.grad, dict(plain.named_parameters())[key].grad, rtol=1e-6, atol=1e-9)
+    for key, value in wrapped.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+def test_segmenter_around_a_network_that_lists_its_blocks() -> None:
+    model = Segmenter(coplenet("group"))
+    assert enable_grad_checkpointing(model) == 14
+
+
+def test_no_blocks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with pytest.raises(InputError, match=r"Sequential has no blocks to recompute .* set grad_checkpointing=false"):
+        enable_grad_checkpointing(model)
+
+
+def test_twice_is_an_error() -> None:
+    model = stack()
+    enable_grad_checkpointing(model)
+    with pytest.raises(InputError, match="recomputed already"):
+        enable_grad_checkpointing(model)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.leaky_relu(x, inplace=True))
+
+
+def test_block_that_overwrites_its_input() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(InPlace(), InPlace()))
+    enable_grad_checkpointing(model)
+    with pytest.raises(InputError, match="a block of class InPlace changes its input in place"):
+        model(torch.randn(1, 3, 4, 4))

@@ -1,0 +1,69 @@
+"""Normalisation of the input, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from segkit.errors import InputError
+from segkit.models import COPLENet, Segmenter, normalisation
+
+
+def reference(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    shape = (1, -1, 1, 1)
+    mean64, std64 = (torch.tensor(values, dtype=torch.float64).view(shape) for values in (mean, std))
+    return (images.double() / 255 - mean64) / std64
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+def test_normalises(dtype: torch.dtype) -> None:
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    images = torch.randint(0, 256, (2, 3, 5, 7)).to(dtype)
+    seen = Segmenter(nn.Identity(), mean=mean, std=std)(images)
+    assert seen.dtype == torch.float32
+    torch.testing.assert_close(seen.double(), reference(images, mean, std), rtol=0, atol=2e-6)
+
+
+def test_defaults() -> None:
+    assert Segmenter(nn.Identity()).mean == (0.485, 0.456, 0.406)
+    net = nn.Identity()
+    net.input_mean, net.input_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    assert Segmenter(net).std == (0.25, 0.25, 0.25)
+    assert Segmenter(net, mean=(0.0, 0.0, 0.0)).mean == (0.0, 0.0, 0.0)
+
+
+def test_state_dict_is_that_of_the_net() -> None:
+    net = nn.Conv2d(3, 2, 1)
+    segmenter = Segmenter(net)
+    assert list(segmenter.state_dict()) == ["net.weight", "net.bias"]
+    assert segmenter.net is net
+    assert {name for name, _ in segmenter.named_buffers()} == {"scale", "shift"}
+
+
+def test_keeps_the_memory_format() -> None:
+    images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    assert Segmenter(nn.Identity())(images).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,), (0.5, 0.5, 0.5)), ((0.5,) * 3, (0.5, 0.5, 0.0)), ((123.0, 116.0, 103.0), (0.2,) * 3)]
+)
+def test_bad_values(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"model\.mean is .* the model wants 3 values each, for colours from 0 to 1"):
+        Segmenter(COPLENet(3, 2, feature_channels=(8, 16, 32, 64, 128)), mean=mean, std=std)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "mean"),
+    [
+        ("se_resnext50_32x4d", (0.485, 0.456, 0.406)),
+        ("resnet18", (0.485, 0.456, 0.406)),
+        ("inceptionv4", (0.5, 0.5, 0.5)),
+        ("tu-tf_efficientnet_lite0", (0.5, 0.5, 0.5)),
+        ("tu-regnetx_002", (0.485, 0.456, 0.406)),
+        ("tu-vit_tiny_patch16_224", (0.5, 0.5, 0.5)),
+    ],
+)
+def test_normalisation_of_encoders(encoder: str, mean: tuple[float, ...]) -> None:
+    assert normalisation(encoder)[0] == mean

@@ -1,0 +1,84 @@
+"""Weights from files: what loads, and what is said where something does not."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segkit.errors import InputError
+from segkit.models.weights import load_model_weights
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net.", "module.net."])
+@pytest.mark.parametrize("entry", [None, "model", "state_dict"])
+def test_loads(tmp_path: Path, prefix: str, entry: str | None) -> None:
+    source, net = small(), small()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save(state if entry is None else {entry: state, "step": 3}, tmp_path / "weights.pt")
+    load_model_weights(net, tmp_path / "weights.pt")
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key])
+
+
+def test_loads_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source, net = small(), small()
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    load_model_weights(net, str(tmp_path / "weights.safetensors"))
+    assert torch.equal(net[0].weight, source[0].weight)
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    other = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Identity(), nn.Conv2d(5, 2, 1))
+    torch.save(other.state_dict(), tmp_path / "weights.pt")
+    message = (
+        r"model\.weights is .*weights\.pt, whose weights are of another model: 5 missing \(1\.weight, 1\.bias, "
+        r"1\.running_mean, \.\.\.\); 2 unknown \(2\.weight, 2\.bias\); 2 of another shape "
+        r"\(0\.weight \(5, 3, 1, 1\) instead of \(4, 3, 1, 1\), .*choose the model that they were trained with"
+    )
+    net = small()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        load_model_weights(net, tmp_path / "weights.pt")
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+class Untrusted:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("this must never be printed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "which cannot be read as weights"),
+        (b"PK\x03\x04 and then nothing", "which cannot be read as weights"),
+        (pickle.dumps(Untrusted()), "which cannot be read as weights"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_model_weights(small(), tmp_path / "weights.pt")
+    assert "never be printed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}, torch.zeros(3)])
+def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="which holds no state dict: give a file with a mapping from names to tensors"):
+        load_model_weights(small(), tmp_path / "weights.pt")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.weights is .*nowhere\.pt, but there is no such file"):
+        load_model_weights(small(), tmp_path / "nowhere.pt")

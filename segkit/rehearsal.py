@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from segkit import runtime
+from segkit import memory, runtime
 from segkit.cache_dir import cache_dir_of
 from segkit.config import Config, check_targets
 from segkit.data.loader import steps_per_epoch
@@ -101,7 +101,10 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
     device = runtime.resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory(prefix="segkit-check-") as name:
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(memory.bounded())
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="segkit-check-"))
         folder = Path(name) / "run"
         short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
         first = next(iter(config.schedule))
@@ -124,7 +127,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
             cost(chosen, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
             for name in config.schedule
         )
-    peak, reserved, limit = memory(device)
+    peak, reserved, limit = measured_memory(device)
     return Rehearsal(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         is_gpu=device.type == "cuda",
@@ -297,12 +300,10 @@ def count_evaluations(config: Config, num_steps: int, num_samples: int) -> int:
     return 1 if every is None else math.ceil(num_steps / every)
 
 
-def memory(device: torch.device) -> tuple[int, int, int]:
+def measured_memory(device: torch.device) -> tuple[int, int, int]:
     """Bytes: the peak so far, what was reserved for it, and what there is."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), limit
+    peak = memory.peak_of_process()
+    return peak, peak, memory.total()

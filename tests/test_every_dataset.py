@@ -14,8 +14,6 @@ from segkit.commands.compose import compose
 from segkit.data.sample_maker import WRITERS, make_sample
 from segkit.preflight import open_phases
 
-NUM_IMAGES = 4
-
 # Small enough for two cores; what is read, mapped, resized and counted is that of the real configuration.
 SMALL = [
     "model=coplenet",
@@ -34,10 +32,12 @@ SMALL = [
 
 @pytest.fixture(params=sorted(WRITERS))
 def config(request, tmp_path):
-    """The configuration of a run on a sample of one data set."""
-    root = make_sample(request.param, tmp_path / "data", num_images=NUM_IMAGES, scale=0.1)
-    places = [f"dataset={request.param}", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}"]
-    return compose([*places, *SMALL])
+    """The configuration of a run on a sample of one data set, with the phases that the data set's recipe has."""
+    return small_config(request.param, make_sample(request.param, tmp_path / "data", num_images=4, scale=0.1), tmp_path)
+
+
+def small_config(name, root, tmp_path):
+    return compose([f"dataset={name}", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}", *SMALL])
 
 
 def test_every_real_data_set_is_here():
@@ -83,3 +83,23 @@ def test_two_epochs_of_training(config, tmp_path):
         steps = 2 * max(1, len(splits.train) // 2)
         assert rows[-1]["step"] == steps
         assert [row["step"] for row in rows if row["split"] == "val"] == [steps // 2, steps]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("camvid", "CamVid"), ("ade20k", "samples/ade20k"), ("cocostuff10k", "samples/cocostuff10k"),
+     ("cityscapes", "samples/cityscapes"), ("robotic_instrument", "samples/endovis2017")],
+)  # fmt: skip
+def test_check_of_real_files(name, folder, shared_data, tmp_path):
+    """What little there is of the real data sets holds nothing that cannot be read or that no table knows."""
+    config = small_config(name, shared_data / folder, tmp_path)
+    content = to_json(check(config, sample=10, rehearses=name == "camvid"))
+    assert content["splits"]  # of some data sets there are files of one split only
+    for split in content["splits"]:
+        assert split["num_broken"] == 0
+        assert all(row["train"] is not None for row in split["raw_values"])
+        assert sum(row["pixels"] for row in split["raw_values"]) > 0
+    if name == "camvid":
+        assert content["verdict"] == "ok", content["findings"]
+        assert content["rehearsal"]["phases"][0]["num_steps"] == 2 * (367 // 2)

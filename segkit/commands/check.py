@@ -273,8 +273,12 @@ def _tolerant(report: Report) -> Config:
 
 def _failure(error: Exception) -> str:
     """One sentence for what ended the rehearsal; a traceback as well where it is nobody's mistake."""
-    from segkit.train import explain
+    from segkit import memory
+    from segkit.train import MEMORY_ADVICE, explain
 
+    if memory.is_exhausted(error):
+        size = memory.total() / 2**30
+        return f"the run would fail: this machine has {size:.0f} GiB of memory, too little: {MEMORY_ADVICE}"
     sentence, _ = explain(error)
     if sentence is not None:
         return f"the run would fail: {sentence}"

@@ -190,6 +190,16 @@ def test_out_of_memory_gives_advice(monkeypatch, arguments):
     assert "grad_checkpointing=true" in text
 
 
+def test_too_little_memory_of_the_machine_gives_advice(monkeypatch, arguments):
+    def fail(*args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
+    report = command.check(compose(arguments))
+    (text,) = [finding.text for finding in report.findings if finding.level == "error"]
+    assert "GiB of memory, too little: set grad_checkpointing=true" in text
+
+
 def test_validation_on_the_training_split_is_a_warning(arguments):
     report = command.check(compose([*arguments, "dataset.val_split=train"]), rehearses=False)
     assert any("both on split train" in finding.text for finding in report.findings)
@@ -374,7 +384,7 @@ def test_figures_of_a_gpu_are_judged(arguments):
 
 
 def test_memory_of_the_process_and_of_the_machine():
-    peak, reserved, limit = rehearsal.memory(torch.device("cpu"))
+    peak, reserved, limit = rehearsal.measured_memory(torch.device("cpu"))
     assert 50 * 2**20 < peak == reserved < limit
 
 

@@ -137,4 +137,4 @@ def _value(value: Any) -> str:
     if value is MISSING:
         return '<td class="absent">–</td>'
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return tag("td", escape(shown))
+    return tag("td", escape(shown), class_="long" if len(shown) > 60 else None)

@@ -166,6 +166,10 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     config = {**config, "schedule": {name: config["schedule"][name] for name in until}}
     read = _OptionalFiles(path)
     metrics = read(top / "metrics.jsonl", lambda file: _read_lines(file, until), "curves")
+    pictures = read_pictures(path / "pictures")
+    if evaluation is not None and pictures:
+        pictures = {}
+        read.notes.append(f"the pictures in {path} are of the evaluation after training and not shown for {evaluation}")
     record = RunRecord(
         path=path,
         phase=phase,
@@ -177,7 +181,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
         metrics=tuple(metrics or ()),
         per_image=read(counts_file, PerImageCounts.load, "intervals, tests and confusion matrix"),
-        pictures=read_pictures(path / "pictures"),
+        pictures=pictures,
         notes=tuple(read.notes),
     )
     _check_per_image(record, results_file, counts_file)

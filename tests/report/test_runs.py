@@ -84,7 +84,7 @@ def test_a_sweep_says_why_a_job_failed(make_run, tmp_path):
 
 
 def test_another_evaluation_of_a_run(make_run):
-    run, flipped = make_run("a"), make_run("flipped", skill=0.9, protocol={"inference": "flip"})
+    run, flipped = make_run("a", num_pictures=1), make_run("flipped", skill=0.9, protocol={"inference": "flip"})
     folder = run / "evaluations"
     folder.mkdir()
     shutil.copy(flipped / "results.json", folder / "val-last-flip.json")
@@ -92,7 +92,8 @@ def test_another_evaluation_of_a_run(make_run):
     ((record,), notes) = find_runs([run], evaluation="val-last-flip")
     assert record.results["mean_iou"] == read_run(flipped).results["mean_iou"]
     assert record.per_image.total().sum() == 30 * 20_000
-    assert notes == []
+    assert record.pictures == {}  # they show other predictions than these scores
+    assert notes == [f"the pictures in {run} are of the evaluation after training and not shown for val-last-flip"]
     with pytest.raises(InputError, match=r"a has no evaluation 'test', it has val-last-flip: make it with"):
         find_runs([run], evaluation="test")
     with pytest.raises(InputError, match=r"has no evaluation 'x', it has none: make it with `segkit evaluate "):

@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP)  ## create .venv and install everything, developer tools included
 
 train: $(STAMP)  ## run the main job: train on the embedded data set (ARGS="key=value ..." overrides)
-	$(BIN)/python train.py $(ARGS)
+	$(BIN)/python train.py experiment=synthetic_cpu $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k name ..." chooses)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -1,6 +1,6 @@
 """``segkit plot losses``: the rho-margin loss and the rho-calibrated log-loss over lambda.
 
-The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022; the log-loss is what the code of the loss computes.
+The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022, and what the code of the losses computes.
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
-def rho_margin_loss(lam: Any, rho: float) -> Any:
-    """phi_rho(lambda) = min(1, max(0, 1 - lambda / rho)); for rho = 0, 1 where lambda <= 0 and else 0.
+def margin_loss(lam: Any, rho: float) -> Any:
+    """phi_rho of an array (P,) of margins, as :func:`segkit.losses.diagnostics.rho_margin_loss` gives it."""
+    import torch
 
-    ``lam`` is an array of margins in logits, of any shape; so is the result.
-    """
-    import numpy as np
+    from segkit.losses.diagnostics import rho_margin_loss
 
-    lam = np.asarray(lam, np.float64)
-    return (lam <= 0).astype(np.float64) if rho == 0 else np.clip(1 - lam / rho, 0.0, 1.0)
+    margins = torch.as_tensor(lam, dtype=torch.float64)
+    return rho_margin_loss(margins, torch.tensor(float(rho), dtype=torch.float64)).numpy()
 
 
 def calibrated_log_loss(lam: Any, rho: float) -> Any:
@@ -93,7 +92,7 @@ def draw(rhos: list[float], reach: float) -> Any:
     lam = np.sort(np.append(np.linspace(-reach, reach, 401), 1e-9))  # so that the step of rho = 0 stands at 0
     shades = [(0.09, 0.29, 0.61, 0.25 + 0.75 * (i + 1) / len(rhos)) for i in range(len(rhos))]
     for rho, shade in zip(rhos, shades, strict=True):
-        panels[0].plot(lam, rho_margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
+        panels[0].plot(lam, margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
         panels[1].plot(lam, calibrated_log_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")
     panels[0].set(title=r"$\rho$-margin loss", ylabel=r"$\Phi_\rho(\lambda)$", ylim=(-0.05, 1.25))
     panels[1].set(title=r"$\rho$-calibrated log-loss", ylabel=r"$\log_2(1 + 2^{\rho - \lambda})$")

@@ -21,14 +21,14 @@ def test_the_log_loss_is_that_of_the_paper(rho):
 
 def test_the_margin_loss_is_that_of_the_paper():
     lam = np.array([-1.0, 0.0, 0.5, 1.0, 2.0, 3.0])
-    np.testing.assert_allclose(plot.rho_margin_loss(lam, 2.0), [1, 1, 0.75, 0.5, 0, 0])
-    np.testing.assert_allclose(plot.rho_margin_loss(lam, 0.0), [1, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose(plot.margin_loss(lam, 2.0), [1, 1, 0.75, 0.5, 0, 0])
+    np.testing.assert_allclose(plot.margin_loss(lam, 0.0), [1, 1, 0, 0, 0, 0])
 
 
 def test_the_log_loss_of_base_two_bounds_the_margin_loss():
     lam = np.linspace(-4, 4, 33)
     for rho in (0.5, 1.0, 2.0):
-        assert (plot.calibrated_log_loss(lam, rho) >= plot.rho_margin_loss(lam, rho)).all()
+        assert (plot.calibrated_log_loss(lam, rho) >= plot.margin_loss(lam, rho)).all()
 
 
 def call(monkeypatch, *arguments):

@@ -263,7 +263,7 @@ def byte_histogram(array: np.ndarray) -> np.ndarray:
     ends = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
     if words.size == 0 or 4 * ends.size > words.size:
         return np.bincount(flat, minlength=256)
-    pixels = words[ends].view(np.uint8)
-    weights = np.repeat(np.diff(ends, prepend=-1), 8)
-    counts = np.bincount(pixels, weights=weights, minlength=256).astype(np.int64)
-    return counts + np.bincount(flat[length:], minlength=256)
+    pixels = words[ends].view(np.uint8).reshape(-1, 8)
+    lengths = np.diff(ends, prepend=-1).astype(np.float64)
+    counts = sum(np.bincount(pixels[:, place], weights=lengths, minlength=256) for place in range(8))
+    return np.asarray(counts).astype(np.int64) + np.bincount(flat[length:], minlength=256)

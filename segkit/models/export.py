@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn import functional as F
 
 from segkit.errors import InputError
@@ -29,6 +30,8 @@ INPUT, OUTPUT = "images", "logits"
 METADATA_KEY = "segkit"
 """Key of the metadata, a JSON object, in an ONNX file; the name of an extra file in one of torch.export."""
 OPSET = 18
+TOLERANCE = 1e-3
+"""Largest difference of an ONNX graph from its model, relative to the model's largest logit."""
 
 
 class WholeImage(nn.Module):
@@ -96,6 +99,14 @@ def export(
         torch.export.save(program, path, extra_files={METADATA_KEY: text})
     else:
         _write_onnx(program, path, text, opset=opset)
+        difference = largest_difference(path, segmenter)
+        if not difference < TOLERANCE:
+            path.unlink()
+            raise InputError(
+                f"the ONNX graph of {type(segmenter.net).__name__} differs from the model by {difference:.3g} of its "
+                "largest logit at a size other than the traced one, so it was not kept: give --format torch_export, or "
+                "choose another model, such as model=deeplabv3plus"
+            )
 
 
 class StaticSameConv2d(nn.Conv2d):
@@ -150,10 +161,8 @@ def _trace(model: WholeImage) -> torch.export.ExportedProgram:
             f"{type(model.segmenter.net).__name__} cannot be exported ({_reason(error)}): choose "
             "another model, such as model=deeplabv3plus"
         ) from error
-    shape = (
-        next(node for node in program.graph.nodes if node.op == "placeholder" and node.name == INPUT).meta["val"].shape
-    )
-    if any(isinstance(shape[axis], int) for axis in (0, 2, 3)):
+    shape = next(node for node in program.graph.nodes if node.name == INPUT).meta["val"].shape
+    if not all(free_symbols(shape[axis]) for axis in (0, 2, 3)):
         raise InputError(
             f"{type(model.segmenter.net).__name__} can be exported for images of one size only, because its layers "
             "depend on the size: choose another model, such as model=deeplabv3plus"
@@ -173,6 +182,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *,
     """Translate ``program`` to ONNX and write it with the metadata ``text``."""
     try:
         import onnx
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
@@ -199,6 +209,32 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *,
     model = translated.model_proto
     onnx.helper.set_model_props(model, {METADATA_KEY: text})
     onnx.save(model, str(path))
+
+
+def largest_difference(
+    path: str | Path, segmenter: Segmenter, images: torch.Tensor | None = None, *, seed: int = 0
+) -> float:
+    """Largest difference between the logits of the ONNX file ``path`` and of ``segmenter``, over the largest logit.
+
+    ``images``: (N, C, H, W) float in 0..255; None: random ones, of a size that is neither the traced one nor a
+    multiple of anything. Translators get layers wrong without a word (adaptive pooling for example becomes a pooling
+    with the window of the traced size), which only shows at another size. Infinite if the graph cannot run there.
+    """
+    import onnxruntime
+
+    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
+    if images is None:
+        side = 5 * max(model.multiple, 8)
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * 255
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(images.float())
+    try:
+        logits = torch.from_numpy(session.run([OUTPUT], {INPUT: images.float().numpy()})[0])
+    except Exception:  # the runtime's errors share no public base class
+        return float("inf")
+    return ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -160,12 +160,42 @@ def test_network_that_cannot_be_traced(tmp_path: Path) -> None:
         export(Segmenter(Untraceable()), tmp_path / "model.pt2", format="torch_export")
 
 
-def test_network_that_onnx_does_not_know(tmp_path: Path) -> None:
-    """Pooling to a fixed number of cells, as PSPNet does, has no counterpart in ONNX for images of any size."""
+@pytest.mark.slow
+def test_graph_that_is_wrong_at_other_sizes(tmp_path: Path) -> None:
+    """Pooling to a fixed number of cells, as PSPNet does, is translated to windows of the traced size."""
     pytest.importorskip("onnxscript")
     net = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(3, 2, 1))
-    with pytest.raises(InputError, match=r"cannot be translated to ONNX \(.+\): give --format torch_export") as caught:
+    with pytest.raises(InputError, match=r"differs from the model by .* of its largest logit .* it was not kept"):
         export(Segmenter(net), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_graph_of_other_weights_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    model = Segmenter(nn.Conv2d(3, 2, 1))
+    path = tmp_path / "model.onnx"
+    export(model, path)
+    assert export_module.largest_difference(path, model) < 1e-5
+    with torch.no_grad():
+        model.net.bias += 0.1
+    assert export_module.largest_difference(path, model) > 1e-2
+    monkeypatch.setattr(export_module, "largest_difference", lambda *_: 0.25)
+    with pytest.raises(InputError, match=r"Conv2d differs from the model by 0\.25 of its largest .* it was not kept"):
+        export(model, path)
+    assert not path.exists()
+
+
+class Unknown(nn.Module):
+    """Has no counterpart in ONNX."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def test_network_that_onnx_does_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(InputError, match=r"cannot be translated to ONNX \(.+\): give --format torch_export") as caught:
+        export(Segmenter(Unknown()), tmp_path / "model.onnx")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "model.onnx").exists()
 

@@ -25,15 +25,23 @@ INCOMING = "incoming.pt"
 
 
 class _HashingFile:
-    """A binary file that computes the SHA-256 of what is written to it in one pass."""
+    """A binary file that computes the SHA-256 of what is written to it in one pass.
+
+    torch's writer reports a full disk as a wrong position in its archive; ``error`` keeps what really happened.
+    """
 
     def __init__(self, file: Any) -> None:
         self.file = file
         self.hash = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -42,6 +50,7 @@ class _HashingFile:
 def write(path: Path, state: dict[str, Any]) -> str:
     """Write ``state`` to ``path`` atomically; return its SHA-256 (hexadecimal)."""
     temporary = path.with_name(path.name + ".tmp")
+    hashing = None
     try:
         with open(temporary, "wb") as file:
             hashing = _HashingFile(file)
@@ -51,8 +60,9 @@ def write(path: Path, state: dict[str, Any]) -> str:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        reason = (hashing and hashing.error) or error
         raise OSError(
-            f"the checkpoint {path} could not be written ({error}): free some space or choose another "
+            f"the checkpoint {path} could not be written ({reason}): free some space or choose another "
             "hydra.run.dir, then run the same command again to go on from the last one"
         ) from error
     _sync_folder(path.parent)

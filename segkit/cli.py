@@ -12,6 +12,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("segkit.commands.evaluate:main", "score a trained run on any split, with any inference"),
     "predict": ("segkit.commands.predict:main", "label images and overlays for any pictures"),
     "submit": ("segkit.commands.submit:main", "predictions in the format of a benchmark's server"),
+    "export": ("segkit.commands.export:main", "a trained model as ONNX or torch.export"),
     "compare": ("segkit.commands.compare:main", "compare finished runs: one offline HTML file, and tables"),
     "plot": ("segkit.commands.plot:main", "the curves of the margin losses as a picture"),
     "sample": ("segkit.commands.sample:main", "a small synthetic data set in the layout of a real one"),

@@ -54,3 +54,22 @@ def with_bias(saved: SavedRun, model: Any) -> Any:
     bias = bias_from_json(read_json(saved.folder / FILE), saved.label_counts()["classes"])
     device = next(model.parameters()).device
     return BiasedModel(model, bias).to(device).eval()
+
+
+def add_bias(saved: SavedRun, model: Any) -> None:
+    """Add the run's bias to the bias of the layer that makes the logits, in place; checked on an image of noise."""
+    import torch
+    from torch import nn
+
+    biased = with_bias(saved, model)
+    classes = len(biased.bias.flatten())
+    layers = [part for part in model.modules() if isinstance(part, nn.Conv2d) and part.out_channels == classes]
+    images = torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = biased(images)
+    if not layers or layers[-1].bias is None:
+        raise InputError(f"the model of {saved.path} has no last layer with a bias: export it without --calibrated")
+    with torch.no_grad():
+        layers[-1].bias += biased.bias.flatten()
+        if not torch.allclose(model(images), expected, atol=1e-3):
+            raise InputError(f"the logits of {saved.path} are changed after its last layer: export without --calibrated")

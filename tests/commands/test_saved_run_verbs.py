@@ -1,0 +1,168 @@
+"""evaluate, predict, submit and export, on one small run over drawn Cityscapes files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit import saved_run
+from segkit.commands import evaluate, export, predict, submit
+from segkit.commands.compose import compose
+from segkit.data.sample_maker import make_sample
+from segkit.errors import InputError
+from segkit.preflight import open_phases
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run folder."""
+    from segkit import pipeline
+
+    folder = tmp_path_factory.mktemp("verbs")
+    make_sample("cityscapes", folder / "data", num_images=4)
+    config = compose(
+        [
+            "dataset=cityscapes",
+            f"dataset.root={folder / 'data'}",
+            "model=deeplabv3plus_tiny",
+            "debug=smoke",
+            "schedule=single",
+            "limit_steps=3",
+            "batch_size=2",
+            "dataset.crop=[64,64]",
+            "device=cpu",
+            f"cache_dir={folder / 'cache'}",
+        ]
+    )
+    pipeline.run(config, folder / "run", open_phases(config))
+    return folder / "run"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a verb as the command line does; its output comes back."""
+
+    def calling(verb, *arguments):
+        monkeypatch.setattr(sys, "argv", ["segkit", *map(str, arguments)])
+        verb.run()
+        return capsys.readouterr().out
+
+    return calling
+
+
+def results(path):
+    return json.loads(path.read_text())
+
+
+def test_evaluate_repeats_the_score_of_the_training(finished, call):
+    out = call(evaluate, finished, "--max-images", "4", "--workers", "0", "--device", "cpu")
+    again, trained = results(finished / "checkpoints" / "results.json"), results(finished / "results.json")
+    for key in ("mean_iou", "classes", "protocol", "num_classes_averaged"):
+        assert again[key] == trained[key], key
+    assert "mean over" in out
+    assert (finished / "evaluations" / "val-last.npz").is_file()
+
+
+def test_evaluate_with_everything(finished, call, tmp_path):
+    options = ["--tta", "flip,ms", "--scales", "0.5,1.0", "--slide", "64x96", "--boundary", "--protocol", "cityscapes"]
+    out = call(evaluate, finished, "--workers", "0", "--output", tmp_path / "all.json", *options)
+    found = results(tmp_path / "all.json")
+    assert found["protocol"]["scales"] == [0.5, 1.0]
+    assert found["protocol"]["flip"] is True
+    assert found["protocol"]["window"] == [64, 96]
+    assert found["protocol"]["benchmark"] == "cityscapes"
+    assert set(found["benchmark"]["categories"]) >= {"flat", "vehicle"}
+    assert 0 <= found["boundary"]["mean_boundary_iou"] <= 1
+    assert "benchmark category_mean_iou" in out
+
+
+def test_calibration_is_kept_and_used_by_predict_and_export(finished, call, tmp_path):
+    with pytest.raises(InputError, match=r"tune the bias first, segkit evaluate .* --calibrate"):
+        call(evaluate, finished, "--calibrated")
+    assert "calibrated on 4 training images" in call(evaluate, finished, "--calibrate", "--workers", "0")
+    kept = results(finished / "calibration.json")
+    assert kept["tuned_mean_iou_after"] >= kept["tuned_mean_iou_before"]
+    assert kept["split"] == "train"
+    image = next((finished.parent / "data").rglob("leftImg8bit/val/**/*.png"))
+    call(export, finished, "--calibrated", "--output", tmp_path / "biased.onnx")
+    for run, name, options in ((finished, "run", ["--calibrated"]), (tmp_path / "biased.onnx", "onnx", [])):
+        with pytest.raises(SystemExit):
+            call(predict, run, "--input", image, "--output", tmp_path / name, *options)
+    one, other = (np.asarray(Image.open(next((tmp_path / name / "labels").glob("*.png")))) for name in ("run", "onnx"))
+    assert (one == other).mean() > 0.999
+
+
+def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (50, 70), np.uint8)).save(pictures / "gray.png")
+    Image.fromarray(generator.integers(0, 256, (65, 33, 4), np.uint8)).save(pictures / "alpha.png")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(SystemExit) as stopped:
+        call(predict, finished, "--input", pictures, "--output", tmp_path / "out")
+    assert stopped.value.code == 1
+    assert "broken.jpg" in capsys.readouterr().err
+    labels = {path.stem: Image.open(path) for path in (tmp_path / "out" / "labels").glob("*.png")}
+    assert {name: label.size for name, label in labels.items()} == {"gray": (70, 50), "alpha": (33, 65)}
+    assert all(label.mode == "P" for label in labels.values())
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 2
+
+
+def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):
+    out = call(submit, finished, "--split", "val", "--output", tmp_path / "val.zip", "--workers", "0")
+    call(evaluate, finished, "--workers", "0")
+    score = results(finished / "checkpoints" / "results.json")["mean_iou"]
+    assert f"mean IoU of the files: {100 * score:.2f} %" in out
+
+
+def test_export_in_both_formats(finished, call):
+    assert "model.onnx" in call(export, finished)
+    assert "model.pt2" in call(export, finished, "--format", "torch_export")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tta", "mirror"], "--tta is 'mirror', but takes flip, ms"),
+        (["--scales", "1"], "--scales is given without --tta ms"),
+        (["--tta", "ms", "--scales", "a"], "--scales is 'a', but takes numbers"),
+        (["--slide", "64"], "--slide is '64', but takes HxW"),
+        (["--phase", "nowhere"], "has no phase 'nowhere': its phases are train"),
+    ],
+)
+def test_bad_options(finished, call, options, message):
+    with pytest.raises(InputError, match=message):
+        call(evaluate, finished, *options)
+
+
+def test_folders_that_are_no_run(finished, tmp_path):
+    with pytest.raises(InputError, match="is no run folder, it has no config.yaml"):
+        saved_run.open_run(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy, symlinks=True)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("segkit.models.deeplabv3plus", "os.system"))
+    with pytest.raises(InputError, match=r"model._target_ is 'os.system', but must begin with one of"):
+        saved_run.open_run(copy)
+    (copy / "config.yaml").write_text(text + "surprise: 1\n")
+    with pytest.raises(InputError, match="is not a configuration of this version"):
+        saved_run.open_run(copy)
+    (copy / "config.yaml").write_text(text)
+    (copy / "label_counts.json").resolve().write_text("{")
+    with pytest.raises(InputError, match="the run folder is damaged"):
+        saved_run.open_run(copy).label_counts()
+
+
+def test_nothing_that_a_saved_config_names_is_downloaded_or_read(finished):
+    saved = saved_run.open_run(finished)
+    model = {**saved.config.model, "encoder_weights": "/somewhere/else.pt", "weights": "/somewhere/else.pt"}
+    saved.config.model = model
+    without = saved_run.without_sources(saved.config).model
+    assert without["encoder_weights"] == "none"
+    assert without["weights"] is None

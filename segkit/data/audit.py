@@ -151,6 +151,8 @@ def audit_split(
         chosen = np.random.default_rng([seed, len(dataset)]).choice(len(dataset), size=sample, replace=False)
         indices = sorted(chosen.tolist())
     audit = SplitAudit(dataset, indices)
+    import torch  # noqa: F401 - labels are counted with it: once here, rather than in every forked process
+
     with closing(_each_look(dataset, indices, min(workers, len(indices)))) as looks:
         description = f"Checking {dataset.name} {dataset.split}"
         shown = track(looks, description=description, total=len(indices), unit="images") if progress else looks
@@ -165,11 +167,7 @@ def _each_look(dataset: SampleSet, indices: Sequence[int], workers: int) -> Gene
         for index in indices:
             yield look_at(dataset, index)
         return
-    # As in segkit.data.statistics: forked processes start in milliseconds, and share the list of samples and the
-    # libraries that are imported by then.
-    import torchvision.io
-
-    assert torchvision.io
+    # As in segkit.data.statistics: forked processes start in milliseconds, and share the list of samples.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(dataset,))
     try:

@@ -20,6 +20,19 @@ from segkit.errors import InputError
 from segkit.targets import bind, check_allowed, children
 
 
+FREE_KEYS = (
+    "workers",
+    "device",
+    "cache_dir",
+    "checkpoint_every",
+    "resume",
+    "ignore_config_change",
+    "profile_steps",
+    "sweep",
+)
+"""Top-level keys that may change between two runs in one folder: they do not change what is computed."""
+
+
 class Precision(Enum):
     """Number format of the forward pass; parameters and losses stay in float32."""
 

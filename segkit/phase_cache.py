@@ -16,9 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from segkit.config import Config, plain
+from segkit.config import FREE_KEYS, Config, plain
 from segkit.errors import InputError
-from segkit.run_folder import FREE_KEYS
 
 CODE = ("data", "evaluation", "losses", "models", "training", "build.py", "phase.py", "runtime.py", "targets.py")
 """Folders and files of segkit that the weights and scores of a phase depend on."""

@@ -14,21 +14,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segkit.config import Config, plain
+from segkit.config import FREE_KEYS, Config, plain
 from segkit.errors import InputError
 from segkit.runtime import write_atomically, write_json
-
-FREE_KEYS = (
-    "workers",
-    "device",
-    "cache_dir",
-    "checkpoint_every",
-    "resume",
-    "ignore_config_change",
-    "profile_steps",
-    "sweep",
-)
-"""Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
 LINKED = (
     "checkpoints",

@@ -18,18 +18,6 @@ CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
 AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or train it again"
 
-FREE_KEYS = (
-    "workers",
-    "device",
-    "cache_dir",
-    "checkpoint_every",
-    "resume",
-    "ignore_config_change",
-    "profile_steps",
-    "sweep",
-)
-"""The keys of :data:`segkit.run_folder.FREE_KEYS` (a test keeps the two equal; that module needs torch)."""
-
 
 @dataclass(frozen=True)
 class RunRecord:

@@ -8,10 +8,8 @@ import shutil
 import pytest
 
 from segkit.errors import InputError
-from segkit.report import runs as runs_module
 from segkit.report.comparison import compare
 from segkit.report.runs import find_runs, read_run
-from segkit.run_folder import FREE_KEYS
 
 
 def edit(path, change):
@@ -23,10 +21,6 @@ def edit(path, change):
 def real(run, name):
     """The file behind a link, so that tests can write to it."""
     return (run / name).resolve()
-
-
-def test_free_keys_are_those_of_the_run_folder():
-    assert runs_module.FREE_KEYS == FREE_KEYS
 
 
 def test_a_run_is_read(make_run):

@@ -149,3 +149,12 @@ def test_real_pair(shared_data):
     # The train ids beside it were shrunk on their own, so that single pixels at edges differ.
     beside = data.samples[0].labels[0].with_name("frankfurt_000000_000294_gtFine_labelTrainIds.png")
     assert (np.asarray(Image.open(beside)) == item.label).mean() > 0.99
+
+
+def test_one_frame_in_two_cities(tree):
+    add(tree, "train", "zurich_000000_000019")
+    folder = tree / "leftImg8bit/train"
+    name = "zurich_000000_000019_leftImg8bit.png"
+    (folder / "aachen" / name).write_bytes((folder / "zurich" / name).read_bytes())
+    with pytest.raises(InputError, match=r"'zurich_000000_000019' occurs twice in cityscapes .*; remove one of them"):
+        open_dataset("cityscapes", root=tree, split="train")

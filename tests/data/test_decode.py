@@ -193,3 +193,17 @@ def test_shrunk_jpeg_is_near_the_area_average(tmp_path, shrink):
 
 def test_shrink_leaves_other_formats_whole(tmp_path):
     np.testing.assert_array_equal(read_rgb(saved(tmp_path / "a.png", PHOTO), shrink=4), PHOTO)
+
+
+def test_failing_disk(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", MASK)
+    stat = type(path).stat
+
+    def fail(self, **options):
+        if self == path:
+            raise OSError(5, "Input/output error")
+        return stat(self, **options)
+
+    monkeypatch.setattr(type(path), "stat", fail)
+    with pytest.raises(InputError, match=r"label .*a\.png cannot be read: Input/output error; check the disk"):
+        read_index_png(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 from functools import partial
@@ -340,3 +341,25 @@ def test_half_sized_image_is_refused_also_where_half_size_would_do(tmp_path, suf
     transform = TrainTransform(crop=(40, 60), scale=(0.4, 0.4))
     with pytest.raises(InputError, match=r"image .* is 150x100 but its label .* is 300x200"):
         next(iter(load(data, transform=transform, batch_size=1)))
+
+
+def test_a_spawned_worker_gets_the_same_batches():
+    """Where fork is not to be had, the steps travel to the worker by pickle."""
+    steps = load(made(10))._start.args[0]
+    again = pickle.loads(pickle.dumps(steps))
+    for step in (0, 3):
+        assert torch.equal(again[step].images, steps[step].images)
+
+
+def test_workers_run_on_one_thread():
+    data = made(2, load_image=thread_counts)
+    (batch,) = list(load(data, transform=TrainTransform(crop=(20, 30)), batch_size=1, num_steps=1, workers=1))
+    assert batch.images.unique().tolist() == [1]
+
+
+def thread_counts(sample):
+    """An image whose grey value is the larger number of threads of OpenCV and torch."""
+    import cv2
+
+    threads = max(cv2.getNumThreads(), torch.get_num_threads())
+    return np.full((*size_of(int(sample.name)), 3), threads, np.uint8)

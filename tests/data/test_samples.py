@@ -198,3 +198,31 @@ def test_hidden_files_are_not_samples(tmp_path):
     for name in ("b.png", "a.png", "._a.png", "c.txt"):
         (tmp_path / name).touch()
     assert list(files_by_id(tmp_path, suffix=".png")) == ["a", "b"]
+
+
+def refuse(monkeypatch, method, path):
+    """Make ``method`` of ``path`` fail as it does for a user without permission (the superuser has all)."""
+    original = getattr(Path, method)
+
+    def guarded(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, guarded)
+
+
+def test_folder_without_permission(tmp_path, monkeypatch):
+    refuse(monkeypatch, "iterdir", tmp_path)
+    with pytest.raises(
+        InputError, match=rf"folder {tmp_path} of toy may not be read by this user; run `chmod -R u\+rX"
+    ):
+        require_folder(tmp_path, dataset="toy", root=tmp_path, archives="a.zip")
+
+
+def test_list_without_permission(tmp_path, monkeypatch):
+    path = tmp_path / "l.txt"
+    path.write_text("a")
+    refuse(monkeypatch, "read_text", path)
+    with pytest.raises(InputError, match=r"list file .*l\.txt may not be read by this user; run `chmod u\+r"):
+        read_list(path, dataset="toy", archives="a.zip")

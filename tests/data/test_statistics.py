@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -221,3 +222,14 @@ def test_camvid_equals_the_published_counts(shared_data, split, tmp_path):
     start = time.perf_counter()
     count_labels(data, workers=2, cache_dir=tmp_path, progress=False)
     assert time.perf_counter() - start < 1
+
+
+def dying_label(sample):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_process_is_told_in_a_sentence():
+    samples = [Sample(name=str(i), image=Path("x"), labels=()) for i in range(4)]
+    data = SampleSet(samples, table=TABLE, name="toy", split="train", load_label=dying_label, labelled=True)
+    with pytest.raises(InputError, match=r"a process that counts labels died.*set workers=0 or fewer"):
+        count_labels(data, workers=2, progress=False)

@@ -19,7 +19,6 @@ from typing import Any
 from segkit.errors import InputError
 from segkit.targets import bind, check_allowed, children
 
-
 FREE_KEYS = (
     "workers",
     "device",
@@ -66,7 +65,7 @@ def _at_least(key: str, value: float | None, least: float) -> None:
 
 @dataclass(kw_only=True)
 class ResizeConfig:
-    """``short_side``: pixels of the shorter side, aspect kept; ``size``: exactly [height, width]; neither: no resize."""
+    """``short_side``: pixels of the shorter side, aspect kept; ``size``: exactly [height, width]; or neither."""
 
     short_side: int | None = None
     size: list[int] | None = None

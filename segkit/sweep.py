@@ -69,7 +69,7 @@ class LocalSweep:
         print(self.table())
         failed = [job for job in self.jobs if job.state != "finished"]
         if failed:
-            print(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see {LOG} in their folders", file=sys.stderr)
+            print(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see their {LOG}", file=sys.stderr)
         return 1 if failed else 0
 
     def _collect(self) -> None:
@@ -136,5 +136,7 @@ class LocalSweep:
             table.add_column(column, justify="left" if column in ("overrides", "state") else "right")
         order = sorted(self.jobs, key=lambda job: (job.mean_iou is None, -(job.mean_iou or 0.0), job.number))
         for job in order:
-            table.add_row(str(job.number), self._label(job), job.state, percent(job.mean_iou), f"{job.seconds or 0:.0f}")
+            table.add_row(
+                str(job.number), self._label(job), job.state, percent(job.mean_iou), f"{job.seconds or 0:.0f}"
+            )
         return render(table)

@@ -72,4 +72,4 @@ def add_bias(saved: SavedRun, model: Any) -> None:
     with torch.no_grad():
         layers[-1].bias += biased.bias.flatten()
         if not torch.allclose(model(images), expected, atol=1e-3):
-            raise InputError(f"the logits of {saved.path} are changed after its last layer: export without --calibrated")
+            raise InputError(f"the logits of {saved.path} change after its last layer: export without --calibrated")

@@ -93,8 +93,11 @@ def test_calibration_is_kept_and_used_by_predict_and_export(finished, call, tmp_
     for run, name, options in ((finished, "run", ["--calibrated"]), (tmp_path / "biased.onnx", "onnx", [])):
         with pytest.raises(SystemExit):
             call(predict, run, "--input", image, "--output", tmp_path / name, *options)
-    one, other = (np.asarray(Image.open(next((tmp_path / name / "labels").glob("*.png")))) for name in ("run", "onnx"))
-    assert (one == other).mean() > 0.999
+    predicted = []
+    for name in ("run", "onnx"):
+        with Image.open(next((tmp_path / name / "labels").glob("*.png"))) as label:
+            predicted.append(np.asarray(label))
+    assert (predicted[0] == predicted[1]).mean() > 0.999
 
 
 def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
@@ -108,9 +111,11 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
         call(predict, finished, "--input", pictures, "--output", tmp_path / "out")
     assert stopped.value.code == 1
     assert "broken.jpg" in capsys.readouterr().err
-    labels = {path.stem: Image.open(path) for path in (tmp_path / "out" / "labels").glob("*.png")}
-    assert {name: label.size for name, label in labels.items()} == {"gray": (70, 50), "alpha": (33, 65)}
-    assert all(label.mode == "P" for label in labels.values())
+    labels = {}
+    for path in (tmp_path / "out" / "labels").glob("*.png"):
+        with Image.open(path) as label:
+            labels[path.stem] = (label.size, label.mode)
+    assert labels == {"gray": ((70, 50), "P"), "alpha": ((33, 65), "P")}
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 2
 
 
@@ -142,7 +147,7 @@ def test_bad_options(finished, call, options, message):
 
 
 def test_folders_that_are_no_run(finished, tmp_path):
-    with pytest.raises(InputError, match="is no run folder, it has no config.yaml"):
+    with pytest.raises(InputError, match=r"is no run folder, it has no config\.yaml"):
         saved_run.open_run(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy, symlinks=True)

@@ -102,12 +102,14 @@ def fingerprint(dataset: SampleSet) -> str:
 
 
 def _file_state(path: Path) -> str:
+    text = os.fspath(path)  # strings, not Paths: there may be tens of thousands of files
     try:
-        state = os.stat(path)
+        state = os.stat(text)
     except OSError:
         check_readable(path, role="file")  # says in a sentence what is wrong
         raise
-    return f"\t{path.parent.name}/{path.name} {state.st_size} {state.st_mtime_ns}"
+    place = "/".join(text.split(os.sep)[-2:])
+    return f"\t{place} {state.st_size} {state.st_mtime_ns}"
 
 
 def _describe(reader: Callable[..., Any]) -> str:

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from segkit.training.trainer import Interrupted
 NUM_STEPS = {"cpu": 3, "cuda": 12}
 """Steps of each phase: one to warm up, one after going on from the checkpoint, the rest are timed."""
 
-NUM_EVALUATED = {"cpu": 2, "cuda": 8}
+NUM_EVALUATED = {"cpu": 2, "cuda": 16}
 """Images of each evaluation."""
 
 LOADING_SECONDS = 20.0
@@ -208,7 +209,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _last_phase(run: Run, config: Config, phases: dict[str, Splits]) -> PhaseRun:
+def _last_phase(
+    run: Run, config: Config, phases: dict[str, Splits], *, stop: Callable[[], bool] = lambda: False
+) -> PhaseRun:
     """The last phase of the finished ``run`` once more, with ``config``."""
     around = Surroundings(
         config=config,
@@ -216,7 +219,7 @@ def _last_phase(run: Run, config: Config, phases: dict[str, Splits]) -> PhaseRun
         cache_dir=run.cache_dir,
         device=run.device,
         model=run.model,
-        stop=lambda: False,
+        stop=stop,
     )
     name = list(config.schedule)[-1]
     return PhaseRun(around, name, phases[name])
@@ -243,13 +246,18 @@ def loader_speed(run: Run, phases: dict[str, Splits]) -> float:
 
 
 def evaluation_speed(run: Run, phases: dict[str, Splits]) -> float:
-    """Images a second that an evaluation goes through."""
-    phase = _last_phase(run, run.config, phases)
-    start = time.perf_counter()
+    """Images a second that an evaluation goes through, once its workers have started."""
+    loaded: list[float] = []
+
+    def stop() -> bool:
+        loaded.append(time.perf_counter())  # an evaluation asks this whenever a batch has been loaded
+        return False
+
+    phase = _last_phase(run, run.config, phases, stop=stop)
     results = phase.evaluate(run.model)
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
-    return results["num_images"] / max(time.perf_counter() - start, 1e-9)
+    return results["num_images"] / max(time.perf_counter() - loaded[0], 1e-9)
 
 
 def cost(

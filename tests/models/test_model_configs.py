@@ -1,0 +1,40 @@
+"""Every YAML of the group ``model``: complete, and a network comes of it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import yaml
+
+from segkit.config import config_dir
+from segkit.targets import instantiate, locate
+
+FILES = sorted(config_dir().glob("model/**/*.yaml"))
+STRIDES = {"coplenet": 1, "smp": 4, "deeplabv3plus": 4, "deeplabv3plus_lite": 4, "deeplabv3plus_tiny": 4}
+
+
+def test_the_group() -> None:
+    assert {path.stem for path in FILES} == set(STRIDES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_lists_all_arguments(path) -> None:
+    """Hydra refuses a misspelt key only where the file names every right one."""
+    node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    parameters = set(inspect.signature(locate(node.pop("_target_"))).parameters)
+    assert set(node) == parameters - {"num_classes"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_builds(path) -> None:
+    node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if node.get("encoder_weights") == "imagenet" and path.stem != "deeplabv3plus_lite":
+        node["encoder_weights"] = "none"  # no download in a test
+    net = instantiate(node, {"num_classes": 7}, key="model").eval()
+    with torch.no_grad():
+        logits = net(torch.zeros(1, 3, 64, 96))
+    stride = STRIDES[path.stem]
+    assert logits.shape == (1, 7, 64 // stride, 96 // stride)
+    assert len(net.input_mean) == len(net.input_std) == 3

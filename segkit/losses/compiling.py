@@ -32,12 +32,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         nonlocal fast
         if fast is not None:
-            # a failed compilation may leave the first argument, which tile functions overwrite, half done
-            given = arguments[0].clone() if not call.proven else arguments[0]  # type: ignore[attr-defined]
             try:
-                result = fast(*arguments)
-                call.proven = True  # type: ignore[attr-defined]
-                return result
+                return fast(*arguments)
             except Exception as error:
                 fast = None
                 warnings.warn(
@@ -45,8 +41,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                     "the loss is used, with the same numbers but slower (loss.compile_tiles=false avoids the attempt)",
                     stacklevel=2,
                 )
-                arguments = (given, *arguments[1:])
         return function(*arguments)
 
-    call.proven = False  # type: ignore[attr-defined]
     return call

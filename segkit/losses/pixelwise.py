@@ -45,25 +45,22 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
 
 
 def softmax_parts(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(s - max s) (K,P) in place of ``s``, its sum over classes (P,), log p_y (P,)) with p = softmax(s)."""
-    s.sub_(s.amax(0))
+    """(exp(s - max s) (K,P), its sum over classes (P,), log p_y (P,)) with p = softmax(s), ``s`` (K,P), ``y`` (P,)."""
+    s = s - s.amax(0)
     label_s = s.gather(0, y.unsqueeze(0))[0]
-    s.exp_()
-    total = s.sum(0)
+    total = s.exp_().sum(0)
     return s, total, label_s - total.log()
 
 
 def cross_entropy_tile(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s), ``s`` overwritten; the gradient is p - [k = y]."""
+    """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s); the gradient is p_k - [k = y]."""
     exps, total, log_py = softmax_parts(s, y)
-    at_label = y.unsqueeze(0)
     gradient = exps.mul_(1 / total)
-    gradient.scatter_(0, at_label, gradient.gather(0, at_label) - 1)
-    return -log_py, gradient
+    return -log_py, gradient.scatter_(0, y.unsqueeze(0), torch.expm1(log_py)[None])
 
 
 def weighted_cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s), ``s`` overwritten.
+    """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
 
     q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K (as torch defines it); the gradient is p_k sum(q) - q_k.
     """
@@ -128,7 +125,7 @@ class CrossEntropyLoss(PixelLoss):
 
 
 def focal_tile(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s), ``s`` overwritten.
+    """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
 
     With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] - p_k):
     written so that gamma < 1 has no pole at p_y = 1.
@@ -139,8 +136,7 @@ def focal_tile(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     scale = q**gamma
     slope = scale * (gamma * (1 - q) * r - 1)
     gradient = exps.mul_(-slope / total)
-    at_label = y.unsqueeze(0)
-    return -scale * log_py, gradient.scatter_(0, at_label, gradient.gather(0, at_label) + slope)
+    return -scale * log_py, gradient.scatter_(0, y.unsqueeze(0), (slope * q)[None])
 
 
 class FocalLoss(PixelLoss):

@@ -25,7 +25,6 @@ from segkit.losses.tiles import (
     fill_columns,
     read_labels,
     row_tiles,
-    rows_per_tile,
     sum_dtype,
     tile_logits,
 )
@@ -38,12 +37,9 @@ def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[T
 
 def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
     """(index of the tile, probabilities (K,P), labels (P,), void pixels); see ``segkit.losses.tiles``."""
-    _, num_classes, height, width = logits.shape
-    rows = rows_per_tile(num_classes, height, width, logits.device)
-    scratch = torch.empty(num_classes, rows * width, dtype=compute_dtype(logits), device=logits.device)
     for n, band in row_tiles(logits):
         label, void = read_labels(target[n, band], ignore_index)
-        p = torch.softmax(tile_logits(logits[n, :, band], void, scratch), 0)
+        p = torch.softmax(tile_logits(logits[n, :, band], void), 0)
         yield (n, slice(None), band), fill_columns(p, void), label, void
 
 

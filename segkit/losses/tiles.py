@@ -4,7 +4,7 @@ A loss that is a sum over pixels needs one visit per pixel: value and gradient c
 autograd would only store and reread what is already known. Here the logits are cut into tiles of (K, pixels) that
 stay in the cache, each is handed to a *tile function*, and the gradient is kept for the backward pass.
 
-A tile function takes a private copy of the logits of P pixels and may overwrite it:
+A tile function takes the logits of P pixels, which it must not write to:
 
     tile(s (K,P) float32 or float64, label (P,) int64 in [0,K), *parameters) -> loss (P,), gradient (K,P)
 
@@ -27,8 +27,9 @@ from segkit.losses.compiling import compiled
 TileFunction = Callable[..., tuple[Tensor, Tensor]]
 Compute = Callable[[Tensor, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
-TILE_ELEMENTS = 64 * 1024
-"""Logits per tile and thread on a CPU: 256 kB of float32, so that a tile and its temporaries stay in the cache."""
+TILE_ELEMENTS = 256 * 1024
+"""Logits per tile and thread on a CPU: 1 MB of float32. Smaller tiles stay in a faster cache, but each costs some
+forty hand-overs between the threads, which are slow where other processes (data workers) want the cores too."""
 
 ACCELERATOR_TILE_ELEMENTS = 16 * 1024 * 1024
 """Logits per tile elsewhere: 64 MB of float32, so that launches cost nothing and temporaries little memory."""
@@ -119,6 +120,11 @@ def not_on_cpu(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
+def mask_of(values: Tensor, other: Tensor | float) -> Tensor:
+    """1 where ``values`` equals ``other``, else 0, in the dtype of ``values``."""
+    return torch.eq(values, other, out=torch.empty_like(values, memory_format=torch.contiguous_format))
+
+
 def sum_dtype(logits: Tensor) -> torch.dtype:
     """float64 on a CPU, where it is free; elsewhere the dtype of the computation."""
     return torch.float64 if logits.device.type == "cpu" else compute_dtype(logits)
@@ -168,13 +174,22 @@ def fill_columns(matrix: Tensor, void: Tensor | None, value: float = 0.0) -> Ten
     return matrix.index_fill_(-1, void, value)
 
 
-def tile_logits(part: Tensor, void: Tensor | None, scratch: Tensor) -> Tensor:
-    """(K,P) private copy of ``part`` (K, rows, W) in ``scratch``; nothing of a void pixel, nan included, gets in.
+def tile_logits(part: Tensor, void: Tensor | None) -> Tensor:
+    """(K,P) of ``part`` (K, rows, W) for a tile function: a view where that is possible, else a copy.
 
-    A void pixel becomes (1, 0, ..., 0): a unique maximum, so that it takes no path reserved for ties.
+    Nothing of a void pixel, nan included, gets in: it becomes (1, 0, ..., 0), a unique maximum, so that it takes no
+    path reserved for ties.
     """
-    s = scratch[:, : part[0].numel()]
-    s.view(part.shape).copy_(part)
+    s = part.to(compute_dtype(part)).flatten(1)
+    if void is None:
+        return s
+    if s.data_ptr() == part.data_ptr():
+        s = s.clone(memory_format=torch.contiguous_format)
+    return fill_void(s, void)
+
+
+def fill_void(s: Tensor, void: Tensor | None) -> Tensor:
+    """``s`` (K,P) with (1, 0, ..., 0) at the void pixels, in place."""
     fill_columns(s, void)
     fill_columns(s[0], void, 1.0)
     return s
@@ -195,15 +210,12 @@ def run_tiles(
     ``gradient_scale`` times the gradient of that sum is written to ``gradient`` (N,K,H,W), the loss of every pixel
     to ``losses`` (N,H,W), where these are given.
     """
-    _, num_classes, height, width = logits.shape
-    rows = rows_per_tile(num_classes, height, width, logits.device)
     total = torch.zeros((), dtype=sum_dtype(logits), device=logits.device)
-    scratch = torch.empty(num_classes, rows * width, dtype=compute_dtype(logits), device=logits.device)
     scale = gradient_scale * torch.full((), rule.scale, dtype=compute_dtype(logits), device=logits.device)
     for n, band in row_tiles(logits):
         part = logits[n, :, band]
         label, void = read_labels(target[n, band], ignore_index)
-        loss, slope = rule.function(tile_logits(part, void, scratch), label, *rule.parameters)
+        loss, slope = rule.function(tile_logits(part, void), label, *rule.parameters)
         fill_columns(loss, void)
         total += loss.sum(dtype=total.dtype)
         if losses is not None:

@@ -29,6 +29,7 @@ from segkit.losses.tiles import (
     compute_dtype,
     divides_early,
     fill_columns,
+    fill_void,
     pixels_per_tile,
     positive,
     read_labels,
@@ -133,9 +134,7 @@ def band_sums(
         slopes = None
         for i, term in enumerate(terms):
             label, void = read_labels(label_block, term.ignore_index)
-            s = block if i == len(terms) - 1 else block.clone()
-            fill_columns(s, void)
-            fill_columns(s[0], void, 1.0)
+            s = block if void is None else fill_void(block.clone(), void)
             loss, slope = term.rule.function(s, label, *term.rule.parameters)
             totals[i] += fill_columns(loss, void).sum(dtype=totals.dtype)
             if whole is not None:

@@ -47,9 +47,11 @@ def example(num_classes, seed=0):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_classes", [2, 3, 7, 19])
-def test_equals_the_double_loop(form, num_classes):
+@pytest.mark.parametrize(("num_classes", "factor"), [(2, 1), (3, 1), (3, 20), (7, 1), (9, 20), (19, 1)])
+def test_equals_the_double_loop(form, num_classes, factor):
+    """``factor`` 20: margins too large for the quick way to sum softplus."""
     logits, target, rho_k0, rho_0k = example(num_classes)
+    rho_0k = rho_0k * factor
     loss = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form=form)
     leaf = logits.clone().requires_grad_()
     value = loss(leaf, target)
@@ -64,6 +66,22 @@ def test_gradcheck(form):
     logits, target, rho_k0, rho_0k = example(5)
     loss = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form=form)
     assert torch.autograd.gradcheck(lambda s: loss(s, target), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("certain", [0.0, 3.0, 12.0, 20.0])
+@pytest.mark.parametrize("factor", [0.0, 1.0, 5.0])
+def test_float32_keeps_small_losses(form, certain, factor):
+    """The value of a nearly perfect model is a sum of tiny terms: none may drown in a 1."""
+    logits, target, rho_k0, rho_0k = example(19)
+    logits = logits / 3 + certain * torch.nn.functional.one_hot(target.clamp(max=18), 19).movedim(-1, 1)
+    loss = MarginCalibrationLoss(rho_k0=rho_k0 * factor, rho_0k=rho_0k * factor, form=form)
+    leaf, low = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    value, low_value = loss(leaf, target), loss(low, target)
+    value.backward()
+    low_value.backward()
+    assert low_value.item() == pytest.approx(value.item(), rel=2e-5)
+    torch.testing.assert_close(low.grad.double(), leaf.grad, rtol=1e-4, atol=1e-9)
 
 
 def test_golden_values():

@@ -35,6 +35,7 @@ SMALL = (
     "model.num_groups=2",
     "model.dropout=[0,0,0,0,0]",
 )
+STARTED: list[subprocess.Popen] = []
 pytestmark = pytest.mark.slow
 
 
@@ -47,7 +48,20 @@ def start(folder: Path, *overrides: str, ranks: int = 2, torchrun: tuple[str, ..
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "a") as log:
-        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind():
+    """End what a failed test has left running."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()  # torchrun then ends its ranks
+            process.wait(timeout=60)
 
 
 def finish(folder: Path, *overrides: str, **options) -> str:

@@ -57,7 +57,19 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     minutes = float(os.environ.get("SEGKIT_RANK_TIMEOUT_MINUTES", "30"))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store outlives a restart, and with it the addresses of ranks that are dead.
+        attempt = f"segkit/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-of-{world_size}"
+        store = dist.PrefixStore(attempt, agent_store())
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=minutes),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
     yield
     # Not after an error: to leave in good order would mean to wait for ranks that wait for this one.
     dist.destroy_process_group()

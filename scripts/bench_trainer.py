@@ -1,6 +1,7 @@
 """The trainer's images a second against a bare loop over the same model, loss and tensors, in one run.
 
     python scripts/bench_trainer.py [--model deeplabv3plus_tiny] [--size 128 192] [--batch 8] [--steps 20] [--repeats 5]
+    python scripts/bench_trainer.py --checkpoint 50    # what a checkpoint every 50 steps costs, for --model and --size
 
 Both loops run in turns, and the table shows medians over the turns and their ratio. The batches are in memory, so
 what is measured is the trainer itself: learning rate, logging, metrics.jsonl, the look at the loss, progress.
@@ -63,16 +64,8 @@ def bare_loop(model, loss, optimizer, batches, *, steps: int, mixed: Mixed) -> f
 def trainer_loop(model, loss, optimizer, batches, *, steps: int, mixed: Mixed, log_every: int) -> float:
     """Images a second of the trainer, without its evaluation and its checkpoint at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            loss=loss,
-            optimizer=optimizer,
-            settings=Settings(phase="bench", num_steps=steps + 1, seed=0, log_every=log_every),
-            mixed=mixed,
-            tracker=Tracker(Path(folder), phase="bench", num_steps=steps + 1),
-            folder=Path(folder),
-            validate=lambda model, step: {"mean_iou": 0.0},
-            config={},
+        trainer = make_trainer(
+            model, loss, optimizer, Path(folder), num_steps=steps + 1, mixed=mixed, log_every=log_every
         )
         start = time.perf_counter()
         # one batch short of the last step: fit then returns without evaluating or saving
@@ -80,6 +73,38 @@ def trainer_loop(model, loss, optimizer, batches, *, steps: int, mixed: Mixed, l
         seconds = time.perf_counter() - start
         trainer.tracker.close()
     return steps * len(batches[0].names) / seconds
+
+
+def checkpoint_stall(model, loss, optimizer, batches, *, mixed: Mixed, interval: int, repeats: int) -> str:
+    """Seconds of writing last.pt (hashed, flushed to the disk) beside those of ``interval`` steps of the bare loop."""
+    speed = bare_loop(model, loss, optimizer, batches, steps=10, mixed=mixed)
+    seconds = []
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # not /tmp, which may lie in memory
+        trainer = make_trainer(model, loss, optimizer, Path(folder), num_steps=1, mixed=mixed, log_every=1)
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            trainer.save()
+            seconds.append(time.perf_counter() - start)
+        size = (Path(folder) / "checkpoints" / "last.pt").stat().st_size
+    write = statistics.median(seconds[1:])
+    training = interval * len(batches[0].names) / speed
+    share = f"{interval} steps take {training:.1f} s: {write / training:.2%}"
+    return f"checkpoint of {size / 2**20:.0f} MiB in {write:.3f} s; {share}"
+
+
+def make_trainer(model, loss, optimizer, folder: Path, *, num_steps: int, mixed: Mixed, log_every: int) -> Trainer:
+    """A trainer with nothing to evaluate."""
+    return Trainer(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        settings=Settings(phase="bench", num_steps=num_steps, seed=0, log_every=log_every),
+        mixed=mixed,
+        tracker=Tracker(folder, phase="bench", num_steps=num_steps),
+        folder=folder,
+        validate=lambda model, step: {"mean_iou": 0.0},
+        config={},
+    )
 
 
 def main() -> None:
@@ -92,6 +117,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpoint", type=int, metavar="INTERVAL", help="measure the writing of checkpoints instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
@@ -102,14 +128,18 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
     batches = make_batches(arguments)
     bare_loop(model, loss, optimizer, batches, steps=3, mixed=mixed)
+    if arguments.checkpoint:
+        options = {"mixed": mixed, "interval": arguments.checkpoint, "repeats": arguments.repeats}
+        print(f"{arguments.model}: {checkpoint_stall(model, loss, optimizer, batches, **options)}")
+        return
     bare, ours = [], []
     for _ in range(arguments.repeats):
         bare.append(bare_loop(model, loss, optimizer, batches, steps=arguments.steps, mixed=mixed))
-        ours.append(
-            trainer_loop(model, loss, optimizer, batches, steps=arguments.steps, mixed=mixed, log_every=10)
-        )
+        ours.append(trainer_loop(model, loss, optimizer, batches, steps=arguments.steps, mixed=mixed, log_every=10))
     ratios = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
-    print(f"{arguments.model}, {arguments.batch} x {arguments.size}, {arguments.precision}, {arguments.threads} threads")
+    print(
+        f"{arguments.model}, {arguments.batch} x {arguments.size}, {arguments.precision}, {arguments.threads} threads"
+    )
     print(f"bare loop  {statistics.median(bare):8.2f} images/s")
     print(f"trainer    {statistics.median(ours):8.2f} images/s")
     print(f"ratio      {statistics.median(ratios):8.3f}  (median of {arguments.repeats} turns)")

@@ -23,6 +23,8 @@ OVERRIDES = [
     "device=cpu",
     "batch_size=2",
     "dataset.crop=[64,96]",
+    "dataset.reader.num_images=16",
+    "dataset.reader.size=[96,128]",
 ]
 
 
@@ -33,6 +35,8 @@ def trace(folder: Path) -> list[dict]:
     return [{key: record[key] for key in keys if key in record} for record in records]
 
 
+@pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning")  # said on purpose: so few images
+@pytest.mark.filterwarnings("ignore:no training pixel:UserWarning")
 def test_golden_trace(tmp_path, request):
     from segkit import pipeline
 

@@ -130,14 +130,17 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.tracker.truncate(state["metrics_size"], step=self.progress.step, earlier=earlier)
 
-    def save(self) -> None:
-        """Write last.pt. A failed write (disk full) is reported; training goes on, the one before is kept."""
+    def save(self, *, must: bool = False) -> None:
+        """Write last.pt. A failed write (disk full) is told, training goes on, and the one before is kept.
+
+        OSError instead if it ``must`` succeed, because the run ends here.
+        """
         if not distributed.is_main():
             return
         try:
             checkpoint.save_last(self.checkpoints, self.state())
         except OSError as error:
-            if self.progress.step >= self.settings.num_steps:
+            if must:
                 raise
             self.tracker.say(f"warning: {error}")
 
@@ -164,7 +167,7 @@ class Trainer:
                 self._log()
             stopping = distributed.any_rank(self.stop(), self.mixed.device)
             if evaluates or stopping or _due(step, settings.checkpoint_every):
-                self.save()
+                self.save(must=stopping or step == settings.num_steps)
             if stopping:
                 raise Interrupted(f"stopped at step {step} of phase {settings.phase}")
             if evaluates:
@@ -262,7 +265,7 @@ class Trainer:
     def _loading_failed(self, error: Exception) -> NoReturn:
         step, phase = self.progress.step, self.settings.phase
         if step and not self._evaluates():  # else it was saved before its evaluation
-            self.save()
+            self.save(must=True)
         if self.stop():  # a signal to the whole process group ends the loading processes first
             raise Interrupted(f"stopped at step {step} of phase {phase}") from None
         bundle = self._bundle(error, self.names_of(step))

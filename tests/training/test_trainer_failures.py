@@ -54,6 +54,13 @@ def test_a_failed_write_does_not_stop_training(tmp_path, monkeypatch, capsys):
     assert "warning: the checkpoint could not be written" in capsys.readouterr().out
 
 
+def test_a_stop_does_not_claim_what_was_not_saved(tmp_path, monkeypatch):
+    trainer = build(tmp_path / "a", stop=lambda: True)
+    monkeypatch.setattr(torch, "save", lambda *arguments: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\): free some space"):
+        trainer.fit(make_batches)
+
+
 def test_a_non_finite_gradient_stops_before_the_weights_change(tmp_path):
     class SteepAtZero(MeanCrossEntropy):
         """Finite, but its derivative at zero is infinite."""

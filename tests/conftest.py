@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+# Small tensors: more threads only cost, and several test processes would fight for the cores.
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # of the processes that tests start, too
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -19,10 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _few_threads():
-    """Small tensors: more threads than two only cost."""
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -171,3 +171,16 @@ def test_an_exception_of_one_rank_shows_its_traceback(tmp_path):
     assert done.returncode != 0
     assert "KeyError: 'a defect of rank 1'" in done.stderr
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_to_torchrun_saves_once_and_says_so_once(tmp_path):
+    options = ("optimizer=sgd", "limit_steps=100000", "hydra.run.dir=run")
+    process = start(tmp_path / "a", *options, "schedule.train.steps=100000")
+    wait_for_steps(tmp_path / "a", process, 3)
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    log = (tmp_path / "a" / "log").read_text()
+    assert log.count("error: stopped at step") == 1, log
+    step = checkpoint.load_last(tmp_path / "a" / "run" / "train" / "checkpoints")["progress"]["step"]
+    assert f"error: stopped at step {step} of phase train; the state is saved" in log

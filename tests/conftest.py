@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 # Small tensors: more threads only cost, and several test processes would fight for the cores.
 NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # of the processes that tests start, too
+os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)  # of the processes that tests start, too
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

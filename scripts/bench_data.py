@@ -82,7 +82,10 @@ def decode_only(data: SampleSet) -> None:
 
 
 def plain_pipeline(data: SampleSet) -> Callable[[], None]:
-    """What one writes by hand: read, scale the whole pair, pad, crop, flip, colour jitter, stack."""
+    """What one writes by hand: read, scale the whole pair, pad, crop, flip, colour jitter, stack.
+
+    OpenCV reads the image and Pillow the label, as OpenCV does not keep palette indices.
+    """
     lookup = data.table.to_train(np.arange(34, dtype=np.uint8)[None], file="")[0]
     lookup = np.pad(lookup, (0, 256 - 34), constant_values=255)
     transform = albumentations.Compose(
@@ -100,7 +103,7 @@ def plain_pipeline(data: SampleSet) -> Callable[[], None]:
         images, labels = [], []
         for sample in data.samples:
             image = cv2.cvtColor(cv2.imread(str(sample.image)), cv2.COLOR_BGR2RGB)
-            label = lookup[cv2.imread(str(sample.labels[0]), cv2.IMREAD_UNCHANGED)]
+            label = lookup[np.asarray(Image.open(sample.labels[0]))]
             pair = transform(image=image, mask=label)
             images.append(torch.from_numpy(pair["image"].transpose(2, 0, 1).copy()))
             labels.append(torch.from_numpy(pair["mask"]))

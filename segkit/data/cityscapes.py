@@ -72,9 +72,7 @@ def _by_city(root: Path, relative: str, suffix: str, *, archives: str) -> dict[s
     for city in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         for key, path in files_by_id(city, suffix=suffix).items():
             if key in found:
-                raise InputError(
-                    f"{key!r} occurs twice in cityscapes ({found[key]} and {path}); remove one of them"
-                )
+                raise InputError(f"{key!r} occurs twice in cityscapes ({found[key]} and {path}); remove one of them")
             found[key] = path
     if not found:
         raise InputError(

@@ -69,7 +69,7 @@ def make_files(folder: Path, number: int, size: tuple[int, int], suffix: str) ->
     for i in range(number):
         rng = np.random.default_rng(i)
         image, label = folder / f"{i:03d}{suffix}", folder / f"{i:03d}_label.png"
-        Image.fromarray(photograph(rng, *size)).save(image, **({"quality": 92} if suffix == ".jpg" else {}))
+        Image.fromarray(photograph(rng, *size)).save(image, quality=92)  # the quality of JPEGs only
         Image.fromarray(street_label(rng, *size)).save(label)
         samples.append(Sample(name=f"{i:03d}", image=image, labels=(label,)))
     return SampleSet(samples, table=load_table("cityscapes"), name="bench", split="train")
@@ -102,7 +102,9 @@ def plain_pipeline(data: SampleSet) -> Callable[[], None]:
     def run() -> None:
         images, labels = [], []
         for sample in data.samples:
-            image = cv2.cvtColor(cv2.imread(str(sample.image)), cv2.COLOR_BGR2RGB)
+            read = cv2.imread(str(sample.image))
+            assert read is not None, sample.image
+            image = cv2.cvtColor(read, cv2.COLOR_BGR2RGB)
             label = lookup[np.asarray(Image.open(sample.labels[0]))]
             pair = transform(image=image, mask=label)
             images.append(torch.from_numpy(pair["image"].transpose(2, 0, 1).copy()))

@@ -1,6 +1,6 @@
 """The trainer's images a second against a bare loop over the same model, loss and tensors, in one run.
 
-    python scripts/bench_trainer.py [--model deeplabv3plus_tiny] [--size 128 192] [--batch 8] [--steps 20] [--repeats 5]
+    python scripts/bench_trainer.py [--model deeplabv3plus_tiny] [--size 128 192] [--batch 8] [--steps 40] [--repeats 5]
     python scripts/bench_trainer.py --checkpoint 50    # what a checkpoint every 50 steps costs, for --model and --size
 
 Both loops run in turns, and the table shows medians over the turns and their ratio. The batches are in memory, so
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", default="deeplabv3plus_tiny")
     parser.add_argument("--size", type=int, nargs=2, default=[128, 192], metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--threads", type=int, default=2)

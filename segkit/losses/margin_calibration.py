@@ -30,7 +30,7 @@ from segkit.errors import InputError
 from segkit.losses.checks import check_choice
 from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
-from segkit.losses.tiles import PixelLoss, TileRule, mask_of, not_on_cpu
+from segkit.losses.tiles import PixelLoss, TileRule, Workspace, mask_of, not_on_cpu, room
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
 
@@ -44,7 +44,14 @@ BIG = 1e30
 
 
 def margin_tile(
-    s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+    s: Tensor,
+    y: Tensor,
+    work: Workspace | None,
+    rho_k0: Tensor,
+    rho_0k: Tensor,
+    c: float,
+    w_pos: float,
+    small: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of logits ``s`` (K,P) with labels ``y`` (P,): the head of this file.
 
@@ -55,22 +62,23 @@ def margin_tile(
     for the others inside, whose runner-up it is; of r tied runner-ups each pays g_m1 / r. That is a sub-gradient,
     sums to zero and does not depend on the order of the classes.
     """
-    s = s - s.amax(0)
-    is_top = mask_of(s, 0)
+    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
+    is_top = mask_of(s, 0, room(work, 1, s))
     ties = is_top.sum(0)
     alone = mask_of(ties, 1)  # the maximum is unique
-    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max).amax(0)
-    is_second = mask_of(s, second)
+    spare = room(work, 2, s)
+    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=spare).amax(0)
+    is_second = mask_of(s, second, room(work, 3, s))
     gap = -second * alone  # lambda at the maximum
     label_s = s.gather(0, y.unsqueeze(0))[0]
     hit = mask_of(label_s, 0) * alone  # the label is the unique maximum
     label_x = rho_k0[y] - c * (label_s + hit * gap)
     top_x = torch.addcmul(rho_0k @ is_top, gap, alone, value=c)
     x = torch.add(rho_0k[:, None], s, alpha=c, out=s).addcmul_(is_top, gap, value=c)
-    g = torch.sigmoid(x, out=torch.empty_like(x))
+    g = torch.sigmoid(x, out=spare)
 
     # The sum over all classes but a unique maximum, then put right, pixel by pixel, at maximum and label.
-    loss = softplus_sum(x, g, is_top, alone, small)
+    loss = softplus_sum(x, g, is_top, alone, work, small)
     loss = loss - (1 - hit) * F.softplus(torch.addcmul(rho_0k[y], label_s, 1 - hit, value=c), threshold=60.0)
     loss += w_pos * F.softplus(label_x, threshold=60.0) + (alone - hit) * F.softplus(top_x, threshold=60.0)
 
@@ -91,7 +99,7 @@ def margin_tile(
     return loss / c, g
 
 
-def softplus_sum(x: Tensor, g: Tensor, is_top: Tensor, alone: Tensor, small: bool) -> Tensor:
+def softplus_sum(x: Tensor, g: Tensor, is_top: Tensor, alone: Tensor, work: Workspace | None, small: bool) -> Tensor:
     """(P,): sum of softplus(x) (K,P) over the classes that are no unique maximum; ``x`` is overwritten, g = sigmoid(x).
 
     Small margins: exp(x) = g / (1 - g), and one logarithm for eight classes,
@@ -104,9 +112,8 @@ def softplus_sum(x: Tensor, g: Tensor, is_top: Tensor, alone: Tensor, small: boo
     for _ in range(3):
         half = len(q) // 2
         if half:
-            odd = q[2 * half :]
-            upper = q[half : 2 * half]
-            q = torch.addcmul(upper, q[:half], upper + 1)
+            lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
+            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=room(work, 4, upper)), out=lower)
             if len(odd):
                 q[:1].addcmul_(q[:1], odd).add_(odd)
     return torch.log1p(q).sum(0)

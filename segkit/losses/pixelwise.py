@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice, check_inputs, check_labels, check_number
-from segkit.losses.tiles import PixelLoss, TileRule
+from segkit.losses.tiles import PixelLoss, TileRule, Workspace, room
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
 
@@ -44,22 +44,24 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     return torch.from_numpy(weights / weights[present].mean()).float()
 
 
-def softmax_parts(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_parts(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Tensor, Tensor, Tensor]:
     """(exp(s - max s) (K,P), its sum over classes (P,), log p_y (P,)) with p = softmax(s), ``s`` (K,P), ``y`` (P,)."""
-    s = s - s.amax(0)
+    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
     label_s = s.gather(0, y.unsqueeze(0))[0]
     total = s.exp_().sum(0)
     return s, total, label_s - total.log()
 
 
-def cross_entropy_tile(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s); the gradient is p_k - [k = y]."""
-    exps, total, log_py = softmax_parts(s, y)
+    exps, total, log_py = softmax_parts(s, y, work)
     gradient = exps.mul_(1 / total)
     return -log_py, gradient.scatter_(0, y.unsqueeze(0), torch.expm1(log_py)[None])
 
 
-def weighted_cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def weighted_cross_entropy_tile(
+    s: Tensor, y: Tensor, work: Workspace | None, weight: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
 
     q_k = (1 - smoothing) w_y [k = y] + smoothing w_k / K (as torch defines it); the gradient is p_k sum(q) - q_k.
@@ -68,7 +70,7 @@ def weighted_cross_entropy_tile(s: Tensor, y: Tensor, weight: Tensor, smoothing:
     spread = smoothing / len(s) * weight
     top = s.amax(0)
     spread_s = spread @ s - spread.sum() * top
-    exps, total, log_py = softmax_parts(s, y)
+    exps, total, log_py = softmax_parts(s, y, work)
     loss = spread.sum() * total.log() - spread_s - on_label * log_py
     gradient = exps.mul_((on_label + spread.sum()) / total).sub_(spread[:, None])
     at_label = y.unsqueeze(0)
@@ -124,13 +126,13 @@ class CrossEntropyLoss(PixelLoss):
         )
 
 
-def focal_tile(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def focal_tile(s: Tensor, y: Tensor, work: Workspace | None, gamma: float) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
 
     With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] - p_k):
     written so that gamma < 1 has no pole at p_y = 1.
     """
-    exps, total, log_py = softmax_parts(s, y)
+    exps, total, log_py = softmax_parts(s, y, work)
     q = -torch.expm1(log_py)
     r = torch.where(q > 0, log_py / torch.where(q > 0, q, 1), -1)
     scale = q**gamma

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from segkit.losses.checks import check_inputs, check_number
 from segkit.losses.pixelwise import CrossEntropyLoss
 from segkit.losses.tiles import (
+    Workspace,
     compute_dtype,
     fill_columns,
     read_labels,
+    room,
     row_tiles,
     sum_dtype,
     tile_logits,
@@ -37,9 +39,11 @@ def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[T
 
 def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
     """(index of the tile, probabilities (K,P), labels (P,), void pixels); see ``segkit.losses.tiles``."""
+    work = Workspace(logits)
     for n, band in row_tiles(logits):
         label, void = read_labels(target[n, band], ignore_index)
-        p = torch.softmax(tile_logits(logits[n, :, band], void), 0)
+        s = tile_logits(logits[n, :, band], void, work)
+        p = torch.softmax(s, 0, out=room(work, 0, s))
         yield (n, slice(None), band), fill_columns(p, void), label, void
 
 

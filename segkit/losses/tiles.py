@@ -6,7 +6,9 @@ stay in the cache, each is handed to a *tile function*, and the gradient is kept
 
 A tile function takes the logits of P pixels, which it must not write to:
 
-    tile(s (K,P) float32 or float64, label (P,) int64 in [0,K), *parameters) -> loss (P,), gradient (K,P)
+    tile(s (K,P) float32 or float64, label (P,) int64 in [0,K), work, *parameters) -> loss (P,), gradient (K,P)
+
+``work`` is a ``Workspace`` with buffers 0..4 for its temporaries and its result, or None.
 
 Inside, classes are told apart by arithmetic with masks of 0 and 1 in floating point rather than by boolean masks:
 on a CPU the former run at the speed of an addition, the latter about eight times slower.
@@ -42,6 +44,10 @@ class TileRule:
     function: TileFunction
     parameters: tuple[Any, ...]
     scale: float = 1.0
+    use_work: bool = True  # False for compiled functions, which plan their own memory
+
+    def __call__(self, s: Tensor, label: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+        return self.function(s, label, work if self.use_work else None, *self.parameters)
 
 
 class PixelLoss(nn.Module):
@@ -68,7 +74,7 @@ class PixelLoss(nn.Module):
         """The rule for ``logits`` (N,K,..), compiled where that is asked for."""
         rule = self.tile_rule(logits.shape[1], compute_dtype(logits))
         function = compiled(rule.function, wanted=self.compile_tiles, device=logits.device)
-        return TileRule(function, rule.parameters, rule.scale)
+        return TileRule(function, rule.parameters, scale=rule.scale, use_work=function is rule.function)
 
     def denominator(self, target: Tensor) -> Tensor:
         """() float: the number of valid pixels of ``target`` (N,H,W)."""
@@ -120,9 +126,34 @@ def not_on_cpu(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
-def mask_of(values: Tensor, other: Tensor | float) -> Tensor:
+class Workspace:
+    """Buffers for the large temporaries of a tile, reused from tile to tile.
+
+    On a CPU fresh memory costs several times what the arithmetic on it does: every page is mapped, zeroed, unmapped.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._empty = torch.empty(0, dtype=compute_dtype(logits), device=logits.device)
+        self._buffers: dict[int, Tensor] = {}
+
+    def buffer(self, i: int, shape: torch.Size) -> Tensor:
+        """The ``i``-th buffer as a contiguous tensor of ``shape``, with whatever stood there."""
+        numel = shape.numel()
+        if i not in self._buffers or self._buffers[i].numel() < numel:
+            self._buffers[i] = self._empty.new_empty(numel)
+        return self._buffers[i][:numel].view(shape)
+
+
+def room(work: Workspace | None, i: int, like: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like ``like``: buffer ``i`` of ``work``, or a new one without ``work``."""
+    if work is None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return work.buffer(i, like.shape)
+
+
+def mask_of(values: Tensor, other: Tensor | float, out: Tensor | None = None) -> Tensor:
     """1 where ``values`` equals ``other``, else 0, in the dtype of ``values``."""
-    return torch.eq(values, other, out=torch.empty_like(values, memory_format=torch.contiguous_format))
+    return torch.eq(values, other, out=torch.empty_like(values) if out is None else out)
 
 
 def sum_dtype(logits: Tensor) -> torch.dtype:
@@ -174,18 +205,20 @@ def fill_columns(matrix: Tensor, void: Tensor | None, value: float = 0.0) -> Ten
     return matrix.index_fill_(-1, void, value)
 
 
-def tile_logits(part: Tensor, void: Tensor | None) -> Tensor:
+LOGITS = 5
+"""Buffer of a ``Workspace`` for the logits themselves, where they have to be copied."""
+
+
+def tile_logits(part: Tensor, void: Tensor | None, work: Workspace) -> Tensor:
     """(K,P) of ``part`` (K, rows, W) for a tile function: a view where that is possible, else a copy.
 
     Nothing of a void pixel, nan included, gets in: it becomes (1, 0, ..., 0), a unique maximum, so that it takes no
     path reserved for ties.
     """
-    s = part.to(compute_dtype(part)).flatten(1)
-    if void is None:
-        return s
-    if s.data_ptr() == part.data_ptr():
-        s = s.clone(memory_format=torch.contiguous_format)
-    return fill_void(s, void)
+    if void is None and part.dtype == compute_dtype(part) and part[0].is_contiguous():
+        return part.flatten(1)
+    copy = work.buffer(LOGITS, part.shape).copy_(part)
+    return fill_void(copy.flatten(1), void)
 
 
 def fill_void(s: Tensor, void: Tensor | None) -> Tensor:
@@ -211,11 +244,12 @@ def run_tiles(
     to ``losses`` (N,H,W), where these are given.
     """
     total = torch.zeros((), dtype=sum_dtype(logits), device=logits.device)
+    work = Workspace(logits)
     scale = gradient_scale * torch.full((), rule.scale, dtype=compute_dtype(logits), device=logits.device)
     for n, band in row_tiles(logits):
         part = logits[n, :, band]
         label, void = read_labels(target[n, band], ignore_index)
-        loss, slope = rule.function(tile_logits(part, void), label, *rule.parameters)
+        loss, slope = rule(tile_logits(part, void, work), label, work)
         fill_columns(loss, void)
         total += loss.sum(dtype=total.dtype)
         if losses is not None:

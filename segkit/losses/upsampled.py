@@ -22,10 +22,12 @@ from segkit.losses.margin_calibration import MarginCalibrationLoss
 from segkit.losses.resize import Span, spans
 from segkit.losses.sum import SumLoss
 from segkit.losses.tiles import (
+    LOGITS,
     Compute,
     KeptGradient,
     PixelLoss,
     TileRule,
+    Workspace,
     compute_dtype,
     divides_early,
     fill_columns,
@@ -125,21 +127,26 @@ def band_sums(
     """
     num_classes = len(logits)
     dtype = compute_dtype(logits)
+    work = Workspace(logits)
     whole = None if gradient is None else torch.zeros_like(logits, dtype=dtype)
     for rows, columns in blocks(num_classes, target, logits.shape[1:]):
         low = logits[:, rows.first : rows.last, columns.first : columns.last].to(dtype)
         r, c = rows.matrix.to(logits.device, dtype), columns.matrix.to(logits.device, dtype)
-        block = torch.matmul(r, torch.matmul(low, c.T)).flatten(1)
         label_block = target[rows.out, columns.out]
+        block = work.buffer(LOGITS, torch.Size((num_classes, *label_block.shape)))
+        block = torch.matmul(r, torch.matmul(low, c.T), out=block).flatten(1)
         slopes = None
         for i, term in enumerate(terms):
             label, void = read_labels(label_block, term.ignore_index)
-            s = block if void is None else fill_void(block.clone(), void)
-            loss, slope = term.rule.function(s, label, *term.rule.parameters)
+            last = i == len(terms) - 1
+            loss, slope = term.rule(fill_void(block if last else block.clone(), void), label, work)
             totals[i] += fill_columns(loss, void).sum(dtype=totals.dtype)
             if whole is not None:
                 fill_columns(slope, void)
-                slopes = slope.mul_(factors[i]) if slopes is None else slopes.addcmul_(slope, factors[i])
+                if slopes is None:  # the next term would overwrite its workspace
+                    slopes = slope.mul_(factors[i]) if last else slope * factors[i]
+                else:
+                    slopes.addcmul_(slope, factors[i])
         if whole is not None and slopes is not None:
             back = torch.matmul(torch.matmul(r.T, slopes.view(num_classes, *label_block.shape)), c)
             whole[:, rows.first : rows.last, columns.first : columns.last] += back

@@ -175,7 +175,7 @@ def train(*arguments: str) -> tuple[int, str, float]:
     [
         ("schedle=single", "error: there is no key schedle: did you mean schedule?"),
         ("loss.tua=3", "error: there is no key loss.tua: did you mean loss.tau?"),
-        ("schedule.train.epohcs=3", "did you mean schedule.train.epochs?"),
+        ("schedule.pretrain.epohcs=3", "did you mean schedule.pretrain.epochs?"),
         ("seed=abc", "error: seed=abc is not allowed: value 'abc' of type 'str' could not be converted to Integer"),
         ("dataset=cityscape", "error: dataset=cityscape is not an option: did you mean dataset=cityscapes?"),
         ("precision=fp8", "error: precision=fp8 is not allowed: invalid value 'fp8', expected one of"),

@@ -39,9 +39,12 @@ def test_a_sweep_with_a_job_that_fails(tmp_path):
     logs = [(tmp_path / "sweep" / str(number) / "log.txt").read_text() for number in range(3)]
     assert ["taken from the cache" in log for log in logs] == [False, True, True]
 
-    again = sweep(tmp_path, "loss.upsilon=1.0,2.0")  # the finished jobs are not trained again
-    assert again.returncode == 0
-    assert "phase pretrain: finished already" in (tmp_path / "sweep" / "0" / "log.txt").read_text()
+    again = sweep(tmp_path, "loss.upsilon=1.0,1e-9,2.0")  # goes on in the same folders: nothing is trained twice
+    assert again.returncode == 1
+    states = [job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())]
+    assert states == ["finished", "failed", "finished"]
+    for number in (0, 2):
+        assert "phase pretrain: finished already" in (tmp_path / "sweep" / str(number) / "log.txt").read_text()
 
 
 def test_jobs_must_be_positive(tmp_path):

@@ -259,17 +259,20 @@ def _joined(held: list[Batch], *, pin_memory: bool) -> Batch:
 
 def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Yield ``items[i] for i in todo`` in this order, computed by ``workers`` processes (0: by this one)."""
-    loader = DataLoader(
-        items,
-        batch_size=None,
-        sampler=todo,
-        num_workers=min(workers, len(todo)),
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        prefetch_factor=PREFETCH if min(workers, len(todo)) else None,
-        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if min(workers, len(todo)) else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
-    )
+    with warnings.catch_warnings():
+        # How many workers pay depends on the files and the disk; the user's number stands.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            sampler=todo,
+            num_workers=min(workers, len(todo)),
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            prefetch_factor=PREFETCH if min(workers, len(todo)) else None,
+            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if min(workers, len(todo)) else None,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
+        )
     with warnings.catch_warnings():
         # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)

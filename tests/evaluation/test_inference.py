@@ -192,7 +192,7 @@ def test_maps_at_stride_1_are_summed_up_and_give_the_same():
         model, images, (64, 96), window=(999936, 999936), overlap=0, gaussian=False, flip=True, scales=inference.scales
     )
     found = probabilities(inference, model, images, (64, 96))
-    torch.testing.assert_close(found, expected.float().detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, expected.float().detach(), rtol=2e-3, atol=1e-3)
 
 
 def test_a_single_scale_other_than_1_without_a_window():

@@ -1,7 +1,8 @@
 """Gradient checkpointing: blocks whose activations are computed again in the backward pass instead of kept.
 
-T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input only; loss, gradients,
-buffers and random numbers are those of the plain network.
+T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input, and the outputs of those
+of its convolutions that are dear to compute and small to keep; loss, gradients, buffers and random numbers are those
+of the plain network.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from segkit.errors import InputError
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+DEAR_OUTPUT = 512
+"""Multiplications for one output element from which on a narrowing convolution's output is kept."""
 RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
 
 
@@ -42,9 +45,17 @@ def enable_grad_checkpointing(model: nn.Module) -> int:
             "grad_checkpointing=false"
         )
     for block in blocks:
+        _write_nothing_in_place(block)
         cls: Any = type(block)
         block.__class__ = _checkpointed_class(cls)
     return len(blocks)
+
+
+def _write_nothing_in_place(block: nn.Module) -> None:
+    """Let the layers of ``block`` leave their inputs alone: an output that is kept must not be written to."""
+    for layer in block.modules():
+        if getattr(layer, "inplace", False) is True:
+            vars(layer).update(inplace=False)
 
 
 def _listed_blocks(model: nn.Module) -> list[nn.Module] | None:
@@ -153,8 +164,36 @@ def _is_random(block: nn.Module, num_arguments: int) -> bool:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of the first computation and of the second, in which running statistics stay as they are."""
-    return nullcontext(), _frozen_statistics(block)
+    """Contexts of the first computation and of the second.
+
+    In the second, running statistics stay as they are, and outputs that the first kept are taken from there.
+    """
+    if not any(isinstance(layer, nn.Conv2d) and _is_dear(layer.weight) for layer in block.modules()):
+        return nullcontext(), _frozen_statistics(block)
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _both(_frozen_statistics(block), second)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _is_dear(weight: torch.Tensor) -> bool:
+    """True for the weight (outputs, inputs per group, height, width) of a convolution whose output is worth keeping.
+
+    Its output is dear to compute and small to keep: an element costs one multiplication for each input channel and
+    each place of the kernel, and there are fewer channels than in the input. The narrowing 1x1 convolution of a wide
+    bottleneck is nearly half of the bottleneck's work, and its output a tenth of what the bottleneck would keep.
+    """
+    return weight.shape[0] < weight.shape[1] and weight[0].numel() >= DEAR_OUTPUT
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation is torch.ops.aten.convolution.default and _is_dear(args[1]):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None, 
     ``total`` is taken from ``len(iterable)`` where that is known.
     """
     if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
+        with suppress(TypeError):  # the length of some iterables is known only at their end
+            total = len(iterable)
     if is_terminal():
         yield from _bar(iterable, description, total)
     else:

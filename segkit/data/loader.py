@@ -269,7 +269,9 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             num_workers=min(workers, len(todo)),
             pin_memory=pin_memory and torch.cuda.is_available(),
             prefetch_factor=PREFETCH if min(workers, len(todo)) else None,
-            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn") if min(workers, len(todo)) else None,
+            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
+            if min(workers, len(todo))
+            else None,
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )

@@ -12,13 +12,14 @@ rewards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from segkit.losses.checks import check_inputs, check_number
+from segkit.losses.parallel import each
 from segkit.losses.pixelwise import CrossEntropyLoss
 from segkit.losses.tiles import (
     Workspace,
@@ -37,14 +38,18 @@ def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[T
     return _SoftCounts.apply(logits, target, ignore_index)
 
 
-def _tiles(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
-    """(index of the tile, probabilities (K,P), labels (P,), void pixels); see ``segkit.losses.tiles``."""
-    work = Workspace(logits)
-    for n, band in row_tiles(logits):
+def _over_tiles(logits: Tensor, target: Tensor, ignore_index: int, do: Callable[..., Any]) -> list[Any]:
+    """``do(index of the tile, probabilities (K,P), labels (P,), void pixels)`` of every tile, in order."""
+
+    def tile(place: tuple[int, slice], work: Workspace) -> Any:
+        n, band = place
         label, void = read_labels(target[n, band], ignore_index)
         s = tile_logits(logits[n, :, band], void, work)
         p = torch.softmax(s, 0, out=room(work, 0, s))
-        yield (n, slice(None), band), fill_columns(p, void), label, void
+        return do((n, slice(None), band), fill_columns(p, void), label, void)
+
+    with torch.autocast(logits.device.type, enabled=False):
+        return each(row_tiles(logits), tile, lambda: Workspace(logits), split=logits.device.type == "cpu")
 
 
 class _SoftCounts(torch.autograd.Function):
@@ -54,14 +59,18 @@ class _SoftCounts(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, target)
         ctx.ignore_index = ignore_index
-        hits, mass, size = torch.zeros(3, logits.shape[1], dtype=sum_dtype(logits), device=logits.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            for _, p, label, void in _tiles(logits, target, ignore_index):
-                mass += p.sum(1)  # void columns of p are 0
-                hits.scatter_add_(0, label, p.gather(0, label[None])[0].to(hits.dtype))
-                valid = fill_columns(torch.ones(label.shape, dtype=size.dtype, device=size.device), void)
-                size.scatter_add_(0, label, valid)
-        hits, mass, size = (v.to(compute_dtype(logits)) for v in (hits, mass, size))
+        kind = sum_dtype(logits)
+
+        def count(_: Any, p: Tensor, label: Tensor, void: Tensor | None) -> Tensor:
+            found = torch.zeros(3, logits.shape[1], dtype=kind, device=logits.device)
+            found[0].scatter_add_(0, label, p.gather(0, label[None])[0].to(kind))
+            found[1] = p.sum(1)  # void columns of p are 0
+            valid = fill_columns(torch.ones(label.shape, dtype=kind, device=logits.device), void)
+            found[2].scatter_add_(0, label, valid)
+            return found
+
+        parts = _over_tiles(logits, target, ignore_index, count)
+        hits, mass, size = torch.stack(parts).sum(0).to(compute_dtype(logits))
         ctx.mark_non_differentiable(size)
         return hits, mass, size
 
@@ -70,14 +79,16 @@ class _SoftCounts(torch.autograd.Function):
     def backward(ctx: Any, d_hits: Tensor, d_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        with torch.autocast(logits.device.type, enabled=False):
-            for where, p, label, _void in _tiles(logits, target, ctx.ignore_index):
-                # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
-                at_label = label[None]
-                label_p, label_hits = p.gather(0, at_label), d_hits[at_label]
-                mean = d_mass @ p + (label_p * label_hits)[0]
-                slope = p.mul_(d_mass[:, None] - mean).scatter_add_(0, at_label, label_p * label_hits)
-                gradient[where] = slope.view_as(gradient[where])
+
+        def write(where: Any, p: Tensor, label: Tensor, _void: Tensor | None) -> None:
+            # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
+            at_label = label[None]
+            label_slope = p.gather(0, at_label) * d_hits[at_label]
+            mean = d_mass @ p + label_slope[0]
+            slope = torch.sub(d_mass[:, None], mean).mul_(p).scatter_add_(0, at_label, label_slope)
+            gradient[where] = slope.view_as(gradient[where])
+
+        _over_tiles(logits, target, ctx.ignore_index, write)
         return gradient, None, None
 
 

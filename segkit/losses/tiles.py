@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from segkit.losses.checks import check_inputs
 from segkit.losses.compiling import compiled
+from segkit.losses.parallel import each
 
 TileFunction = Callable[..., tuple[Tensor, Tensor]]
 Compute = Callable[[Tensor, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
 TILE_ELEMENTS = 256 * 1024
-"""Logits per tile and thread on a CPU: 1 MB of float32. Smaller tiles stay in a faster cache, but each costs some
-forty hand-overs between the threads, which are slow where other processes (data workers) want the cores too."""
+"""Logits per tile on a CPU: 1 MB of float32. Smaller tiles stay in a faster cache but pay more for every call."""
 
 ACCELERATOR_TILE_ELEMENTS = 16 * 1024 * 1024
 """Logits per tile elsewhere: 64 MB of float32, so that launches cost nothing and temporaries little memory."""
@@ -163,8 +163,7 @@ def sum_dtype(logits: Tensor) -> torch.dtype:
 
 def pixels_per_tile(num_classes: int, device: torch.device) -> int:
     """P: how many pixels of ``num_classes`` logits make a tile."""
-    cpu = TILE_ELEMENTS * torch.get_num_threads()
-    return max(1, (cpu if device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS) // num_classes)
+    return max(1, (TILE_ELEMENTS if device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS) // num_classes)
 
 
 def rows_per_tile(num_classes: int, height: int, width: int, device: torch.device) -> int:
@@ -243,20 +242,24 @@ def run_tiles(
     ``gradient_scale`` times the gradient of that sum is written to ``gradient`` (N,K,H,W), the loss of every pixel
     to ``losses`` (N,H,W), where these are given.
     """
-    total = torch.zeros((), dtype=sum_dtype(logits), device=logits.device)
-    work = Workspace(logits)
     scale = gradient_scale * torch.full((), rule.scale, dtype=compute_dtype(logits), device=logits.device)
-    for n, band in row_tiles(logits):
+    kind = sum_dtype(logits)
+
+    def tile(place: tuple[int, slice], work: Workspace) -> Tensor:
+        n, band = place
         part = logits[n, :, band]
         label, void = read_labels(target[n, band], ignore_index)
         loss, slope = rule(tile_logits(part, void, work), label, work)
         fill_columns(loss, void)
-        total += loss.sum(dtype=total.dtype)
         if losses is not None:
             losses[n, band] = loss.view(part.shape[1:]) * rule.scale
         if gradient is not None:
             fill_columns(slope, void)
             torch.mul(slope.view(part.shape), scale, out=gradient[n, :, band])
+        return loss.sum(dtype=kind)
+
+    sums = each(row_tiles(logits), tile, lambda: Workspace(logits), split=rule.use_work and logits.device.type == "cpu")
+    total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=kind, device=logits.device)
     return total * rule.scale
 
 

@@ -19,6 +19,7 @@ from segkit.errors import InputError
 from segkit.losses.checks import check_inputs, shape
 from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margin_calibration import MarginCalibrationLoss
+from segkit.losses.parallel import each
 from segkit.losses.resize import Span, spans
 from segkit.losses.sum import SumLoss
 from segkit.losses.tiles import (
@@ -127,30 +128,39 @@ def band_sums(
     """
     num_classes = len(logits)
     dtype = compute_dtype(logits)
-    work = Workspace(logits)
-    whole = None if gradient is None else torch.zeros_like(logits, dtype=dtype)
-    for rows, columns in blocks(num_classes, target, logits.shape[1:]):
+
+    def tile(place: tuple[Span, Span], work: Workspace) -> tuple[list[Tensor], Tensor | None]:
+        rows, columns = place
         low = logits[:, rows.first : rows.last, columns.first : columns.last].to(dtype)
         r, c = rows.matrix.to(logits.device, dtype), columns.matrix.to(logits.device, dtype)
         label_block = target[rows.out, columns.out]
         block = work.buffer(LOGITS, torch.Size((num_classes, *label_block.shape)))
         block = torch.matmul(r, torch.matmul(low, c.T), out=block).flatten(1)
-        slopes = None
+        sums, slopes = [], None
         for i, term in enumerate(terms):
             label, void = read_labels(label_block, term.ignore_index)
             last = i == len(terms) - 1
             loss, slope = term.rule(fill_void(block if last else block.clone(), void), label, work)
-            totals[i] += fill_columns(loss, void).sum(dtype=totals.dtype)
-            if whole is not None:
+            sums.append(fill_columns(loss, void).sum(dtype=totals.dtype))
+            if gradient is not None:
                 fill_columns(slope, void)
                 if slopes is None:  # the next term would overwrite its workspace
                     slopes = slope.mul_(factors[i]) if last else slope * factors[i]
                 else:
                     slopes.addcmul_(slope, factors[i])
-        if whole is not None and slopes is not None:
-            back = torch.matmul(torch.matmul(r.T, slopes.view(num_classes, *label_block.shape)), c)
+        if slopes is None:
+            return sums, None
+        return sums, torch.matmul(torch.matmul(r.T, slopes.view(num_classes, *label_block.shape)), c)
+
+    places = list(blocks(num_classes, target, logits.shape[1:]))
+    split = logits.device.type == "cpu" and all(term.rule.use_work for term in terms)
+    results = each(places, tile, lambda: Workspace(logits), split=split)
+    whole = torch.zeros_like(logits, dtype=dtype)
+    for (rows, columns), (sums, back) in zip(places, results, strict=True):
+        totals += torch.stack(sums)
+        if back is not None:  # blocks overlap by the inputs that reach both
             whole[:, rows.first : rows.last, columns.first : columns.last] += back
-    if gradient is not None and whole is not None:
+    if gradient is not None:
         gradient.copy_(whole)
 
 

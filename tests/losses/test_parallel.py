@@ -56,7 +56,7 @@ def test_an_error_reaches_the_caller(threads):
     "loss",
     [
         UpsampledLoss(MarginCalibrationLoss(rho_k0=torch.zeros(5), rho_0k=torch.linspace(0, 2, 5))),
-        UpsampledLoss(DiceLoss()),
+        DiceLoss(),
         CrossEntropyLoss(),
     ],
     ids=["banded margin calibration", "Dice", "cross-entropy"],
@@ -64,7 +64,7 @@ def test_an_error_reaches_the_caller(threads):
 def test_the_number_of_threads_does_not_change_a_bit(loss, threads, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 500)
     generator = torch.Generator().manual_seed(0)
-    size = (32, 28) if isinstance(loss, CrossEntropyLoss) else (8, 7)
+    size = (8, 7) if isinstance(loss, UpsampledLoss) else (32, 28)
     logits = torch.randn(2, 5, *size, generator=generator)
     target = torch.randint(5, (2, 32, 28), generator=generator)
     found = []

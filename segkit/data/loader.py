@@ -278,6 +278,7 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
     with warnings.catch_warnings():
         # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         iterator = iter(loader)
     try:
         for batch in iterator:

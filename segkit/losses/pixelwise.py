@@ -69,7 +69,7 @@ def weighted_cross_entropy_tile(
     on_label = (1 - smoothing) * weight[y]
     spread = smoothing / len(s) * weight
     top = s.amax(0)
-    spread_s = spread @ s - spread.sum() * top
+    spread_s = (s * spread[:, None]).sum(0) - spread.sum() * top
     exps, total, log_py = softmax_parts(s, y, work)
     loss = spread.sum() * total.log() - spread_s - on_label * log_py
     gradient = exps.mul_((on_label + spread.sum()) / total).sub_(spread[:, None])

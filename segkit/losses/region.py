@@ -45,7 +45,9 @@ def _over_tiles(logits: Tensor, target: Tensor, ignore_index: int, do: Callable[
         n, band = place
         label, void = read_labels(target[n, band], ignore_index)
         s = tile_logits(logits[n, :, band], void, work)
-        p = torch.softmax(s, 0, out=room(work, 0, s))
+        # not torch.softmax, whose last bits depend on the number of threads
+        p = torch.sub(s, s.amax(0), out=room(work, 0, s)).exp_()
+        p.mul_(1 / p.sum(0))
         return do((n, slice(None), band), fill_columns(p, void), label, void)
 
     with torch.autocast(logits.device.type, enabled=False):
@@ -84,8 +86,10 @@ class _SoftCounts(torch.autograd.Function):
             # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
             at_label = label[None]
             label_slope = p.gather(0, at_label) * d_hits[at_label]
-            mean = d_mass @ p + label_slope[0]
-            slope = torch.sub(d_mass[:, None], mean).mul_(p).scatter_add_(0, at_label, label_slope)
+            slope = p * d_mass[:, None]
+            # a sum, not a matrix-vector product: the latter may round differently from one call to the next
+            mean = slope.sum(0) + label_slope[0]
+            slope.scatter_add_(0, at_label, label_slope).addcmul_(p, mean, value=-1)
             gradient[where] = slope.view_as(gradient[where])
 
         _over_tiles(logits, target, ctx.ignore_index, write)

@@ -1,11 +1,11 @@
 """Losses for semantic segmentation; each keeps the contract that tests/losses/test_contract.py checks."""
 
 from segkit.losses.checks import check_inputs, check_labels, lift_binary
-from segkit.losses.diagnostics import epsilon, margin_sums, summarise
+from segkit.losses.diagnostics import LAMBDA_EDGES, epsilon, margin_sums, summarise
 from segkit.losses.lovasz import LovaszSoftmaxLoss
 from segkit.losses.margin_calibration import MarginCalibrationLoss, margin_calibration
 from segkit.losses.margins import MarginOffsets, margin_offsets, margin_ratios
-from segkit.losses.observed import ObservedLoss
+from segkit.losses.observed import ObservedLoss, add_sums
 from segkit.losses.pixelwise import (
     CrossEntropyLoss,
     FocalLoss,
@@ -18,6 +18,7 @@ from segkit.losses.sum import SumLoss
 from segkit.losses.upsampled import UpsampledLoss
 
 __all__ = [
+    "LAMBDA_EDGES",
     "CrossEntropyLoss",
     "DiceLoss",
     "FocalLoss",
@@ -31,6 +32,7 @@ __all__ = [
     "SumLoss",
     "TverskyLoss",
     "UpsampledLoss",
+    "add_sums",
     "check_inputs",
     "check_labels",
     "class_weights",

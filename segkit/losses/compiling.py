@@ -1,9 +1,9 @@
-"""Tile functions compiled by torch.compile, where that is asked for and possible.
+"""Losses compiled by torch.compile, where that is asked for and possible.
 
-``compile_tiles`` of a loss: True compiles its tile function (seconds, once per process and number of classes),
-False does not, None compiles on a CUDA device with Triton and not elsewhere. Both ways compute the same numbers up
-to rounding. On a CPU the plain form already costs less than torch's own cross-entropy, so waiting for a compiler
-is worth it only in long runs; on a GPU every operation of the plain form is a trip through the device's memory.
+``compile_tiles`` of a loss: True compiles it (5 to 15 seconds, once per process and number of classes), False does not,
+None compiles on a CUDA device with Triton and not elsewhere. Both ways compute the same numbers up to rounding. On a
+CPU the plain form costs two to three times the compiled one, a few per cent of a training step: waiting for a compiler
+is worth it in long runs. On a GPU every operation of the plain form is a trip through the device's memory.
 """
 
 from __future__ import annotations
@@ -16,31 +16,43 @@ from typing import Any
 
 import torch
 
+# Temporaries are to live in registers. By default the compiler stores what is read often or took many operations,
+# which for a loss means several arrays of the size of the logits.
+OPTIONS = {"realize_reads_threshold": 10**6, "realize_opcount_threshold": 10**6, "realize_acc_reads_threshold": 10**6}
 
-def compiled(function: Callable[..., Any], *, wanted: bool | None, device: torch.device) -> Callable[..., Any]:
-    """``function``, or its compiled form; see the head of this file."""
+
+class Compiler:
+    """Whether compilation has failed in this process: it is then not tried again."""
+
+    failed = False
+
+
+def wants_compiler(wanted: bool | None, device: torch.device) -> bool:
+    """Whether a loss on ``device`` is to be compiled; see the head of this file."""
+    if Compiler.failed:
+        return False
     if wanted is None:
-        wanted = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return _compiled(function) if wanted else function
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return wanted
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` under torch.compile; the plain form, with one warning, if compilation fails."""
-    fast: Callable[..., Any] | None = torch.compile(function, dynamic=True)
+def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+    """``function`` under torch.compile; its result is None where compilation fails or has failed before."""
+    fast = torch.compile(function, dynamic=dynamic, options=OPTIONS)  # type: ignore[call-overload]
 
     def call(*arguments: Any) -> Any:
-        nonlocal fast
-        if fast is not None:
-            try:
-                return fast(*arguments)
-            except Exception as error:
-                fast = None
-                warnings.warn(
-                    f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}): the plain form of "
-                    "the loss is used, with the same numbers but slower (loss.compile_tiles=false avoids the attempt)",
-                    stacklevel=2,
-                )
-        return function(*arguments)
+        if Compiler.failed:
+            return None
+        try:
+            return fast(*arguments)
+        except Exception as error:
+            Compiler.failed = True
+            warnings.warn(
+                f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}): the plain form of "
+                "the loss is used, with the same numbers but slower (loss.compile_tiles=false avoids the attempt)",
+                stacklevel=2,
+            )
+            return None
 
     return call

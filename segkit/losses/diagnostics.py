@@ -28,6 +28,8 @@ from segkit.losses.tiles import compute_dtype
 FIXED_MARGIN = 1.0
 STRIDE = 8
 """Every 8th row and column of the labels enters: 1/64 of the pixels."""
+LAMBDA_EDGES = np.sinh(np.arange(-30, 31) / 6)
+"""Edges (61,) of the bins in which lambda_y is counted: fine around 0, which is one of them; up to 74 logits."""
 
 
 def rho_margin_loss(margin: Tensor, rho: Tensor) -> Tensor:
@@ -53,16 +55,17 @@ def margin_sums(
     ignore_index: int = 255,
     stride: int = STRIDE,
 ) -> dict[str, Tensor]:
-    """Sums over every ``stride``-th row and column of a batch, each (K,) float64; add them over batches and ranks.
+    """Sums over every ``stride``-th row and column of a batch, float64; add them over batches and ranks.
 
     ``logits`` (N,K,h,w) may be below the resolution of ``target`` (N,H,W): they are interpolated at the chosen
-    pixels only. Without margins (None) the margins are 0. The keys:
+    pixels only. Without margins (None) the margins are 0. The keys, each (K,) but the last:
 
     pixels       pixels of class k                 margin       sum of lambda_ik over them
     loss_k0      sum of phi_{rho_k0}(lambda_ik) over the pixels of class k; loss_k0_fixed: with FIXED_MARGIN
     loss_0k      sum of phi_{rho_0k}(-lambda_ik) over the pixels of other classes; loss_0k_fixed: with FIXED_MARGIN
     inside_k0    pixels of class k with lambda_ik < rho_k0
     inside_0k    pixels of other classes with -lambda_ik < rho_0k
+    histogram    (K, 60): pixels of class k by lambda_ik, in bins (low, high] of LAMBDA_EDGES; the outer two are open
     """
     num_classes = logits.shape[1]
     stand_in = logits.new_empty(()).expand(len(target), num_classes, *target.shape[1:])
@@ -90,7 +93,16 @@ def margin_sums(
         "loss_0k_fixed": total(rho_margin_loss(-lam, fixed), ~own),
         "inside_k0": total((lam < rho_k0).to(lam.dtype), own),
         "inside_0k": total((-lam < rho_0k).to(lam.dtype), ~own),
+        "histogram": _histogram(lam, label),
     }
+
+
+def _histogram(lam: Tensor, label: Tensor) -> Tensor:
+    """How often lambda_y lies in each bin of LAMBDA_EDGES, (K, bins) float64, of ``lam`` (K,P) and ``label`` (P,)."""
+    inner = torch.as_tensor(LAMBDA_EDGES[1:-1], dtype=lam.dtype, device=lam.device)
+    bins = torch.bucketize(lam.gather(0, label[None])[0], inner)
+    size = (len(lam), len(LAMBDA_EDGES) - 1)
+    return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).double()
 
 
 def _scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Tensor:

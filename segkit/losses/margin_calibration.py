@@ -23,100 +23,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice
 from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
-from segkit.losses.tiles import PixelLoss, TileRule, Workspace, mask_of, not_on_cpu, room
+from segkit.losses.margin_tile import SMALL_MARGIN, margin_dense, margin_tile
+from segkit.losses.tiles import PixelLoss, TileRule
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
 
 FORMS = ("paper", "reference")
-
-
-SMALL_MARGIN = 4.0
-"""Margins (times c) up to which exp(x) = g / (1 - g) is exact to float32 for g = sigmoid(x), x <= margin."""
-
-BIG = 1e30
-
-
-def margin_tile(
-    s: Tensor,
-    y: Tensor,
-    work: Workspace | None,
-    rho_k0: Tensor,
-    rho_0k: Tensor,
-    c: float,
-    w_pos: float,
-    small: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P) of logits ``s`` (K,P) with labels ``y`` (P,): the head of this file.
-
-    ``rho_k0`` and ``rho_0k`` (K,) are margins times c; ``small`` says that no rho_0k exceeds SMALL_MARGIN. With
-    g_y = -w_pos sigmoid(c x_y), g_k = sigmoid(c x_k) and G their sum, the gradient is g_k, except 2 g_m1 - G at the
-    maximum and g_m2 - g_m1 at the runner-up. Tied scores share equally what one of them would get: of t > 1 tied
-    maxima each pays (G - G_M) / t for the classes outside the tie (G_M: sum of g inside) and (G_M - g_k) / (t - 1)
-    for the others inside, whose runner-up it is; of r tied runner-ups each pays g_m1 / r. That is a sub-gradient,
-    sums to zero and does not depend on the order of the classes.
-    """
-    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
-    is_top = mask_of(s, 0, room(work, 1, s))
-    ties = is_top.sum(0)
-    alone = mask_of(ties, 1)  # the maximum is unique
-    spare = room(work, 2, s)
-    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=spare).amax(0)
-    is_second = mask_of(s, second, room(work, 3, s))
-    gap = -second * alone  # lambda at the maximum
-    label_s = s.gather(0, y.unsqueeze(0))[0]
-    hit = mask_of(label_s, 0) * alone  # the label is the unique maximum
-    label_x = rho_k0[y] - c * (label_s + hit * gap)
-    top_x = torch.addcmul(rho_0k @ is_top, gap, alone, value=c)
-    x = torch.add(rho_0k[:, None], s, alpha=c, out=s).addcmul_(is_top, gap, value=c)
-    g = torch.sigmoid(x, out=spare)
-
-    # The sum over all classes but a unique maximum, then put right, pixel by pixel, at maximum and label.
-    loss = softplus_sum(x, g, is_top, alone, work, small)
-    loss = loss - (1 - hit) * F.softplus(torch.addcmul(rho_0k[y], label_s, 1 - hit, value=c), threshold=60.0)
-    loss += w_pos * F.softplus(label_x, threshold=60.0) + (alone - hit) * F.softplus(top_x, threshold=60.0)
-
-    label_g = -w_pos * torch.sigmoid(label_x)
-    g.scatter_(0, y.unsqueeze(0), label_g[None])
-    outside = g.sum(0)
-    if not_on_cpu(g) or bool((ties > 1).any()):
-        at_top = torch.mul(g, is_top, out=x)
-        inside = at_top.sum(0)
-        share = (1 - alone) / (ties - 1).clamp(min=1)
-        g.addcmul_(at_top, share)
-        outside += ties * share * inside
-    else:
-        inside = torch.lerp(torch.sigmoid(top_x), label_g, hit)
-    outside -= inside
-    g.addcmul_(is_top, outside / ties, value=-1)
-    g.addcmul_(is_second, inside * alone / is_second.sum(0).clamp(min=1), value=-1)
-    return loss / c, g
-
-
-def softplus_sum(x: Tensor, g: Tensor, is_top: Tensor, alone: Tensor, work: Workspace | None, small: bool) -> Tensor:
-    """(P,): sum of softplus(x) (K,P) over the classes that are no unique maximum; ``x`` is overwritten, g = sigmoid(x).
-
-    Small margins: exp(x) = g / (1 - g), and one logarithm for eight classes,
-    sum log(1 + e) = log1p(prod(1 + e) - 1), with q = prod(1 + e) - 1 built up as q + e + q e: nothing cancels.
-    """
-    if not small:
-        return F.softplus(x.addcmul_(is_top, alone, value=-BIG), threshold=60.0).sum(0)
-    below = torch.sub(1, g, out=x).addcmul_(is_top, alone, value=BIG)
-    q = torch.div(g, below, out=below)
-    for _ in range(3):
-        half = len(q) // 2
-        if half:
-            lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
-            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=room(work, 4, upper)), out=lower)
-            if len(odd):
-                q[:1].addcmul_(q[:1], odd).add_(odd)
-    return torch.log1p(q).sum(0)
 
 
 class MarginCalibrationLoss(PixelLoss):
@@ -160,7 +78,7 @@ class MarginCalibrationLoss(PixelLoss):
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
         c, w_pos, divisor = (math.log(2.0), 1, 1) if self.form == "paper" else (1.0, num_classes, num_classes)
         parameters = (c * self.rho_k0.to(dtype), c * self.rho_0k.to(dtype), c, float(w_pos), self.small)
-        return TileRule(margin_tile, parameters, scale=1 / divisor)
+        return TileRule(margin_tile, margin_dense, parameters, scale=1 / divisor)
 
     def diagnostics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Sums (K,) of ``segkit.losses.diagnostics.margin_sums`` at the margins of this loss."""

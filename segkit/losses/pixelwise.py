@@ -59,6 +59,21 @@ def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Te
     return -log_py, gradient.scatter_(0, y.unsqueeze(0), torch.expm1(log_py)[None])
 
 
+def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[k = y] (..,K,P), log p (..,K,P), log p_y (..,1,P) and p_y - 1 (..,1,P) of ``s`` (..,K,P), ``y`` (..,P)."""
+    is_label = torch.arange(s.shape[-2], device=s.device, dtype=y.dtype)[:, None] == y.unsqueeze(-2)
+    s = s - s.amax(-2, keepdim=True)
+    log_p = s - s.exp().sum(-2, keepdim=True).log()
+    log_py = torch.where(is_label, log_p, 0.0).sum(-2, keepdim=True)
+    return is_label, log_p, log_py, torch.expm1(log_py)
+
+
+def cross_entropy_dense(s: Tensor, y: Tensor, work: None) -> tuple[Tensor, Tensor]:
+    """``cross_entropy_tile`` without indices, for a compiler."""
+    is_label, log_p, log_py, off = softmax_dense(s, y)
+    return -log_py.squeeze(-2), torch.where(is_label, off, log_p.exp())
+
+
 def weighted_cross_entropy_tile(
     s: Tensor, y: Tensor, work: Workspace | None, weight: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -75,6 +90,15 @@ def weighted_cross_entropy_tile(
     gradient = exps.mul_((on_label + spread.sum()) / total).sub_(spread[:, None])
     at_label = y.unsqueeze(0)
     return loss, gradient.scatter_(0, at_label, gradient.gather(0, at_label) - on_label)
+
+
+def weighted_cross_entropy_dense(
+    s: Tensor, y: Tensor, work: None, weight: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """``weighted_cross_entropy_tile`` without indices, for a compiler."""
+    is_label, log_p, _, _ = softmax_dense(s, y)
+    q = torch.where(is_label, (1 - smoothing) * weight[:, None], 0.0) + (smoothing / s.shape[-2] * weight)[:, None]
+    return -(q * log_p).sum(-2), log_p.exp() * q.sum(-2, keepdim=True) - q
 
 
 class CrossEntropyLoss(PixelLoss):
@@ -107,9 +131,11 @@ class CrossEntropyLoss(PixelLoss):
 
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
         if self.weight is None and self.label_smoothing == 0.0:
-            return TileRule(cross_entropy_tile, ())
+            return TileRule(cross_entropy_tile, cross_entropy_dense)
         weight = torch.ones(num_classes) if self.weight is None else self.weight
-        return TileRule(weighted_cross_entropy_tile, (weight.to(dtype), self.label_smoothing))
+        return TileRule(
+            weighted_cross_entropy_tile, weighted_cross_entropy_dense, (weight.to(dtype), self.label_smoothing)
+        )
 
     def denominator(self, target: Tensor) -> Tensor:
         """() float: valid pixels of ``target`` (N,H,W), or the sum of their class weights."""
@@ -133,12 +159,24 @@ def focal_tile(s: Tensor, y: Tensor, work: Workspace | None, gamma: float) -> tu
     written so that gamma < 1 has no pole at p_y = 1.
     """
     exps, total, log_py = softmax_parts(s, y, work)
+    q, scale, slope = focal_slope(log_py, gamma)
+    gradient = exps.mul_(-slope / total)
+    return -scale * log_py, gradient.scatter_(0, y.unsqueeze(0), (slope * q)[None])
+
+
+def focal_slope(log_py: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q = 1 - p_y, q^gamma and q^gamma (gamma p_y r - 1), see ``focal_tile``, in the shape of ``log_py``."""
     q = -torch.expm1(log_py)
     r = torch.where(q > 0, log_py / torch.where(q > 0, q, 1), -1)
     scale = q**gamma
-    slope = scale * (gamma * (1 - q) * r - 1)
-    gradient = exps.mul_(-slope / total)
-    return -scale * log_py, gradient.scatter_(0, y.unsqueeze(0), (slope * q)[None])
+    return q, scale, scale * (gamma * (1 - q) * r - 1)
+
+
+def focal_dense(s: Tensor, y: Tensor, work: None, gamma: float) -> tuple[Tensor, Tensor]:
+    """``focal_tile`` without indices, for a compiler."""
+    is_label, log_p, log_py, _ = softmax_dense(s, y)
+    q, scale, slope = focal_slope(log_py, gamma)
+    return -(scale * log_py).squeeze(-2), slope * torch.where(is_label, q, -log_p.exp())
 
 
 class FocalLoss(PixelLoss):
@@ -152,7 +190,7 @@ class FocalLoss(PixelLoss):
         self.gamma = check_number(gamma, "gamma", low=0.0)
 
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
-        return TileRule(focal_tile, (self.gamma,))
+        return TileRule(focal_tile, focal_dense, (self.gamma,))
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, ignore_index={self.ignore_index}"

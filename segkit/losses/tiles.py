@@ -16,6 +16,8 @@ on a CPU the former run at the speed of an addition, the latter about eight time
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.losses.checks import check_inputs
-from segkit.losses.compiling import compiled
+from segkit.losses.compiling import compiled, wants_compiler
 from segkit.losses.parallel import each
 
 TileFunction = Callable[..., tuple[Tensor, Tensor]]
@@ -39,15 +41,54 @@ ACCELERATOR_TILE_ELEMENTS = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class TileRule:
-    """A tile function, its parameters, and a factor for both of its results."""
+    """A tile function, its parameters, and a factor for both of its results.
+
+    ``dense`` gives the same results for logits (..,K,P) and labels (..,P), in a form that a compiler can fuse.
+    """
 
     function: TileFunction
-    parameters: tuple[Any, ...]
+    dense: TileFunction
+    parameters: tuple[Any, ...] = ()
     scale: float = 1.0
-    use_work: bool = True  # False for compiled functions, which plan their own memory
+    compile: bool = False
 
     def __call__(self, s: Tensor, label: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-        return self.function(s, label, work if self.use_work else None, *self.parameters)
+        if self.compile:
+            found = compiled(self.dense, dynamic=True)(s, label, None, *self.parameters)
+            if found is not None:
+                return found
+        return self.function(s, label, work, *self.parameters)
+
+    def at_once(
+        self, logits: Tensor, target: Tensor, *, ignore_index: int, gradient_scale: Tensor | float
+    ) -> tuple[Tensor, Tensor] | None:
+        """Sum () and gradient of all tiles in one compiled call, as ``run_tiles``; None if that is not to be had."""
+        if not self.compile:
+            return None
+        dtype = compute_dtype(logits)
+        scale = gradient_scale * torch.full((), self.scale, dtype=dtype, device=logits.device)
+        found = compiled(_whole(self.dense))(logits, target, ignore_index, scale, dtype, *self.parameters)
+        if found is None:
+            return None
+        losses, gradient = found
+        return losses.sum(dtype=sum_dtype(logits)) * self.scale, gradient
+
+
+@functools.cache
+def _whole(dense: TileFunction) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``dense`` of whole batches (N,K,H,W) with void pixels: loss (N,HW), gradient times ``scale`` (N,K,H,W)."""
+
+    def whole(
+        logits: Tensor, target: Tensor, ignore_index: int, scale: Tensor, dtype: torch.dtype, *parameters: Any
+    ) -> tuple[Tensor, Tensor]:
+        label = target.flatten(1)
+        valid = label != ignore_index
+        label = torch.where(valid, label, 0).int()  # half as wide: compared with every class
+        loss, gradient = dense(logits.flatten(2).to(dtype), label, None, *parameters)
+        gradient = torch.where(valid.unsqueeze(1), gradient * scale, 0.0)
+        return torch.where(valid, loss, 0.0), gradient.to(logits.dtype).view(logits.shape)
+
+    return whole
 
 
 class PixelLoss(nn.Module):
@@ -73,8 +114,7 @@ class PixelLoss(nn.Module):
     def rule_for(self, logits: Tensor) -> TileRule:
         """The rule for ``logits`` (N,K,..), compiled where that is asked for."""
         rule = self.tile_rule(logits.shape[1], compute_dtype(logits))
-        function = compiled(rule.function, wanted=self.compile_tiles, device=logits.device)
-        return TileRule(function, rule.parameters, scale=rule.scale, use_work=function is rule.function)
+        return dataclasses.replace(rule, compile=wants_compiler(self.compile_tiles, logits.device))
 
     def denominator(self, target: Tensor) -> Tensor:
         """() float: the number of valid pixels of ``target`` (N,H,W)."""
@@ -92,16 +132,16 @@ class PixelLoss(nn.Module):
         rule, divisor = self.rule_for(logits), positive(denominator)
 
         def compute(given: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            gradient = torch.empty_like(given) if wanted else None
             early = divides_early(given)
-            total = run_tiles(
-                given,
-                target,
-                ignore_index=self.ignore_index,
-                rule=rule,
-                gradient=gradient,
-                gradient_scale=1 / divisor.to(compute_dtype(given)) if early else 1.0,
-            )
+            options = {
+                "ignore_index": self.ignore_index,
+                "gradient_scale": 1 / divisor.to(compute_dtype(given)) if early else 1.0,
+            }
+            found = rule.at_once(given, target, **options) if wanted else None
+            if found is None:
+                gradient = torch.empty_like(given) if wanted else None
+                found = run_tiles(given, target, rule=self.rule_for(given), gradient=gradient, **options), gradient
+            total, gradient = found
             return (total / divisor).to(compute_dtype(given)), gradient, None if early else divisor
 
         return KeptGradient.apply(logits, compute)
@@ -258,7 +298,8 @@ def run_tiles(
             torch.mul(slope.view(part.shape), scale, out=gradient[n, :, band])
         return loss.sum(dtype=kind)
 
-    sums = each(row_tiles(logits), tile, lambda: Workspace(logits), split=rule.use_work and logits.device.type == "cpu")
+    split = logits.device.type == "cpu" and not rule.compile  # a compiled call has threads of its own
+    sums = each(row_tiles(logits), tile, lambda: Workspace(logits), split=split)
     total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=kind, device=logits.device)
     return total * rule.scale
 

@@ -153,7 +153,7 @@ def band_sums(
         return sums, torch.matmul(torch.matmul(r.T, slopes.view(num_classes, *label_block.shape)), c)
 
     places = list(blocks(num_classes, target, logits.shape[1:]))
-    split = logits.device.type == "cpu" and all(term.rule.use_work for term in terms)
+    split = logits.device.type == "cpu" and not any(term.rule.compile for term in terms)
     results = each(places, tile, lambda: Workspace(logits), split=split)
     whole = torch.zeros_like(logits, dtype=dtype)
     for (rows, columns), (sums, back) in zip(places, results, strict=True):

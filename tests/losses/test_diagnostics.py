@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from segkit.errors import InputError
 from segkit.losses import (
+    LAMBDA_EDGES,
     CrossEntropyLoss,
     DiceLoss,
     MarginCalibrationLoss,
@@ -43,12 +44,14 @@ def by_loop(logits, target):
     """The sums, pixel by pixel and class by class."""
     sums = {key: [0.0] * 4 for key in ("pixels", "margin", "loss_k0", "loss_0k", "loss_k0_fixed", "loss_0k_fixed")}
     sums |= {"inside_k0": [0.0] * 4, "inside_0k": [0.0] * 4}
+    sums["histogram"] = [[0.0] * (len(LAMBDA_EDGES) - 1) for _ in range(4)]
     for s, y in zip(logits.movedim(1, -1).reshape(-1, 4).tolist(), target.flatten().tolist(), strict=True):
         for k in range(4) if y != 255 else ():
             lam = s[k] - max(s[j] for j in range(4) if j != k)
             if k == y:
                 sums["pixels"][k] += 1
                 sums["margin"][k] += lam
+                sums["histogram"][k][sum(lam > edge for edge in LAMBDA_EDGES[1:-1])] += 1
                 sums["loss_k0"][k] += phi(lam, float(RHO_K0[k]))
                 sums["loss_k0_fixed"][k] += phi(lam, 1.0)
                 sums["inside_k0"][k] += lam < RHO_K0[k]
@@ -63,6 +66,17 @@ def test_sums_are_those_of_a_loop():
     logits, target = example()
     found = margin_sums(logits, target, rho_k0=RHO_K0, rho_0k=RHO_0K, stride=1)
     torch.testing.assert_close(found, by_loop(logits, target))
+
+
+def test_bins_of_lambda_show_what_is_wrong():
+    """0 is an edge, a tie counts as wrong, and what lies outside is in the outer bins."""
+    target = torch.zeros(1, 1, 4, dtype=torch.int64)
+    logits = torch.zeros(1, 2, 1, 4)
+    logits[0, 0, 0] = torch.tensor([0.0, 0.01, 1e6, -1e6])
+    histogram = margin_sums(logits, target, stride=1)["histogram"]
+    assert histogram[1].sum() == 0
+    assert histogram[0].nonzero().flatten().tolist() == [0, 29, 30, 59]
+    assert LAMBDA_EDGES[30] == 0
 
 
 def test_rho_margin_loss():

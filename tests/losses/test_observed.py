@@ -31,3 +31,13 @@ def test_the_loss_is_the_same_and_the_sums_add_up(with_margins):
         torch.testing.assert_close(value, expected[name])
     assert observed.take() == {}
     assert torch.equal(observed.denominator(target), plain.denominator(target))
+
+
+def test_only_some_calls_are_looked_at():
+    """One in three, and the first after the sums were taken."""
+    observed = ObservedLoss(UpsampledLoss(CrossEntropyLoss()), every=3)
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    for calls, looked_at in ((7, 3), (1, 1), (3, 1)):
+        for _ in range(calls):
+            observed(torch.randn(1, 3, 8, 8), target)
+        assert observed.take()["pixels"].tolist() == [looked_at, 0, 0]  # one pixel of 8 x 8 enters

@@ -52,6 +52,22 @@ def test_tile_size_does_not_matter(name, ties, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("form", ["paper", "reference"])
+@pytest.mark.parametrize("factor", [1.0, 10.0])  # small margins and large ones are computed in different ways
+def test_a_tie_changes_nothing_for_its_neighbours(form, factor):
+    """Tiles with ties take another path: every pixel must get what it gets alone."""
+    loss = MarginCalibrationLoss(rho_k0=torch.linspace(0, 0.2, 5), rho_0k=factor * torch.linspace(0, 3, 5), form=form)
+    logits, target = example((1, 6, 20), ties=True)
+    _, together = value_and_gradient(loss, logits, target)
+    num_valid = (target != 255).sum()
+    tied = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert 0 < tied.sum() < tied.numel()
+    for row, column in [(r, c) for r in range(6) for c in range(20)]:
+        place = (slice(None), slice(None), slice(row, row + 1), slice(column, column + 1))
+        _, alone = value_and_gradient(loss, logits[place], target[:, row : row + 1, column : column + 1])
+        torch.testing.assert_close(together[place] * num_valid, alone, rtol=1e-12, atol=1e-14)
+
+
 def test_gradient_survives_the_number_of_pixels_in_half_precision():
     """g / n lies below what float16 can hold: kept un-normalised and scaled later, it is still exact."""
     logits, target = example((2, 200, 200), torch.float16)
@@ -105,28 +121,27 @@ def test_compiled_is_plain(name, ties, monkeypatch):
 
 def test_failing_compiler_is_said_once_and_changes_nothing(monkeypatch):
     def broken(function, **options):
-        def call(s, *rest):
+        def call(*arguments):
             raise RuntimeError("no compiler here")
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    compiling._compiled.cache_clear()
+    monkeypatch.setattr(compiling.Compiler, "failed", False)
+    compiling.compiled.cache_clear()
     logits, target = example()
     expected = value_and_gradient(margin(compile_tiles=False), logits, target)
     with pytest.warns(UserWarning, match="torch.compile failed .*no compiler here.*same numbers"):
         found = value_and_gradient(margin(compile_tiles=True), logits, target)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     value_and_gradient(margin(compile_tiles=True), logits, target)  # no second warning: warnings are errors here
-    compiling._compiled.cache_clear()
+    compiling.compiled.cache_clear()
 
 
 def test_cpu_is_not_compiled_unless_asked():
-    def function():
-        return None
-
-    assert compiling.compiled(function, wanted=None, device=torch.device("cpu")) is function
-    assert compiling.compiled(function, wanted=False, device=torch.device("cuda")) is function
+    assert not compiling.wants_compiler(None, torch.device("cpu"))
+    assert compiling.wants_compiler(True, torch.device("cpu"))
+    assert not compiling.wants_compiler(False, torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,160 @@
+"""Margin calibration of one tile of pixels: loss and gradient, in three ways that give the same numbers.
+
+``margin_tile`` for the plain path, ``tied_margin_tile`` where scores tie for a maximum, ``margin_dense`` for a compiler.
+All take logits s (K,P) and labels y (P,), margins (K,) times c, and return loss (P,) and gradient (K,P).
+
+With lambda, x and w as in ``segkit.losses.margin_calibration``, g_k = sigmoid(x_k) for k != y, g_y = -w_pos sigmoid(x_y),
+m1 and m2 the classes of the largest score and the runner-up, and G the sum of all g, the gradient is g_k, except
+2 g_m1 - G at m1 and, at m2, g_m2 - g_m1.
+
+Tied scores share equally what one of them would get: of t > 1 tied maxima each pays (G - G_M) / t for the classes
+outside the tie (G_M: sum of g inside) and (G_M - g_k) / (t - 1) for the others inside, whose runner-up it is; of r tied
+runner-ups each pays g_m1 / r. That is a sub-gradient, sums to zero and does not depend on the order of the classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segkit.losses.tiles import Workspace, mask_of, not_on_cpu, room
+
+SMALL_MARGIN = 4.0
+"""Margins (times c) up to which exp(x) = g / (1 - g) is exact to float32 for g = sigmoid(x), x <= margin."""
+
+BIG = 1e30
+
+
+def margin_tile(
+    s: Tensor, y: Tensor, work: Workspace | None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss (P,) and gradient (K,P): the head of this file. ``small``: no rho_0k exceeds SMALL_MARGIN.
+
+    Written for few passes over (K,P): every class is first treated as if it were neither label nor maximum; these two
+    are then put right pixel by pixel.
+    """
+    if not_on_cpu(s):
+        return tied_margin_tile(s, y, work, rho_k0, rho_0k, c, w_pos, small)
+    original, s = s, torch.sub(s, s.amax(0), out=room(work, 0, s))
+    is_top = mask_of(s, 0, room(work, 1, s))
+    count_and_place = torch.stack([torch.ones_like(rho_0k), torch.arange(len(s), dtype=s.dtype)])
+    ties, top = count_and_place @ is_top
+    if float(ties.amax()) > 1:
+        return tied_margin_tile(original, y, work, rho_k0, rho_0k, c, w_pos, small)
+    top = top.long()
+    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=is_top).amax(0)
+    is_second = mask_of(s, second, is_top)
+    label = y.unsqueeze(0)
+    label_s = s.gather(0, label)[0]
+    hit = mask_of(label_s, 0)  # the label is the maximum; lambda there is -second
+    label_x = torch.addcmul(rho_k0[y], label_s - hit * second, hit.new_tensor(-c))
+    top_x = torch.sub(rho_0k[top], second, alpha=c)
+    loss, label_g, top_g = w_pos * softplus(label_x), -w_pos * torch.sigmoid(label_x), torch.sigmoid(top_x)
+    loss = loss.addcmul_(softplus(top_x), 1 - hit)
+
+    x = torch.add(rho_0k[:, None], s, alpha=c, out=s)
+    both = torch.stack([y, top])
+    if small:
+        g = torch.sigmoid(x, out=room(work, 2, s)).scatter_(0, both, 0.0)
+        loss += small_softplus_sum(g, x, work)
+    else:
+        x.scatter_(0, both, -BIG)
+        g = torch.sigmoid(x, out=room(work, 2, s))
+        loss += softplus(x).sum(0)
+    at_top = torch.lerp(top_g, label_g, hit)
+    elsewhere = g.sum(0).addcmul_(label_g, 1 - hit)
+    g.scatter_(0, label, label_g[None]).scatter_(0, top[None], (at_top - elsewhere)[None])
+    g.addcmul_(is_second, at_top / is_second.sum(0), value=-1)
+    return loss / c, g
+
+
+def tied_margin_tile(
+    s: Tensor, y: Tensor, work: Workspace | None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+) -> tuple[Tensor, Tensor]:
+    """``margin_tile`` for pixels where any number of scores may tie for the maximum."""
+    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
+    is_top = mask_of(s, 0, room(work, 1, s))
+    ties = is_top.sum(0)
+    alone = mask_of(ties, 1)  # the maximum is unique
+    spare = room(work, 2, s)
+    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=spare).amax(0)
+    is_second = mask_of(s, second, room(work, 3, s))
+    gap = -second * alone  # lambda at the maximum
+    label_s = s.gather(0, y.unsqueeze(0))[0]
+    hit = mask_of(label_s, 0) * alone  # the label is the unique maximum
+    label_x = rho_k0[y] - c * (label_s + hit * gap)
+    top_x = torch.addcmul(rho_0k @ is_top, gap, alone, value=c)
+    x = torch.add(rho_0k[:, None], s, alpha=c, out=s).addcmul_(is_top, gap, value=c)
+    g = torch.sigmoid(x, out=spare)
+
+    # The sum over all classes but a unique maximum, then put right, pixel by pixel, at maximum and label.
+    if small:
+        loss = small_softplus_sum(g * (1 - is_top * alone), x, work)
+    else:
+        loss = softplus(x.addcmul_(is_top, alone, value=-BIG)).sum(0)
+    loss = loss - (1 - hit) * softplus(torch.addcmul(rho_0k[y], label_s, 1 - hit, value=c))
+    loss += w_pos * softplus(label_x) + (alone - hit) * softplus(top_x)
+
+    label_g = -w_pos * torch.sigmoid(label_x)
+    g.scatter_(0, y.unsqueeze(0), label_g[None])
+    at_top = torch.mul(g, is_top, out=x)
+    inside = at_top.sum(0)
+    share = (1 - alone) / (ties - 1).clamp(min=1)
+    outside = g.sum(0) + ties * share * inside - inside
+    g.addcmul_(at_top, share)
+    g.addcmul_(is_top, outside / ties, value=-1)
+    g.addcmul_(is_second, inside * alone / is_second.sum(0).clamp(min=1), value=-1)
+    return loss / c, g
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), x itself where float64 could not tell the two apart."""
+    return F.softplus(x, threshold=60.0)
+
+
+def small_softplus_sum(g: Tensor, spare: Tensor, work: Workspace | None) -> Tensor:
+    """(P,): sum over classes of softplus(x) with g = sigmoid(x) (K,P); 0 for a class with g = 0. Small margins only.
+
+    exp(x) = g / (1 - g), and one logarithm for eight classes: sum log(1 + e) = log1p(prod(1 + e) - 1), with
+    q = prod(1 + e) - 1 built up as q + e + q e: nothing cancels. ``spare`` (K,P) is overwritten.
+    """
+    q = torch.sub(1, g, out=spare)
+    q = torch.div(g, q, out=q)
+    for _ in range(3):
+        half = len(q) // 2
+        if half:
+            lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
+            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=room(work, 4, upper)), out=lower)
+            if len(odd):
+                q[:1].addcmul_(q[:1], odd).add_(odd)
+    return torch.log1p(q).sum(0)
+
+
+def margin_dense(
+    s: Tensor, y: Tensor, work: None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+) -> tuple[Tensor, Tensor]:
+    """``margin_tile`` of s (..,K,P) and y (..,P), without indices and buffers: a compiler fuses it into four loops."""
+    is_label = torch.arange(s.shape[-2], device=s.device, dtype=y.dtype)[:, None] == y.unsqueeze(-2)
+    top = s.amax(-2, keepdim=True)
+    is_top = s == top
+    ties = is_top.to(s.dtype).sum(-2, keepdim=True)
+    alone = ties == 1
+    second = torch.where(is_top, torch.finfo(s.dtype).min, s).amax(-2, keepdim=True)
+    is_second = (s == second) & alone
+    gap = torch.where(alone, top - second, 0.0)
+    scaled = c * torch.where(is_top, gap, s - top)
+    x = torch.where(is_label, rho_k0[:, None] - scaled, rho_0k[:, None] + scaled)
+    e = torch.exp(-x.abs())
+    g = torch.where(x >= 0, 1, e) / (1 + e)
+    weight = torch.where(is_label, w_pos, 1.0)
+    loss = (weight * (torch.relu(x) + torch.log1p(e))).sum(-2)
+
+    g = torch.where(is_label, -w_pos, 1.0) * g
+    at_top = torch.where(is_top, g, 0.0)
+    inside = at_top.sum(-2, keepdim=True)
+    share = torch.where(alone, 0.0, 1 / (ties - 1).clamp(min=1))
+    outside = g.sum(-2, keepdim=True) + ties * share * inside - inside
+    runners_up = is_second.to(s.dtype).sum(-2, keepdim=True).clamp(min=1)
+    gradient = g + at_top * share - torch.where(is_top, outside / ties, 0.0)
+    return loss / c, gradient - torch.where(is_second, inside / runners_up, 0.0)

@@ -5,7 +5,8 @@
 Three cases (N,K,H,W): logits at label size, with 19 and with 150 classes, and logits at a quarter of the label size
 that every row up-samples by 4: segkit block by block where the loss allows it, torch all at once.
 
-Time: each loss takes turns with torch's cross-entropy; medians of wall time, and the ratio of the two medians.
+Time: each loss takes turns with torch's cross-entropy, at least --repeats times and for --seconds; median of its wall
+time, and the ratio of that to the median of the cross-entropies between.
 Memory: each row in a process of its own, which makes the inputs, runs the loss once on a tiny input (so that the
 libraries are loaded), and then once on the case: the growth of the process's resident high-water mark. This counts
 everything that the allocator took from the system, the gradient of the logits included, and nothing that was there
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -147,10 +149,15 @@ def step(loss: Loss, logits: Tensor, target: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def time_row(loss: Loss, base: Loss, logits: Tensor, target: Tensor, repeats: int) -> tuple[float, float]:
+def time_row(
+    loss: Loss, base: Loss, logits: Tensor, target: Tensor, *, repeats: int, seconds: float
+) -> tuple[float, float]:
     """Median milliseconds of ``loss`` and of ``base``, taken in turns."""
     times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 2):
+    start = time.perf_counter()
+    for turn in itertools.count():
+        if turn >= repeats + 2 and time.perf_counter() - start > seconds:
+            break
         for way, found in zip((loss, base), times, strict=True):
             seconds = step(way, logits, target)
             if turn >= 2:
@@ -197,7 +204,7 @@ def bench(case: str, arguments: argparse.Namespace) -> list[list[str]]:
         if name != BASE and arguments.only and not any(word.lower() in name.lower() for word in arguments.only):
             continue
         print(f"{case}: {name}", file=sys.stderr, flush=True)
-        own, base = time_row(loss, ways[BASE], logits, target, arguments.repeats)
+        own, base = time_row(loss, ways[BASE], logits, target, repeats=arguments.repeats, seconds=arguments.seconds)
         row = [name, f"{own:.1f}", f"{own / base:.2f}"]
         if arguments.memory:
             megabytes = base_memory if name == BASE else memory_row(case, name, arguments)
@@ -230,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--md", action="store_true", help="Markdown instead of a drawn table")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=4.0, help="spent on a row and its cross-entropies, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", metavar="FILE", help="Python file with make(num_classes) -> loss")
     parser.add_argument("--trained", type=float, default=0.0, metavar="X", help="added to the logit of the label")

@@ -39,7 +39,7 @@ def wants_compiler(wanted: bool | None, device: torch.device) -> bool:
 @functools.cache
 def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
     """``function`` under torch.compile; its result is None where compilation fails or has failed before."""
-    fast = torch.compile(function, dynamic=dynamic, options=OPTIONS)  # type: ignore[call-overload]
+    fast = torch.compile(function, dynamic=dynamic, options=OPTIONS)  # type: ignore[arg-type]
 
     def call(*arguments: Any) -> Any:
         if Compiler.failed:

@@ -28,8 +28,8 @@ from torch import Tensor
 from segkit.errors import InputError
 from segkit.losses.checks import check_choice
 from segkit.losses.diagnostics import margin_sums
-from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
 from segkit.losses.margin_tile import SMALL_MARGIN, margin_dense, margin_tile
+from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
 from segkit.losses.tiles import PixelLoss, TileRule
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]

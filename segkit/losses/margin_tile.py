@@ -1,11 +1,10 @@
 """Margin calibration of one tile of pixels: loss and gradient, in three ways that give the same numbers.
 
-``margin_tile`` for the plain path, ``tied_margin_tile`` where scores tie for a maximum, ``margin_dense`` for a compiler.
-All take logits s (K,P) and labels y (P,), margins (K,) times c, and return loss (P,) and gradient (K,P).
-
-With lambda, x and w as in ``segkit.losses.margin_calibration``, g_k = sigmoid(x_k) for k != y, g_y = -w_pos sigmoid(x_y),
-m1 and m2 the classes of the largest score and the runner-up, and G the sum of all g, the gradient is g_k, except
-2 g_m1 - G at m1 and, at m2, g_m2 - g_m1.
+``margin_tile`` is the plain path, ``tied_margin_tile`` its form where scores tie for a maximum, ``margin_dense`` the
+one for a compiler. All take logits s (K,P), labels y (P,) and margins (K,) times c, and return loss (P,) and gradient
+(K,P). With lambda, x and w as in ``segkit.losses.margin_calibration``, g_k = sigmoid(x_k) for k != y,
+g_y = -w_pos sigmoid(x_y), m1 and m2 the classes of the largest score and the runner-up, and G the sum of all g, the
+gradient is g_k, except 2 g_m1 - G at m1 and, at m2, g_m2 - g_m1.
 
 Tied scores share equally what one of them would get: of t > 1 tied maxima each pays (G - G_M) / t for the classes
 outside the tie (G_M: sum of g inside) and (G_M - g_k) / (t - 1) for the others inside, whose runner-up it is; of r tied

@@ -132,16 +132,19 @@ class PixelLoss(nn.Module):
         rule, divisor = self.rule_for(logits), positive(denominator)
 
         def compute(given: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            gradient: Tensor | None
             early = divides_early(given)
-            options = {
-                "ignore_index": self.ignore_index,
-                "gradient_scale": 1 / divisor.to(compute_dtype(given)) if early else 1.0,
-            }
-            found = rule.at_once(given, target, **options) if wanted else None
-            if found is None:
+            scale = 1 / divisor.to(compute_dtype(given)) if early else 1.0
+            ignore = self.ignore_index
+            fused = rule.at_once(given, target, ignore_index=ignore, gradient_scale=scale) if wanted else None
+            if fused is not None:
+                total, gradient = fused
+            else:
                 gradient = torch.empty_like(given) if wanted else None
-                found = run_tiles(given, target, rule=self.rule_for(given), gradient=gradient, **options), gradient
-            total, gradient = found
+                plain = self.rule_for(given)  # asked again: the compiler may just have failed
+                total = run_tiles(
+                    given, target, ignore_index=ignore, rule=plain, gradient=gradient, gradient_scale=scale
+                )
             return (total / divisor).to(compute_dtype(given)), gradient, None if early else divisor
 
         return KeptGradient.apply(logits, compute)

@@ -2,6 +2,7 @@
 
     python scripts/bench_trainer.py [--model deeplabv3plus_tiny] [--size 128 192] [--batch 8] [--steps 40] [--repeats 5]
     python scripts/bench_trainer.py --checkpoint 50    # what a checkpoint every 50 steps costs, for --model and --size
+    python scripts/bench_trainer.py --diagnostics 10   # what loss.diagnostics=true with log_every=10 costs
 
 Both loops run in turns, and the table shows medians over the turns and their ratio. The batches are in memory, so
 what is measured is the trainer itself: learning rate, logging, metrics.jsonl, the look at the loss, progress.
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from segkit import build
 from segkit.commands.compose import compose
 from segkit.data.loader import Batch
-from segkit.losses import CrossEntropyLoss, UpsampledLoss
+from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss, ObservedLoss, UpsampledLoss
 from segkit.training.optim import parameter_groups
 from segkit.training.precision import Mixed
+from segkit.training.step import split, train_step
 from segkit.training.tracking import Tracker
 from segkit.training.trainer import Settings, Trainer
 
@@ -92,6 +94,26 @@ def checkpoint_stall(model, loss, optimizer, batches, *, mixed: Mixed, interval:
     return f"checkpoint of {size / 2**20:.0f} MiB in {write:.3f} s; {share}"
 
 
+def diagnostics_cost(model, batches, *, mixed: Mixed, every: int, steps: int) -> str:
+    """Seconds of a step with the margin loss, with and without its diagnostics in turns."""
+    margins = torch.full((NUM_CLASSES,), 0.1)
+    plain = UpsampledLoss(MarginCalibrationLoss(rho_k0=margins, rho_0k=margins)).to(mixed.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    for step in range(2 * steps + 4):
+        name, loss = (("without", plain), ("with", ObservedLoss(plain)))[step % 2]
+        parts = split(batches[step // 2 % len(batches)], 1)  # the same batch for both
+        start = time.perf_counter()
+        train_step(model, loss, optimizer, parts, mixed=mixed, scaler=mixed.scaler())  # waits for the loss's value
+        seconds[name].append(time.perf_counter() - start)
+    without, observed = (statistics.median(found[2:]) for found in seconds.values())
+    ratio = statistics.median(b / a for a, b in zip(seconds["without"][2:], seconds["with"][2:], strict=True))
+    return (
+        f"a step takes {without:.4f} s without diagnostics and {observed:.4f} s with them, ratio {ratio:.4f} "
+        f"(medians of {steps} pairs); in one step of {every} they cost {(ratio - 1) / every:.2%} of the training"
+    )
+
+
 def make_trainer(model, loss, optimizer, folder: Path, *, num_steps: int, mixed: Mixed, log_every: int) -> Trainer:
     """A trainer with nothing to evaluate."""
     return Trainer(
@@ -118,6 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpoint", type=int, metavar="INTERVAL", help="measure the writing of checkpoints instead")
+    parser.add_argument("--diagnostics", type=int, metavar="EVERY", help="measure the margin diagnostics instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
@@ -131,6 +154,10 @@ def main() -> None:
     if arguments.checkpoint:
         options = {"mixed": mixed, "interval": arguments.checkpoint, "repeats": arguments.repeats}
         print(f"{arguments.model}: {checkpoint_stall(model, loss, optimizer, batches, **options)}")
+        return
+    if arguments.diagnostics:
+        options = {"mixed": mixed, "every": arguments.diagnostics, "steps": arguments.steps}
+        print(f"{arguments.model}: {diagnostics_cost(model, batches, **options)}")
         return
     bare, ours = [], []
     for _ in range(arguments.repeats):

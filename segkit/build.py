@@ -28,10 +28,13 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     return Segmenter(net)
 
 
-def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> UpsampledLoss | ObservedLoss:
+def build_loss(
+    node: dict[str, Any], counts: LabelCounts, *, ignore_index: int, observe_every: int = 1
+) -> UpsampledLoss | ObservedLoss:
     """The loss of ``node`` with margins or weights from ``counts``, up-sampling logits to the labels' size.
 
-    With ``diagnostics`` in ``node`` it also sums what the margins do (:class:`segkit.losses.ObservedLoss`).
+    With ``diagnostics`` in ``node`` it also sums what the margins do in one call of ``observe_every``
+    (:class:`segkit.losses.ObservedLoss`).
     """
     facts = {
         "class_pixels": counts.class_pixels,
@@ -40,7 +43,7 @@ def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) 
         "ignore_index": ignore_index,
     }
     loss = UpsampledLoss(instantiate(node, facts, key="loss"), banded=node.get("banded"))
-    return ObservedLoss(loss) if node.get("diagnostics") else loss
+    return ObservedLoss(loss, every=observe_every) if node.get("diagnostics") else loss
 
 
 def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:

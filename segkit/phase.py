@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segkit import runtime
+from segkit import charts, runtime
 from segkit.build import build_loss, build_optimizer, evaluation_protocol, train_transform
 from segkit.config import Config, plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.data.transforms import EvalTransform
-from segkit.evaluation import Evaluation, evaluate, to_results
+from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
-from segkit.losses import ObservedLoss, summarise
+from segkit.losses import ObservedLoss, add_sums
 from segkit.models import Segmenter
 from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
@@ -58,6 +58,7 @@ class PhaseRun:
         self.folder = run.folder.phase(name)
         self.num_steps, self.per_epoch = self._count_steps()
         self.evaluation: Evaluation | None = None
+        self.validation_sums: dict[str, torch.Tensor] = {}
         self.loss: nn.Module | None = None
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -164,17 +165,20 @@ class PhaseRun:
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Evaluate ``model`` on the validation split; the results in the form of results.json."""
+        observed = charts.ObservedEvaluation(self.loss) if isinstance(self.loss, ObservedLoss) else None
+        batches = self._until_stopped(self._eval_batches())
         self.evaluation = evaluate(
             model,
-            self._eval_batches(),
+            batches if observed is None else observed.batches(batches),
             num_classes=self.splits.val.num_classes,
             ignore_index=self.splits.val.ignore_index,
             device=self.run.device,
             precision=self.config.precision.value,
             pictures=self.config.evaluation.pictures,
             reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
-            progress=self._until_stopped,
+            predict=whole_image if observed is None else observed.predict,
         )
+        self.validation_sums = {} if observed is None else self._over_ranks(observed.sums)
         protocol = evaluation_protocol(
             self.dataset_config,
             Inference(),
@@ -196,9 +200,9 @@ class PhaseRun:
             scalars |= {
                 f"val_{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None
             }
-        self.tracker.scalars(step, scalars)
-        self._diagnose(step)
         assert self.evaluation is not None
+        self.tracker.scalars(step, scalars | charts.error_shares(self.evaluation.counts, self.splits.val.classes))
+        self._diagnose(step)
         if self.evaluation.pictures and distributed.is_main():
             grid = picture_grid(self.evaluation.pictures, self.splits.val.palette, self.splits.val.classes)
             self.tracker.pictures(step, "val/image_label_prediction", grid)
@@ -209,18 +213,22 @@ class PhaseRun:
         return results
 
     def _diagnose(self, step: int) -> None:
-        """Show what the margins did since the last evaluation, where the loss keeps sums of that."""
+        """Show what the margins did in the last evaluation, and in training before it, where the loss keeps that."""
         if not isinstance(self.loss, ObservedLoss):
             return
-        sums = {name: distributed.sum_over_ranks(value) for name, value in self.loss.take().items()}
-        if not sums:
-            return
-        for name, value in summarise(sums, class_pixels=self.counts.class_pixels).items():
-            if value.dim() == 0:
-                self.tracker.scalars(step, {f"margins/{name}": float(value)})
-            else:
-                named = zip(self.counts.classes, value.tolist(), strict=True)
-                self.tracker.scalars(step, {f"margins_{name}/{label}": number for label, number in named})
+        if self.validation_sums:
+            self.tracker.scalars(step, charts.bounds(self.validation_sums))
+        sums = self._over_ranks(self.loss.take())
+        if sums:
+            pixels = self.counts.class_pixels
+            charts.show_diagnosis(self.tracker, step, sums, classes=self.counts.classes, pixels=pixels)
+
+    def _over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sums of all ranks; a rank without an image has none to add."""
+        total: dict[str, torch.Tensor] = {}
+        for part in distributed.gather_objects({name: value.cpu().clone() for name, value in sums.items()}):
+            add_sums(total, part)
+        return total
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -247,7 +255,12 @@ class PhaseRun:
     def trainer(self) -> Trainer:
         """The trainer of the phase, at its start."""
         model = self.run.model
-        self.loss = build_loss(self.loss_node, self.counts, ignore_index=self.splits.train.ignore_index)
+        self.loss = build_loss(
+            self.loss_node,
+            self.counts,
+            ignore_index=self.splits.train.ignore_index,
+            observe_every=self.config.log_every * self.config.accumulate,
+        )
         if distributed.is_main():
             write_margins(self.folder, self.loss, self.loss_node, self.counts.classes)
         ema = None
@@ -278,14 +291,33 @@ class PhaseRun:
         earlier = self.run.folder.earlier_metrics(self.name)
         if last is None:
             self.tracker.truncate(0, step=0, earlier=earlier)
+            self._open_charts()
         else:
             trainer.restore(checkpoint.load(last), earlier=earlier)
             say(f"phase {self.name}: going on from step {trainer.progress.step} of {self.num_steps}")
         try:
             results = trainer.fit(self.batches)
+            if self._is_last:
+                self.tracker.finished()
         finally:
             self.tracker.close()
         return self._finish(results, trainer)
+
+    @property
+    def _is_last(self) -> bool:
+        return self.name == list(self.config.schedule)[-1]
+
+    def _open_charts(self) -> None:
+        """What TensorBoard shows once a phase; a run that goes on has it already."""
+        assert self.loss is not None
+        observed = isinstance(self.loss, ObservedLoss)
+        self.tracker.layout(charts.LAYOUT | charts.MARGIN_LAYOUT if observed else charts.LAYOUT)
+        margins = charts.margin_buffers(self.loss)
+        charts.show_margins(self.tracker, margins, classes=self.counts.classes, pixels=self.counts.class_pixels)
+        if self._is_last:
+            lr = self.settings_of.lr if self.settings_of.lr is not None else self.config.optimizer["lr"]
+            values = charts.hparams(self.config, self.name, lr=lr, num_steps=self.num_steps)
+            self.tracker.hparams(values, columns=charts.HPARAMS, scores=charts.SCORES)
 
     def _finish(self, results: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
         progress = trainer.progress
@@ -318,9 +350,8 @@ class PhaseRun:
 
 def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequence[str]) -> None:
     """Note the margins that ``loss`` trains with in margins.json; nothing for a loss without margins."""
-    found = next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
-    if found is not None:
-        margins = {name: getattr(found, name).tolist() for name in ("rho_0k", "rho_k0")}
+    margins = charts.margin_buffers(loss)
+    if margins:
         options = {key: value for key, value in node.items() if key not in ("_target_", *LOSS_OPTIONS)}
         runtime.write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
 

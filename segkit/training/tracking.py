@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from segkit.progress import is_terminal
 from segkit.runtime import without_nan
+
+TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's files below that of the phase."""
 
 
 class Tracker:
@@ -30,17 +35,22 @@ class Tracker:
         self._bar: Any = None
         self._last_line = 0.0
         self._purge_step = 0
+        self._last_record: dict[str, Any] = {}
 
     def truncate(self, size: int, *, step: int, earlier: bytes = b"") -> None:
         """Cut the phase's metrics.jsonl to ``size`` bytes, and start the run's own again as ``earlier`` plus that.
 
-        A record written after the checkpoint that training goes on from would otherwise stand there twice.
+        A record written after the checkpoint that training goes on from would otherwise stand there twice. The same
+        goes for TensorBoard: what a process before this one wrote for ``step`` and later steps is not shown any more.
         """
         self._purge_step = step
         if self.folder is None:
             return
+        if step == 0:
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         own = self.files[0]
         kept = own.read_bytes()[:size] if own.exists() else b""
+        self._last_record = json.loads(kept.splitlines()[-1]) if kept else {}
         if own.exists():
             os.truncate(own, len(kept))  # in one piece: a process that dies here loses nothing that is kept
         for path in self.files[1:]:
@@ -61,8 +71,12 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=self._purge_step or None, flush_secs=30
+                str(self.folder / TENSORBOARD), purge_step=self._purge_step or None, flush_secs=30
             )
+            last = self._last_record
+            if last.get("step") == self._purge_step and last["split"] == "train":  # it was purged with the later ones
+                shown = {f"train/{name}": value for name, value in last.items() if isinstance(value, float)}
+                self.scalars(last["step"], shown)
         return self._writer
 
     def record(self, step: int, values: dict[str, Any]) -> None:
@@ -94,6 +108,61 @@ class Tracker:
         """Show an RGB picture, uint8 (H, W, 3), in TensorBoard."""
         if self.folder is not None:
             self.writer.add_image(tag, grid, step, dataformats="HWC")
+
+    def text(self, tag: str, text: str) -> None:
+        """Show a text in Markdown in TensorBoard, at step 0."""
+        if self.folder is not None:
+            self.writer.add_text(tag, text, 0)
+
+    def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
+        """Show a histogram in TensorBoard: ``counts`` (B,) of the bins between ``edges`` (B + 1,); none if empty."""
+        filled = counts.nonzero()[0]
+        if self.folder is None or not len(filled):
+            return
+        first, last = filled[0], filled[-1] + 1
+        counts, low, high = counts[first:last], edges[first:last], edges[first + 1 : last + 1]
+        middle = (low + high) / 2
+        self.writer.add_histogram_raw(
+            tag,
+            min=low[0],
+            max=high[-1],
+            num=counts.sum(),
+            sum=(counts * middle).sum(),
+            sum_squares=(counts * middle**2).sum(),
+            bucket_limits=high.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
+        """Arrange TensorBoard's tab of custom scalars: category -> title of a chart -> patterns of its scalars."""
+        if self.folder is not None:
+            charts = {
+                name: {title: ["Multiline", tags] for title, tags in items.items()}
+                for name, items in categories.items()
+            }
+            self.writer.add_custom_scalars(charts)
+
+    def hparams(self, values: dict[str, Any], *, columns: dict[str, Any], scores: Sequence[str]) -> None:
+        """Begin this run's row in TensorBoard's table of hyper-parameters.
+
+        ``columns`` are all hyper-parameters, each with a value of its type; ``scores`` the scalars whose last values
+        the table shows. ``SummaryWriter.add_hparams`` would make a run of its own for this.
+        """
+        if self.folder is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            head, _, _ = hparams(columns, dict.fromkeys(scores, 0.0))
+            _, start, _ = hparams(values, {})
+            for summary in (head, start):
+                self.writer.file_writer.add_summary(summary)
+
+    def finished(self) -> None:
+        """End the row that :meth:`hparams` began."""
+        if self.folder is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            self.writer.file_writer.add_summary(hparams({}, {})[2])
 
     def show(self, step: int, values: dict[str, str]) -> None:
         """Show the state of training: a bar on a terminal, a line at most every two seconds elsewhere."""

@@ -1,0 +1,170 @@
+"""What TensorBoard shows of a phase beside its records: margins, errors, lambda, the hyper-parameters, the layout.
+
+The tab "Custom scalars" holds the charts of :data:`LAYOUT`; "HParams" has a row for each run, of its last phase, with
+the final scores. Both look alike in every run, so that ``tensorboard --logdir outputs`` can lay sweeps side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from segkit.config import Config
+from segkit.evaluation import metrics, whole_image
+from segkit.losses import LAMBDA_EDGES, ObservedLoss, add_sums, summarise
+from segkit.training.tracking import Tracker
+
+LAYOUT = {
+    "training": {
+        "loss": ["train/loss"],
+        "mean IoU, and its lower bound (of the loss's margins; of 1 logit)": ["val/mean_iou.*"],
+        "learning rate": ["train/lr"],
+        "IoU of each class": ["val_iou/.*"],
+        "precision of each class": ["val_precision/.*"],
+        "recall of each class": ["val_recall/.*"],
+        "false positives, share of the union": ["val_false_positive/.*"],
+        "false negatives, share of the union": ["val_false_negative/.*"],
+    }
+}
+"""Charts of every run by category: title and patterns of the scalars."""
+
+MARGIN_LAYOUT = {
+    "margins": {
+        "rho_0k: margin of a class against pixels of others": ["margins_rho_0k/.*"],
+        "pixels of other classes inside rho_0k, share": ["margins_inside_0k/.*"],
+        "pixels of the class inside rho_k0, share": ["margins_inside_k0/.*"],
+        "mean distance to the strongest rival, logits": ["margins_mean_margin/.*"],
+    }
+}
+"""The same for ``loss.diagnostics=true``."""
+
+SCORES = ("val/mean_iou", "val/pixel_accuracy")
+NUMBER, TEXT = 0.0, ""
+HPARAMS: dict[str, float | str] = {
+    **dict.fromkeys(("dataset", "model", "loss", "schedule", "optimizer", "precision"), TEXT),
+    **dict.fromkeys(("lr", "batch_size", "steps", "seed", "ema_decay", "clip_norm", "encoder_lr_factor"), NUMBER),
+    **dict.fromkeys(("tau", "upsilon", "mean_margin", "rho_max"), NUMBER),
+    **dict.fromkeys(("scale", "absent", "form"), TEXT),
+    **dict.fromkeys(("gamma", "label_smoothing", "threshold", "min_kept", "smooth", "alpha", "beta"), NUMBER),
+    **dict.fromkeys(("ce_weight", "jaccard_weight", "per_image"), NUMBER),
+    **dict.fromkeys(("weighting", "classes"), TEXT),
+}
+"""Hyper-parameters with their kind, the arguments of all losses included: TensorBoard takes the columns of one run for
+all, so every run names the same ones."""
+
+
+def hparams(config: Config, phase: str, *, lr: float, num_steps: int) -> dict[str, float | str]:
+    """The hyper-parameters of phase ``phase`` that are set, by their names in :data:`HPARAMS`."""
+    loss = config.phase_loss(phase)
+    parts = (_short(config.model), config.model.get("arch"), config.model.get("encoder"))
+    values = {
+        "dataset": config.phase_dataset(phase).name,
+        "model": " ".join(part for part in parts if part),
+        "loss": described(loss),
+        "schedule": " ".join(config.schedule),
+        "optimizer": _short(config.optimizer),
+        "precision": config.precision.value,
+        "lr": lr,
+        "steps": num_steps,
+        **{key: getattr(config, key) for key in ("batch_size", "seed", "ema_decay", "clip_norm", "encoder_lr_factor")},
+        **{key: value for key, value in loss.items() if key in HPARAMS},
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def described(loss: dict[str, Any]) -> str:
+    """A loss node in a word, or as the weighted sum that it is."""
+    if "terms" in loss:
+        return " + ".join(f"{term['weight']:g} {described(term['loss'])}" for term in loss["terms"].values())
+    return _short(loss)
+
+
+def _short(node: dict[str, Any]) -> str:
+    """The name of a node's target without its module."""
+    return node["_target_"].rpartition(".")[2]
+
+
+def margin_buffers(loss: Any) -> dict[str, list[float]]:
+    """rho_0k and rho_k0, K numbers each, of the module ``loss`` or a part of it; empty for a loss without margins."""
+    found = next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
+    return {} if found is None else {name: getattr(found, name).tolist() for name in ("rho_0k", "rho_k0")}
+
+
+def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: Sequence[str], pixels: Any) -> None:
+    """The margins (:func:`margin_buffers`) of each class, once: as scalars, and as a table beside its ``pixels``."""
+    if not margins:
+        return
+    for name, values in margins.items():
+        tracker.scalars(0, {f"margins_{name}/{label}": value for label, value in zip(classes, values, strict=True)})
+    share = np.asarray(pixels) / np.sum(pixels)
+    rows = zip(classes, share, margins["rho_0k"], margins["rho_k0"], strict=True)
+    table = [f"| {label} | {part:.3%} | {rho_0k:.4g} | {rho_k0:.4g} |" for label, part, rho_0k, rho_k0 in rows]
+    head = ["| class | share of the pixels | rho_0k, logits | rho_k0, logits |", "|---|---|---|---|"]
+    tracker.text("margins", "\n".join([*head, *table]))
+
+
+def error_shares(counts: Any, classes: Sequence[str]) -> dict[str, float]:
+    """Scalars: false positives and false negatives of each class as shares of its union; IoU is 1 minus both.
+
+    ``counts`` (K,K) int64, rows = target. NaN for a class without a union.
+    """
+    tp, target, predicted = metrics.totals(counts)
+    union = target + predicted - tp
+    kinds = {"false_positive": predicted - tp, "false_negative": target - tp}
+    return {
+        f"val_{kind}/{label}": float(share)
+        for kind, pixels in kinds.items()
+        for label, share in zip(classes, metrics.divide(pixels, union), strict=True)
+    }
+
+
+def show_diagnosis(
+    tracker: Tracker, step: int, sums: dict[str, Tensor], *, classes: Sequence[str], pixels: Any
+) -> None:
+    """What the margins did to the training pixels in ``sums`` (``margin_sums``); ``pixels`` (K,) of the data set."""
+    for name, value in summarise(sums, class_pixels=pixels).items():
+        if value.dim() == 0:
+            tracker.scalars(step, {f"margins/{name}": float(value)})
+        else:
+            named = zip(classes, value.tolist(), strict=True)
+            tracker.scalars(step, {f"margins_{name}/{label}": number for label, number in named})
+    histogram = sums["histogram"].cpu().numpy()
+    tracker.histogram(step, "lambda", histogram.sum(0), LAMBDA_EDGES)
+    for label, counts in zip(classes, histogram, strict=True):
+        tracker.histogram(step, f"lambda_of_class/{label}", counts, LAMBDA_EDGES)
+
+
+class ObservedEvaluation:
+    """Margin sums of an evaluation: give :meth:`predict` and :meth:`batches` to ``evaluate``, then read ``sums``."""
+
+    def __init__(self, loss: ObservedLoss) -> None:
+        self.loss = loss.loss
+        self.sums: dict[str, Tensor] = {}
+        self._logits: Tensor | None = None
+
+    def predict(self, model: Any, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """``whole_image``, which also keeps the logits until the next batch."""
+
+        def scores(images: Tensor) -> Tensor:
+            self._logits = model(images)
+            return self._logits
+
+        return whole_image(scores, images, size)
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; each is looked at after its prediction."""
+        for batch in batches:
+            yield batch
+            assert self._logits is not None
+            labels = batch.labels.to(self._logits.device).long()
+            add_sums(self.sums, self.loss.diagnostics(self._logits, labels))
+            self._logits = None
+
+
+def bounds(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars: the lower bounds of the validation's mean IoU, at the margins of the loss and at FIXED_MARGIN."""
+    found = summarise(sums)
+    return {f"val/{name}": float(found[name]) for name in ("mean_iou_bound", "mean_iou_bound_fixed")}

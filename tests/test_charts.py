@@ -1,0 +1,119 @@
+"""What TensorBoard shows, against the records and against plain arithmetic."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+
+from segkit import charts
+from segkit.commands.compose import compose
+from segkit.config import config_dir
+from segkit.data.loader import Batch
+from segkit.evaluation import evaluate
+from segkit.losses import MarginCalibrationLoss, ObservedLoss, UpsampledLoss, margin_sums
+from segkit.preflight import open_phases
+from segkit.targets import LOSS_OPTIONS
+
+NOT_SHOWN = {"_target_", "defaults", "terms", "compile_tiles", *LOSS_OPTIONS}
+RHO = {"rho_k0": torch.tensor([0.1, 0.0, 0.2]), "rho_0k": torch.tensor([0.5, 1.0, 2.0])}
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "loss").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_argument_of_a_loss_is_a_hyper_parameter(path):
+    node = OmegaConf.to_container(OmegaConf.load(path))
+    for key, value in node.items():
+        if key not in NOT_SHOWN:
+            assert key in charts.HPARAMS
+            assert value is None or isinstance(value, str) == isinstance(charts.HPARAMS[key], str), key
+
+
+def test_hyper_parameters_of_a_run():
+    config = compose(["loss.tau=3", "model.encoder=tu-regnetx_002", "seed=7", "schedule=pretrain_finetune"])
+    found = charts.hparams(config, "finetune", lr=0.5, num_steps=20)
+    expected = {"loss": "margin_calibration", "tau": 3.0, "upsilon": 1.0, "seed": 7, "lr": 0.5, "steps": 20}
+    assert expected.items() <= found.items()
+    assert found["model"] == "deeplabv3plus tu-regnetx_002"
+    assert found["optimizer"] == "AdamW"
+    assert found["schedule"] == "pretrain finetune"
+    assert set(found) <= set(charts.HPARAMS)
+    assert "clip_norm" not in found
+    config = compose(["loss=cross_entropy_dice", "schedule=single"])
+    assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "1 cross_entropy + 1 DiceLoss"
+
+
+def test_errors_are_what_the_union_lacks():
+    counts = np.array([[5, 1, 0], [2, 8, 0], [0, 0, 0]])
+    found = charts.error_shares(counts, ["a", "b", "c"])
+    assert found["val_false_positive/a"] == 2 / 8
+    assert found["val_false_negative/a"] == 1 / 8
+    assert found["val_false_positive/b"] == 1 / 11
+    assert found["val_false_negative/b"] == 2 / 11
+    assert np.isnan(found["val_false_positive/c"])
+
+
+def test_an_observed_evaluation_sums_over_all_its_images():
+    """The same predictions as without, and the margins of all images at the labels' size."""
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 3, 4, stride=4)
+    loss = ObservedLoss(UpsampledLoss(MarginCalibrationLoss(**RHO)))
+    images = torch.randint(0, 256, (3, 3, 32, 24), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (3, 64, 48), dtype=torch.uint8)
+    labels[1, :9] = 255
+    batches = [
+        Batch(images[:2], labels[:2], ["a", "b"], [0, 1]),
+        Batch(images[2:], labels[2:], ["c"], [2]),
+    ]
+
+    def model(images):
+        return net(images.float() / 255)
+
+    model.training, model.eval, model.train = False, lambda: None, lambda mode: None
+    plain = evaluate(model, batches, num_classes=3)
+    observed = charts.ObservedEvaluation(loss)
+    watched = evaluate(model, observed.batches(batches), num_classes=3, predict=observed.predict)
+    assert np.array_equal(plain.counts, watched.counts)
+    with torch.no_grad():
+        expected = margin_sums(model(images), labels.long(), **RHO)
+    assert observed.sums.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(observed.sums[name].clone(), value, rtol=1e-5, atol=1e-5)
+    assert loss.take() == {}  # an evaluation is no training
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning")
+@pytest.mark.filterwarnings("ignore:no training pixel:UserWarning")
+def test_what_a_run_shows(tmp_path):
+    """Every chart of the layout finds its scalars, and the bound stands at the steps of the mean IoU."""
+    from segkit import pipeline
+
+    small = ["debug=smoke", "limit_steps=4", "batch_size=2", "dataset.crop=[64,64]", "device=cpu"]
+    small += ["model=deeplabv3plus_tiny", "dataset.reader.num_images=6", "dataset.reader.size=[64,64]", "log_every=2"]
+    config = compose(
+        [*small, "schedule=single", "loss.diagnostics=true", "evaluation.every_steps=2", f"cache_dir={tmp_path}/cache"]
+    )
+    pipeline.run(config, tmp_path / "run", open_phases(config))
+    found = EventAccumulator(str(tmp_path / "run" / "train" / "tensorboard"))
+    found.Reload()
+    scalars = found.Tags()["scalars"]
+    for chart_tags in (charts.LAYOUT["training"] | charts.MARGIN_LAYOUT["margins"]).values():
+        for pattern in chart_tags:
+            assert any(re.match(pattern, tag) for tag in scalars), pattern
+    score, bound, fixed = (found.Scalars(f"val/mean_iou{suffix}") for suffix in ("", "_bound", "_bound_fixed"))
+    assert [event.step for event in score] == [event.step for event in bound] == [2, 4]
+    assert all(lower.value <= upper.value for lower, upper in zip(fixed, bound, strict=True))
+    assert {"lambda", "lambda_of_class/road"} <= set(found.Tags()["histograms"])
+    assert "val/image_label_prediction" in found.Tags()["images"]
+    text = found.Tensors("margins/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| class | share of the pixels | rho_0k, logits | rho_k0, logits |" in text
+    assert text.count("\n") == 1 + sum(tag.startswith("margins_rho_0k/") for tag in scalars)
+    contents = found.PluginTagToContent(hparams_metadata.PLUGIN_NAME)
+    start = hparams_metadata.parse_session_start_info_plugin_data(contents[hparams_metadata.SESSION_START_INFO_TAG])
+    assert start.hparams["tau"].number_value == 10.0
+    assert hparams_metadata.SESSION_END_INFO_TAG in contents

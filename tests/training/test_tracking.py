@@ -1,0 +1,126 @@
+"""TensorBoard's files as TensorBoard reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_trainer import build, make_batches
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+
+from segkit.training import checkpoint
+from segkit.training.tracking import Tracker
+from segkit.training.trainer import Interrupted
+
+
+def events(folder):
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    found.Reload()
+    return found
+
+
+def hparams_of(found):
+    """The three parts of a row of the table of hyper-parameters; None for one that is not there."""
+    by_tag = found.PluginTagToContent(metadata.PLUGIN_NAME)
+    parse = {
+        metadata.EXPERIMENT_TAG: metadata.parse_experiment_plugin_data,
+        metadata.SESSION_START_INFO_TAG: metadata.parse_session_start_info_plugin_data,
+        metadata.SESSION_END_INFO_TAG: metadata.parse_session_end_info_plugin_data,
+    }
+    return [function(by_tag[tag]) if tag in by_tag else None for tag, function in parse.items()]
+
+
+def train(folder, *, killed_at=None, **numbers):
+    """A run with a checkpoint every 4 steps; without one of the step that it is killed at."""
+    steps = iter(range(1, 100))
+    trainer = build(
+        folder,
+        stop=lambda: next(steps) == killed_at,
+        **{"evaluate_every": 4, "log_every": 2, "checkpoint_every": 4, **numbers},
+    )
+
+    def validate(model, step):
+        trainer.tracker.scalars(step, {"val/mean_iou": step / 100})
+        return {"mean_iou": step / 100}
+
+    save, trainer.validate = trainer.save, validate
+    trainer.save = lambda must=False: None if trainer.progress.step == killed_at else save(must=must)
+    last = checkpoint.find_last(folder / "checkpoints")
+    if last is None:
+        trainer.tracker.truncate(0, step=0)
+    else:
+        trainer.restore(checkpoint.load(last))
+    try:
+        trainer.fit(make_batches)
+    finally:
+        trainer.tracker.close()
+
+
+@pytest.mark.parametrize("killed_at", [3, 4, 5, 7])
+def test_a_resumed_run_shows_every_step_once(tmp_path, killed_at):
+    """Killed before the first checkpoint, or after one whose evaluation is shown already."""
+    train(tmp_path / "a")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "b", killed_at=killed_at)
+    train(tmp_path / "b")
+    whole, resumed = events(tmp_path / "a"), events(tmp_path / "b")
+    tags = {"train/loss", "train/lr", "train/grad_norm", "val/mean_iou"}
+    assert tags <= set(whole.Tags()["scalars"])
+    for tag in tags:
+        one, other = ([(event.step, event.value) for event in found.Scalars(tag)] for found in (whole, resumed))
+        assert one == other, tag
+
+
+def test_histogram_of_counts(tmp_path):
+    tracker = Tracker(tmp_path, phase="train", num_steps=1)
+    edges = np.array([-4.0, -1.0, 0.0, 1.0, 4.0])
+    tracker.histogram(3, "lambda", np.array([0, 2, 5, 0]), edges)
+    tracker.histogram(3, "empty", np.zeros(4), edges)
+    tracker.close()
+    found = events(tmp_path)
+    assert found.Tags()["histograms"] == ["lambda"]
+    (event,) = found.Histograms("lambda")
+    shown = event.histogram_value
+    assert (event.step, shown.num, shown.min, shown.max) == (3, 7, -1.0, 1.0)
+    assert (list(shown.bucket), list(shown.bucket_limit)) == ([2, 5], [0.0, 1.0])
+
+
+def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
+    tracker = Tracker(tmp_path, phase="train", num_steps=1)
+    columns = {"loss": "", "lr": 0.0, "tau": 0.0}
+    tracker.hparams({"loss": "dice", "lr": 0.1}, columns=columns, scores=["val/mean_iou"])
+    tracker.layout({"training": {"loss": ["train/loss"], "IoU": ["val_iou/.*"]}})
+    tracker.close()
+    found = events(tmp_path)
+    experiment, start, end = hparams_of(found)
+    assert {item.name: item.type for item in experiment.hparam_infos} == {"loss": 1, "lr": 3, "tau": 3}
+    assert [item.name.tag for item in experiment.metric_infos] == ["val/mean_iou"]
+    assert start.hparams["loss"].string_value == "dice"
+    assert start.hparams["lr"].number_value == 0.1
+    assert set(start.hparams) == {"loss", "lr"}
+    assert end is None
+    layout = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (category,) = layout.category
+    assert [(chart.title, list(chart.multiline.tag)) for chart in category.chart] == [
+        ("loss", ["train/loss"]),
+        ("IoU", ["val_iou/.*"]),
+    ]
+    assert [path.parent.name for path in tmp_path.rglob("events*")] == ["tensorboard"]
+
+    tracker = Tracker(tmp_path, phase="train", num_steps=1)
+    tracker.finished()
+    tracker.close()
+    assert hparams_of(events(tmp_path))[2].status == 1  # success
+
+
+def test_a_rank_that_does_not_write_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker(None, phase="train", num_steps=1)
+    tracker.hparams({}, columns={}, scores=[])
+    tracker.layout({})
+    tracker.text("a", "b")
+    tracker.histogram(0, "a", np.ones(2), np.arange(3))
+    tracker.finished()
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []

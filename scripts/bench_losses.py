@@ -1,6 +1,6 @@
 """Time (forward + backward) and peak memory of every loss, beside torch's cross-entropy in the same run.
 
-    python scripts/bench_losses.py [--md] [--repeats 15] [--threads 2] [--reference FILE] [--only margin lovasz]
+    python scripts/bench_losses.py [--md] [--repeats 7] [--threads 2] [--reference FILE] [--only margin lovasz]
 
 Three cases (N,K,H,W): logits at label size, with 19 and with 150 classes, and logits at a quarter of the label size
 that every row up-samples by 4: segkit block by block where the loss allows it, torch all at once.
@@ -236,7 +236,7 @@ def show(case: str, table: list[list[str]], arguments: argparse.Namespace) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--md", action="store_true", help="Markdown instead of a drawn table")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="spent on a row and its cross-entropies, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", metavar="FILE", help="Python file with make(num_classes) -> loss")

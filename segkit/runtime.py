@@ -39,7 +39,8 @@ def set_determinism(*, strict: bool) -> None:
     if strict:
         # cuBLAS reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(strict)
+    if torch.are_deterministic_algorithms_enabled() != strict:  # to set it loads a compiler: seconds
+        torch.use_deterministic_algorithms(strict)
     torch.backends.cudnn.benchmark = not strict
 
 

@@ -8,14 +8,7 @@ same image there twice. :mod:`segkit.data.audit_findings` turns what was seen in
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import signal
-import sys
-import warnings
 from collections import Counter
-from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.data.decode import image_size
+from segkit.data.pool import map_samples
 from segkit.data.samples import SampleSet
 from segkit.data.statistics import byte_histogram
 from segkit.errors import InputError
@@ -151,55 +145,12 @@ def audit_split(
         chosen = np.random.default_rng([seed, len(dataset)]).choice(len(dataset), size=sample, replace=False)
         indices = sorted(chosen.tolist())
     audit = SplitAudit(dataset, indices)
-    import torch  # noqa: F401 - labels are counted with it: once here, rather than in every forked process
-
-    with closing(_each_look(dataset, indices, min(workers, len(indices)))) as looks:
+    with closing(map_samples(look_at, dataset, indices, workers=workers)) as looks:
         description = f"Checking {dataset.name} {dataset.split}"
         shown = track(looks, description=description, total=len(indices), unit="images") if progress else looks
         for look in shown:
             audit.add(look)
     return audit
-
-
-def _each_look(dataset: SampleSet, indices: Sequence[int], workers: int) -> Generator[Look, None, None]:
-    """The looks at ``indices``, in their order."""
-    if workers <= 1:
-        for index in indices:
-            yield look_at(dataset, index)
-        return
-    # As in segkit.data.statistics: forked processes start in milliseconds, and share the list of samples.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(dataset,))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            chunk = max(1, min(16, len(indices) // (4 * workers)))
-            looks = pool.map(_look_at, indices, chunksize=chunk)
-        yield from looks
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a process that reads images died, probably for want of memory; set workers=0 or fewer"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_dataset: SampleSet | None = None  # of a worker process
-
-
-def _start_worker(dataset: SampleSet) -> None:
-    global _dataset
-    _dataset = dataset
-    import torch
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _look_at(index: int) -> Look:
-    assert _dataset is not None
-    return look_at(_dataset, index)
 
 
 def look_at(dataset: SampleSet, index: int) -> Look:

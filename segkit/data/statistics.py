@@ -9,13 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import sys
-import warnings
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from segkit.data.decode import check_readable
+from segkit.data.pool import map_samples
 from segkit.data.samples import SampleSet
-from segkit.data.worker import start_worker
 from segkit.errors import InputError
 from segkit.progress import track
 
@@ -168,14 +163,14 @@ def _store(path: Path, counts: LabelCounts) -> None:
 def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> LabelCounts:
     pixels = np.zeros(256, np.int64)
     images = np.zeros(256, np.int64)
-    with closing(_each_count(dataset, workers)) as each:
-        shown: Iterable[np.ndarray] = each
+    with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as each:
+        shown: Iterable[tuple[list[int], list[int]]] = each
         if progress:
             description = f"Counting labels of {dataset.name} {dataset.split}"
             shown = track(each, description=description, total=len(dataset), unit="images")
-        for counts in shown:
-            pixels += counts
-            images += counts > 0
+        for present, counts in shown:
+            pixels[present] += counts
+            images[present] += 1
     num = dataset.num_classes
     return LabelCounts(
         class_pixels=pixels[:num].copy(),
@@ -187,48 +182,9 @@ def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> La
     )
 
 
-def _each_count(dataset: SampleSet, workers: int) -> Generator[np.ndarray, None, None]:
-    """Counts (256,) int64 of train ids of every sample, in order."""
-    if workers <= 1:
-        for index in range(len(dataset)):
-            yield label_histogram(dataset, index)
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(dataset,))
-    try:
-        with warnings.catch_warnings():
-            # Python 3.12 and later warn of any fork beside threads; decoding uses none (as in the loader).
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            results = pool.map(
-                _count_one, range(len(dataset)), chunksize=max(1, min(16, len(dataset) // (4 * workers)))
-            )
-        for present, numbers in results:
-            counts = np.zeros(256, np.int64)
-            counts[present] = numbers
-            yield counts
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a process that counts labels died, probably for want of memory; set workers=0 or fewer"
-        ) from error
-    except InputError as error:
-        raise error from None  # without the worker's traceback
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_dataset: SampleSet | None = None  # of a worker process
-
-
-def _start_worker(dataset: SampleSet) -> None:
-    global _dataset
-    _dataset = dataset
-    start_worker()
-
-
-def _count_one(index: int) -> tuple[list[int], list[int]]:
+def _count_one(dataset: SampleSet, index: int) -> tuple[list[int], list[int]]:
     """The values that occur and their counts: a shorter message than all 256."""
-    assert _dataset is not None
-    counts = label_histogram(_dataset, index)
+    counts = label_histogram(dataset, index)
     present = np.flatnonzero(counts)
     return present.tolist(), counts[present].tolist()
 

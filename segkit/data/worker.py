@@ -21,10 +21,12 @@ def start_worker() -> None:
 def one_thread() -> None:
     """Threads of OpenCV and torch would compete with the other workers, and do not survive a fork."""
     import cv2
-    import torch
 
     cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:  # counting labels does without it; loading it would take each worker seconds
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def keep_memory() -> None:

@@ -231,5 +231,5 @@ def dying_label(sample):
 def test_a_dead_process_is_told_in_a_sentence():
     samples = [Sample(name=str(i), image=Path("x"), labels=()) for i in range(4)]
     data = SampleSet(samples, table=TABLE, name="toy", split="train", load_label=dying_label, labelled=True)
-    with pytest.raises(InputError, match=r"a process that counts labels died.*set workers=0 or fewer"):
+    with pytest.raises(InputError, match=r"a process that reads the data died.*set workers=0 or fewer"):
         count_labels(data, workers=2, progress=False)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from segkit.errors import InputError
-from segkit.evaluation.inference import forward
 from segkit.evaluation.loop import LabelledBatch, autocast
 from segkit.evaluation.metrics import Floats, divide
+from segkit.evaluation.views import forward
 
 _NUM_CANDIDATES = 81
 _FIRST_REACH = 4.0

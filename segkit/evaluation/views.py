@@ -1,0 +1,308 @@
+"""One view of the images (a scale, mirrored or not), computed from top to bottom, and the mean of several.
+
+A model returns logits at its own stride, and there they stay: overlapping windows are blended at that stride, and only
+bands of rows are up-sampled to the label's size. All views go down the image together. A view runs its next row of
+windows when a band needs it and forgets the rows above the band; so of its map it holds little more than the
+height of one window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segkit.errors import InputError
+from segkit.evaluation.resample import Size, band_slices, resized_rows, source_rows
+
+Scorer = Callable[[Tensor], Tensor]
+"""images (N, 3, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""
+
+
+def forward(model: Scorer, images: Tensor) -> Tensor:
+    """The model's logits (N, K, h', w') in float32, checked."""
+    logits = model(images)
+    if logits.ndim != 4 or len(logits) != len(images):
+        raise InputError(
+            f"a model must return logits (N, K, h, w), got shape {tuple(logits.shape)} for images of shape "
+            f"{tuple(images.shape)}"
+        )
+    logits = logits.float()
+    # The extremes are nan where a value is, and need no second map in memory.
+    if not bool(torch.isfinite(torch.stack(logits.aminmax())).all()):
+        raise InputError(
+            "the model returned logits that are not finite (inf or nan); evaluate with precision fp32, or "
+            "take an earlier checkpoint"
+        )
+    return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where the windows of a view lie, in pixels of the scaled image."""
+
+    scaled: Size
+    padded: Size
+    """``scaled``, and what is added on the right and at the bottom"""
+    tile: Size
+    tops: list[int]
+    lefts: list[int]
+
+
+def grid(image: Size, scale: float, *, window: Size | None, overlap: float, multiple: int) -> Grid:
+    """Windows over an image of size ``image`` that is scaled by ``scale``; one over everything without ``window``.
+
+    An image that is neither scaled nor cut goes to the model as it is; any other is padded to ``multiple``.
+    """
+    scaled = max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
+    padded = scaled
+    if window is not None or scaled != image:
+        padded = math.ceil(scaled[0] / multiple) * multiple, math.ceil(scaled[1] / multiple) * multiple
+    if window is None:
+        return Grid(scaled=scaled, padded=padded, tile=padded, tops=[0], lefts=[0])
+    tile = min(window[0], padded[0]), min(window[1], padded[1])
+    tops, lefts = (starts(padded[axis], tile[axis], overlap=overlap, multiple=multiple) for axis in (0, 1))
+    return Grid(scaled=scaled, padded=padded, tile=tile, tops=tops, lefts=lefts)
+
+
+def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int]:
+    """Where tiles of ``tile`` pixels start along an axis of ``length``; both and the results are multiples.
+
+    As few tiles as possible whose neighbours share at least ``overlap`` of a tile (rounded to a multiple), spread
+    evenly; the first starts at 0, the last ends at ``length``.
+    """
+    assert length % multiple == 0, (length, multiple)
+    assert tile % multiple == 0, (tile, multiple)
+    assert tile <= length, (tile, length)
+    step = max(multiple, int(tile * (1 - overlap)) // multiple * multiple)
+    num_steps = math.ceil((length - tile) / step)
+    if num_steps == 0:
+        return [0]
+    cells = (length - tile) // multiple
+    return [cells * i // num_steps * multiple for i in range(num_steps + 1)]
+
+
+class View:
+    """Logits of one view of ``images`` (N, 3, h, w) at the label's ``size``, band by band from the top.
+
+    ``images`` are mirrored already where the view is ``flipped``. Where the maps of ``num_views`` such views would
+    exceed an eighth of the memory of full-size scores, logits are held in half precision, after the largest one has
+    been taken off at every cell. Neither blending nor interpolation nor softmax sees that (it shifts all classes
+    of a pixel alike), and it leaves the logits of the classes that compete near 0, where half precision is fine:
+    probabilities err by about 1e-3 of themselves at most.
+    """
+
+    def __init__(
+        self,
+        model: Scorer,
+        images: Tensor,
+        size: Size,
+        windows: Grid,
+        *,
+        flipped: bool = False,
+        gaussian: bool = True,
+        tiles_per_batch: int = 1,
+        num_views: int = 1,
+    ) -> None:
+        self.model, self.images, self.size, self.windows = model, images, size, windows
+        self.flipped, self.gaussian = flipped, gaussian
+        self.tiles_per_batch, self.num_views = tiles_per_batch, num_views
+        self._num_done = 0
+        self._first = 0
+
+    def start(self) -> None:
+        """Run the first row of windows, which tells the stride, and how large the map is."""
+        if self._num_done == 0:
+            self._next_windows(keep=0)
+
+    @property
+    def maps(self) -> Tensor:
+        """The rows (N, K, h, w) of the map that are held at present."""
+        return self._maps
+
+    def reach(self, rows: slice) -> None:
+        """Run the windows that the band ``rows`` of the label's size needs; what is above the band is forgotten."""
+        self.start()
+        needed = source_rows(rows, height=self.size[0], extent=self._extent[0], num_rows=self._low[0])
+        while self._num_final < needed.stop:
+            self._next_windows(keep=needed.start)
+
+    def band(self, rows: slice) -> Tensor:
+        """Logits (N, K, len(rows), W) in float32, after `reach`."""
+        held = {"first": self._first, "num_rows": self._low[0]}
+        band = resized_rows(self._maps, self.size, rows, extent=self._extent, dtype=torch.float32, **held)
+        return band.flip(-1) if self.flipped else band
+
+    @property
+    def _num_final(self) -> int:
+        """Rows of the map that no further window touches."""
+        if self._num_done == len(self.windows.tops):
+            return self._low[0]
+        return self._cells(self.windows.tops[self._num_done])
+
+    def _cells(self, pixels: int) -> int:
+        return pixels * self._low[0] // self.windows.padded[0]
+
+    def _next_windows(self, *, keep: int) -> None:
+        """Run the next row of windows; ``keep`` is the first row of the map that is still needed."""
+        windows = self.windows
+        top, num_images = windows.tops[self._num_done], len(self.images)
+        strip = _strip(self.images, windows.scaled, slice(top, top + windows.tile[0]), windows.padded)
+        for first in range(0, len(windows.lefts), self.tiles_per_batch):
+            lefts = windows.lefts[first : first + self.tiles_per_batch]
+            tiles = [strip[..., left : left + windows.tile[1]] for left in lefts]
+            logits = forward(self.model, tiles[0] if len(tiles) == 1 else torch.cat(tiles))
+            if self._num_done == 0 and first == 0:
+                self._measure(logits)
+            if windows.tile == windows.padded:
+                self._maps = _halved(logits) if self._in_halves else logits
+                break
+            if first == 0:
+                self._make_room(logits, self._cells(top), keep)
+            for number, left in enumerate(lefts):
+                part = logits[number * num_images : (number + 1) * num_images]
+                self._blend(part, self._cells(top), self._cells(left))
+            del logits, part  # else they would be in memory beside the next forward pass
+        self._num_done += 1
+
+    def _measure(self, logits: Tensor) -> None:
+        """Take the stride from the logits of the first windows."""
+        windows, cells = self.windows, (logits.shape[2], logits.shape[3])
+        self._low = cells
+        if windows.tile != windows.padded:
+            stride = windows.tile[0] // cells[0]
+            if (cells[0] * stride, cells[1] * stride) != windows.tile:
+                raise InputError(
+                    f"the model returned logits of {cells[0]}x{cells[1]} for a window of "
+                    f"{windows.tile[0]}x{windows.tile[1]}, which is no whole stride; choose another window or whole "
+                    "images"
+                )
+            self._low = windows.padded[0] // stride, windows.padded[1] // stride
+        self._extent = (
+            self._low[0] * (windows.scaled[0] / windows.padded[0]),
+            self._low[1] * (windows.scaled[1] / windows.padded[1]),
+        )
+        vertical, horizontal = (_window_weights(num, gaussian=self.gaussian).to(logits.device) for num in cells)
+        self._weight = vertical[:, None] * horizontal[None, :]
+        width = self._low[1]
+        self._in_halves = self.num_views > 1 and worth_halving(self.num_views * cells[0] * width, self.size)
+        dtype = torch.float16 if self._in_halves else torch.float32
+        self._maps = logits.new_empty(len(self.images), logits.shape[1], 0, width, dtype=dtype)
+        self._weight_sum = logits.new_empty(0, width)
+
+    def _make_room(self, logits: Tensor, top: int, keep: int) -> None:
+        """Forget the rows above ``keep``, and append rows for windows whose logits begin in row ``top``."""
+        keep = min(keep, top)
+        kept = slice(keep - self._first, self._maps.shape[2])
+        num_kept, num_rows = max(0, kept.stop - kept.start), top + logits.shape[2] - keep
+        num_images, num_classes, _, width = self._maps.shape
+        maps = self._maps.new_zeros(num_images, num_classes, num_rows, width)
+        maps[:, :, :num_kept] = self._maps[:, :, kept]
+        weight_sum = self._weight_sum.new_zeros(num_rows, width)
+        weight_sum[:num_kept] = self._weight_sum[kept]
+        self._maps, self._weight_sum, self._first = maps, weight_sum, keep
+
+    def _blend(self, logits: Tensor, top: int, left: int) -> None:
+        """Bring the logits (N, K, h, w) of a window into the weighted mean, at cell (top, left) of the map."""
+        height, width = logits.shape[2:]
+        rows, columns = slice(top - self._first, top - self._first + height), slice(left, left + width)
+        self._weight_sum[rows, columns] += self._weight
+        share = self._weight / self._weight_sum[rows, columns]
+        place = self._maps[:, :, rows, columns]
+        if self._in_halves:
+            logits = _halved(logits)
+        for part in band_slices((height, width), logits.shape[0] * logits.shape[1]):
+            place[:, :, part] = torch.lerp(place[:, :, part].float(), logits[:, :, part].float(), share[part])
+
+
+def worth_halving(num_cells: int, size: Size) -> bool:
+    """Whether maps of ``num_cells`` cells in all are more than an eighth of full-size scores."""
+    return 8 * num_cells > math.prod(size)
+
+
+def _halved(logits: Tensor) -> Tensor:
+    """``logits`` in half precision, less the largest one at every cell."""
+    halved = torch.empty_like(logits, dtype=torch.float16)
+    for rows in band_slices((logits.shape[2], logits.shape[3]), logits.shape[0] * logits.shape[1]):
+        band = logits[:, :, rows]
+        halved[:, :, rows] = (band - band.amax(1, keepdim=True)).clamp_(min=-6e4)
+    return halved
+
+
+def _strip(images: Tensor, scaled: Size, rows: slice, padded: Size) -> Tensor:
+    """Rows ``rows`` of the images resized to ``scaled`` and padded to ``padded``: (N, C, len(rows), padded W)."""
+    inside = slice(min(rows.start, scaled[0] - 1), min(rows.stop, scaled[0]))
+    if scaled == tuple(images.shape[-2:]):
+        strip = images[:, :, inside]
+    else:
+        strip = resized_rows(images, scaled, inside)
+        if not images.is_floating_point():
+            strip = strip.round_().to(images.dtype)
+    missing = rows.stop - rows.start - strip.shape[2], padded[1] - scaled[1]
+    if missing == (0, 0):
+        return strip
+    y = torch.arange(rows.start, rows.stop, device=images.device).clamp(max=scaled[0] - 1) - inside.start
+    x = torch.arange(padded[1], device=images.device).clamp(max=scaled[1] - 1)
+    return strip[:, :, y][..., x]
+
+
+def _window_weights(num_cells: int, *, gaussian: bool) -> Tensor:
+    """Weight of each cell of a window along one axis, float32, at most 1 and never 0."""
+    if not gaussian:
+        return torch.ones(num_cells)
+    centred = (torch.arange(num_cells, dtype=torch.float64) + 0.5) / num_cells - 0.5
+    return torch.exp(-0.5 * (centred / 0.125) ** 2).float()
+
+
+def averaged(views: Iterable[View], size: Size, *, num_views: int) -> Iterator[tuple[slice, Tensor]]:
+    """``(rows, band)`` from top to bottom: mean probabilities of several views, but the logits of a single one.
+
+    Views that together hold more than the full-size scores (those of models of stride 1) are summed up at full size
+    before the next ones begin.
+    """
+    total: Tensor | None = None
+    begun: list[View] = []
+    for view in views:
+        if begun and _held(begun) > 4 * math.prod(begun[0].maps.shape[:2]) * math.prod(size):
+            total = _summed_up(begun, size, total)
+            begun = []
+        view.start()
+        begun.append(view)
+        if view.maps.shape[1] != begun[0].maps.shape[1] or (total is not None and total.shape[1] != view.maps.shape[1]):
+            raise InputError("the model returned different numbers of classes for different image sizes")
+    for rows, band in _sums(begun, size, total, softmax=num_views > 1):
+        yield rows, band.div_(num_views) if num_views > 1 else band
+        del band
+
+
+def _held(views: Iterable[View]) -> int:
+    """Bytes of the maps."""
+    return sum(view.maps.numel() * view.maps.element_size() for view in views)
+
+
+def _summed_up(views: list[View], size: Size, total: Tensor | None) -> Tensor:
+    """``total``, or zeros, plus the probabilities (N, K, H, W) of ``views``."""
+    if total is None:
+        total = views[0].maps.new_zeros(*views[0].maps.shape[:2], *size, dtype=torch.float32)
+    for _ in _sums(views, size, total, softmax=True):
+        pass  # adds to ``total`` in place
+    return total
+
+
+def _sums(views: list[View], size: Size, total: Tensor | None, *, softmax: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Bands of the sum over ``views`` and ``total``, which is added to in place."""
+    for rows in band_slices(size, math.prod(views[0].maps.shape[:2])):
+        for view in views:
+            view.reach(rows)  # all before the first band, which need not be in memory beside the model's features
+        band = None if total is None else total[:, :, rows]
+        for view in views:
+            scores = view.band(rows)
+            scores = scores.softmax(1) if softmax else scores
+            band = scores if band is None else band.add_(scores)
+            del scores
+        assert band is not None
+        yield rows, band
+        del band

@@ -194,12 +194,25 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """A sweep (``-m``) on this machine: ``jobs`` run at a time."""
+    """A sweep (``-m``) on this machine: ``jobs`` run at a time.
+
+    With a ``space`` it is a search (``segkit.search``): ``trials`` in all, none started after ``hours``, and a poor one
+    stopped early once ``prune_after`` others have finished.
+    """
 
     jobs: int = 1
+    space: dict[str, Any] = field(default_factory=dict)
+    trials: int | None = None
+    hours: float | None = None
+    prune_after: int | None = 5
 
     def __post_init__(self) -> None:
-        _at_least("sweep.jobs", self.jobs, 1)
+        for key in ("jobs", "trials", "prune_after"):
+            _at_least(f"sweep.{key}", getattr(self, key), 1)
+        _require(
+            self.hours is None or self.hours > 0,
+            f"sweep.hours is {self.hours}, but must be positive or null: set sweep.hours=8",
+        )
 
 
 @dataclass(kw_only=True)

@@ -25,12 +25,12 @@ LOG = "log.txt"
 
 @dataclass
 class Job:
-    """One run of a sweep. ``state``: waiting, running, finished, failed or interrupted."""
+    """One run of a sweep. ``state``: running, finished, failed, interrupted, or pruned by a search."""
 
     number: int
     overrides: list[str]
     folder: str
-    state: str = "waiting"
+    state: str = "running"
     mean_iou: float | None = None
     seconds: float | None = None
     error: str | None = None
@@ -46,18 +46,26 @@ class LocalSweep:
 
     def submit(self, overrides: Sequence[str], folder: Path) -> None:
         """Start a job as soon as fewer than ``limit`` are running."""
+        self._wait_for_room()
+        self.jobs.append(Job(len(self.jobs), list(overrides), str(folder)))
+        self._start(self.jobs[-1])
+
+    def _wait_for_room(self) -> None:
         while len(self._running) >= self.limit:
             self._collect()
-        job = Job(len(self.jobs), list(overrides), str(folder), state="running")
-        self.jobs.append(job)
+
+    def _command(self, job: Job) -> list[str]:
+        return [sys.executable, "-m", "segkit.train", *job.overrides, f"hydra.run.dir={job.folder}"]
+
+    def _start(self, job: Job) -> None:
+        folder = Path(job.folder)
         folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if self.limit > 1:
             # As many threads in all as there are processors.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.limit)))
         log = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 (closed when the job ends)
-        command = [sys.executable, "-m", "segkit.train", *overrides, f"hydra.run.dir={folder}"]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
         self._running[job.number] = (process, time.monotonic(), log)
         print(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}", flush=True)
         self._note()
@@ -67,7 +75,7 @@ class LocalSweep:
         while self._running:
             self._collect()
         print(self.table())
-        failed = [job for job in self.jobs if job.state != "finished"]
+        failed = [job for job in self.jobs if job.state not in ("finished", "pruned")]
         if failed:
             print(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see their {LOG}", file=sys.stderr)
         return 1 if failed else 0
@@ -79,6 +87,7 @@ class LocalSweep:
                 ended = [number for number, (process, _, _) in self._running.items() if process.poll() is not None]
                 if ended:
                     break
+                self._watch()
                 time.sleep(0.2)
             except KeyboardInterrupt:
                 # The jobs have got the signal too: they save their state and end.
@@ -96,6 +105,9 @@ class LocalSweep:
         self._note()
         if any(job.state == "interrupted" for job in self.jobs):
             self._stop()
+
+    def _watch(self) -> None:
+        """Look at the running jobs; called several times a second."""
 
     def _stop(self) -> None:
         while self._running:

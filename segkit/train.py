@@ -36,19 +36,39 @@ def _task(node: Any) -> float | None:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return guarded(lambda: _run(node, folder))
     choices = hydra_config.runtime.choices
-    if choices["hydra/launcher"] != "basic" or choices["hydra/sweeper"] != "basic":
+    local = choices["hydra/launcher"] == "basic" and choices["hydra/sweeper"] == "basic"
+    searches = bool(node.sweep.space) or node.sweep.trials is not None or node.sweep.hours is not None
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return guarded(lambda: _search(node, [], None) if searches else _run(node, folder))
+    if searches:
+        given = list(hydra_config.overrides.task)
+        return guarded(lambda: _search(node, given, Path(hydra_config.sweep.dir) if local else None))
+    if not local:
         return _run(node, folder)
     from segkit.config import to_config
     from segkit.sweep import LocalSweep
 
-    to_config(node)  # a mistake in all jobs ends the sweep before it starts
+    guarded(lambda: to_config(node))  # a mistake in all jobs ends the sweep before it starts
     if not _sweeps:
         _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=node.sweep.jobs))
     _sweeps[0].submit(list(hydra_config.overrides.task), folder)
     return None
+
+
+def _search(node: Any, overrides: list[str], folder: Path | None) -> None:
+    """Prepare a search (``sweep.space``) in ``folder``; it begins when Hydra has nothing left to do."""
+    from segkit.config import to_config
+    from segkit.search import Search
+
+    if folder is None:
+        raise InputError(
+            "a search is a sweep on this machine, in jobs of its own: add -m, and leave out hydra/launcher and "
+            "hydra/sweeper"
+        )
+    if _sweeps:
+        raise InputError("a search takes its values from sweep.space: give every key one value on the command line")
+    _sweeps.append(Search(folder, config=to_config(node), overrides=overrides))
 
 
 def _run(node: Any, folder: Path) -> float:
@@ -159,6 +179,10 @@ def _explain_hydra(error: BaseException) -> str:
 def _explain_key(key: str, parent: Any) -> str:
     known = [str(name) for name in parent] if parent is not None else []
     prefix, _, last = key.rpartition(".")
+    if key.startswith("sweep.space."):
+        return (
+            f"there is no key {key} yet: write '+{key}={{low:1,high:10}}', after '~{key}' if it replaces another range"
+        )
     close = difflib.get_close_matches(last, known, n=1)
     full = f"{prefix}.{close[0]}" if close and prefix else "".join(close)
     hint = f": did you mean {full}?" if close else f": {prefix or 'a run'} has {', '.join(known)}" if known else ""

@@ -1,0 +1,283 @@
+"""A search for the best values of some keys: ``python train.py -m sweep=search``.
+
+optuna proposes the values of a trial (a tree-structured Parzen estimator), and a job of
+:class:`segkit.sweep.LocalSweep` trains with them. Its score at the last checkpoint goes back to optuna, and so do those
+of the evaluations before, at which a poor trial is stopped. The study lies in the sweep's folder: the same command with
+the same ``hydra.sweep.dir`` goes on with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from segkit.config import Config, plain
+from segkit.errors import InputError
+from segkit.runtime import derive_seed
+from segkit.sweep import Job, LocalSweep
+
+STUDY = "study.journal"
+SPEC = ("low", "high", "log", "choices")
+NO_WORDS = ("true", "false", "null", "nan", "inf")
+"""What Hydra reads as something else than a word."""
+FORMS = "{low: 1, high: 10}, {low: 1, high: 10, log: true} or {choices: [1, 2]}"
+
+
+def import_optuna() -> Any:
+    """The module optuna; InputError where it is not installed."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise InputError("a search needs optuna: pip install 'segkit[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def leaves(space: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """The nested ``sweep.space`` by dotted keys of the configuration."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in space.items():
+        key = f"{prefix}{name}"
+        if not isinstance(value, dict):
+            raise InputError(f"sweep.space.{key} is {value!r}, but must be one of {FORMS}: set sweep.space.{key}=...")
+        found |= {key: value} if set(value) & set(SPEC) else leaves(value, f"{key}.")
+    return found
+
+
+def current_value(config: dict[str, Any], key: str) -> Any:
+    """The value of dotted ``key`` in the configuration of a run; InputError if it has no such key."""
+    value: Any = config
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            close = difflib.get_close_matches(name, value if isinstance(value, dict) else (), n=1)
+            hint = f", did you mean {close[0]} for {name}?" if close else ""
+            raise InputError(f"sweep.space.{key} names no key of this configuration{hint} (see `--cfg job`)")
+        value = value[name]
+    if isinstance(value, dict):
+        raise InputError(f"sweep.space.{key} names a group of keys, but must name one: {', '.join(value)}")
+    return value
+
+
+def distribution(key: str, spec: dict[str, Any], current: Any) -> Any:
+    """The optuna distribution of one key; whole numbers if ``current``, low and high are whole."""
+    optuna = import_optuna()
+    unknown = [name for name in spec if name not in SPEC]
+    if unknown:
+        raise InputError(
+            f"sweep.space.{key} has {unknown[0]!r}, but is one of {FORMS}: remove sweep.space.{key}.{unknown[0]}"
+        )
+    if "choices" in spec:
+        choices = spec["choices"]
+        if (
+            len(spec) > 1
+            or not isinstance(choices, list)
+            or not choices
+            or any(isinstance(c, list | dict) for c in choices)
+        ):
+            raise InputError(
+                f"sweep.space.{key} is {spec}, but choices are a list of plain values and stand alone: write "
+                f"'~sweep.space.{key}' '+sweep.space.{key}={{choices:[1,2]}}'"
+            )
+        return optuna.distributions.CategoricalDistribution(choices)
+    low: Any = spec.get("low")
+    high, log = spec.get("high"), spec.get("log", False)
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
+    if not numbers or not low < high:
+        raise InputError(
+            f"sweep.space.{key} has low={low} and high={high}, but needs low < high: set sweep.space.{key}.low=..."
+        )
+    if log and low <= 0:
+        raise InputError(
+            f"sweep.space.{key} has low={low}, but log: true needs a positive one: set sweep.space.{key}.low=..."
+        )
+    if all(isinstance(value, int) for value in (current, low, high)):
+        return optuna.distributions.IntDistribution(low, high, log=bool(log))
+    return optuna.distributions.FloatDistribution(low, high, log=bool(log))
+
+
+def is_of_sweep(override: str) -> bool:
+    """True for an override of the group or the keys ``sweep``, which the jobs of a search must not have."""
+    return override.lstrip("+~").split("=")[0].split("@")[0].split(".")[0] == "sweep"
+
+
+class Search(LocalSweep):
+    """The trials of one search; a job's number is that of its trial."""
+
+    def __init__(self, folder: Path, *, config: Config, overrides: Sequence[str]) -> None:
+        super().__init__(folder, jobs=config.sweep.jobs)
+        self.budget, self.seed, self.split = config.sweep, config.seed, config.dataset.val_split
+        self.overrides = [item for item in overrides if not is_of_sweep(item)]
+        self.last_phase = list(config.schedule)[-1]
+        specs = leaves(config.sweep.space)
+        if not specs:
+            raise InputError(
+                "sweep.space is empty, but a search needs a key to vary: +sweep.space.loss.tau={low:1,high:100}"
+            )
+        if self.budget.trials is None and self.budget.hours is None:
+            raise InputError("sweep.trials and sweep.hours are null, but a search needs an end: set sweep.trials=20")
+        self.space = {key: distribution(key, spec, current_value(plain(config), key)) for key, spec in specs.items()}
+        self.study = self._open(specs)
+        self._trials: dict[int, Any] = {}
+        self._steps: dict[int, set[int]] = {}
+        self._stopped: set[int] = set()
+        self._looked = 0.0
+        self._end = None if self.budget.hours is None else time.monotonic() + 3600 * self.budget.hours
+
+    def _open(self, specs: dict[str, Any]) -> Any:
+        """The study in the folder, or a new one."""
+        optuna = import_optuna()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / STUDY))
+        pruner: Any = optuna.pruners.NopPruner()
+        if self.budget.prune_after is not None:
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=self.budget.prune_after)
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name="search",
+            direction="maximize",
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        mine = {"overrides": self.overrides, "space": specs}
+        theirs = study.user_attrs.get("command", mine)
+        if theirs != mine:
+            different = next(name for name in mine if mine[name] != theirs.get(name))
+            raise InputError(
+                f"{self.folder} holds a search with other {different} ({theirs[different]} there, {mine[different]} "
+                "now): give the same ones, or another hydra.sweep.dir"
+            )
+        study.set_user_attr("command", mine)
+        return study
+
+    def finish(self) -> int:
+        """Run all trials that are still to be run, show them and the best; returns the exit code."""
+        optuna = import_optuna()
+        unfinished = []
+        for frozen in self.study.get_trials(deepcopy=False):
+            if frozen.state.is_finished():
+                self.jobs.append(Job(**frozen.user_attrs["job"]))
+            else:  # its process ended, or that of the search; its run goes on in its folder
+                self.jobs.append(self._job(frozen.number, frozen.params))
+                # the constructor is the one way back to a trial that was asked for by another process
+                unfinished.append(optuna.trial.Trial(self.study, frozen._trial_id))
+        for trial in unfinished:
+            self._wait_for_room()
+            self._launch(trial)
+        while True:
+            self._wait_for_room()
+            if self._is_spent():
+                break
+            self._launch(self._ask())
+        code = super().finish()
+        self._show_best()
+        return code
+
+    def _is_spent(self) -> bool:
+        if self._end is not None and time.monotonic() >= self._end:
+            return True
+        return self.budget.trials is not None and len(self.jobs) >= self.budget.trials
+
+    def _ask(self) -> Any:
+        """The next trial: a function of the seed, its number and the trials before, in however many starts."""
+        seed = derive_seed(self.seed, "search", len(self.jobs)) % 2**32
+        sampler = import_optuna().samplers.TPESampler(seed=seed, constant_liar=self.limit > 1)
+        self.study.sampler = sampler
+        return self.study.ask()
+
+    def _launch(self, trial: Any) -> None:
+        values = {key: suggest(trial, key, found) for key, found in self.space.items()}
+        self._trials[trial.number] = trial
+        self._steps[trial.number] = set(self.study.trials[trial.number].intermediate_values)
+        job = self._job(trial.number, values)
+        self.jobs[job.number : job.number + 1] = [job]  # a new one, or that of an earlier start
+        self._start(job)
+
+    def _job(self, number: int, values: dict[str, Any]) -> Job:
+        return Job(number, [*self.overrides, *map(written, values.items())], str(self.folder / str(number)))
+
+    # -- while jobs run ------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Tell optuna of new evaluations, and stop a job that it would not finish."""
+        if time.monotonic() - self._looked < 1:
+            return
+        self._looked = time.monotonic()
+        for number, (process, _, _) in self._running.items():
+            if self._report(number) and number not in self._stopped and self._trials[number].should_prune():
+                self._stopped.add(number)
+                process.terminate()  # it saves its state
+
+    def _report(self, number: int) -> bool:
+        """Report the evaluations of the last phase that are new; True if there were any."""
+        new = [item for item in self._evaluations(number) if item[0] not in self._steps[number]]
+        for step, score in new:
+            self._trials[number].report(score, step)
+            self._steps[number].add(step)
+        return bool(new)
+
+    def _evaluations(self, number: int) -> list[tuple[int, float]]:
+        path = self.folder / str(number) / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        records = [json.loads(line) for line in lines if '"split": "val"' in line and line.endswith("\n")]
+        return [
+            (record["step"], record["mean_iou"])
+            for record in records
+            if record["phase"] == self.last_phase and record["mean_iou"] is not None
+        ]
+
+    def _judge(self, job: Job, code: int) -> None:
+        """Note how a job ended, and tell optuna; an interrupted one stays open there."""
+        super()._judge(job, code)
+        states = import_optuna().trial.TrialState
+        self._report(job.number)
+        trial = self._trials.pop(job.number)
+        if job.state == "finished" and job.mean_iou is None:
+            job.state, job.error = "failed", "no class could be scored"
+        if job.state != "finished" and job.number in self._stopped:
+            job.state, job.error, job.mean_iou = "pruned", None, self._evaluations(job.number)[-1][1]
+        if job.state == "interrupted":
+            return
+        trial.set_user_attr("job", asdict(job))
+        if job.state == "finished":
+            self.study.tell(trial, job.mean_iou)
+        else:
+            self.study.tell(trial, state=states.PRUNED if job.state == "pruned" else states.FAIL)
+
+    def _label(self, job: Job) -> str:
+        return ", ".join(job.overrides[len(self.overrides) :])
+
+    def _show_best(self) -> None:
+        finished = [job for job in self.jobs if job.state == "finished"]
+        if not finished:
+            return
+        best = max(finished, key=lambda job: (job.mean_iou, -job.number))
+        print(f"best of {len(finished)} finished trials, by the mean IoU on split {self.split}: {best.mean_iou:.4f}")
+        print(f"  python train.py {shlex.join(best.overrides)}")
+        print(f"that score was chosen on split {self.split} and is too good: report it on images that no trial saw")
+
+
+def suggest(trial: Any, key: str, found: Any) -> Any:
+    """The value of ``key`` in ``trial``: the one that it has, or a new one; four digits of a float."""
+    distributions = import_optuna().distributions
+    if isinstance(found, distributions.CategoricalDistribution):
+        return trial.suggest_categorical(key, found.choices)
+    if isinstance(found, distributions.IntDistribution):
+        return trial.suggest_int(key, found.low, found.high, log=found.log)
+    return float(f"{trial.suggest_float(key, found.low, found.high, log=found.log):.4g}")
+
+
+def written(item: tuple[str, Any]) -> str:
+    """``key=value`` as Hydra reads it."""
+    key, value = item
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        plain_word = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in NO_WORDS
+        return f"{key}={value}" if plain_word else f"{key}='{quoted}'"
+    return f"{key}={json.dumps(value)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -207,3 +209,63 @@ def test_failing_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "stat", fail)
     with pytest.raises(InputError, match=r"label .*a\.png cannot be read: Input/output error; check the disk"):
         read_index_png(path)
+
+
+def png_chunk(kind, data):
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"gAMA", struct.pack(">I", 30_000)),
+        png_chunk(b"sRGB", b"\x00"),
+        png_chunk(b"tRNS", b"\x00\x07\x00\x08\x00\x09"),  # one colour is transparent
+        png_chunk(b"sBIT", b"\x05\x06\x05"),
+    ],
+    ids=["gamma", "srgb", "transparent", "significant bits"],
+)
+def test_chunks_beside_the_samples_change_no_sample(tmp_path, chunk):
+    path = saved(tmp_path / "a.png", PHOTO)
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + chunk + content[33:])  # after IHDR
+    np.testing.assert_array_equal(read_rgb(path), PHOTO)
+
+
+def test_transparent_grey_value_in_a_label_changes_no_index(tmp_path):
+    path = saved(tmp_path / "a.png", MASK)
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + png_chunk(b"tRNS", b"\x00\x03") + content[33:])
+    np.testing.assert_array_equal(read_index_png(path), MASK)
+
+
+def test_interlaced_png_is_read_like_any_other(tmp_path):
+    """Adam7: seven passes, each a small image of its own, with a filter byte before each row."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = b"".join(
+        b"\x00" + row.tobytes() for top, left, dy, dx in passes for row in MASK[top::dy, left::dx] if row.size
+    )
+    height, width = MASK.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
+    path = tmp_path / "interlaced.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
+    np.testing.assert_array_equal(read_index_png(path), MASK)
+
+
+@pytest.mark.parametrize("read", [read_rgb, read_index_png])
+def test_no_damaged_byte_goes_unseen(tmp_path, read):
+    """PNG has checksums: whatever byte of the samples is wrong, the answer is the sentence, not other pixels."""
+    original = PHOTO if read is read_rgb else MASK
+    path = saved(tmp_path / "a.png", original)
+    content = path.read_bytes()
+    start, end = content.index(b"IDAT") + 4, content.index(b"IEND") - 8
+    for place in np.linspace(start, end - 1, 25).astype(int).tolist():
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        with pytest.raises(InputError, match=r"a\.png is damaged or no image file"):
+            read(path)

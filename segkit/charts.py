@@ -55,6 +55,9 @@ HPARAMS: dict[str, float | str] = {
 """Hyper-parameters with their kind, the arguments of all losses included: TensorBoard takes the columns of one run for
 all, so every run names the same ones."""
 
+FIRST_HPARAMS = ("loss", "lr", "seed", "tau", "upsilon")
+"""Those that the table begins with: the first five are shown without asking."""
+
 
 def hparams(config: Config, phase: str, *, lr: float, num_steps: int) -> dict[str, float | str]:
     """The hyper-parameters of phase ``phase`` that are set, by their names in :data:`HPARAMS`."""

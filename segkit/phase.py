@@ -317,7 +317,7 @@ class PhaseRun:
         if self._is_last:
             lr = self.settings_of.lr if self.settings_of.lr is not None else self.config.optimizer["lr"]
             values = charts.hparams(self.config, self.name, lr=lr, num_steps=self.num_steps)
-            self.tracker.hparams(values, columns=charts.HPARAMS, scores=charts.SCORES)
+            self.tracker.hparams(values, columns=charts.HPARAMS, first=charts.FIRST_HPARAMS, scores=charts.SCORES)
 
     def _finish(self, results: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
         progress = trainer.progress

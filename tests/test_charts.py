@@ -41,7 +41,7 @@ def test_hyper_parameters_of_a_run():
     assert found["model"] == "deeplabv3plus tu-regnetx_002"
     assert found["optimizer"] == "AdamW"
     assert found["schedule"] == "pretrain finetune"
-    assert set(found) <= set(charts.HPARAMS)
+    assert set(found) | set(charts.FIRST_HPARAMS) <= set(charts.HPARAMS)
     assert "clip_norm" not in found
     config = compose(["loss=cross_entropy_dice", "schedule=single"])
     assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "1 cross_entropy + 1 DiceLoss"

@@ -143,16 +143,25 @@ class Tracker:
             }
             self.writer.add_custom_scalars(charts)
 
-    def hparams(self, values: dict[str, Any], *, columns: dict[str, Any], scores: Sequence[str]) -> None:
+    def hparams(
+        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
+    ) -> None:
         """Begin this run's row in TensorBoard's table of hyper-parameters.
 
-        ``columns`` are all hyper-parameters, each with a value of its type; ``scores`` the scalars whose last values
-        the table shows. ``SummaryWriter.add_hparams`` would make a run of its own for this.
+        ``columns`` are all hyper-parameters, each with a value of its type, and ``first`` those that the table begins
+        with; ``scores`` are the scalars whose last values it shows. ``SummaryWriter.add_hparams`` would make a run of
+        its own for this.
         """
         if self.folder is not None:
+            from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
             from torch.utils.tensorboard.summary import hparams
 
             head, _, _ = hparams(columns, dict.fromkeys(scores, 0.0))
+            plugin = head.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(plugin.content)
+            for column in content.experiment.hparam_infos:
+                column.differs = column.name in first  # TensorBoard shows the columns that differ before the others
+            plugin.content = content.SerializeToString()
             _, start, _ = hparams(values, {})
             for summary in (head, start):
                 self.writer.file_writer.add_summary(summary)

@@ -89,12 +89,13 @@ def test_histogram_of_counts(tmp_path):
 def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
     tracker = Tracker(tmp_path, phase="train", num_steps=1)
     columns = {"loss": "", "lr": 0.0, "tau": 0.0}
-    tracker.hparams({"loss": "dice", "lr": 0.1}, columns=columns, scores=["val/mean_iou"])
+    tracker.hparams({"loss": "dice", "lr": 0.1}, columns=columns, first=["tau"], scores=["val/mean_iou"])
     tracker.layout({"training": {"loss": ["train/loss"], "IoU": ["val_iou/.*"]}})
     tracker.close()
     found = events(tmp_path)
     experiment, start, end = hparams_of(found)
     assert {item.name: item.type for item in experiment.hparam_infos} == {"loss": 1, "lr": 3, "tau": 3}
+    assert [item.name for item in experiment.hparam_infos if item.differs] == ["tau"]
     assert [item.name.tag for item in experiment.metric_infos] == ["val/mean_iou"]
     assert start.hparams["loss"].string_value == "dice"
     assert start.hparams["lr"].number_value == 0.1
@@ -117,7 +118,7 @@ def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = Tracker(None, phase="train", num_steps=1)
-    tracker.hparams({}, columns={}, scores=[])
+    tracker.hparams({}, columns={}, first=[], scores=[])
     tracker.layout({})
     tracker.text("a", "b")
     tracker.histogram(0, "a", np.ones(2), np.arange(3))

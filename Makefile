@@ -46,7 +46,7 @@ loss-table: $(STAMP)  ## write the table of the loss contract for the documentat
 	$(BIN)/python -m pytest tests/losses/test_contract.py --loss-table=docs/loss_table.md -q
 
 docs: $(STAMP)  ## build the documentation site into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tensorboard: $(STAMP)  ## look at all runs below outputs/
 	$(BIN)/tensorboard --logdir outputs

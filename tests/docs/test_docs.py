@@ -1,0 +1,296 @@
+"""The documentation: the site builds without the network, every command in it works, every name in it exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from doc_commands import Runner
+from doc_pages import DOCS, REPOSITORY, SHELL, blocks, first_table_cells, inline_code, looks_like_command, pages
+from doc_workspace import Workspace
+
+from segkit import cli
+from segkit.config import Config, DatasetConfig, EvaluationConfig, PhaseConfig, config_dir
+from segkit.errors import InputError
+
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(config_dir().rglob("*.yaml")) if path.stem != "train"]
+PLAIN = ("text", "yaml", "python", "indented")
+"""Languages of blocks beside those of a shell. A block of text shows output or folders, never a command."""
+
+few_pixels = [
+    pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning"),  # of a class, in four small images
+    pytest.mark.filterwarnings("ignore:no training pixel:UserWarning"),
+]
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared_workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.fixture
+def workspace(shared_workspace, monkeypatch):
+    """The folder in which the commands run, as the working directory."""
+    monkeypatch.chdir(shared_workspace.root)
+    monkeypatch.setenv("SEGKIT_CACHE", str(shared_workspace.root / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("SEGKIT_DEBUG", raising=False)
+    return shared_workspace
+
+
+def run_page(workspace: Workspace, name: str) -> int:
+    """Run all blocks of a page in order; the number of commands."""
+    dataset = name.removeprefix("datasets/").removesuffix(".md") if name.startswith("datasets/") else None
+    dataset = None if dataset == "index" else dataset
+    runner = Runner(workspace, dataset=dataset, trains=name == "own.md")
+    namespace: dict[str, object] = {"__name__": "documentation"}
+    count = 0
+    for block in blocks(name):
+        try:
+            if block.language in SHELL or (block.language == "indented" and looks_like_command(block.text)):
+                for command in block.commands():
+                    runner.run(command)
+                    count += 1
+            elif block.language == "python" and block.title:
+                workspace.add_module(block.title, block.text)
+            elif block.language == "python":
+                exec(compile(workspace.substitute(block.text, dataset=dataset), block.where, "exec"), namespace)
+            elif block.language == "yaml":
+                workspace.add_yaml(block.title, block.text)
+            else:
+                assert block.language in PLAIN, f"language {block.language!r} of a block is not understood"
+                assert not looks_like_command(block.text), "a command in a block of text: make it a block of bash"
+        except Exception as error:
+            raise AssertionError(f"docs, {block.where}: {error}") from error
+    return count
+
+
+SLOW_PAGES = ("tutorial.md", "deployment.md", "datasets/cityscapes.md")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[*few_pixels, *[pytest.mark.slow] * (name in SLOW_PAGES)]) for name in pages()],
+)
+def test_every_command_works(workspace, name, capsys):
+    count = run_page(workspace, name)
+    assert count or name in ("saved_runs.md", "faq.md"), f"{name} shows no command"
+
+
+def test_every_verb_is_shown():
+    shown = {
+        words[1]
+        for name in pages()
+        for block in blocks(name)
+        for command in block.commands()
+        if (words := command.split())[0] == "segkit" and len(words) > 1
+    }
+    assert set(cli.VERBS) - {"train"} <= shown
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("segkit evalute runs/1", "segkit has no verb evalute"),
+        ("frobnicate --all", "not understood: frobnicate"),
+        ("python train.py dataset=camvid dataset.root=/data/CamVid loss.tua=3", r"loss\.tua"),
+        ("python train.py dataset=nowhere", "Could not find 'dataset/nowhere'"),
+        ("python train.py dataset=camvid", "the command names no dataset.root"),
+        ("python train.py model.encoder=resnet1000", "there is no encoder resnet1000"),
+        ("python train.py init_from=runs/nowhere", "runs/nowhere is not there"),
+        ("python -m something", "not understood: python -m something"),
+        ("python scripts/bench_losses.py --nothing", "has no --nothing"),
+        ("make nothing", "the Makefile has no target nothing"),
+        ("pip install requests", "not understood: pip install requests"),
+        ("pip install -e '.[nothing]'", "there is no extra nothing"),
+        ("unzip -q other.zip -d /data/camvid", "no data set knows an archive other.zip"),
+        ("tensorboard --logdir nowhere", "no events below nowhere"),
+        ("segkit compare runs/nowhere", "ended with 2"),
+        ("ls nowhere", "returned non-zero exit status"),
+        ("NOTHING=1 python train.py", "environment variable NOTHING"),
+    ],
+)
+def test_a_wrong_command_is_noticed(workspace, command, reason):
+    from hydra.errors import HydraException
+
+    kinds = (AssertionError, InputError, HydraException, subprocess.CalledProcessError)
+    with pytest.raises(kinds, match=reason):
+        Runner(workspace).run(command)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def known_keys() -> set[str]:
+    """Dotted keys of every option file, of train.yaml and of the schema."""
+    keys: set[str] = set()
+
+    def add(tree, prefix):
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            key = f"{prefix}.{name}" if prefix else str(name)
+            keys.add(key)
+            add(value, key)
+
+    for path in config_dir().rglob("*.yaml"):
+        group = path.parent.name if path.parent.name in GROUPS[:5] else ""
+        add(yaml.safe_load(path.read_text(encoding="utf-8")), group)
+    for kind, prefix in ((Config, ""), (DatasetConfig, "dataset."), (EvaluationConfig, "evaluation.")):
+        keys |= {prefix + item.name for item in dataclasses.fields(kind)}
+    phases = [key for key in keys if re.fullmatch(r"schedule\.\w+", key)]
+    keys |= {f"{phase}.{item.name}" for phase in phases for item in dataclasses.fields(PhaseConfig)}
+    return keys
+
+
+def test_keys_and_options_in_running_text_exist():
+    keys, options = known_keys(), set(OPTIONS)
+    wrong, seen = [], 0
+    for name in pages():
+        for span in inline_code(name):
+            for word in span.split():
+                key, equals, value = word.partition("=")
+                if equals and key in GROUPS:
+                    if not re.fullmatch(r"[a-z]\w*(,\w+)*", value):
+                        continue  # dataset=NAME, dataset=...
+                    seen += 1
+                    wrong += [f"{name}: {word}" for item in value.split(",") if (key, item) not in options]
+                elif re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key) and key.split(".")[0] in keys and not key.endswith("md"):
+                    if re.search(r"\.(json|jsonl|yaml|npz|pt|py|txt)$", key):
+                        continue
+                    seen += 1
+                    wrong += [f"{name}: {word}"] * (key not in keys)
+                elif equals and re.fullmatch(r"[a-z_]+", key) and len(span.split()) == 1:
+                    seen += 1
+                    wrong += [f"{name}: {word}"] * (key not in keys | ARGUMENTS)
+    assert wrong == []
+    assert seen > 50
+
+
+ARGUMENTS = {"weights_only", "align_corners", "pixel_decomposable", "form"}
+"""Names with a value in running text that are arguments in Python, not keys."""
+
+
+def test_verbs_and_flags_in_running_text_exist():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "segkit/commands").glob("*.py"))
+    torchrun = {"--max-restarts", "--nnodes", "--rdzv-endpoint"}
+    bench = {"--trained", "--reference"}
+    known = {"--cfg", "--help", *torchrun, *bench, *(f"--{kind}" for kind in ("markdown", "csv", "latex"))}
+    wrong = []
+    for name in pages():
+        for span in inline_code(name):
+            words = span.split()
+            if words[0] == "segkit" and len(words) > 1 and words[1] not in (*cli.VERBS, "--help", "--version"):
+                wrong.append(f"{name}: {span}")
+            flags = [word.split("=")[0] for word in words if word.startswith("--")]
+            wrong += [f"{name}: {flag}" for flag in flags if flag not in known and f'"{flag}"' not in source]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_is_mentioned(group):
+    text = "\n".join(path.read_text(encoding="utf-8") for name, path in pages().items() if name != "README.md")
+    missing = [name for kind, name in OPTIONS if kind == group and not re.search(rf"(`|{group}=){name}\b", text)]
+    assert missing == []
+
+
+def as_yaml(value: object) -> str:
+    """A plain value as it is written in YAML."""
+    return yaml.safe_dump(value).splitlines()[0]
+
+
+def test_every_key_is_documented_with_its_default():
+    content = yaml.safe_load((config_dir() / "train.yaml").read_text(encoding="utf-8"))
+    del content["defaults"]
+    nested = ("evaluation", "sweep")
+    tables = [(first_table_cells("configuration.md", "Keys of the run"), content)]
+    tables += [(first_table_cells("configuration.md", f"`{name}`"), content[name]) for name in nested]
+    for table, values in tables:
+        assert set(table) == set(values)
+        for key, value in values.items():
+            if key not in (*nested, "hydra") and not str(value).startswith("${"):
+                assert table[key][0].strip("`") == as_yaml(value), key
+    dataset = first_table_cells("configuration.md", "`dataset`")
+    phase = first_table_cells("configuration.md", "`schedule.PHASE`")
+    assert {item.name for item in dataclasses.fields(DatasetConfig)} <= set(dataset)
+    assert {item.name for item in dataclasses.fields(PhaseConfig)} <= set(phase)
+
+
+def test_every_group_is_documented_with_its_options():
+    shown = first_table_cells("configuration.md", "Groups")
+    assert set(shown) >= set(GROUPS)
+    for group in ("optimizer", "schedule", "experiment", "sweep", "debug"):
+        assert set(re.findall(r"`(\w+)`", shown[group][0])) == {name for kind, name in OPTIONS if kind == group}
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+class References(HTMLParser):
+    """Collects what a page loads by itself: scripts, styles, pictures, frames. Links that one clicks are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.formulas = 0
+
+    def handle_starttag(self, tag, attrs):
+        self.formulas += tag == "math"
+        if tag in ("script", "link", "img", "iframe", "source", "video", "object"):
+            self.loaded += [value for name, value in attrs if name in ("src", "href", "data", "srcset") and value]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"^WARNING", done.stderr, re.MULTILINE)
+    return folder
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    built = sorted(site.rglob("*.html"))
+    assert len(built) >= len(list(DOCS.rglob("*.md")))
+    for path in built:
+        page = References()
+        page.feed(path.read_text(encoding="utf-8"))
+        outside = [value for value in page.loaded if re.match(r"(?i)(https?:)?//", value.strip())]
+        assert outside == [], path
+    for path in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(https?:)?//|@import", path.read_text(encoding="utf-8")), path
+
+
+def test_formulas_need_no_script(site):
+    page = References()
+    text = (site / "margins.html").read_text(encoding="utf-8")
+    page.feed(text)
+    assert page.formulas > 20
+    for name in pages():
+        if name != "README.md":
+            left = (site / name).with_suffix(".html").read_text(encoding="utf-8")
+            assert 'class="arithmatex"' not in left
+            assert "<merror" not in left
+
+
+def test_the_loss_table_is_in_the_site(site):
+    rows = (DOCS / "loss_table.md").read_text(encoding="utf-8").strip().splitlines()[2:]
+    text = (site / "losses.html").read_text(encoding="utf-8")
+    assert rows
+    for row in rows:
+        assert f"<td>{row.split('|')[1].strip()}</td>" in text
+
+
+def test_pictures_are_small():
+    files = sorted((DOCS / "images").iterdir())
+    assert files
+    assert [path.name for path in files if path.stat().st_size > 300_000] == []

@@ -88,7 +88,7 @@ class Runner:
         """``python train.py WORDS``: composed, checked, data opened; with a run folder or ``trains`` carried out."""
         if words in (["--help"], ["--cfg", "job"]):
             return  # tests/test_config.py runs both
-        if words[0] in ("-m", "--multirun"):
+        if words[:1] in (["-m"], ["--multirun"]):
             self.sweep(corners(words[1:]), value_of("hydra.sweep.dir", words))
             return
         folder = value_of("hydra.run.dir", words)

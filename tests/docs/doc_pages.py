@@ -42,7 +42,8 @@ class Block:
 def pages() -> dict[str, Path]:
     """Name to file of every page, README.md last."""
     found = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
-    found.pop("loss_table.md")  # a table that losses.md includes
+    for included in ("loss_table.md", "loss_bench.md"):  # tables that losses.md includes
+        del found[included]
     return {**found, "README.md": README}
 
 

@@ -106,8 +106,11 @@ class Workspace:
         text = re.sub(r"(?<![\w/])/(data|tmp|scratch)/(\w+)", self._place, text)
         text = re.sub(r"\bRUN/train/failure-\d+", lambda _: str(self.bundle()), text)
         text = re.sub(r"(?<![\w./])RUN(_[AB])?\b", lambda found: str(self.run(dataset, which=found[1] or "")), text)
-        name, root = self.source(dataset)
-        return text.replace("dataset=...", name).replace("dataset.root=...", root)
+        text = text.replace("dataset=...", f"dataset={dataset}")
+        if "dataset.root=..." in text:
+            chosen = re.findall(r"\b(?:dataset|experiment)=\w+", text)
+            text = text.replace("dataset.root=...", self.source(self.compose(chosen).dataset.name)[1])
+        return text
 
     def _place(self, found: re.Match[str]) -> str:
         kind, name = found.groups()

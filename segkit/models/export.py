@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn import functional as F
@@ -32,6 +36,22 @@ METADATA_KEY = "segkit"
 OPSET = 18
 TOLERANCE = 1e-3
 """Largest difference of an ONNX graph from its model, relative to the model's largest logit."""
+AGREEMENT = 0.999
+"""Least share of pixels of real images to which the file must give the class that the model gives."""
+
+Runner = Callable[[torch.Tensor], torch.Tensor]
+"""images (N, C, H, W) float32 in 0..255 -> logits (N, K, H, W)"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a written file and its model compare on real images."""
+
+    num_images: int
+    pixels: float
+    """Share of all pixels that get the same class"""
+    difference: float
+    """Largest difference of two logits, relative to the largest logit of the image"""
 
 
 class WholeImage(nn.Module):
@@ -73,17 +93,20 @@ def export(
     *,
     format: str = "onnx",
     metadata: Mapping[str, Any] | None = None,
+    images: Iterable[NDArray[np.uint8]] = (),
     opset: int = OPSET,
-) -> None:
+) -> Agreement:
     """Write ``segmenter`` to ``path`` as a graph with input ``images`` and output ``logits``.
 
     ``images``: (N, C, H, W) float32 in 0..255, H and W larger than the multiple that the network needs; ``logits``:
     (N, K, H, W) float32. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load
     reads it). ``metadata``: what a reader of the file should know besides, as JSON values: the label table for
-    example; normalisation and sizes are added. ``segmenter`` itself is not changed.
+    example; normalisation and sizes are added. The file gets its name once it computes what the model does: an ONNX
+    graph on noise of an odd size, either kind on the real ``images`` (H, W, C), whose `Agreement` is returned.
+    ``segmenter`` itself is not changed.
 
-    InputError for an unknown format, a missing package, a folder that is not there, or a network that cannot be traced
-    for arbitrary sizes.
+    InputError for an unknown format, a missing package, a folder that is not there, a network that cannot be traced
+    for arbitrary sizes, or a file that does not compute the same.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -95,18 +118,35 @@ def export(
         _fix_same_padding(model)
     text = json.dumps({**(metadata or {}), **_facts(model)})
     program = _trace(model)
-    if format == "torch_export":
-        torch.export.save(program, path, extra_files={METADATA_KEY: text})
-    else:
-        _write_onnx(program, path, text, opset=opset)
-        difference = largest_difference(path, segmenter)
-        if not difference < TOLERANCE:
-            path.unlink()
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        if format == "torch_export":
+            torch.export.save(program, temporary, extra_files={METADATA_KEY: text})
+        else:
+            _write_onnx(program, temporary, text, opset=opset)
+            _check_noise(temporary, segmenter)
+        found = agreement(temporary, segmenter, images)
+        if not (found.pixels >= AGREEMENT and found.difference < TOLERANCE):
             raise InputError(
-                f"the ONNX graph of {type(segmenter.net).__name__} differs from the model by {difference:.3g} of its "
-                "largest logit at a size other than the traced one, so it was not kept: give --format torch_export, or "
-                "choose another model, such as model=deeplabv3plus"
+                f"the exported {type(segmenter.net).__name__} gives {100 * found.pixels:.2f} % of the pixels of "
+                f"{found.num_images} images the class that the model gives, and its logits differ by "
+                f"{found.difference:.3g} of the largest, so it was not kept: give another --format, or choose another "
+                "model, such as model=deeplabv3plus"
             )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return found
+
+
+def _check_noise(path: Path, segmenter: Segmenter) -> None:
+    difference = largest_difference(path, segmenter)
+    if not difference < TOLERANCE:
+        raise InputError(
+            f"the ONNX graph of {type(segmenter.net).__name__} differs from the model by {difference:.3g} of its "
+            "largest logit at a size other than the traced one, so it was not kept: give --format torch_export, or "
+            "choose another model, such as model=deeplabv3plus"
+        )
 
 
 class StaticSameConv2d(nn.Conv2d):
@@ -211,29 +251,54 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *,
     onnx.save(model, str(path))
 
 
-def largest_difference(
-    path: str | Path, segmenter: Segmenter, images: torch.Tensor | None = None, *, seed: int = 0
-) -> float:
-    """Largest difference between the logits of the ONNX file ``path`` and of ``segmenter``, over the largest logit.
-
-    ``images``: (N, C, H, W) float in 0..255; None: random ones, of a size that is neither the traced one nor a
-    multiple of anything. Translators get layers wrong without a word (adaptive pooling for example becomes a pooling
-    with the window of the traced size), which only shows at another size. Infinite if the graph cannot run there.
-    """
+def runner(path: str | Path) -> Runner:
+    """The function that is in the file ``path``; onnxruntime computes that of an ONNX file."""
+    if Path(path).suffix != ".onnx":
+        return torch.export.load(path).module()
     import onnxruntime
 
-    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
-    if images is None:
-        side = 5 * max(model.multiple, 8)
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * 255
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def agreement(path: str | Path, segmenter: Segmenter, images: Iterable[NDArray[np.uint8]]) -> Agreement:
+    """Compare the file ``path`` with ``segmenter`` on real ``images`` (H, W, C), each at its own size."""
+    model, run = WholeImage(copy.deepcopy(segmenter).cpu()).eval(), runner(path)
+    num_images = num_pixels = num_equal = 0
+    difference = 0.0
+    for image in images:
+        batch = torch.tensor(image).permute(2, 0, 1)[None].float()
+        with torch.inference_mode():
+            logits, expected = run(batch), model(batch)
+        difference = max(difference, _difference(logits, expected))
+        num_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
+        num_pixels += image.shape[0] * image.shape[1]
+        num_images += 1
+    return Agreement(num_images, num_equal / num_pixels if num_pixels else 1.0, difference)
+
+
+def largest_difference(path: str | Path, segmenter: Segmenter, *, seed: int = 0) -> float:
+    """Largest difference between the logits of the ONNX file ``path`` and of ``segmenter``, over the largest logit.
+
+    On noise, of a batch and size that are neither the traced ones nor multiples of anything. Translators get layers
+    wrong without a word (adaptive pooling for example becomes a pooling with the window of the traced size), which only
+    shows at another size. Infinite if the graph cannot run there.
+    """
+    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
+    side = 5 * max(model.multiple, 8)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * 255
+    run = runner(path)
     with torch.no_grad():
-        expected = model(images.float())
+        expected = model(images)
     try:
-        logits = torch.from_numpy(session.run([OUTPUT], {INPUT: images.float().numpy()})[0])
+        logits = run(images)
     except Exception:  # the runtime's errors share no public base class
         return float("inf")
+    return _difference(logits, expected)
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -126,9 +127,36 @@ def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp
     assert f"mean IoU of the files: {100 * score:.2f} %" in out
 
 
-def test_export_in_both_formats(finished, call):
-    assert "model.onnx" in call(export, finished)
-    assert "model.pt2" in call(export, finished, "--format", "torch_export")
+def test_export_says_when_there_are_no_images(finished, call, tmp_path):
+    options = ["--format", "torch_export", "--output", tmp_path / "model.pt2", "--root", tmp_path / "nowhere"]
+    out = call(export, finished, *options)
+    assert (tmp_path / "model.pt2").is_file()
+    assert re.search(r"not checked on real images, as there are none: .*nowhere", out)
+    assert "% of the pixels" not in out
+
+
+def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finished, call, tmp_path):
+    out = call(export, finished)
+    assert f"written: {finished / 'model.onnx'}" in out
+    found = re.search(r"checked on (\d) images of val: ([0-9.]+) % of the pixels get the class of the torch model", out)
+    assert int(found.group(1)) >= 2
+    assert float(found.group(2)) >= 99.9
+    images = finished.parent / "data" / "leftImg8bit" / "val"
+    for run, name in ((finished, "torch"), (finished / "model.onnx", "onnx")):
+        with pytest.raises(SystemExit) as stopped:
+            call(predict, run, "--input", images, "--output", tmp_path / name)
+        assert stopped.value.code == 0
+    files = sorted(path.relative_to(tmp_path / "torch") for path in (tmp_path / "torch" / "labels").rglob("*.png"))
+    assert len(files) == int(found.group(1))
+    for file in files:
+        with Image.open(tmp_path / "torch" / file) as one, Image.open(tmp_path / "onnx" / file) as other:
+            assert one.getpalette() == other.getpalette()
+            assert (np.asarray(one) == np.asarray(other)).mean() > 0.999
+    with pytest.raises(InputError, match=r"there is no file .*none\.onnx: write it with segkit export RUN"):
+        call(predict, tmp_path / "none.onnx", "--input", images, "--output", tmp_path / "out")
+    (tmp_path / "text.onnx").write_text("text")
+    with pytest.raises(InputError, match=r"text\.onnx is not a model that segkit exported: write one with"):
+        call(predict, tmp_path / "text.onnx", "--input", images, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
+
+BOUNDARY_RATIO = 0.02
+"""Width of the band of ``--boundary``, as a share of the image's diagonal."""
 
 
 def parse() -> argparse.Namespace:
@@ -158,15 +160,7 @@ def evaluate_split(
     if arguments.max_images:
         split = split[: arguments.max_images]
     transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
-    batches: Iterable[Any] = eval_batches(
-        split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers
-    )
-    boundary, predicting = None, predict
-    if arguments.boundary:
-        from segkit.evaluation.boundary import BoundaryCounts
-
-        boundary = BoundaryCounts(split.num_classes, ignore_index=split.ignore_index)
-        batches, predicting = watched(batches, predict, boundary)
+    batches = eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers)
     evaluation = evaluate(
         model,
         batches,
@@ -174,7 +168,8 @@ def evaluate_split(
         ignore_index=split.ignore_index,
         device=device,
         precision=precision,
-        predict=predicting,
+        predict=predict,
+        boundary_ratio=BOUNDARY_RATIO if arguments.boundary else None,
         progress=lambda items: track(items, description="evaluating", unit="batches"),
     )
     protocol = evaluation_protocol(
@@ -187,25 +182,4 @@ def evaluate_split(
     results = to_results(evaluation, class_names=split.classes, protocol=protocol)
     if arguments.protocol != "standard":
         results["benchmark"] = benchmark_scores(arguments.protocol, evaluation.counts, split.classes)
-    if boundary is not None:
-        results["boundary"] = boundary.summary()
     return results, evaluation.per_image
-
-
-def watched(
-    batches: Iterable[Any], predict: Callable[..., Any], boundary: Any
-) -> tuple[Iterator[Any], Callable[..., Any]]:
-    """The same batches and predictions; each image is added to ``boundary`` once it is predicted."""
-    latest: list[Any] = []
-
-    def remember(model: Any, images: Any, size: Any) -> Any:
-        latest[:] = [predict(model, images, size)]
-        return latest[0]
-
-    def passing() -> Iterator[Any]:
-        for batch in batches:
-            yield batch
-            for prediction, label in zip(latest[0].cpu().numpy(), batch.labels.numpy(), strict=True):
-                boundary.update(prediction, label)
-
-    return passing(), remember

@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--root", help="folder of the data set, where it moved")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
     add_inference_arguments(parser)
@@ -41,7 +42,7 @@ def main() -> None:
 
 def run() -> None:
     """Write the archive; on a labelled split, score what is in it."""
-    from segkit.evaluation.submission import write_submission
+    from segkit.evaluation.submission import check_images, write_submission
     from segkit.preflight import open_split
     from segkit.runtime import resolve_device
     from segkit.saved_run import open_run
@@ -52,40 +53,52 @@ def run() -> None:
     if arguments.root:
         dataset = dataclasses.replace(dataset, root=arguments.root)
     split = open_split(dataset, arguments.split)
+    form, sizes = dataset.name.removesuffix("_coarse"), image_sizes(split)
+    check_images(sizes, format=form, split=arguments.split)
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
+    precision = arguments.precision or saved.config.precision.value
     number = write_submission(
         arguments.output,
-        predictions(arguments, dataset, split, model, device),
-        format=dataset.name.removesuffix("_coarse"),
+        predictions(arguments, dataset, split, model, device, precision),
+        format=form,
         table=split.table,
         split=arguments.split,
         competition=arguments.competition,
+        image_sizes=sizes,
     )
     print(f"written: {number} predictions in {arguments.output}")
     if split.labelled:
         print(f"mean IoU of the files: {100 * score(arguments, dataset, split):.2f} %")
 
 
+def image_sizes(split: Any) -> dict[str, tuple[int, int]]:
+    """Names, as the server knows them, and (height, width) of all images, from the headers of their files."""
+    from segkit.data.decode import image_size
+
+    return {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
+
+
 def predictions(
-    arguments: argparse.Namespace, dataset: Any, split: Any, model: Any, device: Any
+    arguments: argparse.Namespace, dataset: Any, split: Any, model: Any, device: Any, precision: str
 ) -> Iterator[tuple[str, Any]]:
-    """(name, train ids of the label's size) of every image."""
+    """(name, train ids of the image's size) of every image."""
     import torch
 
     from segkit.commands.evaluate import inference
     from segkit.config import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
+    from segkit.evaluation.loop import autocast
     from segkit.progress import track
 
     predict = inference(arguments, dataset.crop)
     transform = EvalTransform(resize=plain(dataset.eval_resize))
     batches = eval_batches(split, transform=transform, workers=arguments.workers)
-    with torch.inference_mode():
-        for batch in track(batches, description="predicting", total=len(split), unit="images"):
+    for batch in track(batches, description="predicting", total=len(split), unit="images"):
+        with torch.inference_mode(), autocast(device, precision):
             predicted = predict(model, batch.images.to(device), tuple(batch.labels.shape[-2:]))
-            yield from zip(batch.names, predicted.cpu().numpy(), strict=True)
+        yield from zip(batch.names, predicted.cpu().numpy(), strict=True)
 
 
 def score(arguments: argparse.Namespace, dataset: Any, split: Any) -> float:

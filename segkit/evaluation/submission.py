@@ -94,8 +94,9 @@ def write_submission(
 ) -> int:
     """Write predictions, one ``(name, train ids (H, W))`` at a time, and check the archive; the number of files.
 
-    ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6. ``image_sizes`` are checked where given; the
-    test splits of Cityscapes and BDD100K have one size. The archive gets its name when it is complete and right.
+    ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6. ``image_sizes``, where given, are the names and
+    sizes of all images to come: they go through `check_images` before the first prediction is asked for. The archive
+    gets its name when it is complete and right.
 
     Raises `InputError` naming the image for a wrong name, size or value, and if there is no prediction.
     """
@@ -104,6 +105,8 @@ def write_submission(
     temporary = path.with_name(f".{path.name}.part")
     member = _member_namer(form, split, competition)
     sizes: dict[str, Size] = {}
+    if image_sizes is not None:
+        check_images(image_sizes, format=format, split=split)
 
     def files() -> Iterator[tuple[str, NDArray[np.integer]]]:
         for name, prediction in predictions:
@@ -120,12 +123,26 @@ def write_submission(
                 archive.add(member_name, content)
         if not sizes:
             raise InputError(f"there is no prediction to write to {path}; check the split")
-        _check_number(path, len(sizes), form, format, split)
-        validate_submission(temporary, format=format, table=table, sizes=sizes, split=split, competition=competition)
+        _check_number(len(sizes), form, format, split)
+        expected = sizes if image_sizes is None else image_sizes
+        validate_submission(temporary, format=format, table=table, sizes=expected, split=split, competition=competition)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return len(sizes)
+
+
+def check_images(image_sizes: Mapping[str, Size], *, format: str, split: str = "test") -> None:
+    """Check names, sizes and number of the images of a split before any is predicted.
+
+    The test splits of Cityscapes and BDD100K have one size, and every server wants all images of its test split.
+    Raises `InputError` that names the first image that the server would refuse.
+    """
+    form = _format(format, "comp6")
+    for name, size in image_sizes.items():
+        _check_name(name, form, format)
+        _check_official_size(name, size, form, format, split)
+    _check_number(len(image_sizes), form, format, split)
 
 
 def validate_submission(
@@ -207,8 +224,7 @@ def _check_prediction(
     split: str,
     image_sizes: Mapping[str, Size] | None,
 ) -> None:
-    if not re.fullmatch(form.pattern, name):
-        raise InputError(f"image name {name!r} is none of {format}; names must match {form.pattern}")
+    _check_name(name, form, format)
     if prediction.ndim != 2 or prediction.dtype.kind not in "iu":
         raise InputError(
             f"the prediction of {name} must hold class numbers (H, W), got {prediction.dtype} of shape "
@@ -220,21 +236,36 @@ def _check_prediction(
             f"the prediction of {name} has values from {prediction.min()} to {prediction.max()}; allowed are the "
             f"classes 0..{num_classes - 1}"
         )
-    wanted = form.test_size if split == "test" else None
-    if image_sizes is not None:
-        wanted = image_sizes.get(name, wanted)
-    if wanted is not None and prediction.shape != tuple(wanted):
+    _check_official_size(name, (prediction.shape[0], prediction.shape[1]), form, format, split)
+    if image_sizes is None:
+        return
+    if name not in image_sizes:
+        raise InputError(f"the prediction of {name} belongs to no image of split {split}; predict exactly its images")
+    if prediction.shape != tuple(image_sizes[name]):
         raise InputError(
-            f"the prediction of {name} has the size {_by(prediction.shape)}; {format} wants {_by(wanted)}: predict at "
-            "the size of the image"
+            f"the prediction of {name} has the size {_by(prediction.shape)}; {format} wants {_by(image_sizes[name])}: "
+            "predict at the size of the image"
         )
 
 
-def _check_number(path: Path, num_files: int, form: Format, format: str, split: str) -> None:
+def _check_name(name: str, form: Format, format: str) -> None:
+    if not re.fullmatch(form.pattern, name):
+        raise InputError(f"image name {name!r} is none of {format}; names must match {form.pattern}")
+
+
+def _check_official_size(name: str, size: Size, form: Format, format: str, split: str) -> None:
+    if split == "test" and form.test_size is not None and tuple(size) != form.test_size:
+        raise InputError(
+            f"{name} has the size {_by(size)}; the test split of {format} wants {_by(form.test_size)}: point "
+            "dataset.root (segkit submit --root) to the original images"
+        )
+
+
+def _check_number(num_files: int, form: Format, format: str, split: str) -> None:
     if split == "test" and form.num_test is not None and num_files != form.num_test:
         raise InputError(
-            f"{path} would hold {num_files} images; the test split of {format} has {form.num_test}: complete the data "
-            "set, or name another split"
+            f"the submission would hold {num_files} images; the test split of {format} has {form.num_test}: complete "
+            "the data set, or name another split with segkit submit --split"
         )
 
 

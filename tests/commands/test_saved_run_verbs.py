@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_evaluate_with_everything(finished, call, tmp_path):
     assert found["protocol"]["benchmark"] == "cityscapes"
     assert set(found["benchmark"]["categories"]) >= {"flat", "vehicle"}
     assert 0 <= found["boundary"]["mean_boundary_iou"] <= 1
+    assert found["boundary"]["boundary_ratio"] == 0.02
+    assert "boundary_iou" in found["classes"]["road"]
     assert "benchmark category_mean_iou" in out
 
 
@@ -90,7 +93,10 @@ def test_calibration_is_kept_and_used_by_predict_and_export(finished, call, tmp_
     assert kept["tuned_mean_iou_after"] >= kept["tuned_mean_iou_before"]
     assert kept["split"] == "train"
     image = next((finished.parent / "data").rglob("leftImg8bit/val/**/*.png"))
-    call(export, finished, "--calibrated", "--output", tmp_path / "biased.onnx")
+    nowhere = ["--root", tmp_path / "nowhere"]
+    exported = call(export, finished, "--calibrated", "--output", tmp_path / "biased.onnx", *nowhere)
+    assert re.search(r"not checked on real images, as there are none: .*nowhere", exported)
+    assert "% of the pixels" not in exported
     for run, name, options in ((finished, "run", ["--calibrated"]), (tmp_path / "biased.onnx", "onnx", [])):
         with pytest.raises(SystemExit):
             call(predict, run, "--input", image, "--output", tmp_path / name, *options)
@@ -127,12 +133,19 @@ def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp
     assert f"mean IoU of the files: {100 * score:.2f} %" in out
 
 
-def test_export_says_when_there_are_no_images(finished, call, tmp_path):
-    options = ["--format", "torch_export", "--output", tmp_path / "model.pt2", "--root", tmp_path / "nowhere"]
-    out = call(export, finished, *options)
-    assert (tmp_path / "model.pt2").is_file()
-    assert re.search(r"not checked on real images, as there are none: .*nowhere", out)
-    assert "% of the pixels" not in out
+def test_submit_takes_a_precision_and_refuses_images_that_the_server_would(finished, call, tmp_path):
+    files = {}
+    for precision in ("fp32", "bf16"):
+        path = tmp_path / f"{precision}.zip"
+        out = call(submit, finished, "--split", "val", "--output", path, "--workers", "0", "--precision", precision)
+        assert "mean IoU of the files" in out
+        with zipfile.ZipFile(path) as archive:
+            files[precision] = {name: archive.read(name) for name in archive.namelist()}
+    assert files["fp32"].keys() == files["bf16"].keys()
+    assert files["fp32"] != files["bf16"]
+    with pytest.raises(InputError, match=r"_\d+ has the size .*; the test split of cityscapes wants 1024x2048"):
+        call(submit, finished, "--output", tmp_path / "test.zip")
+    assert not (tmp_path / "test.zip").exists()
 
 
 def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finished, call, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from segkit.data.labels import load_table
 from segkit.errors import InputError
 from segkit.evaluation import ConfusionMatrix
-from segkit.evaluation.submission import FORMATS, read_submission, validate_submission, write_submission
+from segkit.evaluation.submission import FORMATS, check_images, read_submission, validate_submission, write_submission
 
 NAMES = {
     "cityscapes": ("lindau_000000_000019", "frankfurt_000001_002512"),
@@ -142,6 +142,14 @@ ONE = np.zeros((4, 5), np.uint8)
             r"has the size 4x5 \(height x width\); ade20k wants 8x5",
             options={"image_sizes": {"ADE_val_00000001": (8, 5)}},
         ),
+        Case(
+            r"prediction of ADE_val_00000001 belongs to no image of split val; predict exactly",
+            options={"image_sizes": {"ADE_val_00000002": (4, 5)}},
+        ),
+        Case(
+            r"1 images are missing \(ADE_val_00000002\) and 0 are too many",
+            options={"image_sizes": {"ADE_val_00000001": (4, 5), "ADE_val_00000002": (4, 5)}},
+        ),
         Case(r"out\.rar must end in \.zip, \.tar, \.tar\.gz or \.tgz", path="out.rar"),
         Case(r"there is no submission format 'kitti'; allowed are cityscapes, ade20k", options={"format": "kitti"}),
         Case(r"cannot write .*no/out\.zip \(No such file", path="no/out.zip"),
@@ -156,10 +164,31 @@ def test_what_cannot_be_written_is_named_and_leaves_no_file(case, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_test_split_of_cityscapes_has_one_size(tmp_path):
-    given = [("lindau_000000_000019", ONE)]
-    with pytest.raises(InputError, match=r"has the size 4x5 .* cityscapes wants 1024x2048"):
-        write_submission(tmp_path / "out.zip", given, format="cityscapes", table=load_table("cityscapes"))
+@pytest.mark.parametrize(("format", "size"), [("cityscapes", "1024x2048"), ("bdd100k", "720x1280")])
+def test_test_splits_of_one_size(format, size, tmp_path):
+    name, table = NAMES[format][0], load_table(format)
+    message = (
+        rf"{name} has the size 4x5 .*; the test split of {format} wants {size} .*: point dataset\.root .* original"
+    )
+    with pytest.raises(InputError, match=message):
+        write_submission(tmp_path / "out.zip", [(name, ONE)], format=format, table=table)
+    with pytest.raises(InputError, match=message):
+        check_images({name: (4, 5)}, format=format)
+    check_images({name: (4, 5)}, format=format, split="val")
+
+
+def test_images_are_checked_before_any_is_predicted(tmp_path):
+    def never():
+        raise AssertionError("a prediction was asked for")
+        yield
+
+    options = {"format": "bdd100k", "table": load_table("bdd100k")}
+    sizes = {f"{number:08x}-{number:08x}": (720, 1280) for number in range(1999)}
+    with pytest.raises(InputError, match=r"would hold 1999 images; the test split of bdd100k has 2000: complete"):
+        write_submission(tmp_path / "out.zip", never(), image_sizes=sizes, **options)
+    with pytest.raises(InputError, match=r"image name 'street' is none of bdd100k"):
+        write_submission(tmp_path / "out.zip", never(), image_sizes={"street": (720, 1280)}, **options)
+    check_images(sizes | {"ffffffff-ffffffff": (720, 1280)}, format="bdd100k")
 
 
 def png(array, **options):

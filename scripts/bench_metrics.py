@@ -9,6 +9,7 @@ same maps and must give the same matrix. Figures are medians of wall time on the
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import warnings
@@ -70,15 +71,16 @@ def ways(num_classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return found
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median wall time in milliseconds after one call to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median wall time of each call in milliseconds; they take turns, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:  # the first is for warming up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
 
 
 def main() -> None:
@@ -99,13 +101,14 @@ def main() -> None:
             for dtype in (torch.uint8, torch.int64):
                 pair = pred.to(dtype), target.to(dtype)
                 expected = plain_torch(*pair, num_classes)
-                base = None
                 for name, count in counters.items():
                     assert torch.equal(count(*pair), expected), name
-                    ms = median_ms(lambda count=count, pair=pair: count(*pair), args.repeats)
-                    base = base or ms
+                calls = {name: functools.partial(count, *pair) for name, count in counters.items()}
+                taken = medians_ms(calls, args.repeats)
+                for name, ms in taken.items():
                     label = str(dtype).removeprefix("torch.")
-                    print(f"K={num_classes:<4} {kind:6} {label:6} {name:24} {ms:8.2f} ms  {ms / base:6.1f}x")
+                    ratio = ms / taken["segkit"]
+                    print(f"K={num_classes:<4} {kind:6} {label:6} {name:24} {ms:8.2f} ms  {ratio:6.1f}x")
 
 
 if __name__ == "__main__":

@@ -113,17 +113,22 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 256, (50, 70), np.uint8)).save(pictures / "gray.png")
     Image.fromarray(generator.integers(0, 256, (65, 33, 4), np.uint8)).save(pictures / "alpha.png")
+    Image.fromarray(generator.integers(0, 256, (1, 40, 3), np.uint8)).save(pictures / "row.png")
+    (pictures / "empty.png").write_bytes(b"")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     with pytest.raises(SystemExit) as stopped:
         call(predict, finished, "--input", pictures, "--output", tmp_path / "out")
     assert stopped.value.code == 1
-    assert "broken.jpg" in capsys.readouterr().err
+    skipped = capsys.readouterr().err
+    assert "skipped: " in skipped
+    assert "broken.jpg" in skipped
+    assert "empty.png" in skipped
     labels = {}
     for path in (tmp_path / "out" / "labels").glob("*.png"):
         with Image.open(path) as label:
             labels[path.stem] = (label.size, label.mode)
-    assert labels == {"gray": ((70, 50), "P"), "alpha": ((33, 65), "P")}
-    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 2
+    assert labels == {"gray": ((70, 50), "P"), "alpha": ((33, 65), "P"), "row": ((40, 1), "P")}
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 3
 
 
 def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):

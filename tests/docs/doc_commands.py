@@ -85,7 +85,7 @@ class Runner:
         self.train(parsed.training_script_args)
 
     def train(self, words: list[str]) -> None:
-        """``python train.py WORDS``: composed, checked, data opened; with a run folder or ``trains`` carried out."""
+        """``python train.py WORDS``: composed, checked, data opened; carried out only if ``trains``."""
         if words in (["--help"], ["--cfg", "job"]):
             return  # tests/test_config.py runs both
         if words[:1] in (["-m"], ["--multirun"]):
@@ -94,7 +94,7 @@ class Runner:
         folder = value_of("hydra.run.dir", words)
         overrides = without_hydra(words)
         check_model(self.space.preflight(overrides))
-        if folder or self.trains:
+        if self.trains:
             place = self.space.root / (folder or f"outputs/{len(self.space.done)}")
             self.space.train(overrides, place)
             assert (place / "results.json").is_file()
@@ -104,7 +104,7 @@ class Runner:
         for number, words in enumerate(jobs):
             overrides = without_hydra(words)
             check_model(self.space.preflight(overrides))
-            if folder:
+            if self.trains and folder and jobs[0] != jobs[1]:
                 self.space.train(overrides, self.space.root / folder / str(number))
 
     # -- verbs ---------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ class Runner:
     def completed(self, verb: str, words: list[str]) -> list[str]:
         """The arguments with those that make the verb fast, and that its data are samples."""
         if verb == "check":
-            sample = [] if self.trains or "experiment=camvid_cpu" in words else ["--skip-step"]
-            return [*self.space.small(options_last(words)[0]), *options_last(words)[1], *sample]
+            overrides, options = options_last(words)
+            return [*self.space.small(overrides), *options, *([] if self.trains else ["--skip-step"])]
         if verb == "stats":
             small = ["dataset.reader.num_images=4"] if "dataset=synthetic" in words else []
             return [*words, *small, "workers=0", f"cache_dir={self.space.root / 'cache'}"]

@@ -152,7 +152,12 @@ class PhaseConfig:
         """Raise InputError if the keys of phase ``name`` contradict each other."""
         key = f"schedule.{name}"
         _require(
-            (self.epochs is None) != (self.steps is None),
+            self.epochs is not None or self.steps is not None,
+            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=..., or remove the phase "
+            f"with '~{key}' (an experiment written for another schedule may have brought it)",
+        )
+        _require(
+            self.epochs is None or self.steps is None,
             f"{key} has epochs={self.epochs} and steps={self.steps}, but needs exactly one of the two: "
             f"set {key}.epochs=null or {key}.steps=null",
         )

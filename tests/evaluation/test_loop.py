@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -116,6 +118,37 @@ def test_ranks_together_equal_one_process():
     np.testing.assert_array_equal(joined.per_image.image, whole.per_image.image)
     np.testing.assert_array_equal(joined.per_image.count, whole.per_image.count)
     assert [p.name for p in joined.pictures] == ["image0", "image1"]
+
+
+def test_memory_grows_by_the_sparse_matrices_of_the_images_only():
+    num_classes, size = 12, (40, 50)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most_alive = 0
+
+    def watched(num_images):
+        nonlocal most_alive
+        for index in range(num_images):
+            ((images, labels, _, _),) = make_batches(1, num_classes=num_classes, size=size, seed=index)
+            alive.update([images, labels])
+            most_alive = max(most_alive, len(alive))
+            yield Batch(images, labels, [f"image{index}"], [index])
+            del images, labels
+
+    def peak(num_images):
+        batches = watched(num_images)
+        tracemalloc.start()
+        result = evaluate(RedIsTheClass(num_classes), batches, num_classes=num_classes, boundary_ratio=0.02)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most, len(result.per_image.count)
+
+    peak(1)  # imports
+    (few, few_entries), (many, many_entries) = peak(20), peak(220)
+    entries = many_entries - few_entries
+    assert entries > 200 * 100
+    # Three int64 an entry while counting and four in the result; a name and places in lists and dicts an image.
+    assert many - few < (3 + 4) * 8 * entries + 200 * 500
+    assert most_alive <= 4, "images and labels of this batch and of the one before"
 
 
 def test_no_image_and_an_image_twice_are_errors():

@@ -119,6 +119,19 @@ def test_compiled_is_plain(name, ties, monkeypatch):
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
+def test_compiled_half_precision_in_any_layout():
+    logits, target = example(dtype=torch.float16)
+    logits = logits.to(memory_format=torch.channels_last)
+    plain = value_and_gradient(margin(compile_tiles=False), logits, target, factor=1024.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="torch.compile failed")
+        fast = value_and_gradient(margin(compile_tiles=True), logits, target, factor=1024.0)
+    assert fast[1].dtype == torch.float16
+    torch.testing.assert_close(fast, plain, rtol=2e-3, atol=1e-3)
+
+
 def test_failing_compiler_is_said_once_and_changes_nothing(monkeypatch):
     def broken(function, **options):
         def call(*arguments):

@@ -49,7 +49,7 @@ def run() -> None:
         add_bias(saved, model)
     counts = saved.label_counts()
     metadata = {
-        "classes": counts["classes"],
+        "classes": list(counts["classes"]),
         "palette": counts.get("palette"),
         "dataset": dataset.name,
         "resize": plain(dataset.eval_resize),

@@ -46,6 +46,8 @@ def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Ca
             return None
         try:
             return fast(*arguments)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the compiler
         except Exception as error:
             Compiler.failed = True
             warnings.warn(

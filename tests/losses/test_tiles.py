@@ -151,6 +151,22 @@ def test_failing_compiler_is_said_once_and_changes_nothing(monkeypatch):
     compiling.compiled.cache_clear()
 
 
+def test_want_of_memory_is_no_failure_of_the_compiler(monkeypatch):
+    def full(function, **options):
+        def call(*arguments):
+            raise torch.OutOfMemoryError("no memory left")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", full)
+    monkeypatch.setattr(compiling.Compiler, "failed", False)
+    compiling.compiled.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        value_and_gradient(margin(compile_tiles=True), *example())
+    assert not compiling.Compiler.failed
+    compiling.compiled.cache_clear()
+
+
 def test_cpu_is_not_compiled_unless_asked():
     assert not compiling.wants_compiler(None, torch.device("cpu"))
     assert compiling.wants_compiler(True, torch.device("cpu"))

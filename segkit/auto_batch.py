@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from segkit import memory
 from segkit.build import build_loss, build_model, build_optimizer
 from segkit.config import Config
 from segkit.data.loader import Batch
 from segkit.data.statistics import LabelCounts
 from segkit.preflight import Splits
-from segkit.training import distributed, memory
+from segkit.training import distributed
 from segkit.training.precision import Mixed
 from segkit.training.step import split, train_step
 
@@ -43,7 +44,7 @@ def with_largest_batch(
     most = min(len(splits.train) for splits in phases.values()) // parts
     report: dict[str, Any] = {"phases": {}, "asked": config.batch_size}
     for name, splits in phases.items():
-        budget = _held(device) + int(SHARE * memory.available(device))
+        budget = memory.held(device) + int(SHARE * memory.available(device))
         peaks = measure(config, name, splits, device)
         fits = images_that_fit(peaks, budget)
         report["phases"][name] = {"peaks": peaks, "budget": budget, "images_at_once": fits}
@@ -106,10 +107,6 @@ def measure(config: Config, name: str, splits: Splits, device: torch.device) -> 
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return peaks
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
 
 
 def _even_counts(table: Any) -> LabelCounts:

@@ -1,11 +1,50 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that a user can do something about, each with the exit code of the command that it ends.
+
+The message is one sentence that says what was got, what is allowed, and which key or command mends it. The command
+line prints it without a traceback; set ``SEGKIT_DEBUG=1`` to see one.
+"""
 
 from __future__ import annotations
 
+import math
+
 
 class InputError(ValueError):
-    """A mistake in the input: configuration, data, a checkpoint, a folder.
+    """A mistake in the input: configuration, data, a checkpoint, a folder."""
 
-    The message is one sentence that says what was got, what is allowed, and which key or command mends it.
-    The command line prints it without a traceback; set ``SEGKIT_DEBUG=1`` to see one.
-    """
+    exit_code = 2
+
+
+class NonFiniteLoss(ValueError):
+    """The loss of a step, or its gradient, is NaN or infinite."""
+
+    exit_code = 2
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit into memory; the message says how much was taken and what would help."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGTERM, SIGINT); its state is saved, and the same command continues it."""
+
+    exit_code = 75
+
+
+def check_number(value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
+        least = "greater than" if open_low else "at least"
+        most = "" if high == math.inf else f" and at most {high:g}"
+        raise InputError(f"{name} must be a finite number {least} {low:g}{most}, got {value!r}; set loss.{name}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        allowed = ", ".join("null" if c is None else str(c) for c in choices)
+        raise InputError(f"{name} must be one of {allowed}, got {value!r}; set loss.{name}")

@@ -1,4 +1,4 @@
-"""How much memory a process has used and may still use, and an error in place of a killed process."""
+"""How much memory a process has used and may still use, and what to do when it does not suffice."""
 
 from __future__ import annotations
 
@@ -6,37 +6,81 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
 
+from segkit.errors import InputError, OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
 RESERVE = 256 * 2**20
 """Bytes of the free memory that are left to the system."""
+
+CPU_MESSAGES = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+"""What RuntimeErrors say when an allocation on a CPU found no memory."""
 
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""Files with the limit and the use of a container, in both versions of Linux's control groups."""
+"""(limit, use) of the container that this process runs in, in bytes: version 2 and version 1 of control groups."""
 
 
-def peak_of_process() -> int:
-    """The most bytes of memory that this process has held so far."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a failed allocation on a GPU, by torch or C++ on a CPU, or by Python."""
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    torch = sys.modules.get("torch")  # not imported for the question: without it there is no such error
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_MESSAGES)
+
+
+def peak(device: torch.device | None = None) -> int:
+    """The most bytes that this process has held at once: of the GPU's memory, or in RAM."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def total() -> int:
-    """Bytes that the machine has, or the container if that is less."""
-    limits = [limit for limit, _ in _containers()]
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
+def total(device: torch.device | None = None) -> int:
+    """Bytes that the GPU has, or the machine, or the container if that is less."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _containers())])
 
 
-def available() -> int | None:
-    """Bytes that can still be had without swapping, in the container's bounds; None where the system does not say."""
+def available(device: torch.device | None = None) -> int:
+    """Bytes that this process can still take: free on the GPU, or in RAM within the container's limit."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        reserved_but_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved_but_unused
     free = _field(Path("/proc/meminfo"), "MemAvailable")
     if free is None:
-        return None
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(0, min([free, *(limit - used for limit, used in _containers())]))
+
+
+def held(device: torch.device | None = None) -> int:
+    """Bytes that tensors of this process take on the GPU, or that the process has in RAM now (Linux)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _containers() -> list[tuple[int, int]]:
@@ -53,7 +97,7 @@ def _containers() -> list[tuple[int, int]]:
 
 
 def _field(path: Path, name: str) -> int | None:
-    """A value in kB of a file of /proc, in bytes."""
+    """A value in kB of a file of /proc, in bytes; None where the system has no such file or field."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -64,29 +108,100 @@ def _field(path: Path, name: str) -> int | None:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[int | None]:
-    """Let this process take what memory is available and no more; yields the bytes it may take.
+    """Let this process take the memory that is available and no more; yields the bytes it may take.
 
-    An allocation beyond that raises an error (:func:`is_exhausted` knows it), where the system would end the process
-    without a word. Nothing is bounded, and None yielded, where the system does not say what is available.
+    An allocation beyond that raises an error (:func:`is_out_of_memory` knows it), where the system would end the
+    process without a word. Nothing is bounded, and None yielded, where the system does not say what is in use.
     """
-    free, held = available(), _field(Path("/proc/self/status"), "VmData")
-    if free is None or held is None:
+    used = _field(Path("/proc/self/status"), "VmData")
+    if used is None:
         yield None
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = held + max(0, free - RESERVE)
+    bound = used + max(0, available() - RESERVE)
     for other in (soft, hard):
         if other != resource.RLIM_INFINITY:
             bound = min(bound, other)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
     try:
-        yield bound - held
+        yield bound - used
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """True for the error of an allocation that found no memory, on a CPU."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+@dataclass
+class Measured:
+    """``bytes``: the most that was held at once within :func:`measuring`."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[Measured]:
+    """Measure the peak within the context: the allocator's own figure on a GPU, a sample every 2 ms on a CPU."""
+    result = Measured()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        yield result
+        result.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    if not Path("/proc/self/statm").exists():
+        raise InputError("auto_batch measures memory on a GPU or under Linux only: set auto_batch=false")
+    done = Event()
+
+    def sample() -> None:
+        while True:
+            result.bytes = max(result.bytes, held())
+            if done.wait(0.002):
+                return
+
+    thread = Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        thread.join()
+
+
+def training_levers(config: dict[str, Any]) -> str:
+    """The first three settings of ``config`` (that of the run, as plain values) that would save memory."""
+    levers = []
+    if not config.get("grad_checkpointing"):
+        levers.append("grad_checkpointing=true")
+    batch, parts = config.get("batch_size", 1), config.get("accumulate", 1)
+    finer = next((number for number in range(parts + 1, batch + 1) if batch % number == 0), None)
+    if finer is not None:
+        levers.append(f"accumulate={finer} ({batch // finer} of {batch} images at once)")
+    crop = config.get("dataset", {}).get("crop")
+    levers.append("a smaller dataset.crop" + (f" than {crop}" if crop else ""))
+    if config.get("precision", "fp32") == "fp32":
+        levers.append("precision=bf16")
+    levers.append(f"a smaller batch_size than {batch}")
+    return ", or ".join(levers[:3])
+
+
+def evaluation_levers(config: dict[str, Any]) -> str:
+    """What would make an evaluation with ``config`` smaller."""
+    levers = []
+    batch = config.get("evaluation", {}).get("batch_size", 1)
+    if batch > 1:
+        levers.append(f"evaluation.batch_size={batch // 2}")
+    if config.get("precision", "fp32") == "fp32":
+        levers.append("precision=bf16")
+    levers.append("dataset.eval_resize.short_side=...")
+    return ", or ".join(levers)
+
+
+def out_of_memory(error: BaseException, *, where: str, levers: str, device: torch.device | None = None) -> OutOfMemory:
+    """The exception that says in one sentence what ran out, how much was taken, and what would help."""
+    kind = "GPU memory" if device is not None and device.type == "cuda" else "RAM"
+    first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return OutOfMemory(
+        f"out of memory {where}: at most {peak(device) / GIB:.2f} GiB of {kind} were in use and "
+        f"{available(device) / GIB:.2f} GiB are free ({first}): set {levers}"
+    )

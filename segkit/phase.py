@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segkit import charts, runtime
+from segkit import charts, files
 from segkit.build import build_loss, build_optimizer, evaluation_protocol, train_transform
 from segkit.config import Config, plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.data.transforms import EvalTransform
+from segkit.errors import Interrupted
 from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
 from segkit.losses import ObservedLoss, add_sums
@@ -32,7 +33,7 @@ from segkit.targets import LOSS_OPTIONS
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
 from segkit.training.tracking import Tracker
-from segkit.training.trainer import Interrupted, Settings, Trainer
+from segkit.training.trainer import Settings, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class PhaseRun:
         def count() -> str:
             counts = count_labels(self.splits.train, workers=self.config.workers, cache_dir=self.run.cache_dir)
             palette = self.splits.train.palette.tolist()  # so that a prediction needs no data set
-            runtime.write_json(self.folder / "label_counts.json", {**json.loads(counts.to_json()), "palette": palette})
+            files.write_json(self.folder / "label_counts.json", {**json.loads(counts.to_json()), "palette": palette})
             return counts.to_json()
 
         return LabelCounts.from_json(distributed.on_main(count))
@@ -343,7 +344,7 @@ class PhaseRun:
                 write_pictures(
                     self.folder / "pictures", self.evaluation.pictures, palette=table.palette, classes=table.classes
                 )
-            runtime.write_json(self.folder / "results.json", results)
+            files.write_json(self.folder / "results.json", results)
         distributed.agree(None)
         return results
 
@@ -353,7 +354,7 @@ def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequen
     margins = charts.margin_buffers(loss)
     if margins:
         options = {key: value for key, value in node.items() if key not in ("_target_", *LOSS_OPTIONS)}
-        runtime.write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
+        files.write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
 
 
 def numbered(batches: list[Batch]) -> Iterator[Batch]:

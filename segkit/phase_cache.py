@@ -19,7 +19,19 @@ from filelock import FileLock
 from segkit.config import FREE_KEYS, Config, plain
 from segkit.errors import InputError
 
-CODE = ("data", "evaluation", "losses", "models", "training", "build.py", "phase.py", "runtime.py", "targets.py")
+CODE = (
+    "data",
+    "evaluation",
+    "losses",
+    "models",
+    "training",
+    "bilinear.py",
+    "build.py",
+    "margins.py",
+    "phase.py",
+    "runtime.py",
+    "targets.py",
+)
 """Folders and files of segkit that the weights and scores of a phase depend on."""
 MARK = "phase_key"
 """File in the folder of a phase: the key under which its training began."""

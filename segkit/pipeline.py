@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from segkit import auto_batch, runtime
+from segkit import auto_batch, files, runtime
 from segkit.build import build_model
 from segkit.cache_dir import cache_dir_of
 from segkit.config import Config, check_targets
 from segkit.data.statistics import fingerprint
+from segkit.errors import Interrupted
 from segkit.models import Segmenter
 from segkit.phase import PhaseRun, Surroundings, say
 from segkit.phase_cache import PhaseCache, phase_key
@@ -25,7 +26,6 @@ from segkit.preflight import Splits
 from segkit.report.tables import class_table
 from segkit.run_folder import RunFolder
 from segkit.training import checkpoint, distributed
-from segkit.training.trainer import Interrupted
 
 
 def run(config: Config, folder: Path, phases: dict[str, Splits]) -> float:
@@ -182,7 +182,7 @@ class Run:
             say(f"phase {name}: finished already")
             if distributed.is_main():
                 metrics = self.folder.phase(name) / "metrics.jsonl"
-                runtime.write_atomically(self.folder.metrics, self.folder.earlier_metrics(name) + metrics.read_bytes())
+                files.write_atomically(self.folder.metrics, self.folder.earlier_metrics(name) + metrics.read_bytes())
             return self.folder.results(name)
         return PhaseRun(self._surroundings(), name, self.phases[name]).train()
 

@@ -28,11 +28,11 @@ from segkit import memory, runtime
 from segkit.cache_dir import cache_dir_of
 from segkit.config import Config, check_targets
 from segkit.data.loader import steps_per_epoch
+from segkit.errors import Interrupted
 from segkit.phase import PhaseRun, Surroundings
 from segkit.pipeline import Run
 from segkit.preflight import Splits
 from segkit.training import checkpoint
-from segkit.training.trainer import Interrupted
 
 NUM_STEPS = {"cpu": 3, "cuda": 12}
 """Steps of each phase: one to warm up, one after going on from the checkpoint, the rest are timed."""
@@ -310,8 +310,6 @@ def count_evaluations(config: Config, num_steps: int, num_samples: int) -> int:
 
 def measured_memory(device: torch.device) -> tuple[int, int, int]:
     """Bytes: the peak so far, what was reserved for it, and what there is."""
-    if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), limit
-    peak = memory.peak_of_process()
-    return peak, peak, memory.total()
+    reserved = memory.peak(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else reserved
+    return peak, reserved, memory.total(device)

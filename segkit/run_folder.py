@@ -16,7 +16,7 @@ from typing import Any
 
 from segkit.config import FREE_KEYS, Config, plain
 from segkit.errors import InputError
-from segkit.runtime import write_atomically, write_json
+from segkit.files import write_atomically, write_json
 
 LINKED = (
     "checkpoints",

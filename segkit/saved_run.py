@@ -7,13 +7,13 @@ read with ``weights_only``; nothing that the configuration names is downloaded o
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segkit.config import Config, to_config
 from segkit.errors import InputError
+from segkit.files import read_json
 
 CHECKPOINTS = ("last", "best")
 
@@ -97,18 +97,3 @@ def without_sources(config: Config) -> Config:
     if "weights" in model:
         model["weights"] = None
     return dataclasses.replace(config, model=model, grad_checkpointing=False)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; InputError if it is missing or torn."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is not there: the run has not got so far; run the same command again to go on"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): the run folder is damaged") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
-    return content

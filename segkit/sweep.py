@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.runtime import write_json
-from segkit.train import EXIT_INTERRUPTED
+from segkit.errors import Interrupted
+from segkit.files import write_json
 
 LOG = "log.txt"
 
@@ -116,7 +116,7 @@ class LocalSweep:
             log.close()
         print(self.table())
         print(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(Interrupted.exit_code)
 
     def _judge(self, job: Job, code: int) -> None:
         results = Path(job.folder) / "results.json"
@@ -124,7 +124,7 @@ class LocalSweep:
             job.state = "finished"
             job.mean_iou = json.loads(results.read_text(encoding="utf-8"))["mean_iou"]
             return
-        job.state = "interrupted" if code == EXIT_INTERRUPTED else "failed"
+        job.state = "interrupted" if code == Interrupted.exit_code else "failed"
         lines = (Path(job.folder) / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit import auto_batch, pipeline
+from segkit import auto_batch, errors, memory, pipeline
 from segkit.commands.compose import compose
 from segkit.preflight import open_phases
-from segkit.training import memory
 
 MIB = 2**20
 SMALL = (
@@ -61,7 +60,7 @@ def run(folder: Path, *overrides: str) -> None:
 
 def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(auto_batch, "measure", lambda *arguments: {2: 300 * MIB, 4: 400 * MIB})
-    monkeypatch.setattr(auto_batch, "_held", lambda device: 0)
+    monkeypatch.setattr(memory, "held", lambda device: 0)
     monkeypatch.setattr(memory, "available", lambda device: 600 * MIB)  # 85 % of it: 510, 6 images
     run(tmp_path / "run", "accumulate=2")
     assert "auto_batch: batch_size=12 instead of 8" in capsys.readouterr().out
@@ -86,5 +85,5 @@ def test_probes_that_do_not_fit_say_what_helps(monkeypatch):
 
     monkeypatch.setattr(auto_batch, "train_step", greedy)
     config = compose([*SMALL])
-    with pytest.raises(memory.OutOfMemory, match=r"while auto_batch tried 2 images at once.*grad_checkpointing=true"):
+    with pytest.raises(errors.OutOfMemory, match=r"while auto_batch tried 2 images at once.*grad_checkpointing=true"):
         auto_batch.measure(config, "train", open_phases(config)["train"], torch.device("cpu"))

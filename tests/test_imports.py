@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "segkit"
 PARTS = {"data", "models", "losses", "training", "evaluation"}
-SHARED = {"errors", "progress", "runtime", "config", "targets"}
+SHARED = {"bilinear", "config", "errors", "files", "margins", "memory", "progress", "runtime", "targets"}
 HEAVY = {"torch", "torchvision", "segmentation_models_pytorch", "timm", "albumentations", "cv2", "matplotlib", "scipy"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import soak  # noqa: E402
 
-from segkit.train import EXIT_INPUT, EXIT_INTERRUPTED  # noqa: E402
+from segkit.errors import InputError, Interrupted  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
@@ -88,7 +88,7 @@ def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, uninterrupted, numb
     os.kill(process.pid, number)
     process.join()
     log = (tmp_path / "run.log").read_text()
-    assert process.exitcode == EXIT_INTERRUPTED, log
+    assert process.exitcode == Interrupted.exit_code, log
     assert "error: stopped " in log
     assert "the state is saved: run the same command with the same hydra.run.dir to go on" in log
     assert "Traceback" not in log
@@ -104,7 +104,7 @@ def test_a_signal_to_all_processes_of_the_run_is_the_same(tmp_path):
     wait_for(tmp_path / "run", "pretrain/timing.jsonl", process)
     os.killpg(process.pid, signal.SIGTERM)
     process.join()
-    assert process.exitcode == EXIT_INTERRUPTED, (tmp_path / "run.log").read_text()
+    assert process.exitcode == Interrupted.exit_code, (tmp_path / "run.log").read_text()
 
 
 def test_a_killed_loading_process_ends_in_a_sentence(tmp_path):
@@ -116,7 +116,7 @@ def test_a_killed_loading_process_ends_in_a_sentence(tmp_path):
         os.kill(pid, signal.SIGKILL)
     process.join()
     log = (tmp_path / "run.log").read_text()
-    assert process.exitcode == EXIT_INPUT, log
+    assert process.exitcode == InputError.exit_code, log
     assert "error: a loading process died" in log
     assert "the state before it is saved" in log
     assert (tmp_path / "run/pretrain/checkpoints/last.pt").is_file()
@@ -146,7 +146,7 @@ def test_a_full_disk_costs_one_interval_at_most(small_disk, tmp_path, uninterrup
     overrides = [*soak.SMALL, f"hydra.run.dir={disk}/run", f"cache_dir={tmp_path}/cache", "workers=0"]
     process = soak.start(overrides, log)
     process.join()
-    assert process.exitcode == EXIT_INPUT, log.read_text()
+    assert process.exitcode == InputError.exit_code, log.read_text()
     assert "warning: the checkpoint" in log.read_text()
     assert "error: the checkpoint" in log.read_text()
     assert "No space left on device" in log.read_text()

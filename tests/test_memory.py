@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from segkit import memory
+
+CPU = torch.device("cpu")
+MIB = 2**20
 
 BIG = """
 import torch
@@ -19,7 +24,7 @@ with memory.bounded() as free:
     try:
         torch.empty(2**30, dtype=torch.uint8)
     except Exception as error:
-        print("exhausted", memory.is_exhausted(error))
+        print("out of memory", memory.is_out_of_memory(error))
 again = torch.empty(2**30, dtype=torch.uint8)
 print("free again", again.numel() == 2**30)
 """
@@ -28,11 +33,11 @@ print("free again", again.numel() == 2**30)
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound is Linux's")
 def test_an_allocation_beyond_the_bound_is_an_error_and_the_bound_ends_with_the_context():
     done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["exhausted True", "free again True"]
+    assert done.stdout.splitlines() == ["out of memory True", "free again True"]
 
 
 def test_nothing_is_bounded_where_the_system_does_not_tell(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(memory, "_field", lambda path, name: None)
     with memory.bounded() as free:
         assert free is None
 
@@ -42,9 +47,10 @@ def test_a_container_bounds_what_is_available(monkeypatch, tmp_path):
     (tmp_path / "current").write_text("400\n")
     monkeypatch.setattr(memory, "CGROUPS", ((str(tmp_path / "max"), str(tmp_path / "current")),))
     assert memory.total() == 1000
-    assert memory.available() in (600, None)
+    assert memory.available() == memory.available(CPU) == 600
     (tmp_path / "max").write_text("max\n")
     assert memory.total() > 2**20
+    assert memory.available() > 2**20
 
 
 @pytest.mark.parametrize(
@@ -57,4 +63,51 @@ def test_a_container_bounds_what_is_available(monkeypatch, tmp_path):
     ],
 )
 def test_errors_of_memory_are_known(error, known):
-    assert memory.is_exhausted(error) is known
+    assert memory.is_out_of_memory(error) is known
+
+
+def failure_of(function) -> BaseException:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        function()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(2**56, dtype=torch.uint8), lambda: np.empty(2**56, np.uint8), lambda: b"1" * 2**60]
+)
+def test_real_failures_to_allocate_are_recognised(allocate):
+    assert memory.is_out_of_memory(failure_of(allocate))
+
+
+def test_gpu_failures_are_recognised_and_others_are_not():
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not memory.is_out_of_memory(ValueError("not enough memory"))
+
+
+def test_the_peak_is_measured_though_the_memory_is_given_back():
+    before = memory.held()
+    with memory.measuring(CPU) as measured:
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        for _ in range(20):
+            block.add_(1)
+        del block
+    assert measured.bytes >= before + 60 * MIB
+    assert memory.peak(CPU) >= measured.bytes - 8 * MIB
+
+
+def test_available_memory_shrinks_with_what_is_taken():
+    free = memory.available(CPU)
+    assert 0 < free < 2**50
+
+
+def test_levers_leave_out_what_is_pulled_already():
+    config = {"batch_size": 6, "accumulate": 2, "dataset": {"crop": [512, 512]}, "precision": "fp32"}
+    assert memory.training_levers(config) == (
+        "grad_checkpointing=true, or accumulate=3 (2 of 6 images at once), or a smaller dataset.crop than [512, 512]"
+    )
+    used = {**config, "grad_checkpointing": True, "accumulate": 6}
+    assert memory.training_levers(used) == (
+        "a smaller dataset.crop than [512, 512], or precision=bf16, or a smaller batch_size than 6"
+    )
+    assert memory.evaluation_levers({"precision": "bf16"}) == "dataset.eval_resize.short_side=..."

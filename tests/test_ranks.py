@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from segkit import ranks
-from segkit.errors import InputError
-from segkit.train import EXIT_INTERRUPTED, explain
+from segkit.errors import InputError, Interrupted, OutOfMemory
+from segkit.guard import explain
 from segkit.training import distributed
-from segkit.training.memory import OutOfMemory
-from segkit.training.trainer import Interrupted
 
 
 @pytest.fixture
@@ -92,7 +90,7 @@ def test_a_lost_peer_is_no_defect_of_this_rank(second_rank, monkeypatch):
 def test_what_is_said_of_interruptions_and_memory():
     sentence, code = explain(Interrupted("stopped at step 3 of phase train"))
     assert sentence.startswith("stopped at step 3 of phase train; the state is saved: run the same command")
-    assert code == EXIT_INTERRUPTED == 75
+    assert code == Interrupted.exit_code == 75
     assert explain(OutOfMemory("out of memory at step 1")) == ("out of memory at step 1", 1)
 
 

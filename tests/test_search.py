@@ -14,9 +14,8 @@ optuna = pytest.importorskip("optuna")
 
 from segkit import search  # noqa: E402
 from segkit.commands.compose import compose  # noqa: E402
-from segkit.errors import InputError  # noqa: E402
+from segkit.errors import InputError, Interrupted  # noqa: E402
 from segkit.search import Search, distribution, is_of_sweep, leaves, written  # noqa: E402
-from segkit.train import EXIT_INTERRUPTED  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SPACE = ["~sweep.space.loss.upsilon"]
@@ -140,7 +139,7 @@ def test_an_interrupted_trial_goes_on_in_its_folder(tmp_path, capsys):
     made._watch = interrupt
     with pytest.raises(SystemExit) as ended:
         made.finish()
-    assert ended.value.code == EXIT_INTERRUPTED
+    assert ended.value.code == Interrupted.exit_code
     assert f"run the same command with hydra.sweep.dir={tmp_path} to go on" in capsys.readouterr().err
     (before,) = status(tmp_path)
     assert before["state"] == "interrupted"

@@ -6,7 +6,8 @@ from typing import Any
 
 from segkit.config import DatasetConfig, plain
 from segkit.errors import InputError
-from segkit.saved_run import SavedRun, read_json
+from segkit.files import read_json
+from segkit.saved_run import SavedRun
 
 FILE = "calibration.json"
 MAX_IMAGES = 500
@@ -18,9 +19,9 @@ def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, wo
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.calibrate import collect_logits, tune_bias
+    from segkit.files import write_json
     from segkit.preflight import open_split
     from segkit.progress import track
-    from segkit.runtime import write_json
 
     split = open_split(dataset, dataset.train_split)
     step = max(1, len(split) // MAX_IMAGES)

@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 
@@ -274,9 +274,9 @@ def _tolerant(report: Report) -> Config:
 def _failure(error: Exception) -> str:
     """One sentence for what ended the rehearsal; a traceback as well where it is nobody's mistake."""
     from segkit import memory
-    from segkit.train import MEMORY_ADVICE, explain
+    from segkit.guard import MEMORY_ADVICE, explain
 
-    if memory.is_exhausted(error):
+    if memory.is_out_of_memory(error):
         size = memory.total() / 2**30
         return f"the run would fail: this machine has {size:.0f} GiB of memory, too little: {MEMORY_ADVICE}"
     sentence, _ = explain(error)
@@ -297,7 +297,7 @@ def _is_ours(item: warnings.WarningMessage) -> bool:
 
 def _judge(report: Report) -> None:
     """What the measured figures mean for the run."""
-    from segkit.train import MEMORY_ADVICE
+    from segkit.guard import MEMORY_ADVICE
 
     measured, workers = report.rehearsal, report.config.workers
     if not measured.is_gpu:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from segkit.errors import InputError
-from segkit.train import guarded
+from segkit.guard import guarded
 
 
 def parser() -> argparse.ArgumentParser:

@@ -88,16 +88,17 @@ def window_size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 
 
 def run() -> None:
     """Evaluate, show the table, write the results."""
+    from segkit.files import write_json
     from segkit.preflight import open_split
     from segkit.report.tables import class_table
-    from segkit.runtime import resolve_device, write_json
+    from segkit.runtime import resolve_device
     from segkit.saved_run import open_run
 
     arguments = parse()

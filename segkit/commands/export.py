@@ -14,7 +14,7 @@ NUM_IMAGES = 4
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 

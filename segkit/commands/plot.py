@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
-from segkit.train import guarded
+from segkit.guard import guarded
 
 FORMATS = (".png", ".svg", ".pdf")
 RHOS = (0.0, 0.5, 1.0, 2.0)

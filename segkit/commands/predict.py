@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 

@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 
@@ -33,8 +33,7 @@ def main() -> None:
 def run() -> None:
     """Repeat the step and print what was found."""
     arguments = parse()
-    from segkit.runtime import without_nan
-    from segkit.saved_run import read_json
+    from segkit.files import read_json, without_nan
 
     bundle = arguments.bundle
     if not (bundle / "error.json").is_file():
@@ -55,7 +54,8 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     from segkit import runtime
     from segkit.build import build_loss, build_model
     from segkit.data.statistics import LabelCounts
-    from segkit.saved_run import read_config, read_json, without_sources
+    from segkit.files import read_json
+    from segkit.saved_run import read_config, without_sources
     from segkit.training import checkpoint, failure
     from segkit.training.precision import Mixed
 

@@ -11,7 +11,7 @@ from segkit.errors import InputError
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from segkit.config import Config
 from segkit.errors import InputError
-
-MARGIN_DEFAULTS: dict[str, Any] = {
-    "tau": 10.0,
-    "upsilon": 1.0,
-    "scale": "tau",
-    "mean_margin": None,
-    "absent": "max",
-    "rho_max": None,
-}
-"""Arguments of :func:`segkit.losses.margin_offsets`, used where the loss of the run has no margins."""
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -52,7 +39,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Entry point of the verb."""
-    from segkit.train import guarded
+    from segkit.guard import guarded
 
     guarded(run)
 
@@ -79,19 +66,25 @@ def run() -> None:
 
 
 def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:
-    """What a loss node says about margins, and the defaults for the rest."""
-    return {name: loss.get(name, default) for name, default in MARGIN_DEFAULTS.items()}
+    """The options of :func:`segkit.margins.compute_margins`: those of a loss node, and the defaults for the rest."""
+    import inspect
+
+    from segkit.margins import compute_margins
+
+    options = inspect.signature(compute_margins).parameters.values()
+    given = (item for item in options if item.default is not item.empty and item.name != "class_names")
+    return {item.name: loss.get(item.name, item.default) for item in given}
 
 
 def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row a class, and what they have in common."""
     from segkit.cache_dir import cache_dir_of
     from segkit.data.statistics import count_labels
+    from segkit.margins import compute_margins
 
-    cache_dir = cache_dir_of(config)
-    counts = count_labels(split, workers=config.workers, cache_dir=cache_dir)
+    counts = count_labels(split, workers=config.workers, cache_dir=cache_dir_of(config))
     arguments = margin_arguments(config.loss)
-    margins = margins_of(counts.class_pixels.tolist(), list(counts.classes), arguments, cache_dir=cache_dir)
+    margins = compute_margins(counts.class_pixels, class_names=counts.classes, **arguments)
     valid = int(counts.class_pixels.sum())
     rows = [
         {
@@ -99,8 +92,8 @@ def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str,
             "pixels": int(counts.class_pixels[k]),
             "share": float(counts.class_pixels[k] / valid),
             "images": int(counts.class_images[k]),
-            "rho_0k": margins["rho_0k"][k],
-            "rho_k0": margins["rho_k0"][k],
+            "rho_0k": float(margins.rho_0k[k]),
+            "rho_k0": float(margins.rho_k0[k]),
         }
         for k, name in enumerate(counts.classes)
     ]
@@ -115,62 +108,6 @@ def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str,
         "margins": arguments,
     }
     return rows, summary
-
-
-# -- margins, kept: importing torch to compute them again would take longer than all the rest -------------------------
-
-
-def margins_of(
-    class_pixels: list[int], class_names: list[str], arguments: dict[str, Any], *, cache_dir: Path
-) -> dict[str, list[float]]:
-    """``rho_0k`` and ``rho_k0`` of every class in logits; from ``cache_dir`` where they were computed before.
-
-    Warnings are given again on every call. Raises InputError as :func:`segkit.losses.margin_offsets` does.
-    """
-    path = cache_dir / "margins" / f"{_key(class_pixels, class_names, arguments)}.json"
-    kept = _kept(path, len(class_names))
-    if kept is None:
-        kept = _compute(class_pixels, class_names, arguments)
-        _keep(path, kept)
-    for text in kept.pop("warnings"):
-        warnings.warn(text, stacklevel=2)
-    return kept
-
-
-def _key(class_pixels: list[int], class_names: list[str], arguments: dict[str, Any]) -> str:
-    """Hash of everything that the margins depend on, the code that computes them included."""
-    code = (Path(__file__).resolve().parent.parent / "losses" / "margins.py").read_bytes()
-    text = json.dumps([class_pixels, class_names, arguments, hashlib.sha256(code).hexdigest()])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _compute(class_pixels: list[int], class_names: list[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np
-
-    from segkit.losses.margins import margin_offsets
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        margins = margin_offsets(np.array(class_pixels, np.int64), class_names=class_names, **arguments)
-    texts = [str(item.message) for item in caught]
-    return {"rho_0k": margins.rho_0k.tolist(), "rho_k0": margins.rho_k0.tolist(), "warnings": texts}
-
-
-def _kept(path: Path, num_classes: int) -> dict[str, Any] | None:
-    """The margins in ``path``; None where there are none, or the file is torn."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        whole = len(kept["rho_0k"]) == len(kept["rho_k0"]) == num_classes and isinstance(kept["warnings"], list)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return kept if whole else None
-
-
-def _keep(path: Path, margins: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(margins), encoding="utf-8")
-    partial.replace(path)  # a reader never sees half a file
 
 
 # -- output ----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.sample_maker_objects import (
-    write_ade20k,
-    write_camvid,
-    write_cocostuff10k,
-    write_folder,
-    write_voc,
-)
+from segkit.data.sample_maker_objects import write_ade20k, write_camvid, write_cocostuff10k, write_folder, write_voc
 from segkit.data.sample_maker_streets import write_bdd100k, write_cityscapes, write_mapillary
 from segkit.data.sample_maker_surgery import write_robotic_instrument
 from segkit.errors import InputError

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segkit.bilinear import Size
 from segkit.errors import InputError
-from segkit.evaluation.resample import Size, argmax_channel, class_dtype
+from segkit.evaluation.resample import argmax_channel, class_dtype
 from segkit.evaluation.views import Scorer, View, averaged, grid
 
 ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)

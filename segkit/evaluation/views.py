@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from segkit.bilinear import Size, resized_rows, source_rows
 from segkit.errors import InputError
-from segkit.evaluation.resample import Size, band_slices, resized_rows, source_rows
+from segkit.evaluation.resample import band_slices
 
 Scorer = Callable[[Tensor], Tensor]
 """images (N, 3, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -77,23 +75,6 @@ def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None
             f"ignore index {ignore_index}; mend the label table of the data set or the number of classes of "
             "the model"
         )
-
-
-def check_number(value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
-    """``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError naming ``name``."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
-        least = "greater than" if open_low else "at least"
-        most = "" if high == math.inf else f" and at most {high:g}"
-        raise InputError(f"{name} must be a finite number {least} {low:g}{most}, got {value!r}; set loss.{name}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
-    """Raise InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        allowed = ", ".join("null" if c is None else str(c) for c in choices)
-        raise InputError(f"{name} must be one of {allowed}, got {value!r}; set loss.{name}")
 
 
 def lift_binary(logits: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.errors import InputError
-from segkit.losses.checks import check_inputs, check_number
-from segkit.losses.resize import bilinear_matrix
+from segkit.bilinear import bilinear_matrix
+from segkit.errors import InputError, check_number
+from segkit.losses.checks import check_inputs
 from segkit.losses.tiles import compute_dtype
 
 FIXED_MARGIN = 1.0

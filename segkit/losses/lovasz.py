@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segkit.losses.checks import check_choice, check_inputs
+from segkit.errors import check_choice
+from segkit.losses.checks import check_inputs
 from segkit.losses.tiles import KeptGradient, compute_dtype, divides_early, fill_columns, read_labels
 
 

@@ -18,23 +18,43 @@ A large rho_0k makes the model more reluctant to predict class k: precision up, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segkit.errors import InputError
-from segkit.losses.checks import check_choice
+from segkit.errors import InputError, check_choice
 from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margin_tile import SMALL_MARGIN, margin_dense, margin_tile
-from segkit.losses.margins import DEFAULT_TAU, MarginOffsets, margin_offsets
 from segkit.losses.tiles import PixelLoss, TileRule
+from segkit.margins import DEFAULT_TAU, compute_margins
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
 
 FORMS = ("paper", "reference")
+
+
+@dataclass(frozen=True)
+class MarginOffsets:
+    """Margins in logits, float32, shape (K,) each."""
+
+    rho_k0: Tensor
+    rho_0k: Tensor
+
+
+def margin_offsets(class_pixels: Any, **options: Any) -> MarginOffsets:
+    """The margins of ``class_pixels`` (K,) as tensors; the options are those of ``segkit.margins.compute_margins``."""
+    if isinstance(class_pixels, Tensor):
+        class_pixels = class_pixels.detach().cpu().numpy()
+    margins = compute_margins(class_pixels, **options)
+    return MarginOffsets(*(torch.from_numpy(rho).float() for rho in margins))
+
+
+margin_offsets.__signature__ = inspect.signature(compute_margins)  # type: ignore[attr-defined]
 
 
 class MarginCalibrationLoss(PixelLoss):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segkit.errors import InputError
-from segkit.losses.checks import check_choice, check_inputs, check_labels, check_number
+from segkit.errors import InputError, check_choice, check_number
+from segkit.losses.checks import check_inputs, check_labels
 from segkit.losses.tiles import PixelLoss, TileRule, Workspace, room
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.losses.checks import check_inputs, check_number
+from segkit.errors import check_number
+from segkit.losses.checks import check_inputs
 from segkit.losses.parallel import each
 from segkit.losses.pixelwise import CrossEntropyLoss
 from segkit.losses.tiles import (

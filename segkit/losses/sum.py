@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.errors import InputError
-from segkit.losses.checks import check_number
+from segkit.errors import InputError, check_number
 from segkit.losses.tiles import PixelLoss
 
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segkit.bilinear import Span, spans
 from segkit.errors import InputError
 from segkit.losses.checks import check_inputs, shape
 from segkit.losses.diagnostics import margin_sums
 from segkit.losses.margin_calibration import MarginCalibrationLoss
 from segkit.losses.parallel import each
-from segkit.losses.resize import Span, spans
 from segkit.losses.sum import SumLoss
 from segkit.losses.tiles import (
     LOGITS,

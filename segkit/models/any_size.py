@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from segkit.bilinear import resample
+
 
 def padded_size(size: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not less than ``size``."""
@@ -43,25 +45,8 @@ def fit_logits(logits: torch.Tensor, *, padded: Sequence[int], size: Sequence[in
     for axis, whole, extent in zip((-2, -1), padded, size, strict=True):
         stride = whole / logits.shape[axis]
         cells = -int(-extent // stride)
-        logits = _resample(logits, axis, cells=cells, ratio=extent / (stride * cells))
+        logits = resample(logits, axis, slice(0, cells), ratio=extent / (stride * cells))
     return logits
-
-
-def _resample(x: torch.Tensor, axis: int, *, cells: int, ratio: float) -> torch.Tensor:
-    """Linear interpolation of ``x`` along ``axis`` at the centres of ``cells`` cells of ``ratio`` <= 1 of its own.
-
-    (``F.interpolate`` copies its input, whatever the scale, where the sizes happen to be equal.)
-    """
-    if ratio == 1.0:
-        return x.narrow(axis, 0, cells)
-    centres = (torch.arange(cells, device=x.device, dtype=torch.float64) + 0.5) * ratio - 0.5
-    centres = centres.clamp(min=0)
-    lower = centres.long()
-    upper = (lower + 1).clamp(max=x.shape[axis] - 1)
-    shape = [1] * x.dim()
-    shape[axis] = cells
-    weight = (centres - lower).to(x.dtype).view(shape)
-    return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), weight)
 
 
 class AnySize(nn.Module):

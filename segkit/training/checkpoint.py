@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.runtime import write_atomically
+from segkit.files import write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
 INCOMING = "incoming.pt"

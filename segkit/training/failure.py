@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.runtime import derive_seed, write_json
+from segkit.files import write_json
+from segkit.runtime import derive_seed
 from segkit.training.precision import Mixed
 
 COUNTS = "label_counts.json"
-
-
-class NonFiniteLoss(ValueError):
-    """The loss of a step, or its gradient, is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segkit.errors import NonFiniteLoss
 from segkit.training import distributed
-from segkit.training.failure import NonFiniteLoss
 from segkit.training.precision import Mixed
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.files import without_nan
 from segkit.progress import is_terminal
-from segkit.runtime import without_nan
 
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's files below that of the phase."""

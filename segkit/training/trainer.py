@@ -21,17 +21,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from segkit.errors import InputError
-from segkit.training import checkpoint, distributed, failure, memory
-from segkit.training.failure import NonFiniteLoss
+from segkit import memory
+from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
+from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import lr_factor, set_lr
 from segkit.training.precision import Mixed
 from segkit.training.step import split, train_step
 from segkit.training.tracking import Tracker
-
-
-class Interrupted(Exception):
-    """Training was asked to stop (SIGTERM, SIGINT); its state is saved."""
 
 
 @dataclass(kw_only=True)
@@ -246,7 +242,7 @@ class Trainer:
             levers = memory.training_levers(self.config)
             described = memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers)
             bundle = self._bundle(described, batch.names, batch=batch, state=self.state())
-            raise memory.OutOfMemory(f"{described}; the batch is in {bundle}") from error
+            raise OutOfMemory(f"{described}; the batch is in {bundle}") from error
         if "more than 1 value per channel" in str(error):
             raise InputError(
                 "a batch norm of this model sees one value per channel, as the batch of a process, of size "

@@ -12,9 +12,8 @@ from segkit import pipeline
 from segkit.commands import replay
 from segkit.commands.compose import compose
 from segkit.data.sample_maker import make_sample
-from segkit.errors import InputError
+from segkit.errors import InputError, NonFiniteLoss
 from segkit.preflight import open_phases
-from segkit.training.failure import NonFiniteLoss
 
 SMALL = (
     "dataset.crop=[32,32]",

@@ -101,15 +101,6 @@ def test_another_loss_shows_the_default_margins(monkeypatch, capsys, arguments):
     assert "margins in logits: tau=10.0, upsilon=1.0, scale=tau, absent=max" in out
 
 
-def test_the_defaults_are_those_of_margin_offsets():
-    import inspect
-
-    from segkit.losses import margin_offsets
-
-    parameters = inspect.signature(margin_offsets).parameters
-    assert {name: parameters[name].default for name in command.MARGIN_DEFAULTS} == command.MARGIN_DEFAULTS
-
-
 def test_the_second_call_reads_no_label_and_a_changed_file_is_counted_again(
     monkeypatch, capsys, arguments, root, tmp_path
 ):
@@ -141,23 +132,6 @@ def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Bicyclist" in done.stdout
-
-
-def test_kept_margins_give_their_warnings_again_and_torn_ones_are_computed_again(tmp_path):
-    pixels, names = [900, 100, 90, 0], ["a", "b", "c", "d"]
-    margins = dict(command.MARGIN_DEFAULTS)
-    kept = []
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="no training pixel is of class d"):
-            kept.append(command.margins_of(pixels, names, margins, cache_dir=tmp_path))
-    assert kept[0] == kept[1]
-    (path,) = (tmp_path / "margins").iterdir()
-    path.write_text(path.read_text()[:20])
-    with pytest.warns(UserWarning, match="no training pixel is of class d"):
-        assert command.margins_of(pixels, names, margins, cache_dir=tmp_path) == kept[0]
-    with pytest.warns(UserWarning, match="no training pixel is of class d"):
-        other = command.margins_of(pixels, names, {**margins, "tau": 1.0}, cache_dir=tmp_path)
-    np.testing.assert_allclose(np.array(other["rho_0k"]) * 10, kept[0]["rho_0k"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from doc_workspace import Workspace
 
 from segkit import cli
 from segkit.config import Config
-from segkit.train import EXIT_INTERRUPTED
+from segkit.errors import Interrupted
 
 VARIABLES = ("SEGKIT_DEBUG", "SEGKIT_CACHE", "SEGKIT_RANK_TIMEOUT_MINUTES")
 
@@ -47,7 +47,7 @@ class Runner:
         if command.startswith("#SBATCH"):
             assert re.fullmatch(r"#SBATCH --signal=TERM@\d+ --requeue", command), f"not understood: {command}"
         elif command.startswith("if "):
-            assert f"[ $? -eq {EXIT_INTERRUPTED} ]" in command, f"not understood: {command}"
+            assert f"[ $? -eq {Interrupted.exit_code} ]" in command, f"not understood: {command}"
             subprocess.run(["bash", "-n", "-c", command], check=True)
         elif not command.startswith("#"):
             self.words(words_of(self.space.substitute(command, dataset=self.dataset)))

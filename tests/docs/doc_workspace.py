@@ -83,7 +83,7 @@ class Workspace:
 
     def bundle(self) -> Path:
         """The failure bundle of a run that diverged."""
-        from segkit.training.failure import NonFiniteLoss
+        from segkit.errors import NonFiniteLoss
 
         folder = self.root / "runs" / "diverged"
         if not folder.exists():

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkit.bilinear import resized_rows
 from segkit.evaluation import resample
-from segkit.evaluation.resample import argmax_channel, band_slices, class_dtype, resized_rows
+from segkit.evaluation.resample import argmax_channel, band_slices, class_dtype
 
 
 def in_bands(maps, size, **options):

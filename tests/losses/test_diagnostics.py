@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkit.bilinear import bilinear_matrix, spans
 from segkit.errors import InputError
 from segkit.losses import (
     LAMBDA_EDGES,
@@ -23,7 +24,6 @@ from segkit.losses import (
     summarise,
 )
 from segkit.losses.diagnostics import rho_margin_loss
-from segkit.losses.resize import bilinear_matrix, spans
 
 RHO_K0, RHO_0K = torch.tensor([0.0, 0.5, 2.0, 0.0]), torch.tensor([3.0, 1.0, 0.0, 0.5])
 

@@ -7,15 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from segkit.errors import InputError
-from segkit.losses import (
-    CrossEntropyLoss,
-    DiceLoss,
-    FocalLoss,
-    MarginCalibrationLoss,
-    SumLoss,
-    UpsampledLoss,
-    tiles,
-)
+from segkit.losses import CrossEntropyLoss, DiceLoss, FocalLoss, MarginCalibrationLoss, SumLoss, UpsampledLoss, tiles
 
 LOSSES = {
     "cross-entropy": lambda: CrossEntropyLoss(),

@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
+from segkit.errors import Interrupted
 from segkit.training import checkpoint
 from segkit.training.tracking import Tracker
-from segkit.training.trainer import Interrupted
 
 
 def events(folder):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from small_trainer import MeanCrossEntropy, Net, build, make_batches, records
 from torch import nn
 
+from segkit.errors import Interrupted
 from segkit.runtime import derive_seed
 from segkit.training import checkpoint
 from segkit.training.optim import lr_factor, parameter_groups
-from segkit.training.trainer import Interrupted
 
 
 def test_equals_a_hand_written_loop(tmp_path):

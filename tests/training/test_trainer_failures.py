@@ -11,11 +11,8 @@ import pytest
 import torch
 from small_trainer import MeanCrossEntropy, Net, build, make_batches
 
-from segkit.errors import InputError
+from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint
-from segkit.training.failure import NonFiniteLoss
-from segkit.training.memory import OutOfMemory
-from segkit.training.trainer import Interrupted
 
 
 def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):

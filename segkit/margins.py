@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from segkit.errors import InputError
-from segkit.losses.checks import check_choice, check_number
+from segkit.errors import InputError, check_choice, check_number
 
 DEFAULT_TAU = 10.0
 
 
-@dataclass(frozen=True)
-class MarginOffsets:
-    """Margins in logits, float32, shape (K,) each: see the head of this file."""
+class Margins(NamedTuple):
+    """Margins in logits, float64, shape (K,) each: see the head of this file."""
 
-    rho_k0: Tensor
-    rho_0k: Tensor
+    rho_k0: np.ndarray
+    rho_0k: np.ndarray
 
 
-def margin_offsets(
+def compute_margins(
     class_pixels: Any,
     *,
     tau: float = DEFAULT_TAU,
@@ -44,7 +39,7 @@ def margin_offsets(
     absent: str = "max",
     rho_max: float | None = None,
     class_names: Sequence[str] | None = None,
-) -> MarginOffsets:
+) -> Margins:
     """Margin-offsets of ``class_pixels`` (K,) integer counts, as Algorithm 1 gives them.
 
     ``scale="tau"``: rho_0k = tau d_k (the paper; falls as 1/sqrt(N)). ``scale="mean"``: rho_0k = r d_k /
@@ -78,19 +73,15 @@ def margin_offsets(
     if missing and absent == "max":
         rho_0k = np.where(present, rho_0k, rho_0k[present].max())
         warnings.warn(
-            f"no training pixel is of class {', '.join(missing)}: the largest margin of the other classes is "
-            "used "
+            f"no training pixel is of class {', '.join(missing)}: the largest margin of the other classes is used "
             "(loss.absent=max)",
             stacklevel=2,
         )
-    rho_k0 = mu * rho_0k
-    return MarginOffsets(rho_k0=torch.from_numpy(rho_k0).float(), rho_0k=torch.from_numpy(rho_0k).float())
+    return Margins(rho_k0=mu * rho_0k, rho_0k=rho_0k)
 
 
 def _counts(class_pixels: Any) -> np.ndarray:
     """``class_pixels`` as int64 (K,), K at least 2, none negative, some positive."""
-    if isinstance(class_pixels, Tensor):
-        class_pixels = class_pixels.detach().cpu().numpy()
     counts = np.asarray(class_pixels)
     if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer):
         raise InputError(
@@ -165,8 +156,7 @@ def _cap(rho: np.ndarray, inner: np.ndarray, rho_max: float | None, names: list[
     changed = [names[k] for k in np.flatnonzero(capped < rho)]
     if changed:
         warnings.warn(
-            f"very few training pixels are of class {', '.join(changed)}: margin capped at {rho_max:.4g} "
-            "logits "
+            f"very few training pixels are of class {', '.join(changed)}: margin capped at {rho_max:.4g} logits "
             "(loss.rho_max)",
             stacklevel=3,
         )

@@ -1,0 +1,1 @@
+"""The training loop of one phase, its checkpoints, its ranks and its records."""

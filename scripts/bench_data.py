@@ -33,9 +33,9 @@ from segkit.data import Sample, SampleSet, load_table
 from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.loader import train_batches
 from segkit.data.statistics import count_labels
-from segkit.data.street_scenes import draw_scene
 from segkit.data.transforms import TrainTransform
 from segkit.data.worker import keep_memory, one_thread, start_worker
+from segkit.synthetic.scenes import draw_scene
 
 CROP = 800
 BATCH = 8

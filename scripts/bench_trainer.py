@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from segkit import build
-from segkit.commands.compose import compose
+from segkit.config.compose import compose
 from segkit.data.loader import Batch
 from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss, ObservedLoss, UpsampledLoss
+from segkit.run import build
 from segkit.training.optim import parameter_groups
 from segkit.training.precision import Mixed
 from segkit.training.step import split, train_step

@@ -60,7 +60,14 @@ COMPARED = (
     "pretrain/results.json",
     "finetune/metrics.jsonl",
 )
-PRELOADED = ["segkit.pipeline", "segkit.rehearsal", "segkit.train", "hydra", "torch.utils.tensorboard", "timm"]
+PRELOADED = [
+    "segkit.run.pipeline",
+    "segkit.check.rehearsal",
+    "segkit.train",
+    "hydra",
+    "torch.utils.tensorboard",
+    "timm",
+]
 
 
 def _train(overrides: Sequence[str], log: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segkit.config import Config
+from segkit.config.schema import Config
 
 
 def cache_dir_of(config: Config) -> Path:

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from segkit import memory, ranks
+from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
+from segkit.training import ranks
 
 
 def guarded(command: Callable[[], Any]) -> Any:

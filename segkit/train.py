@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segkit import ranks
 from segkit.errors import InputError
 from segkit.guard import guarded
+from segkit.training import ranks
 
 _sweeps: list[Any] = []
 """The sweep on this machine that the command line asked for, if it did."""
@@ -37,8 +37,8 @@ def _task(node: Any) -> float | None:
         return guarded(lambda: _search(node, given, Path(hydra_config.sweep.dir) if local else None))
     if not local:
         return _run(node, folder)
-    from segkit.config import to_config
-    from segkit.sweep import LocalSweep
+    from segkit.config.schema import to_config
+    from segkit.sweeps.jobs import LocalSweep
 
     guarded(lambda: to_config(node))  # a mistake in all jobs ends the sweep before it starts
     if not _sweeps:
@@ -49,8 +49,8 @@ def _task(node: Any) -> float | None:
 
 def _search(node: Any, overrides: list[str], folder: Path | None) -> None:
     """Prepare a search (``sweep.space``) in ``folder``; it begins when Hydra has nothing left to do."""
-    from segkit.config import to_config
-    from segkit.search import Search
+    from segkit.config.schema import to_config
+    from segkit.sweeps.search import Search
 
     if folder is None:
         raise InputError(
@@ -63,13 +63,13 @@ def _search(node: Any, overrides: list[str], folder: Path | None) -> None:
 
 
 def _run(node: Any, folder: Path) -> float:
-    from segkit.config import to_config
-    from segkit.preflight import open_phases
+    from segkit.config.schema import to_config
+    from segkit.run.splits import open_phases
 
     config = to_config(node)
     phases = open_phases(config)
 
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     return pipeline.run(config, folder, phases)
 
@@ -79,7 +79,7 @@ def _hydra_main() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from segkit.config import Config, config_dir
+    from segkit.config.schema import Config, config_dir
 
     OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit import auto_batch, errors, memory, pipeline
-from segkit.commands.compose import compose
-from segkit.preflight import open_phases
+from segkit import errors, memory
+from segkit.config.compose import compose
+from segkit.run import auto_batch, pipeline
+from segkit.run.splits import open_phases
 
 MIB = 2**20
 SMALL = (

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from segkit import charts
-from segkit.commands.compose import compose
-from segkit.config import config_dir
+from segkit.config.compose import compose
+from segkit.config.schema import config_dir
+from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.loader import Batch
 from segkit.evaluation import evaluate
 from segkit.losses import MarginCalibrationLoss, ObservedLoss, UpsampledLoss, margin_sums
-from segkit.preflight import open_phases
-from segkit.targets import LOSS_OPTIONS
+from segkit.run import charts
+from segkit.run.splits import open_phases
 
 NOT_SHOWN = {"_target_", "defaults", "terms", "compile_tiles", *LOSS_OPTIONS}
 RHO = {"rho_k0": torch.tensor([0.1, 0.0, 0.2]), "rho_0k": torch.tensor([0.5, 1.0, 2.0])}
@@ -91,7 +91,7 @@ def test_an_observed_evaluation_sums_over_all_its_images():
 @pytest.mark.filterwarnings("ignore:no training pixel:UserWarning")
 def test_what_a_run_shows(tmp_path):
     """Every chart of the layout finds its scalars, and the bound stands at the steps of the mean IoU."""
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     small = ["debug=smoke", "limit_steps=4", "batch_size=2", "dataset.crop=[64,64]", "device=cpu"]
     small += ["model=deeplabv3plus_tiny", "dataset.reader.num_images=6", "dataset.reader.size=[64,64]", "log_every=2"]

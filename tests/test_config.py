@@ -11,9 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from segkit.config import Config, check_targets, config_dir, plain, to_config
+from segkit.config.schema import Config, check_targets, config_dir, plain, to_config
+from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
-from segkit.targets import bind, check_allowed, instantiate, locate
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
 FILES = sorted(path for path in config_dir().rglob("*.yaml"))
@@ -112,8 +112,10 @@ def test_arguments_that_a_target_does_not_have():
 
 
 def test_missing_argument():
-    node = {"_target_": "segkit.data.camvid.read"}
-    with pytest.raises(InputError, match=r"reader.split is needed by segkit.data.camvid.read: set reader.split"):
+    node = {"_target_": "segkit.data.readers.camvid.read"}
+    with pytest.raises(
+        InputError, match=r"reader.split is needed by segkit.data.readers.camvid.read: set reader.split"
+    ):
         bind(node, {"root": "x"}, key="reader")
 
 

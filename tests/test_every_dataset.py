@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
+from segkit.check.report import as_text, to_json
 from segkit.commands.check import check
-from segkit.commands.check_report import as_text, to_json
-from segkit.commands.compose import compose
-from segkit.data.sample_maker import WRITERS, make_sample
-from segkit.preflight import open_phases
+from segkit.config.compose import compose
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import WRITERS, make_sample
 
 # Small enough for two cores; what is read, mapped, resized and counted is that of the real configuration.
 SMALL = [
@@ -64,7 +64,7 @@ def test_check_finds_no_error(config):
 
 @pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning")  # of a class, in four small images
 def test_two_epochs_of_training(config, tmp_path):
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     phases = open_phases(config)
     score = pipeline.run(config, tmp_path / "run", phases)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from segkit.commands.compose import compose
-from segkit.preflight import open_phases
+from segkit.config.compose import compose
+from segkit.run.splits import open_phases
 
 TRACE = Path(__file__).parent / "golden" / "synthetic.json"
 OVERRIDES = [
@@ -43,7 +43,7 @@ def trace(folder: Path) -> list[dict]:
 def test_golden_trace(tmp_path, request):
     import torch
 
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     torch.set_num_threads(1)  # the order of sums depends on the number of threads
     config = compose([*OVERRIDES, f"cache_dir={tmp_path}/cache"])

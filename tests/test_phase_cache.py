@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from segkit.commands.compose import compose
+from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.phase_cache import PhaseCache, code_version, phase_key
+from segkit.run.cache import PhaseCache, code_version, phase_key
 
 PRINTS = {name: {"train": "t", "val": "v"} for name in ("pretrain", "finetune")}
 MACHINE = {"threads": 2}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit import pipeline
-from segkit.commands.compose import compose
-from segkit.data.sample_maker import make_sample
+from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.preflight import open_phases
+from segkit.run import pipeline
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
 
 SMALL = (

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from segkit import ranks
 from segkit.errors import InputError, Interrupted, OutOfMemory
 from segkit.guard import explain
-from segkit.training import distributed
+from segkit.training import distributed, ranks
 
 
 @pytest.fixture

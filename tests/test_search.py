@@ -12,10 +12,10 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
-from segkit import search  # noqa: E402
-from segkit.commands.compose import compose  # noqa: E402
+from segkit.config.compose import compose  # noqa: E402
 from segkit.errors import InputError, Interrupted  # noqa: E402
-from segkit.search import Search, distribution, is_of_sweep, leaves, written  # noqa: E402
+from segkit.sweeps import search  # noqa: E402
+from segkit.sweeps.search import Search, distribution, is_of_sweep, leaves, written  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SPACE = ["~sweep.space.loss.upsilon"]

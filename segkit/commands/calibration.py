@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from segkit.config import DatasetConfig, plain
+from segkit.config.schema import DatasetConfig, plain
 from segkit.errors import InputError
 from segkit.files import read_json
-from segkit.saved_run import SavedRun
+from segkit.run.saved import SavedRun
 
 FILE = "calibration.json"
 MAX_IMAGES = 500
@@ -18,10 +18,10 @@ def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, wo
     """Tune the bias on up to :data:`MAX_IMAGES` images of the training split, evenly chosen, and write it."""
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
-    from segkit.evaluation.calibrate import collect_logits, tune_bias
+    from segkit.evaluation.decision import collect_logits, tune_bias
     from segkit.files import write_json
-    from segkit.preflight import open_split
     from segkit.progress import track
+    from segkit.run.splits import open_split
 
     split = open_split(dataset, dataset.train_split)
     step = max(1, len(split) // MAX_IMAGES)
@@ -46,7 +46,7 @@ def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, wo
 
 def with_bias(saved: SavedRun, model: Any) -> Any:
     """``model`` with the run's bias; InputError if none was tuned."""
-    from segkit.evaluation.calibrate import BiasedModel, bias_from_json
+    from segkit.evaluation.decision import BiasedModel, bias_from_json
 
     if not (saved.folder / FILE).is_file():
         raise InputError(

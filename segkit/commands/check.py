@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segkit.config import Config, DatasetConfig
+from segkit.config.schema import Config, DatasetConfig
 from segkit.errors import InputError
 
 EXIT_ERRORS = 1
@@ -54,7 +54,7 @@ class Report:
 
     def add(self, level: str, text: str) -> None:
         """Append a finding without files."""
-        from segkit.data.audit_findings import Finding
+        from segkit.check.findings import Finding
 
         self.extend([Finding(level, text)])
 
@@ -95,8 +95,8 @@ def run() -> None:
     """Check, show the report, and end the process with :data:`EXIT_ERRORS` if errors were found."""
     import json
 
-    from segkit.commands.check_report import as_text, to_json
-    from segkit.commands.compose import compose
+    from segkit.check.report import as_text, to_json
+    from segkit.config.compose import compose
 
     arguments = parse()
     report = check(compose(arguments.overrides), sample=arguments.sample, rehearses=not arguments.skip_step)
@@ -114,7 +114,7 @@ def check(config: Config, *, sample: int | None = None, rehearses: bool = True) 
 
     ``sample``: look at so many random samples of each split only. Raises InputError for a mistake in ``config``.
     """
-    from segkit.config import check_targets
+    from segkit.config.schema import check_targets
 
     check_targets(config)
     report = Report(config, sample)
@@ -131,7 +131,7 @@ def check(config: Config, *, sample: int | None = None, rehearses: bool = True) 
 
 def look_at_data(report: Report) -> None:
     """Audit the splits of every data set that a phase of the run trains or is measured on."""
-    from segkit.data.audit_findings import overlap_findings
+    from segkit.check.findings import overlap_findings
 
     for name in report.config.schedule:
         dataset = report.config.phase_dataset(name)
@@ -155,10 +155,10 @@ def look_at_data(report: Report) -> None:
 
 def _audit(report: Report, dataset: DatasetConfig, split: str, *, validates: bool) -> Any:
     """Open and audit one split; what stops its reader becomes a finding, and the split None."""
-    from segkit.data.audit import audit_split
-    from segkit.data.audit_findings import published_count, split_findings
+    from segkit.check.audit import audit_split
+    from segkit.check.findings import published_count, split_findings
     from segkit.data.layout import collecting
-    from segkit.preflight import open_split
+    from segkit.run.splits import open_split
 
     opened = None
     with collecting() as refused:
@@ -188,7 +188,7 @@ def rehearse(report: Report) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            from segkit.rehearsal import rehearse as rehearse_run
+            from segkit.check.rehearsal import rehearse as rehearse_run
 
             report.rehearsal = rehearse_run(_tolerant(report), phases, sizes=sizes)
         except Exception as error:
@@ -203,7 +203,7 @@ def rehearse(report: Report) -> None:
 
 def _all_data(report: Report) -> dict[str, Any]:
     """The whole splits of every phase."""
-    from segkit.preflight import Splits
+    from segkit.run.splits import Splits
 
     found = {}
     for name in report.config.schedule:
@@ -219,7 +219,7 @@ def _rehearsal_data(report: Report) -> dict[str, Any] | None:
     None, with a finding, where there is nothing to rehearse with.
     """
     from segkit.data.layout import collecting
-    from segkit.preflight import Splits, open_phases
+    from segkit.run.splits import Splits, open_phases
 
     if any(seen.train is None or seen.val is None for seen in report.data):
         report.add("note", "no step was tried, because a split could not be opened")

@@ -96,10 +96,10 @@ def main() -> None:
 def run() -> None:
     """Evaluate, show the table, write the results."""
     from segkit.files import write_json
-    from segkit.preflight import open_split
     from segkit.report.tables import class_table
+    from segkit.run.saved import open_run
+    from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
-    from segkit.saved_run import open_run
 
     arguments = parse()
     saved = open_run(arguments.run, phase=arguments.phase)
@@ -148,13 +148,13 @@ def evaluate_split(
     arguments: argparse.Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
 ) -> tuple[dict[str, Any], Any]:
     """The results in the form of results.json, and the sparse matrices of the images."""
-    from segkit.build import evaluation_protocol
-    from segkit.config import plain
+    from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation import evaluate, to_results
     from segkit.evaluation.protocols import benchmark_scores
     from segkit.progress import track
+    from segkit.run.build import evaluation_protocol
 
     predict = inference(arguments, dataset.crop)
     precision = arguments.precision or saved.config.precision.value

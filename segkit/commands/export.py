@@ -34,11 +34,11 @@ def run() -> None:
     parser.add_argument("--root", help="folder of the data set, where it moved; the file is checked on its images")
     arguments = parser.parse_args()
 
-    from segkit.config import plain
+    from segkit.config.schema import plain
     from segkit.errors import InputError
     from segkit.models.export import export
-    from segkit.preflight import open_split
-    from segkit.saved_run import open_run
+    from segkit.run.saved import open_run
+    from segkit.run.splits import open_split
 
     saved = open_run(arguments.run)
     dataset = saved.config.phase_dataset(saved.phase_name)

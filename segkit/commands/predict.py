@@ -85,14 +85,14 @@ def title(run: Path) -> str:
 def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, list[int], tuple[str, ...], Any]:
     """The model behind ``path``, the crop it was trained on, its classes and their colours."""
     if path.suffix == ".onnx":
-        from segkit.commands.onnx_scorer import load_onnx
+        from segkit.commands.scorers import load_onnx
 
         return load_onnx(path)
     import numpy as np
 
-    from segkit.config import plain
+    from segkit.config.schema import plain
     from segkit.data.labels import load_table
-    from segkit.saved_run import open_run
+    from segkit.run.saved import open_run
 
     saved = open_run(path)
     dataset = saved.config.phase_dataset(saved.phase_name)

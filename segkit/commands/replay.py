@@ -52,10 +52,10 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     A batch that could not be read then is read again first, from the data that the configuration names.
     """
     from segkit import runtime
-    from segkit.build import build_loss, build_model
     from segkit.data.statistics import LabelCounts
     from segkit.files import read_json
-    from segkit.saved_run import read_config, without_sources
+    from segkit.run.build import build_loss, build_model
+    from segkit.run.saved import read_config, without_sources
     from segkit.training import checkpoint, failure
     from segkit.training.precision import Mixed
 
@@ -85,9 +85,9 @@ def stored_batch(bundle: Path) -> Any:
 
 def read_again(config: Any, failed: dict[str, Any]) -> Any:
     """Read the batch of the failed step; raises what the reader raises."""
-    from segkit.build import train_transform
     from segkit.data.loader import train_batches
-    from segkit.preflight import open_split
+    from segkit.run.build import train_transform
+    from segkit.run.splits import open_split
 
     dataset = config.phase_dataset(failed["phase"])
     split = open_split(dataset, dataset.train_split)

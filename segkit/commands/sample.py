@@ -38,7 +38,7 @@ def run() -> None:
     key, _, name = arguments.dataset.partition("=")
     if key != "dataset" or not name:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")
-    from segkit.data.sample_maker import make_sample
+    from segkit.synthetic.sample_maker import make_sample
 
     make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed, scale=arguments.scale)
     print(f"written: {arguments.output}")

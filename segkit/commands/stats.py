@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segkit.config import Config
+from segkit.config.schema import Config
 from segkit.errors import InputError
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -46,8 +46,8 @@ def main() -> None:
 
 def run() -> None:
     """Count, show, and write what was asked for."""
-    from segkit.commands.compose import compose
-    from segkit.preflight import open_split
+    from segkit.config.compose import compose
+    from segkit.run.splits import open_split
 
     arguments = parse()
     config = compose(arguments.overrides)

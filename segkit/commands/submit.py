@@ -43,9 +43,9 @@ def main() -> None:
 def run() -> None:
     """Write the archive; on a labelled split, score what is in it."""
     from segkit.evaluation.submission import check_images, write_submission
-    from segkit.preflight import open_split
+    from segkit.run.saved import open_run
+    from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
-    from segkit.saved_run import open_run
 
     arguments = parse()
     saved = open_run(arguments.run)
@@ -86,7 +86,7 @@ def predictions(
     import torch
 
     from segkit.commands.evaluate import inference
-    from segkit.config import plain
+    from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.loop import autocast

@@ -11,12 +11,12 @@ from typing import Any, cast, overload
 import numpy as np
 from omegaconf import OmegaConf
 
-from segkit.config import config_dir
+from segkit.config.schema import config_dir
+from segkit.config.targets import instantiate
 from segkit.data.decode import image_size as size_of_image
 from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.labels import LabelTable
 from segkit.errors import InputError
-from segkit.targets import instantiate
 
 __all__ = [
     "Item",

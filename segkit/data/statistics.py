@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from segkit.data.decode import check_readable
-from segkit.data.pool import map_samples
 from segkit.data.samples import SampleSet
+from segkit.data.workers import map_samples
 from segkit.errors import InputError
 from segkit.progress import track
 

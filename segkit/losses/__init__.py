@@ -3,12 +3,7 @@
 from segkit.losses.checks import check_inputs, check_labels, lift_binary
 from segkit.losses.diagnostics import LAMBDA_EDGES, epsilon, margin_sums, summarise
 from segkit.losses.lovasz import LovaszSoftmaxLoss
-from segkit.losses.margin_calibration import (
-    MarginCalibrationLoss,
-    MarginOffsets,
-    margin_calibration,
-    margin_offsets,
-)
+from segkit.losses.margin_calibration import MarginCalibrationLoss, MarginOffsets, margin_calibration, margin_offsets
 from segkit.losses.observed import ObservedLoss, add_sums
 from segkit.losses.pixelwise import CrossEntropyLoss, FocalLoss, OhemCrossEntropyLoss, class_weights, cross_entropy
 from segkit.losses.region import DiceLoss, GeneralizedDiceLoss, JaccardMetricLoss, TverskyLoss

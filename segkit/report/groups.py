@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from segkit.config import FREE_KEYS
+from segkit.config.schema import FREE_KEYS
 from segkit.report.runs import RunRecord
 
 SYMBOLS = {"tau": "τ", "upsilon": "υ", "mean_margin": "mean margin"}

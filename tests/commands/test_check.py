@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from segkit import rehearsal
+from segkit.check import rehearsal
+from segkit.check.report import MOST_ROWS, as_text, shown_bytes, shown_time, to_json
 from segkit.commands import check as command
-from segkit.commands.check_report import MOST_ROWS, as_text, shown_bytes, shown_time, to_json
-from segkit.commands.compose import compose
-from segkit.data.sample_maker import make_sample
+from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.preflight import open_phases
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
 
 TINY = [
     "model=coplenet",
@@ -297,7 +297,7 @@ def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_pat
 
 
 def test_steps_and_evaluations_are_those_of_the_pipeline(arguments, tmp_path):
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     overrides = ["schedule.train.epochs=1.5", "evaluation.every_epochs=0.5"]
     config = compose([*arguments, "loss=cross_entropy", *overrides])

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from segkit import pipeline
 from segkit.commands import replay
-from segkit.commands.compose import compose
-from segkit.data.sample_maker import make_sample
+from segkit.config.compose import compose
 from segkit.errors import InputError, NonFiniteLoss
-from segkit.preflight import open_phases
+from segkit.run import pipeline
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
 
 SMALL = (
     "dataset.crop=[32,32]",

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from segkit.commands import sample as command
-from segkit.commands.compose import compose
+from segkit.config.compose import compose
 from segkit.data import open_dataset
-from segkit.preflight import open_phases
+from segkit.run.splits import open_phases
 
 
 def call(monkeypatch, capsys, *arguments):

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit import saved_run
 from segkit.commands import evaluate, export, predict, submit
-from segkit.commands.compose import compose
-from segkit.data.sample_maker import make_sample
+from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.preflight import open_phases
+from segkit.run import saved as saved_run
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run folder."""
-    from segkit import pipeline
+    from segkit.run import pipeline
 
     folder = tmp_path_factory.mktemp("verbs")
     make_sample("cityscapes", folder / "data", num_images=4)

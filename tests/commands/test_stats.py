@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from segkit.commands import stats as command
-from segkit.data.sample_maker import make_sample
+from segkit.synthetic.sample_maker import make_sample
 
 NAMES = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist"]
 

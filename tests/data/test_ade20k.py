@@ -6,8 +6,8 @@ from PIL import Image
 
 from segkit.data import load_table, open_dataset
 from segkit.data.archives import table_file
-from segkit.data.sample_maker import make_sample
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.data import open_dataset
-from segkit.data.audit import SplitAudit, audit_split, raw_histogram
-from segkit.data.audit_findings import (
+from segkit.check.audit import SplitAudit, audit_split, raw_histogram
+from segkit.check.findings import (
     ERROR,
     NOTE,
     WARNING,
@@ -21,9 +20,10 @@ from segkit.data.audit_findings import (
     split_findings,
     summary,
 )
+from segkit.data import open_dataset
 from segkit.data.layout import collecting
-from segkit.data.sample_maker import make_sample
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 NUM_IMAGES = 6
 

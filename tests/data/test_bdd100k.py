@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from segkit.data import load_table, open_dataset
-from segkit.data.bdd100k import mismatched_pairs
-from segkit.data.sample_maker import make_sample
+from segkit.data.readers.bdd100k import mismatched_pairs
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.folder import default_palette, read_classes
-from segkit.data.sample_maker import make_sample
+from segkit.data.readers.folder import default_palette, read_classes
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.mapillary import check_config, config_labels
-from segkit.data.sample_maker import make_sample
+from segkit.data.readers.mapillary import check_config, config_labels
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.robotic_instrument import FOLDS, PAPER_FRAMES, instrument_folders, read_mask
-from segkit.data.sample_maker import make_sample
+from segkit.data.readers.robotic_instrument import FOLDS, PAPER_FRAMES, instrument_folders, read_mask
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 NAME = "robotic_instrument"
 

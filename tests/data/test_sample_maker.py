@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.sample_maker import WRITERS, make_sample
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import WRITERS, make_sample
 
 SPLITS = {
     "cityscapes_coarse": ("train_extra", "val"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.config import config_dir
+from segkit.config.schema import config_dir
 from segkit.data import Sample, SampleSet, open_dataset
 from segkit.data.labels import table_from_dict
 from segkit.data.layout import files_by_id, inside, pair, read_list, require_folder, require_root
@@ -117,7 +117,7 @@ def test_unlabelled_split_gives_ignored_pixels(tmp_path):
 
 def test_open_by_name_equals_the_reader():
     by_name = open_dataset("synthetic", split="val", num_images=3, size=[64, 80])
-    from segkit.data.synthetic import read
+    from segkit.synthetic.dataset import read
 
     direct = read(split="val", num_images=3, size=(64, 80))
     assert [s.name for s in by_name.samples] == [s.name for s in direct.samples]

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from segkit.data.archives import table_file
-from segkit.data.bdd100k import mismatched_pairs
 from segkit.data.labels import TABLES, load_table, table_from_dict
-from segkit.data.mapillary import config_labels
-from segkit.data.robotic_instrument import instrument_types, mask_folders
+from segkit.data.readers.bdd100k import mismatched_pairs
+from segkit.data.readers.mapillary import config_labels
+from segkit.data.readers.robotic_instrument import instrument_types, mask_folders
 from segkit.errors import InputError
 
 FACTS = {

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from segkit.data import open_dataset, voc
-from segkit.data.sample_maker import make_sample
+from segkit.data import open_dataset
+from segkit.data.readers import voc
 from segkit.errors import InputError
+from segkit.synthetic.sample_maker import make_sample
 
 
 @pytest.fixture

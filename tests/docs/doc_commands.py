@@ -12,7 +12,7 @@ from doc_pages import REPOSITORY, words_of
 from doc_workspace import Workspace
 
 from segkit import cli
-from segkit.config import Config
+from segkit.config.schema import Config
 from segkit.errors import Interrupted
 
 VARIABLES = ("SEGKIT_DEBUG", "SEGKIT_CACHE", "SEGKIT_RANK_TIMEOUT_MINUTES")

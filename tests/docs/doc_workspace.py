@@ -18,11 +18,11 @@ from doc_pages import REPOSITORY
 from PIL import Image
 
 from segkit import cli
-from segkit.commands import compose as compose_module
-from segkit.config import Config, check_targets, plain
-from segkit.data.sample_maker import WRITERS, make_sample
+from segkit.config import compose as compose_module
+from segkit.config.schema import Config, check_targets, plain
 from segkit.errors import InputError
-from segkit.preflight import open_phases
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import WRITERS, make_sample
 
 SMALL_MODEL = ("model=coplenet", "model.feature_channels=[4,8,16,32,64]", "model.num_groups=2")
 SMALL = (
@@ -145,7 +145,7 @@ class Workspace:
 
     def train(self, overrides: list[str], folder: Path, *, steps: int = 1) -> None:
         """A few steps of every phase, in ``folder``."""
-        from segkit import pipeline
+        from segkit.run import pipeline
 
         config = self.compose(self.small(overrides, steps=steps))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -197,7 +197,7 @@ class Workspace:
 
     def add_yaml(self, title: str | None, source: str) -> None:
         """A file of options is put where Hydra finds it; a file of classes is read as one."""
-        from segkit.data.folder import read_classes
+        from segkit.data.readers.folder import read_classes
 
         assert isinstance(yaml.safe_load(source), dict)
         if title and title.startswith("configs/"):

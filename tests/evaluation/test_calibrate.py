@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.evaluation import calibrate, evaluate, metrics
-from segkit.evaluation.calibrate import (
+from segkit.evaluation import decision as calibrate
+from segkit.evaluation import evaluate, metrics
+from segkit.evaluation.decision import (
     BiasedModel,
     LogitSample,
     bias_from_json,

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from segkit.config import config_dir
-from segkit.targets import instantiate, locate
+from segkit.config.schema import config_dir
+from segkit.config.targets import instantiate, locate
 
 FILES = sorted(config_dir().glob("model/**/*.yaml"))
 STRIDES = {"coplenet": 1, "smp": 4, "deeplabv3plus": 4, "deeplabv3plus_lite": 4, "deeplabv3plus_tiny": 4}

@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 
-from segkit.commands.compose import compose
-from segkit.config import plain
+from segkit.config.compose import compose
+from segkit.config.schema import plain
 from segkit.data.statistics import LabelCounts
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.losses import MarginCalibrationLoss
-from segkit.phase import write_margins
 from segkit.report.stored_pictures import write_pictures
-from segkit.run_folder import RunFolder
+from segkit.run.folder import RunFolder
+from segkit.run.phase import write_margins
 
 CLASSES = ("road", "sidewalk", "building", "vegetation", "sky", "car", "person", "sign")
 PALETTE = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (107, 142, 35), (70, 130, 180), (0, 0, 142), (220, 20, 60),

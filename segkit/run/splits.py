@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from segkit.config import Config, DatasetConfig
+from segkit.config.schema import Config, DatasetConfig
+from segkit.config.targets import instantiate
 from segkit.data import SampleSet
 from segkit.errors import InputError
-from segkit.targets import instantiate
 
 
 @dataclass(frozen=True)

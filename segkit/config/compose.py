@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from segkit.config import Config, config_dir, to_config
+from segkit.config.schema import Config, config_dir, to_config
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -1,8 +1,9 @@
 """A search for the best values of some keys: ``python train.py -m sweep=search``.
 
 optuna proposes the values of a trial (a tree-structured Parzen estimator), and a job of
-:class:`segkit.sweep.LocalSweep` trains with them. Its score at the last checkpoint goes back to optuna, and so do those
-of the evaluations before, at which a poor trial is stopped. The study lies in the sweep's folder: the same command with
+:class:`segkit.sweeps.jobs.LocalSweep` trains with them. Its score at the last checkpoint goes back to optuna, and so
+do those of the evaluations before, at which a poor trial is stopped. The study lies in the sweep's folder: the same
+command with
 the same ``hydra.sweep.dir`` goes on with it.
 """
 
@@ -18,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from segkit.config import Config, plain
+from segkit.config.schema import Config, plain
 from segkit.errors import InputError
 from segkit.runtime import derive_seed
-from segkit.sweep import Job, LocalSweep
+from segkit.sweeps.jobs import Job, LocalSweep
 
 STUDY = "study.journal"
 SPEC = ("low", "high", "log", "choices")

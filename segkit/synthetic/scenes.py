@@ -11,7 +11,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from segkit.data.street_canvas import (
+from segkit.synthetic.street_canvas import (
     BOARDS,
     BRICKS,
     BUILDING,
@@ -31,7 +31,7 @@ from segkit.data.street_canvas import (
     paint_flat,
     pick,
 )
-from segkit.data.street_things import draw_things
+from segkit.synthetic.street_things import draw_things
 
 
 def draw_scene(rng: np.random.Generator, *, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

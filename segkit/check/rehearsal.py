@@ -26,12 +26,12 @@ import torch
 
 from segkit import memory, runtime
 from segkit.cache_dir import cache_dir_of
-from segkit.config import Config, check_targets
+from segkit.config.schema import Config, check_targets
 from segkit.data.loader import steps_per_epoch
 from segkit.errors import Interrupted
-from segkit.phase import PhaseRun, Surroundings
-from segkit.pipeline import Run
-from segkit.preflight import Splits
+from segkit.run.phase import PhaseRun, Surroundings
+from segkit.run.pipeline import Run
+from segkit.run.splits import Splits
 from segkit.training import checkpoint
 
 NUM_STEPS = {"cpu": 3, "cuda": 12}

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from segkit import memory
-from segkit.build import build_loss, build_model, build_optimizer
-from segkit.config import Config
+from segkit.config.schema import Config
 from segkit.data.loader import Batch
 from segkit.data.statistics import LabelCounts
-from segkit.preflight import Splits
+from segkit.run.build import build_loss, build_model, build_optimizer
+from segkit.run.splits import Splits
 from segkit.training import distributed
 from segkit.training.precision import Mixed
 from segkit.training.step import split, train_step

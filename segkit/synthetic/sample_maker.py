@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.sample_maker_objects import write_ade20k, write_camvid, write_cocostuff10k, write_folder, write_voc
-from segkit.data.sample_maker_streets import write_bdd100k, write_cityscapes, write_mapillary
-from segkit.data.sample_maker_surgery import write_robotic_instrument
 from segkit.errors import InputError
+from segkit.synthetic.layouts import write_ade20k, write_camvid, write_cocostuff10k, write_folder, write_voc
+from segkit.synthetic.sample_maker_streets import write_bdd100k, write_cityscapes, write_mapillary
+from segkit.synthetic.sample_maker_surgery import write_robotic_instrument
 
 WRITERS: dict[str, Callable[..., None]] = {
     "ade20k": write_ade20k,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.config import Config, to_config
+from segkit.config.schema import Config, to_config
 from segkit.errors import InputError
 from segkit.files import read_json
 
@@ -51,7 +51,7 @@ class SavedRun:
 
     def model(self, which: str = "last") -> Any:
         """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
-        from segkit import build
+        from segkit.run import build
         from segkit.training import checkpoint
 
         path = self.checkpoint(which)

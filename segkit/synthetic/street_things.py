@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from segkit.data.street_canvas import (
+from segkit.synthetic.street_canvas import (
     BOARDS,
     BRICKS,
     CAR,

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segkit.config import FREE_KEYS, Config, plain
+from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.errors import InputError
 from segkit.files import write_atomically, write_json
 

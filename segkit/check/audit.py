@@ -2,7 +2,7 @@
 
 What is looked at: does every image decode to its end and every label read; are both of one size; which raw values do
 the labels hold and does the label table know them; is an image of one colour or a label without any class; is the
-same image there twice. :mod:`segkit.data.audit_findings` turns what was seen into sentences.
+same image there twice. :mod:`segkit.check.findings` turns what was seen into sentences.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from segkit.data.decode import image_size
-from segkit.data.pool import map_samples
 from segkit.data.samples import SampleSet
 from segkit.data.statistics import byte_histogram
+from segkit.data.workers import map_samples
 from segkit.errors import InputError
 from segkit.progress import track
 

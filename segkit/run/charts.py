@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from segkit.config import Config
+from segkit.config.schema import Config
 from segkit.evaluation import metrics, whole_image
 from segkit.losses import LAMBDA_EDGES, ObservedLoss, add_sums, summarise
 from segkit.training.tracking import Tracker

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from segkit import runtime
-from segkit.config import Config, DatasetConfig, plain
+from segkit.config.schema import Config, DatasetConfig, plain
+from segkit.config.targets import instantiate
 from segkit.data.statistics import LabelCounts
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.losses import ObservedLoss, UpsampledLoss
 from segkit.models import Segmenter, enable_grad_checkpointing
-from segkit.targets import instantiate
 from segkit.training.optim import parameter_groups
 
 

@@ -13,25 +13,26 @@ from typing import Any
 
 import torch
 
-from segkit import auto_batch, files, runtime
-from segkit.build import build_model
+from segkit import files, runtime
 from segkit.cache_dir import cache_dir_of
-from segkit.config import Config, check_targets
+from segkit.config.schema import Config, check_targets
 from segkit.data.statistics import fingerprint
 from segkit.errors import Interrupted
 from segkit.models import Segmenter
-from segkit.phase import PhaseRun, Surroundings, say
-from segkit.phase_cache import PhaseCache, phase_key
-from segkit.preflight import Splits
 from segkit.report.tables import class_table
-from segkit.run_folder import RunFolder
+from segkit.run import auto_batch
+from segkit.run.build import build_model
+from segkit.run.cache import PhaseCache, phase_key
+from segkit.run.folder import RunFolder
+from segkit.run.phase import PhaseRun, Surroundings, say
+from segkit.run.splits import Splits
 from segkit.training import checkpoint, distributed
 
 
 def run(config: Config, folder: Path, phases: dict[str, Splits]) -> float:
     """Train every phase of ``config`` in ``folder``; returns the mean IoU of the last one.
 
-    ``phases`` are the opened splits (:func:`segkit.preflight.open_phases`). A finished phase is not repeated, an
+    ``phases`` are the opened splits (:func:`segkit.run.splits.open_phases`). A finished phase is not repeated, an
     unfinished one goes on from its last checkpoint.
     """
     check_targets(config)

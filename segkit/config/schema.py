@@ -16,8 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from segkit.config.targets import bind, check_allowed, children
 from segkit.errors import InputError
-from segkit.targets import bind, check_allowed, children
 
 FREE_KEYS = (
     "workers",
@@ -201,8 +201,8 @@ class EvaluationConfig:
 class SweepConfig:
     """A sweep (``-m``) on this machine: ``jobs`` run at a time.
 
-    With a ``space`` it is a search (``segkit.search``): ``trials`` in all, none started after ``hours``, and a poor one
-    stopped early once ``prune_after`` others have finished.
+    With a ``space`` it is a search (``segkit.sweeps.search``): ``trials`` in all, none started after ``hours``, and a
+    poor one stopped early once ``prune_after`` others have finished.
     """
 
     jobs: int = 1
@@ -307,7 +307,7 @@ class Config:
 
 def config_dir() -> Path:
     """The folder of the shipped YAML files: ``configs/`` of a checkout, or the copy inside an installed package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder

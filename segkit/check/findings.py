@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.audit import Size, SplitAudit
+from segkit.check.audit import Size, SplitAudit
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVELS = (ERROR, WARNING, NOTE)

@@ -15,7 +15,7 @@ RAREST = 12
 
 def to_json(report: Report) -> dict[str, Any]:
     """The whole report as dictionaries, lists, strings and numbers."""
-    from segkit.data.audit_findings import LEVELS, published_count, summary
+    from segkit.check.findings import LEVELS, published_count, summary
 
     config = report.config
     audits = []

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.data.labels import load_table
-from segkit.data.sample_maker_scenes import (
+from segkit.synthetic.sample_maker_scenes import (
     VOID,
     Scene,
     class_plan,
@@ -151,7 +151,7 @@ def write_cocostuff10k(output: Path, *, num_images: int, rng: np.random.Generato
     """images, annotations (.mat with the fields of version 1.1) and imageLists; one image is grayscale."""
     from scipy.io import savemat
 
-    from segkit.data.cocostuff10k import raw_names
+    from segkit.data.readers.cocostuff10k import raw_names
 
     table = load_table("cocostuff10k")
     names_cell = np.array([[name] for name in raw_names()], object)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segkit import charts, files
-from segkit.build import build_loss, build_optimizer, evaluation_protocol, train_transform
-from segkit.config import Config, plain
+from segkit import files
+from segkit.config.schema import Config, plain
+from segkit.config.targets import LOSS_OPTIONS
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
 from segkit.data.statistics import LabelCounts, count_labels
@@ -25,11 +25,12 @@ from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
 from segkit.losses import ObservedLoss, add_sums
 from segkit.models import Segmenter
-from segkit.preflight import Splits
 from segkit.report.pictures import picture_grid
 from segkit.report.stored_pictures import write_pictures
-from segkit.run_folder import RunFolder
-from segkit.targets import LOSS_OPTIONS
+from segkit.run import charts
+from segkit.run.build import build_loss, build_optimizer, evaluation_protocol, train_transform
+from segkit.run.folder import RunFolder
+from segkit.run.splits import Splits
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
 from segkit.training.tracking import Tracker

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.data.bdd100k import mismatched_pairs
 from segkit.data.labels import LabelTable, load_table
-from segkit.data.mapillary import config_labels
-from segkit.data.sample_maker_objects import other_splits, scaled
-from segkit.data.sample_maker_scenes import (
+from segkit.data.readers.bdd100k import mismatched_pairs
+from segkit.data.readers.mapillary import config_labels
+from segkit.synthetic.layouts import other_splits, scaled
+from segkit.synthetic.sample_maker_scenes import (
     VOID,
     Scene,
     class_plan,

@@ -76,7 +76,7 @@ def _scene(seed: int, split: str, index: int, height: int, width: int) -> tuple[
 
 
 def _draw(seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    from segkit.data.street_scenes import draw_scene
+    from segkit.synthetic.scenes import draw_scene
 
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
     return draw_scene(rng, height=height, width=width)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.data.robotic_instrument import PAPER_FRAMES, mask_folders
-from segkit.data.sample_maker_objects import other_splits, scaled
-from segkit.data.sample_maker_scenes import write_png
+from segkit.data.readers.robotic_instrument import PAPER_FRAMES, mask_folders
+from segkit.synthetic.layouts import other_splits, scaled
+from segkit.synthetic.sample_maker_scenes import write_png
 
 SHAFT, WRIST, CLASPERS, PROBE = 10, 20, 30, 40
 """Codes of the instrument parts in the official masks."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from segkit.config import FREE_KEYS, Config, plain
+from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.errors import InputError
 
 CODE = (
@@ -24,13 +24,14 @@ CODE = (
     "evaluation",
     "losses",
     "models",
+    "synthetic",
     "training",
+    "config/targets.py",
+    "run/build.py",
+    "run/phase.py",
     "bilinear.py",
-    "build.py",
     "margins.py",
-    "phase.py",
     "runtime.py",
-    "targets.py",
 )
 """Folders and files of segkit that the weights and scores of a phase depend on."""
 MARK = "phase_key"
@@ -41,7 +42,7 @@ POLL = 1.0
 
 def code_version() -> str:
     """A hash of the source files that a trained weight depends on."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for name in CODE:
         for path in sorted((package / name).rglob("*.py")) or [package / name]:

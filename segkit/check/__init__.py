@@ -1,0 +1,1 @@
+"""Look at data and rehearse a run before it is started."""

@@ -1,0 +1,1 @@
+"""The configuration: its closed schema, its targets, and how it is composed."""

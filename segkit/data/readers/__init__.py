@@ -1,0 +1,1 @@
+"""One file a data set: from its official layout to a list of samples."""

@@ -34,7 +34,7 @@ from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.loader import train_batches
 from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
-from segkit.data.worker import keep_memory, one_thread, start_worker
+from segkit.data.workers import keep_memory, one_thread, start_worker
 from segkit.synthetic.scenes import draw_scene
 
 CROP = 800

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
-VERBS: dict[str, tuple[str, str]] = {
-    "train": ("segkit.train:main", "train a model (the same as python train.py)"),
-    "check": ("segkit.commands.check:main", "proof before the GPU hour: the data, and one real step of everything"),
-    "stats": ("segkit.commands.stats:main", "label pixels of every class, and the margins that follow"),
-    "evaluate": ("segkit.commands.evaluate:main", "score a trained run on any split, with any inference"),
-    "predict": ("segkit.commands.predict:main", "label images and overlays for any pictures"),
-    "submit": ("segkit.commands.submit:main", "predictions in the format of a benchmark's server"),
-    "export": ("segkit.commands.export:main", "a trained model as ONNX or torch.export"),
-    "compare": ("segkit.commands.compare:main", "compare finished runs: one offline HTML file, and tables"),
-    "plot": ("segkit.commands.plot:main", "the curves of the margin losses as a picture"),
-    "sample": ("segkit.commands.sample:main", "a small synthetic data set in the layout of a real one"),
-    "replay": ("segkit.commands.replay:main", "repeat the step of a failure bundle"),
+from segkit import __version__
+from segkit.errors import InputError
+from segkit.guard import guarded
+
+VERBS = {
+    "train": "train a model (the same as python train.py)",
+    "check": "proof before the GPU hour: the data, and one real step of everything",
+    "stats": "label pixels of every class, and the margins that follow",
+    "evaluate": "score a trained run on any split, with any inference",
+    "predict": "label images and overlays for any pictures",
+    "submit": "predictions in the format of a benchmark's server",
+    "export": "a trained model as ONNX or torch.export",
+    "compare": "compare finished runs: one offline HTML file, and tables",
+    "plot": "the curves of the margin losses as a picture",
+    "sample": "a small synthetic data set in the layout of a real one",
+    "replay": "repeat the step of a failure bundle",
 }
-"""Verb -> (module:function, one line of help). The function is called with the remaining arguments in sys.argv."""
+"""Verb -> one line of help. ``run(argv)`` of the module ``segkit.commands.VERB`` does the work."""
 
 
 def usage() -> str:
     """The text of ``segkit --help``."""
     width = max(map(len, VERBS))
-    lines = [f"  segkit {verb:{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  segkit {verb:{width}}  {text}" for verb, text in VERBS.items()]
     return "\n".join(["usage: segkit VERB ...", "", *lines, "", "segkit VERB --help explains one of them"])
 
 
-def load(verb: str) -> Callable[[], None]:
-    """The function behind ``verb``."""
-    from importlib import import_module
-
-    module, _, name = VERBS[verb][0].partition(":")
-    return getattr(import_module(module), name)
+def verb_function(verb: str) -> Callable[[Sequence[str]], None]:
+    """Return the function of ``verb``, which takes the arguments behind it."""
+    return import_module("segkit.train" if verb == "train" else f"segkit.commands.{verb}").run
 
 
 def main() -> None:
@@ -41,22 +44,17 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
-        sys.exit(0 if arguments else 2)
-    verb = arguments[0]
+        sys.exit(0 if arguments else InputError.exit_code)
+    verb, *argv = arguments
     if verb == "--version":
-        from segkit import __version__
-
         print(__version__)
-        return
-    if verb not in VERBS:
-        import difflib
-
+    elif verb in VERBS:
+        guarded(lambda: verb_function(verb)(argv))
+    else:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         print(f"error: there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [f"segkit {verb}", *arguments[1:]]
-    load(verb)()
+        sys.exit(InputError.exit_code)
 
 
 if __name__ == "__main__":

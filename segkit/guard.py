@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from segkit import memory
@@ -16,11 +17,18 @@ from segkit.training import ranks
 
 
 def guarded(command: Callable[[], Any]) -> Any:
-    """Call ``command``; turn the exceptions that a user can mend into one sentence and an exit code."""
+    """Call ``command``; an exception that the user can mend becomes one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: f"warning: {message}\n"
     ranks.quiet_others()
-    try:
+    with guard():
         return command()
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """End the process with one sentence and an exit code for an exception that the user can mend."""
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -37,7 +37,7 @@ def _task(node: Any) -> float | None:
         return guarded(lambda: _search(node, given, Path(hydra_config.sweep.dir) if local else None))
     if not local:
         return _run(node, folder)
-    from segkit.config.schema import to_config
+    from segkit.config.compose import to_config
     from segkit.sweeps.jobs import LocalSweep
 
     guarded(lambda: to_config(node))  # a mistake in all jobs ends the sweep before it starts
@@ -49,7 +49,7 @@ def _task(node: Any) -> float | None:
 
 def _search(node: Any, overrides: list[str], folder: Path | None) -> None:
     """Prepare a search (``sweep.space``) in ``folder``; it begins when Hydra has nothing left to do."""
-    from segkit.config.schema import to_config
+    from segkit.config.compose import to_config
     from segkit.sweeps.search import Search
 
     if folder is None:
@@ -63,7 +63,7 @@ def _search(node: Any, overrides: list[str], folder: Path | None) -> None:
 
 
 def _run(node: Any, folder: Path) -> float:
-    from segkit.config.schema import to_config
+    from segkit.config.compose import to_config
     from segkit.run.splits import open_phases
 
     config = to_config(node)
@@ -79,7 +79,8 @@ def _hydra_main() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from segkit.config.schema import Config, config_dir
+    from segkit.config.compose import config_dir
+    from segkit.config.schema import Config
 
     OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")

@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from segkit.config.compose import compose
-from segkit.config.schema import config_dir
+from segkit.config.compose import compose, config_dir
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.loader import Batch
 from segkit.evaluation import evaluate

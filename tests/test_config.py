@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from segkit.config.schema import Config, check_targets, config_dir, plain, to_config
+from segkit.config.compose import config_dir, to_config
+from segkit.config.schema import Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from segkit.check.check import check
 from segkit.check.report import as_text, to_json
-from segkit.commands.check import check
 from segkit.config.compose import compose
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import WRITERS, make_sample

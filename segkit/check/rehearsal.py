@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 from segkit import memory, runtime
-from segkit.cache_dir import cache_dir_of
-from segkit.config.schema import Config, check_targets
+from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.data.loader import steps_per_epoch
 from segkit.errors import Interrupted
 from segkit.run.phase import PhaseRun, Surroundings

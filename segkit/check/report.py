@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from segkit.commands.check import Report
+from segkit.check.check import Report
 from segkit.report.tables import percent, render
 
 MOST_ROWS = 45

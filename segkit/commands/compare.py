@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
-from segkit.guard import guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,14 +40,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    arguments = parser().parse_args()
-    guarded(lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: Sequence[str]) -> None:
     """Read the runs, print the table and write the files that were asked for."""
+    arguments = parser().parse_args(argv)
     from segkit.report.comparison import compare
     from segkit.report.export import EXPORTS, screen
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import InputError
+from segkit.commands.options import add_inference_arguments, inference
 
 BOUNDARY_RATIO = 0.02
 """Width of the band of ``--boundary``, as a share of the image's diagonal."""
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="segkit evaluate",
@@ -36,64 +37,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibrated", action="store_true", help="use the bias that --calibrate has tuned")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
     add_inference_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how images become predictions."""
-    parser.add_argument("--tta", default="", metavar="flip,ms", help="test-time augmentation: flip, ms (multi-scale)")
-    parser.add_argument("--scales", metavar="S,S,...", help="scales of --tta ms (default: 0.5 to 1.75 in quarters)")
-    parser.add_argument("--slide", nargs="?", const="crop", metavar="HxW", help="sliding window (default: the crop)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share that neighbouring windows have in common")
-    parser.add_argument("--blending", default="gaussian", choices=["gaussian", "uniform"])
-
-
-def inference(arguments: argparse.Namespace, crop: list[int]) -> Any:
-    """The :class:`segkit.evaluation.Inference` that the options describe."""
-    from segkit.evaluation.inference import ADE20K_SCALES, Inference
-
-    modes = {mode for mode in arguments.tta.split(",") if mode}
-    if modes - {"flip", "ms"}:
-        raise InputError(f"--tta is {arguments.tta!r}, but takes flip, ms, or both with a comma between")
-    scales: tuple[float, ...] = (1.0,)
-    if "ms" in modes:
-        scales = numbers(arguments.scales, "--scales") if arguments.scales else ADE20K_SCALES
-    elif arguments.scales:
-        raise InputError("--scales is given without --tta ms: add --tta ms")
-    window = None
-    if arguments.slide:
-        height, width = crop if arguments.slide == "crop" else window_size(arguments.slide)
-        window = (-(-height // 32) * 32, -(-width // 32) * 32)
-    return Inference(
-        window=window, overlap=arguments.overlap, blending=arguments.blending, flip="flip" in modes, scales=scales
-    )
-
-
-def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{option} is {text!r}, but takes numbers with commas between, as 0.5,1.0,1.5") from None
-
-
-def window_size(text: str) -> tuple[int, int]:
-    """Height and width from ``HxW``."""
-    try:
-        height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise InputError(f"--slide is {text!r}, but takes HxW, as 800x800") from None
-    return height, width
-
-
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Evaluate, show the table, write the results."""
     from segkit.files import write_json
     from segkit.report.tables import class_table
@@ -101,7 +48,7 @@ def run() -> None:
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    arguments = parse()
+    arguments = parse(argv)
     saved = open_run(arguments.run, phase=arguments.phase)
     checkpoint = saved.checkpoint(arguments.checkpoint)
     dataset = saved.config.phase_dataset(saved.phase_name)

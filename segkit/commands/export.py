@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,7 @@ NUM_IMAGES = 4
 """Real images on which the file is compared with the model."""
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(
         prog="segkit export",
@@ -32,7 +25,7 @@ def run() -> None:
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--calibrated", action="store_true", help="put the bias of evaluate --calibrate into the model")
     parser.add_argument("--root", help="folder of the data set, where it moved; the file is checked on its images")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     from segkit.config.schema import plain
     from segkit.errors import InputError

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
-from segkit.guard import guarded
 
 FORMATS = (".png", ".svg", ".pdf")
 RHOS = (0.0, 0.5, 1.0, 2.0)
@@ -29,14 +29,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    arguments = parser().parse_args()
-    guarded(lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: Sequence[str]) -> None:
     """Draw the curves and write the picture."""
+    arguments = parser().parse_args(argv)
     path = Path(arguments.output)
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--output is {path}, but its ending must be one of {', '.join(FORMATS)}")

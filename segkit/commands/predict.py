@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.commands.scorers import load
 from segkit.errors import InputError
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line."""
-    from segkit.commands.evaluate import add_inference_arguments
+    from segkit.commands.options import add_inference_arguments
 
     parser = argparse.ArgumentParser(
         prog="segkit predict",
@@ -29,24 +31,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--device", default="auto")
     add_inference_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
-    from segkit.commands.evaluate import inference
+    from segkit.commands.options import inference
     from segkit.evaluation.predict import Outputs, find_images, predict_files
     from segkit.progress import track
     from segkit.runtime import resolve_device
 
-    arguments = parse()
+    arguments = parse(argv)
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
     scorer, crop, classes, palette = load(arguments.run, arguments, device)
@@ -80,50 +75,3 @@ def run() -> None:
 def title(run: Path) -> str:
     """A short name for a run: what its folder says about model and loss."""
     return run.resolve().parent.name if (run / "config.yaml").is_file() else run.stem
-
-
-def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, list[int], tuple[str, ...], Any]:
-    """The model behind ``path``, the crop it was trained on, its classes and their colours."""
-    if path.suffix == ".onnx":
-        from segkit.commands.scorers import load_onnx
-
-        return load_onnx(path)
-    import numpy as np
-
-    from segkit.config.schema import plain
-    from segkit.data.labels import load_table
-    from segkit.run.saved import open_run
-
-    saved = open_run(path)
-    dataset = saved.config.phase_dataset(saved.phase_name)
-    model = saved.model(arguments.checkpoint).to(device)
-    if arguments.calibrated:
-        from segkit.commands.calibration import with_bias
-
-        model = with_bias(saved, model)
-    resize = plain(dataset.eval_resize)
-    if any(resize.values()):
-        if arguments.slide:
-            raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
-        model = Resized(model, resize)
-    counts = saved.label_counts()
-    palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    return model, dataset.crop, tuple(counts["classes"]), np.asarray(palette, np.uint8)
-
-
-class Resized:
-    """A scorer that resizes its images first, as the evaluation of the run did."""
-
-    def __init__(self, model: Any, resize: dict[str, Any]) -> None:
-        self.model, self.resize = model, resize
-
-    def __call__(self, images: Any) -> Any:
-        import numpy as np
-        import torch
-
-        from segkit.data.transforms import resize_image, target_size
-
-        size = target_size(tuple(images.shape[-2:]), self.resize)
-        resized = [resize_image(image.permute(1, 2, 0).cpu().numpy(), size) for image in images.to(torch.uint8)]
-        stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
-        return self.model(stacked.to(images.device))

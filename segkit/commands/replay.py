@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="segkit replay",
@@ -20,19 +21,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder failure-STEP of a run")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Repeat the step and print what was found."""
-    arguments = parse()
+    arguments = parse(argv)
     from segkit.files import read_json, without_nan
 
     bundle = arguments.bundle

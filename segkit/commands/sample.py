@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Write the data set and say how to use it."""
     parser = argparse.ArgumentParser(
         prog="segkit sample",
@@ -34,7 +28,7 @@ def run() -> None:
         help="size of the images, relative to the official (default: 0.25)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     key, _, name = arguments.dataset.partition("=")
     if key != "dataset" or not name:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")

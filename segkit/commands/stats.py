@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from segkit.errors import InputError
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line; InputError before any work for a file that cannot be written."""
     parser = argparse.ArgumentParser(
         prog="segkit stats",
@@ -27,7 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (PNG, SVG or PDF)")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     for option in ("csv", "json", "plot"):
         path = getattr(arguments, option)
         if path and not path.absolute().parent.is_dir():
@@ -37,19 +38,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Count, show, and write what was asked for."""
     from segkit.config.compose import compose
     from segkit.run.splits import open_split
 
-    arguments = parse()
+    arguments = parse(argv)
     config = compose(arguments.overrides)
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)
@@ -78,7 +72,7 @@ def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:
 
 def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row a class, and what they have in common."""
-    from segkit.cache_dir import cache_dir_of
+    from segkit.config.schema import cache_dir_of
     from segkit.data.statistics import count_labels
     from segkit.margins import compute_margins
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command line."""
-    from segkit.commands.evaluate import add_inference_arguments
+    from segkit.commands.options import add_inference_arguments
 
     parser = argparse.ArgumentParser(
         prog="segkit submit",
@@ -30,24 +30,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
     add_inference_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Entry point of the verb."""
-    from segkit.guard import guarded
-
-    guarded(run)
-
-
-def run() -> None:
+def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     from segkit.evaluation.submission import check_images, write_submission
     from segkit.run.saved import open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    arguments = parse()
+    arguments = parse(argv)
     saved = open_run(arguments.run)
     dataset = saved.config.phase_dataset(saved.phase_name)
     if arguments.root:
@@ -85,7 +78,7 @@ def predictions(
     """(name, train ids of the image's size) of every image."""
     import torch
 
-    from segkit.commands.evaluate import inference
+    from segkit.commands.options import inference
     from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform

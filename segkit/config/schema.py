@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from segkit.config.targets import bind, check_allowed, children
+from segkit.config.targets import bind, children
 from segkit.errors import InputError
 
 FREE_KEYS = (
@@ -305,33 +306,6 @@ class Config:
         return self.schedule[name].loss or self.loss
 
 
-def config_dir() -> Path:
-    """The folder of the shipped YAML files: ``configs/`` of a checkout, or the copy inside an installed package."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise InputError(f"no configs folder with train.yaml lies beside {package}: install segkit again")
-
-
-def to_config(node: Any) -> Config:
-    """Turn the composed DictConfig ``node`` into a :class:`Config`; InputError for anything that is not allowed."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.to_object(node)
-    except OmegaConfBaseException as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
-    assert isinstance(config, Config)
-    for name, target in targets(config):
-        check_allowed(target, key=name)
-    return config
-
-
 def plain(value: Any) -> Any:
     """A dataclass of this module as dictionaries, lists, strings and numbers (for YAML, JSON and hashing)."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -375,3 +349,11 @@ def _check_node(node: dict[str, Any], facts: dict[str, Any], key: str) -> None:
     for name, child in children(node):
         _check_node(child, facts, f"{key}.{name}")
     bind(node, facts, key=key)
+
+
+def cache_dir_of(config: Config) -> Path:
+    """``cache_dir`` of the configuration; else ``$SEGKIT_CACHE``, or ``~/.cache/segkit``."""
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    base = os.environ.get("SEGKIT_CACHE")
+    return Path(base) if base else Path.home() / ".cache" / "segkit"

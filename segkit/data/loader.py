@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segkit.data.samples import SampleSet
 from segkit.data.transforms import EvalTransform, TrainTransform
-from segkit.data.worker import start_worker
+from segkit.data.workers import start_worker
 from segkit.errors import InputError
 
 PREFETCH = 2

@@ -11,7 +11,7 @@ from typing import Any, cast, overload
 import numpy as np
 from omegaconf import OmegaConf
 
-from segkit.config.schema import config_dir
+from segkit.config.compose import config_dir
 from segkit.config.targets import instantiate
 from segkit.data.decode import image_size as size_of_image
 from segkit.data.decode import read_index_png, read_rgb

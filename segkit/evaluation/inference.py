@@ -16,8 +16,7 @@ from torch import Tensor
 
 from segkit.bilinear import Size
 from segkit.errors import InputError
-from segkit.evaluation.resample import argmax_channel, class_dtype
-from segkit.evaluation.views import Scorer, View, averaged, grid
+from segkit.evaluation.views import Scorer, View, argmax_channel, averaged, class_dtype, grid
 
 ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales that are averaged, with flips, in the usual ADE20K protocol."""

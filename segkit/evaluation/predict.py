@@ -24,7 +24,7 @@ from segkit.errors import InputError
 from segkit.evaluation import overlay
 from segkit.evaluation.inference import Inference, Scorer
 from segkit.evaluation.loop import autocast
-from segkit.evaluation.resample import argmax_channel, class_dtype
+from segkit.evaluation.views import argmax_channel, class_dtype
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 

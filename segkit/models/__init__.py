@@ -6,8 +6,7 @@ segmentation_models_pytorch and timm are imported when a function that needs the
 from segkit.models.coplenet import COPLENet
 from segkit.models.deeplabv3plus import deeplabv3plus
 from segkit.models.grad_checkpoint import enable_grad_checkpointing
-from segkit.models.normalisation import normalisation
-from segkit.models.segmenter import Segmenter
+from segkit.models.segmenter import Segmenter, normalisation
 from segkit.models.smp_model import smp_model
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from segkit.errors import InputError
 from segkit.models.any_size import crop_to, pad_to_multiple
-from segkit.models.normalisation import IMAGENET_MEAN, IMAGENET_STD, set_normalisation
+from segkit.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, set_normalisation
 from segkit.models.weights import load_model_weights
 
 NUM_LEVELS = 5

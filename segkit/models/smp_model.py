@@ -13,9 +13,8 @@ from torch import nn
 
 from segkit.errors import InputError
 from segkit.models.any_size import accept_any_size
-from segkit.models.encoder_weights import load_encoder_weights
-from segkit.models.normalisation import normalisation, set_normalisation
-from segkit.models.weights import load_model_weights
+from segkit.models.segmenter import normalisation, set_normalisation
+from segkit.models.weights import load_encoder_weights, load_model_weights
 
 FIXED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params")
 """Arguments of an architecture that :func:`smp_model` sets itself."""

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from segkit import files, runtime
-from segkit.cache_dir import cache_dir_of
-from segkit.config.schema import Config, check_targets
+from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.data.statistics import fingerprint
 from segkit.errors import Interrupted
 from segkit.models import Segmenter

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.config.schema import Config, to_config
+from segkit.config.compose import to_config
+from segkit.config.schema import Config
 from segkit.errors import InputError
 from segkit.files import read_json
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segkit.check import rehearsal
+from segkit.check import check, rehearsal
 from segkit.check.report import MOST_ROWS, as_text, shown_bytes, shown_time, to_json
 from segkit.commands import check as command
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.guard import guarded
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 
@@ -45,10 +45,10 @@ def arguments(root, tmp_path):
 
 def call(monkeypatch, capsys, *arguments):
     """The command line: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["segkit check", *map(str, arguments)])
+    argv = [*map(str, arguments)]
     code = 0
     try:
-        command.main()
+        guarded(lambda: command.run(argv))
     except SystemExit as end:
         code = end.code or 0
     out, err = capsys.readouterr()
@@ -185,7 +185,7 @@ def test_out_of_memory_gives_advice(monkeypatch, arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
-    report = command.check(compose(arguments))
+    report = check.check(compose(arguments))
     (text,) = [finding.text for finding in report.findings if finding.level == "error"]
     assert "grad_checkpointing=true" in text
 
@@ -195,13 +195,13 @@ def test_too_little_memory_of_the_machine_gives_advice(monkeypatch, arguments):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
-    report = command.check(compose(arguments))
+    report = check.check(compose(arguments))
     (text,) = [finding.text for finding in report.findings if finding.level == "error"]
     assert "GiB of memory, too little: set grad_checkpointing=true" in text
 
 
 def test_validation_on_the_training_split_is_a_warning(arguments):
-    report = command.check(compose([*arguments, "dataset.val_split=train"]), rehearses=False)
+    report = check.check(compose([*arguments, "dataset.val_split=train"]), rehearses=False)
     assert any("both on split train" in finding.text for finding in report.findings)
     assert len(to_json(report)["splits"]) == 1
 
@@ -213,21 +213,21 @@ def test_a_warning_of_the_loss_is_a_finding_and_in_a_part_a_note(arguments, root
         Image.fromarray(pixels).save(path)
     config = compose(arguments)
     levels = {
-        sample: {f.level for f in command.check(config, sample=sample).findings if "loss.absent=max" in f.text}
+        sample: {f.level for f in check.check(config, sample=sample).findings if "loss.absent=max" in f.text}
         for sample in (None, 3)
     }
     assert levels == {None: {"warning"}, 3: {"note"}}
 
 
 def test_a_part_is_not_blamed_for_classes_that_it_lacks(arguments):
-    report = command.check(compose([*arguments, "loss.absent=error"]), sample=1)
+    report = check.check(compose([*arguments, "loss.absent=error"]), sample=1)
     assert [finding.text for finding in report.findings if finding.level == "error"] == []
     assert report.rehearsal is not None
 
 
 def test_several_phases_are_all_rehearsed(arguments):
     config = compose([*arguments, "schedule=pretrain_finetune", "limit_steps=2"])
-    report = command.check(config)
+    report = check.check(config)
     assert [phase.name for phase in report.rehearsal.phases] == ["pretrain", "finetune"]
     assert [phase.num_steps for phase in report.rehearsal.phases] == [2, 2]
     assert len(report.data) == 1
@@ -237,7 +237,7 @@ def test_nothing_is_left_but_label_counts(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", None)
-    command.check(compose(arguments))
+    check.check(compose(arguments))
     assert list((tmp_path / "temporary").iterdir()) == []
     kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert {path.parent.name for path in kept} == {"label_counts"}
@@ -248,7 +248,7 @@ def test_nothing_is_left_but_label_counts(arguments, tmp_path, monkeypatch):
 
 def test_every_finding_is_in_the_text(arguments, root):
     damage(root)
-    content = to_json(command.check(compose(arguments), rehearses=False))
+    content = to_json(check.check(compose(arguments), rehearses=False))
     text = as_text(content)
     for item in content["findings"]:
         assert f"{item['level']}: {item['text']}" in text
@@ -258,7 +258,7 @@ def test_every_finding_is_in_the_text(arguments, root):
 def test_many_raw_values_are_shortened(tmp_path):
     root = make_sample("ade20k", tmp_path / "ade20k", num_images=2, scale=0.1)
     config = compose(["dataset=ade20k", f"dataset.root={root}", "workers=0"])
-    content = to_json(command.check(config, rehearses=False))
+    content = to_json(check.check(config, rehearses=False))
     assert len(content["splits"][0]["raw_values"]) == 151
     lines = as_text(content).splitlines()
     assert "the 12 rarest of 151" in "\n".join(lines)
@@ -370,9 +370,9 @@ def judged(arguments, **figures):
         "is_gpu": True, "num_cores": 16, "peak_reserved": 10, "memory_limit": 100, "batch_size": 2,
         "loader_images_per_second": 100.0, "phases": [type("Cost", (), {"step_seconds": 0.1})], **figures,
     }  # fmt: skip
-    report = command.Report(compose(arguments))
+    report = check.Report(compose(arguments))
     report.rehearsal = type("Measured", (), measured)
-    command._judge(report)
+    check._judge(report)
     return [finding.text for finding in report.findings]
 
 
@@ -400,11 +400,11 @@ def test_counts_are_shared_with_training_but_phases_are_not(arguments, tmp_path)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rehearsal_on_a_gpu(arguments):
-    report = command.check(compose([*arguments, "device=cuda", "loss=cross_entropy"]))
+    report = check.check(compose([*arguments, "device=cuda", "loss=cross_entropy"]))
     assert report.rehearsal.is_gpu
     assert 0 < report.rehearsal.peak_memory <= report.rehearsal.peak_reserved < report.rehearsal.memory_limit
 
 
 def test_input_errors_of_the_configuration_are_raised(arguments):
     with pytest.raises(InputError, match=r"loss\.typo is not an argument"):
-        command.check(compose([*arguments, "+loss.typo=1"]))
+        check.check(compose([*arguments, "+loss.typo=1"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from segkit.commands import compare as command
+from segkit.guard import guarded
 
 _SPEC = importlib.util.spec_from_file_location("run_folders", Path(__file__).parents[1] / "report" / "conftest.py")
 assert _SPEC is not None
@@ -25,9 +26,9 @@ def call(monkeypatch, tmp_path, capsys):
 
     def run(*arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["segkit compare", *map(str, arguments)])
+        argv = [*map(str, arguments)]
         try:
-            command.main()
+            guarded(lambda: command.run(argv))
             code = 0
         except SystemExit as stop:
             code = stop.code

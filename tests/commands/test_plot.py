@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from segkit.commands import plot
+from segkit.guard import guarded
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 3.0])
@@ -32,8 +32,8 @@ def test_the_log_loss_of_base_two_bounds_the_margin_loss():
 
 
 def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["segkit plot", *map(str, arguments)])
-    plot.main()
+    argv = [*map(str, arguments)]
+    guarded(lambda: plot.run(argv))
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,9 @@ def train(folder: Path, *overrides: str) -> None:
 @pytest.fixture
 def replayed(monkeypatch, capsys):
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["segkit replay", *map(str, arguments)])
+        argv = [*map(str, arguments)]
         capsys.readouterr()
-        replay.run()
+        replay.run(argv)
         return capsys.readouterr().out
 
     return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -12,15 +11,16 @@ from PIL import Image
 from segkit.commands import sample as command
 from segkit.config.compose import compose
 from segkit.data import open_dataset
+from segkit.guard import guarded
 from segkit.run.splits import open_phases
 
 
 def call(monkeypatch, capsys, *arguments):
     """The command line: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["segkit sample", *map(str, arguments)])
+    argv = [*map(str, arguments)]
     code = 0
     try:
-        command.main()
+        guarded(lambda: command.run(argv))
     except SystemExit as end:
         code = end.code or 0
     out, err = capsys.readouterr()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import zipfile
 
 import numpy as np
@@ -50,8 +49,8 @@ def call(monkeypatch, capsys):
     """Call a verb as the command line does; its output comes back."""
 
     def calling(verb, *arguments):
-        monkeypatch.setattr(sys, "argv", ["segkit", *map(str, arguments)])
-        verb.run()
+        argv = [*map(str, arguments)]
+        verb.run(argv)
         return capsys.readouterr().out
 
     return calling

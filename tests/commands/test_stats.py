@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from segkit.commands import stats as command
+from segkit.guard import guarded
 from segkit.synthetic.sample_maker import make_sample
 
 NAMES = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist"]
@@ -39,13 +40,13 @@ def plain(root):
 
 def call(monkeypatch, capsys, *arguments):
     """The command line: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["segkit stats", *map(str, arguments)])
+    argv = [*map(str, arguments)]
     code = 0
     with warnings.catch_warnings():
         for message in ("very few training pixels", "no training pixel"):  # in five small images
             warnings.filterwarnings("ignore", message=message)
         try:
-            command.main()
+            guarded(lambda: command.run(argv))
         except SystemExit as end:
             code = end.code or 0
     out, err = capsys.readouterr()
@@ -126,7 +127,7 @@ def test_the_second_call_reads_no_label_and_a_changed_file_is_counted_again(
 def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments):
     call(monkeypatch, capsys, *arguments)
     code = (
-        "import sys; from segkit.commands import stats; sys.argv = ['segkit stats', *sys.argv[1:]]; stats.run(); "
+        "import sys; from segkit.commands import stats; stats.run(sys.argv[1:]); "
         "print(sorted({'torch', 'matplotlib', 'albumentations', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)

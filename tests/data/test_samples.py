@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.config.schema import config_dir
+from segkit.config.compose import config_dir
 from segkit.data import Sample, SampleSet, open_dataset
 from segkit.data.labels import table_from_dict
 from segkit.data.layout import files_by_id, inside, pair, read_list, require_folder, require_root

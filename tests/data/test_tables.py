@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from segkit.data.archives import table_file
 from segkit.data.labels import TABLES, load_table, table_from_dict
+from segkit.data.layout import table_file
 from segkit.data.readers.bdd100k import mismatched_pairs
 from segkit.data.readers.mapillary import config_labels
 from segkit.data.readers.robotic_instrument import instrument_types, mask_folders

@@ -164,7 +164,7 @@ class Workspace:
 
     def call(self, verb: str, arguments: list[str]) -> str:
         """Call ``segkit VERB ARGUMENTS`` in this process; what it printed. Fails on an exit code but 0."""
-        return self._call(cli.load(verb), [f"segkit {verb}", *arguments])
+        return self._call(lambda: cli.verb_function(verb)(arguments), [f"segkit {verb}", *arguments])
 
     def call_segkit(self, arguments: list[str]) -> str:
         """Call ``segkit ARGUMENTS``."""

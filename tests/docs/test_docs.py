@@ -15,7 +15,8 @@ from doc_pages import DOCS, REPOSITORY, SHELL, blocks, first_table_cells, inline
 from doc_workspace import Workspace
 
 from segkit import cli
-from segkit.config.schema import Config, DatasetConfig, EvaluationConfig, PhaseConfig, config_dir
+from segkit.config.compose import config_dir
+from segkit.config.schema import Config, DatasetConfig, EvaluationConfig, PhaseConfig
 from segkit.errors import InputError
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")

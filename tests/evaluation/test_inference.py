@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkit.errors import InputError
-from segkit.evaluation import Inference, resample, views, whole_image
+from segkit.evaluation import Inference, views, whole_image
+from segkit.evaluation import views as resample
 from segkit.evaluation.inference import ADE20K_SCALES
 from segkit.evaluation.views import starts
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from segkit.bilinear import resized_rows
-from segkit.evaluation import resample
-from segkit.evaluation.resample import argmax_channel, band_slices, class_dtype
+from segkit.evaluation import views as resample
+from segkit.evaluation.views import argmax_channel, band_slices, class_dtype
 
 
 def in_bands(maps, size, **options):

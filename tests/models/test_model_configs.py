@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from segkit.config.schema import config_dir
+from segkit.config.compose import config_dir
 from segkit.config.targets import instantiate, locate
 
 FILES = sorted(config_dir().glob("model/**/*.yaml"))

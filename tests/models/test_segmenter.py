@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.models import COPLENet, Segmenter, normalisation
+from segkit.models import COPLENet, Segmenter
+from segkit.models import segmenter as normalisation
 
 
 def reference(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

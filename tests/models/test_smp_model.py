@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from segkit.errors import InputError
-from segkit.models import deeplabv3plus, encoder_weights, smp_model
+from segkit.models import deeplabv3plus, smp_model
+from segkit.models import weights as encoder_weights
 
 SMALL = "tu-regnetx_002"
 

@@ -12,9 +12,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segkit.data.archives import base_folder, check_unique, missing_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, inside, pair, read_list, require_folder, require_root
+from segkit.data.layout import (
+    base_folder,
+    check_split,
+    check_unique,
+    files_by_id,
+    inside,
+    missing_file,
+    pair,
+    read_list,
+    require_folder,
+    require_root,
+)
 from segkit.data.samples import Sample, SampleSet
 
 FOLDERS = {"train": "training", "val": "validation"}

@@ -16,9 +16,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segkit.data.archives import base_folder, table_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, pair, require_folder, require_root
+from segkit.data.layout import base_folder, check_split, files_by_id, pair, require_folder, require_root, table_file
 from segkit.data.samples import Sample, SampleSet
 
 SPLITS = ("train", "val", "test")

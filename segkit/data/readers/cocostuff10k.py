@@ -14,9 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.archives import base_folder, check_unique, missing_file, table_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, inside, read_list, refuse, require_folder, require_root
+from segkit.data.layout import (
+    base_folder,
+    check_split,
+    check_unique,
+    files_by_id,
+    inside,
+    missing_file,
+    read_list,
+    refuse,
+    require_folder,
+    require_root,
+    table_file,
+)
 from segkit.data.matlab import read_mat
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError

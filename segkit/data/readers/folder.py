@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.archives import base_folder, check_unique
 from segkit.data.labels import LabelTable
-from segkit.data.layout import inside, pair, read_list, refuse, require_root
+from segkit.data.layout import base_folder, check_unique, inside, pair, read_list, refuse, require_root
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 

@@ -17,9 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segkit.data.archives import base_folder, table_file
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, files_by_id, pair, require_folder, require_root
+from segkit.data.layout import base_folder, check_split, files_by_id, pair, require_folder, require_root, table_file
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 

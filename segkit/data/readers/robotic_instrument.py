@@ -21,10 +21,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from segkit.data.archives import base_folder, check_option, table_file
 from segkit.data.decode import check_readable, read_index_png, read_rgb
 from segkit.data.labels import LabelTable, load_table
-from segkit.data.layout import check_split, refuse, require_folder, require_root
+from segkit.data.layout import base_folder, check_option, check_split, refuse, require_folder, require_root, table_file
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 

@@ -25,14 +25,17 @@ def guarded(command: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def guard() -> Iterator[None]:
-    """End the process with one sentence and an exit code for an exception that the user can mend."""
+def guard(*, passes: bool = False) -> Iterator[None]:
+    """End the process with one sentence and an exit code for an exception that the user can mend.
+
+    With ``passes`` every exception goes through to the caller.
+    """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sentence, code = explain(error)
+        sentence, code = (None, 1) if passes else explain(error)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
         if ranks.speaks(sentence):

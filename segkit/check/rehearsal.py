@@ -11,13 +11,11 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,14 @@ import torch
 
 from segkit import memory, runtime
 from segkit.config.schema import Config, cache_dir_of, check_targets
-from segkit.data.loader import steps_per_epoch
 from segkit.errors import Interrupted
-from segkit.run.phase import PhaseRun, Surroundings
-from segkit.run.pipeline import Run
+from segkit.run import pipeline
+from segkit.run.phase import Phase, prepare_phase
+from segkit.run.plan import plan_phase
+from segkit.run.saved import read_config
 from segkit.run.splits import Splits
 from segkit.training import checkpoint
+from segkit.training.tracking import Tracker
 
 NUM_STEPS = {"cpu": 3, "cuda": 12}
 """Steps of each phase: one to warm up, one after going on from the checkpoint, the rest are timed."""
@@ -108,21 +108,20 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
         folder = Path(name) / "run"
         short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
         first = next(iter(config.schedule))
-        if steps_of(short, first, len(phases[first].train)) > 1:
+        if plan_phase(short, first, len(phases[first].train)).num_steps > 1:
             _say("training the first step, then stopping")
             with _quiet(), contextlib.suppress(Interrupted):
-                Run(short, folder, phases, device, lambda: True).train()
+                pipeline.run(short, folder, phases, stop=lambda: True)
             _check_saved(folder / first)
         _say("going on from the checkpoint, through all phases")
-        again = Run(short, folder, phases, device, lambda: False)
         with _quiet():
-            again.train()
-        _check_steps(again.config, folder, phases)
+            pipeline.run(short, folder, phases, stop=lambda: False)
+        trained = read_config(folder / "config.yaml")  # auto_batch may have chosen another batch size
+        _check_steps(trained, folder, phases)
         _say("timing the loader and the evaluation")
-        loading = loader_speed(again, phases)
-        evaluating = evaluation_speed(again, phases)
-        # auto_batch may have chosen another batch size.
-        chosen = dataclasses.replace(config, batch_size=again.config.batch_size, accumulate=again.config.accumulate)
+        last = _last_phase(trained, phases, device)
+        loading, evaluating = loader_speed(last), evaluation_speed(last)
+        chosen = dataclasses.replace(config, batch_size=trained.batch_size)
         costs = tuple(
             cost(chosen, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
             for name in config.schedule
@@ -194,7 +193,7 @@ def _check_saved(folder: Path) -> None:
 def _check_steps(config: Config, folder: Path, phases: dict[str, Splits]) -> None:
     """Every step of every phase must have been trained once: none lost, none twice after going on."""
     for name in config.schedule:
-        expected = list(range(1, steps_of(config, name, len(phases[name].train)) + 1))
+        expected = list(range(1, plan_phase(config, name, len(phases[name].train)).num_steps + 1))
         rows = _rows(folder / name / "metrics.jsonl")
         trained = [row["step"] for row in rows if row["split"] == "train"]
         assert trained == expected, f"phase {name} trained the steps {trained}, not {expected}"
@@ -208,33 +207,24 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _last_phase(
-    run: Run, config: Config, phases: dict[str, Splits], *, stop: Callable[[], bool] = lambda: False
-) -> PhaseRun:
-    """The last phase of the finished ``run`` once more, with ``config``."""
-    around = Surroundings(
-        config=config,
-        folder=run.folder,
-        cache_dir=run.cache_dir,
-        device=run.device,
-        model=run.model,
-        stop=stop,
-    )
-    name = list(config.schedule)[-1]
-    return PhaseRun(around, name, phases[name])
+def _last_phase(config: Config, phases: dict[str, Splits], device: torch.device) -> Phase:
+    """The last phase of the run once more, at its start."""
+    *_, name = config.schedule
+    model = pipeline.initial_model(config, phases[name].train.num_classes, device)
+    return prepare_phase(config, name, splits=phases[name], model=model, device=device, cache_dir=cache_dir_of(config))
 
 
-def loader_speed(run: Run, phases: dict[str, Splits]) -> float:
+def loader_speed(phase: Phase) -> float:
     """Images a second that the loader gives when nothing waits for it.
 
     The workers begin together, so that their first batches come in a burst: timing starts once each has made one.
     """
-    first = max(1, run.config.workers)
+    first = max(1, phase.config.workers)
     last = 3 * first
-    phase = _last_phase(run, dataclasses.replace(run.config, limit_steps=last), phases)
+    batches = dataclasses.replace(phase.batches, plan=dataclasses.replace(phase.plan, num_steps=last))
     arrivals: list[tuple[float, int]] = []
     start = time.perf_counter()
-    for batch in phase.batches(0):
+    for batch in batches.training(0):
         arrivals.append((time.perf_counter() - start, len(batch.names)))
         if len(arrivals) >= last or (len(arrivals) > first and arrivals[-1][0] > LOADING_SECONDS):
             break
@@ -244,7 +234,7 @@ def loader_speed(run: Run, phases: dict[str, Splits]) -> float:
     return sum(images for _, images in arrivals[first:]) / max(seconds, 1e-9)
 
 
-def evaluation_speed(run: Run, phases: dict[str, Splits]) -> float:
+def evaluation_speed(phase: Phase) -> float:
     """Images a second that an evaluation goes through, once its workers have started."""
     loaded: list[float] = []
 
@@ -252,10 +242,10 @@ def evaluation_speed(run: Run, phases: dict[str, Splits]) -> float:
         loaded.append(time.perf_counter())  # an evaluation asks this whenever a batch has been loaded
         return False
 
-    phase = _last_phase(run, run.config, phases, stop=stop)
-    results = phase.evaluate(run.model)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
+    tracker = Tracker(None, phase=phase.name, num_steps=phase.plan.num_steps)
+    results, _ = phase.validation(tracker, stop).evaluate(phase.model)
+    if phase.device.type == "cuda":
+        torch.cuda.synchronize(phase.device)
     return results["num_images"] / max(time.perf_counter() - loaded[0], 1e-9)
 
 
@@ -277,34 +267,17 @@ def cost(
     rows = rows[warm:] or rows[-1:]
     step_seconds = statistics.median(batch / row["images_per_second"] * (1 - row["data_wait_share"]) for row in rows)
     in_step = max(step_seconds, batch / loading)
-    num_steps = steps_of(config, name, size[0])
-    num_evaluations = count_evaluations(config, num_steps, size[0])
+    plan = plan_phase(config, name, size[0])
     evaluated = min(size[1], config.evaluation.max_images or size[1])
     return PhaseCost(
         name=name,
-        num_steps=num_steps,
-        num_evaluations=num_evaluations,
+        num_steps=plan.num_steps,
+        num_evaluations=plan.num_evaluations,
         num_evaluated_images=evaluated,
         step_seconds=step_seconds,
         images_per_second=batch / in_step,
-        seconds=num_steps * in_step + num_evaluations * evaluated / evaluating,
+        seconds=plan.num_steps * in_step + plan.num_evaluations * evaluated / evaluating,
     )
-
-
-def steps_of(config: Config, name: str, num_samples: int) -> int:
-    """Steps of phase ``name`` on a training split of ``num_samples``."""
-    phase = config.schedule[name]
-    per_epoch = steps_per_epoch(num_samples, config.batch_size)
-    steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
-    return min(steps, config.limit_steps or steps)
-
-
-def count_evaluations(config: Config, num_steps: int, num_samples: int) -> int:
-    """Evaluations of a phase of ``num_steps``: at each interval, and always at its end."""
-    every = config.evaluation.every_steps
-    if config.evaluation.every_epochs is not None:
-        every = max(1, round(config.evaluation.every_epochs * steps_per_epoch(num_samples, config.batch_size)))
-    return 1 if every is None else math.ceil(num_steps / every)
 
 
 def measured_memory(device: torch.device) -> tuple[int, int, int]:

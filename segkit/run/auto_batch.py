@@ -26,6 +26,17 @@ SHARE = 0.85
 """Of the free memory, that a step may take: the rest is for loading, evaluation and fragmentation."""
 
 
+def choose_batch(
+    config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
+) -> tuple[Config, dict[str, Any] | None]:
+    """With ``auto_batch`` :func:`with_largest_batch`, and a line on the screen; else ``config`` as it is."""
+    if not config.auto_batch:
+        return config, None
+    config, chosen = with_largest_batch(config, saved=saved, phases=phases, device=device)
+    distributed.print_main(sentence(chosen) if chosen else f"auto_batch: batch_size={config.batch_size}, as before")
+    return config, chosen
+
+
 def with_largest_batch(
     config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
 ) -> tuple[Config, dict[str, Any] | None]:

@@ -9,14 +9,13 @@ A phase is finished when its results.json is there: that file is written last.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.errors import InputError
-from segkit.files import write_atomically, write_json
+from segkit.files import read_json, write_atomically, write_json
 
 LINKED = (
     "checkpoints",
@@ -50,25 +49,23 @@ class RunFolder:
 
     def results(self, name: str) -> dict[str, Any]:
         """The results of a finished phase."""
-        return json.loads((self.phase(name) / "results.json").read_text(encoding="utf-8"))
+        return read_json(self.phase(name) / "results.json")
+
+    def check(self) -> None:
+        """Raise InputError if the folder holds a run of another configuration."""
+        saved = self.path / "config.yaml"
+        if saved.is_file():
+            self._compare(saved, plain(self.config))
 
     def start(self, provenance: dict[str, Any]) -> None:
-        """Create the folder, or check that the run in it has the same configuration; note how it was started."""
-        saved = self.path / "config.yaml"
-        mine = plain(self.config)
-        if saved.is_file():
-            self._compare(saved, mine)
-        if not self.writes:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder, and record the configuration and how the run was started."""
         from omegaconf import OmegaConf
 
-        write_atomically(saved, OmegaConf.to_yaml(OmegaConf.create(mine)))
-        starts = []
-        noted = self.path / "provenance.json"
-        if noted.is_file():
-            starts = json.loads(noted.read_text(encoding="utf-8")).get("starts", [])
-        write_json(noted, {**provenance, "starts": [*starts, provenance["started"]]})
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.config))))
+        recorded = self.path / "provenance.json"
+        starts = read_json(recorded).get("starts", []) if recorded.is_file() else []
+        write_json(recorded, {**provenance, "starts": [*starts, provenance["started"]]})
 
     def _compare(self, saved: Path, mine: dict[str, Any]) -> None:
         from omegaconf import OmegaConf
@@ -93,6 +90,12 @@ class RunFolder:
         before = list(self.config.schedule)[: list(self.config.schedule).index(name)]
         files = [self.phase(phase) / "metrics.jsonl" for phase in before]
         return b"".join(path.read_bytes() for path in files if path.is_file())
+
+    def join_metrics(self, name: str) -> None:
+        """Make metrics.jsonl of the run that of the phases up to the finished ``name``."""
+        if self.writes:
+            own = self.phase(name) / "metrics.jsonl"
+            write_atomically(self.metrics, self.earlier_metrics(name) + own.read_bytes())
 
     def link_last_phase(self) -> None:
         """Make what the last phase has so far appear at the top."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segkit import files, runtime
+from segkit import runtime
 from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.data.statistics import fingerprint
 from segkit.errors import Interrupted
@@ -23,30 +23,58 @@ from segkit.run import auto_batch
 from segkit.run.build import build_model
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
-from segkit.run.phase import PhaseRun, Surroundings, say
+from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
 from segkit.run.splits import Splits
 from segkit.training import checkpoint, distributed
+from segkit.training.distributed import print_main
+from segkit.training.tracking import Tracker
 
 
-def run(config: Config, folder: Path, phases: dict[str, Splits]) -> float:
-    """Train every phase of ``config`` in ``folder``; returns the mean IoU of the last one.
+def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable[[], bool] | None = None) -> float:
+    """Train every phase of ``config`` in the folder ``path``; returns the mean IoU of the last one.
 
-    ``phases`` are the opened splits (:func:`segkit.run.splits.open_phases`). A finished phase is not repeated, an
-    unfinished one goes on from its last checkpoint.
+    ``splits`` are the opened splits of every phase (:func:`segkit.run.splits.open_phases`). Everything that can be
+    refused is refused before the first step, of whatever phase. A finished phase is not repeated, an unfinished one
+    goes on from its last checkpoint. ``stop`` is asked after every step whether to end; by default a signal decides.
     """
     check_targets(config)
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
-    with distributed.process_group(device), stop_on_signal() as stop:
-        return Run(config, folder, phases, device, stop).train()
+    with distributed.process_group(device), _stopping(stop) as stop:
+        path = Path(distributed.agree(str(path)))
+        cache = PhaseCache(cache_dir_of(config))
+        distributed.on_main(cache.check)
+        config, chosen = auto_batch.choose_batch(config, saved=path / "config.yaml", phases=splits, device=device)
+        folder = RunFolder(path, config, writes=distributed.is_main())
+        folder.check()
+        facts = _facts(config, splits, device)
+        model = initial_model(config, next(iter(splits.values())).train.num_classes, device)
+        phases = {
+            name: prepare_phase(
+                config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir_of(config)
+            )
+            for name in config.schedule
+        }
+        distributed.on_main(lambda: folder.start({**facts, "auto_batch": chosen}))
+        for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
+            print_main(f"note: {note}")
+        if config.profile_steps:
+            return _profile(next(iter(phases.values())), path)
+        for name in config.schedule:
+            phase = phases.pop(name)  # with it goes the state of its optimizer
+            with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stop):
+                results = train_phase(phase, folder, stop)
+        print_main(class_table(results))
+        print_main(f"run folder: {path}")
+        return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM or SIGINT has come; a second signal acts as it always does."""
+def _stopping(stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
+    """Yield ``stop``, or a function that tells whether SIGTERM or SIGINT has come; a second one acts as always."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+    if stop is not None or threading.current_thread() is not threading.main_thread():
+        yield stop or asked.is_set
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -63,143 +91,91 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@dataclass
-class Run:
-    """One run: its configuration, its folder, and the model that goes through all phases."""
+def initial_model(config: Config, num_classes: int, device: torch.device) -> Segmenter:
+    """The model that the first phase starts from, on ``device``, with the weights of ``init_from`` where given."""
+    model = build_model(config, num_classes).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.init_from:
+        source = Path(config.init_from)
+        load_weights(model, source / "checkpoints" / checkpoint.LAST if source.is_dir() else source)
+    return model
 
-    config: Config
-    path: Path
-    phases: dict[str, Splits]
-    device: torch.device
-    stop: Callable[[], bool]
-    folder: RunFolder = field(init=False)
-    cache_dir: Path = field(init=False)
-    model: Segmenter = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.path = Path(distributed.agree(str(self.path)))
-        self.cache_dir = cache_dir_of(self.config)
+def load_weights(model: Segmenter, path: Path) -> None:
+    """Load the weights of the checkpoint ``path`` into ``model``."""
+    checkpoint.load_weights(model, checkpoint.weights(checkpoint.load(path)), source=path)
 
-    def train(self) -> float:
-        """Train all phases; returns the mean IoU of the last."""
-        cache = PhaseCache(self.cache_dir)
-        distributed.on_main(cache.check)
-        chosen = self._choose_batch() if self.config.auto_batch else None
-        self.folder = RunFolder(self.path, self.config, writes=distributed.is_main())
-        origin = runtime.provenance(device=self.device, seed=self.config.seed)
-        data = {
-            name: {"train": fingerprint(splits.train), "val": fingerprint(splits.val)}
-            for name, splits in self.phases.items()
-        }
-        world = distributed.world_size()
-        noted = {**origin, "data": data, "world_size": world, "auto_batch": chosen}
-        distributed.on_main(lambda: self.folder.start(noted))
-        for note in dict.fromkeys(note for splits in self.phases.values() for note in splits.train.notes):
-            say(f"note: {note}")
-        self._build()
-        if self.config.profile_steps:
-            return self._profile()
-        machine = {**{key: origin[key] for key in ("versions", "device", "threads")}, "world_size": world}
-        *shared, last = self.config.schedule
-        for name in shared:
-            self._shared_phase(cache, name, phase_key(self.config, name, fingerprints=data, machine=machine))
-            self._load_phase(name)
-        self.folder.link_last_phase()  # a run that is watched, or stopped, shows its checkpoints there
-        results = self._phase(last)
-        self.folder.link_last_phase()
-        say(class_table(results))
-        say(f"run folder: {self.path}")
-        return float(results["mean_iou"])
 
-    def _choose_batch(self) -> dict[str, Any] | None:
-        """Set the batch size to the largest that fits; returns what it was chosen by."""
-        saved = self.path / "config.yaml"
-        self.config, chosen = auto_batch.with_largest_batch(
-            self.config, saved=saved, phases=self.phases, device=self.device
-        )
-        say(auto_batch.sentence(chosen) if chosen else f"auto_batch: batch_size={self.config.batch_size}, as before")
-        return chosen
+def _facts(config: Config, splits: dict[str, Splits], device: torch.device) -> dict[str, Any]:
+    """What provenance.json says of code, machine and data."""
+    data = {name: {"train": fingerprint(pair.train), "val": fingerprint(pair.val)} for name, pair in splits.items()}
+    origin = runtime.provenance(device=device, seed=config.seed)
+    return {**origin, "data": data, "world_size": distributed.world_size()}
 
-    def _build(self) -> None:
-        first = next(iter(self.phases.values())).train
-        self.model = build_model(self.config, first.num_classes).to(self.device)
-        if self.config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.config.init_from:
-            self._initialise(Path(self.config.init_from))
 
-    def _initialise(self, source: Path) -> None:
-        path = source / "checkpoints" / checkpoint.LAST if source.is_dir() else source
-        checkpoint.load_weights(self.model, checkpoint.weights(checkpoint.load(path)), source=path)
+@contextmanager
+def _last(folder: RunFolder) -> Iterator[None]:
+    """Show the files of the last phase at the top: while it trains, or when it is stopped, and at its end."""
+    folder.link_last_phase()
+    yield
+    folder.link_last_phase()
 
-    def _load_phase(self, name: str) -> None:
-        """Load the weights that phase ``name`` ended with: the next phase starts from them."""
-        path = self.folder.phase(name) / "checkpoints" / checkpoint.LAST
-        checkpoint.load_weights(self.model, checkpoint.weights(checkpoint.load(path)), source=path)
 
-    def _shared_phase(self, cache: PhaseCache, name: str, key: str) -> None:
-        """A phase that others build on: from the run folder, from the cache, or trained and then kept there."""
-        folder = self.folder.phase(name)
-        if distributed.on_main(lambda: self.folder.is_finished(name)):
-            self._phase(name)
-            distributed.on_main(lambda: cache.offer(key, folder))
-            return
-        with self._locked(cache, key, name):
-            if distributed.on_main(lambda: self._fetch(cache, key, folder)):
-                say(f"phase {name}: taken from the cache ({key})")
-            self._phase(name)
-            distributed.on_main(lambda: cache.store(key, folder))
+@contextmanager
+def _shared(
+    phase: Phase, folder: RunFolder, cache: PhaseCache, facts: dict[str, Any], stop: Callable[[], bool]
+) -> Iterator[None]:
+    """Around a phase that others build on: take it from ``cache`` if it is there, store it if it is not.
 
-    def _fetch(self, cache: PhaseCache, key: str, folder: Path) -> bool:
-        """Take the phase from the cache, unless its training has begun in this run folder already."""
-        if (folder / "checkpoints").exists():
-            return False
-        if cache.fetch(key, folder):
-            return True
-        cache.mark(key, folder)
-        return False
-
-    @contextmanager
-    def _locked(self, cache: PhaseCache, key: str, name: str) -> Iterator[None]:
-        """Hold the cache's lock of ``key``; waits for it as long as another run trains that phase, or until stopped."""
-        lock = cache.lock(key)
-        waiting = False
-        try:
-            while not distributed.on_main(lambda: cache.acquire(lock)):
-                if not waiting:
-                    say(f"phase {name}: another run trains it; waiting for that")
-                waiting = True
-                if distributed.any_rank(self.stop(), self.device):
-                    raise Interrupted(f"stopped while another run trained phase {name}")
+    Its weights are in the model afterwards.
+    """
+    name, place = phase.name, folder.phase(phase.name)
+    machine = {key: facts[key] for key in ("versions", "device", "threads", "world_size")}
+    key = phase_key(phase.config, name, fingerprints=facts["data"], machine=machine)
+    if distributed.on_main(lambda: folder.is_finished(name)):
+        yield
+        distributed.on_main(lambda: cache.offer(key, place))
+    else:
+        with _locked(cache, key, name, lambda: distributed.any_rank(stop(), phase.device)):
+            if distributed.on_main(lambda: _fetch(cache, key, place)):
+                print_main(f"phase {name}: taken from the cache ({key})")
             yield
-        finally:
-            lock.release()
+            distributed.on_main(lambda: cache.store(key, place))
+    load_weights(phase.model, place / "checkpoints" / checkpoint.LAST)
 
-    # -- one phase -----------------------------------------------------------------------------------------------
 
-    def _phase(self, name: str) -> dict[str, Any]:
-        if self.folder.is_finished(name):
-            say(f"phase {name}: finished already")
-            if distributed.is_main():
-                metrics = self.folder.phase(name) / "metrics.jsonl"
-                files.write_atomically(self.folder.metrics, self.folder.earlier_metrics(name) + metrics.read_bytes())
-            return self.folder.results(name)
-        return PhaseRun(self._surroundings(), name, self.phases[name]).train()
+def _fetch(cache: PhaseCache, key: str, folder: Path) -> bool:
+    """Take the phase from the cache, unless its training has begun in this run folder already."""
+    if (folder / "checkpoints").exists():
+        return False
+    if cache.fetch(key, folder):
+        return True
+    cache.mark(key, folder)
+    return False
 
-    def _surroundings(self) -> Surroundings:
-        return Surroundings(
-            config=self.config,
-            folder=self.folder,
-            cache_dir=self.cache_dir,
-            device=self.device,
-            model=self.model,
-            stop=self.stop,
-        )
 
-    def _profile(self) -> float:
-        from segkit.training.profile import profile_steps
+@contextmanager
+def _locked(cache: PhaseCache, key: str, name: str, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Hold the cache's lock of ``key``; waits for it as long as another run trains that phase, or until stopped."""
+    lock = cache.lock(key)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        waiting = False
+        while not distributed.on_main(lambda: cache.acquire(lock)):
+            if not waiting:
+                print_main(f"phase {name}: another run trains it; waiting for that")
+            waiting = True
+            if stopped():
+                raise Interrupted(f"stopped while another run trained phase {name}")
+        yield
 
-        name = next(iter(self.config.schedule))
-        phase = PhaseRun(self._surroundings(), name, self.phases[name])
-        say(profile_steps(phase.trainer(), phase.batches(0), num_steps=self.config.profile_steps, folder=self.path))
-        return math.nan
+
+def _profile(phase: Phase, path: Path) -> float:
+    from segkit.training.profile import profile_steps
+
+    tracker = Tracker(None, phase=phase.name, num_steps=phase.plan.num_steps)
+    trainer = make_trainer(phase, path / phase.name, tracker=tracker, validate=lambda *_: {}, stop=lambda: False)
+    batches = phase.batches.training(0)
+    print_main(profile_steps(trainer, batches, num_steps=phase.config.profile_steps, folder=path))
+    return math.nan

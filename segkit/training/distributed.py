@@ -37,6 +37,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def print_main(text: str) -> None:
+    """Print a line, on the main process only."""
+    if is_main():
+        print(text, flush=True)
+
+
 def agent_store() -> dist.TCPStore:
     """The key-value store of torchrun's own process: it is there before the ranks are, and outlives a restart."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -200,7 +200,7 @@ class Tracker:
             self._bar.add_task(self.phase, total=self.num_steps, text="")
         self._bar.update(self._bar.task_ids[0], completed=step, text=f"{step}/{self.num_steps}  {text}")
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print a line above the bar."""
         if self.folder is None:
             return

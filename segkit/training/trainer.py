@@ -138,7 +138,7 @@ class Trainer:
         except OSError as error:
             if must:
                 raise
-            self.tracker.say(f"warning: {error}")
+            self.tracker.message(f"warning: {error}")
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class Trainer:
         try:
             checkpoint.save_best(self.checkpoints, {**state, "model": checkpoint.network(evaluated).state_dict()})
         except OSError as error:
-            self.tracker.say(f"warning: {error}")
+            self.tracker.message(f"warning: {error}")
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,0 +1,91 @@
+"""The batches of a phase: of its training steps, and of its evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from segkit.config.schema import Config, plain
+from segkit.data.loader import Batch, epoch_order, eval_batches, train_batches
+from segkit.data.transforms import EvalTransform
+from segkit.run.build import train_transform
+from segkit.run.plan import PhasePlan
+from segkit.run.splits import Splits
+from segkit.training import distributed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseBatches:
+    """Batches of the phase that ``plan`` describes, as pure functions of the step, for this rank.
+
+    With ``overfit_batches`` in ``config`` its first batches are repeated, and evaluated on.
+    """
+
+    config: Config
+    plan: PhasePlan
+    splits: Splits
+    pin_memory: bool
+
+    @cached_property
+    def fixed(self) -> list[Batch] | None:
+        """The batches of ``overfit_batches``; None in a usual run."""
+        number = self.config.overfit_batches
+        return None if number is None else list(self._load(0, number, augment=False))
+
+    def _load(self, start: int, stop: int, *, augment: bool) -> Iterable[Batch]:
+        dataset, split = self.config.phase_dataset(self.plan.name), self.splits.train
+        return train_batches(
+            split,
+            transform=train_transform(dataset, augment=augment, ignore_index=split.ignore_index),
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            phase=self.plan.name,
+            start_step=start,
+            num_steps=stop,
+            workers=self.config.workers,
+            pin_memory=self.pin_memory,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+    def training(self, start: int) -> Iterable[Batch]:
+        """The batches from step ``start`` to the end of the phase."""
+        fixed, num_steps = self.fixed, self.plan.num_steps
+        if fixed is None:
+            return self._load(start, num_steps, augment=True)
+        return (fixed[step % len(fixed)] for step in range(start, num_steps))
+
+    def names(self, step: int) -> list[str]:
+        """The samples of ``step``, in the order of the batch over all ranks."""
+        if self.fixed is not None:
+            return list(self.fixed[step % len(self.fixed)].names)
+        samples, size = self.splits.train.samples, self.config.batch_size
+        epoch, place = divmod(step, self.plan.steps_per_epoch)
+        order = epoch_order(len(samples), seed=self.config.seed, phase=self.plan.name, epoch=epoch)
+        return [samples[index].name for index in order[place * size : (place + 1) * size]]
+
+    def evaluation(self) -> Iterable[Any]:
+        """The images of an evaluation, each with its number in the split."""
+        if self.fixed is not None:
+            return _numbered(self.fixed)
+        config, dataset = self.config, self.config.phase_dataset(self.plan.name)
+        limit = config.evaluation.max_images
+        return eval_batches(
+            self.splits.val if limit is None else self.splits.val[:limit],
+            transform=EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value),
+            batch_size=config.evaluation.batch_size,
+            workers=config.workers,
+            pin_memory=self.pin_memory,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+
+def _numbered(batches: list[Batch]) -> Iterator[Batch]:
+    """The batches with the images numbered from 0, as an evaluation wants them."""
+    count = 0
+    for batch in batches:
+        yield batch._replace(indices=list(range(count, count + len(batch.names))))
+        count += len(batch.names)

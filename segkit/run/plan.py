@@ -1,0 +1,40 @@
+"""How many steps a phase has, and when it evaluates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from segkit.config.schema import Config
+from segkit.data.loader import steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePlan:
+    """Steps of one phase. ``evaluate_every`` is in steps; None: at the end of the phase only."""
+
+    name: str
+    num_steps: int
+    steps_per_epoch: int
+    evaluate_every: int | None
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the phase: at each interval, and always at its end."""
+        return 1 if self.evaluate_every is None else math.ceil(self.num_steps / self.evaluate_every)
+
+
+def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
+    """The plan of phase ``name`` on a training split of ``num_samples``."""
+    phase, evaluation = config.schedule[name], config.evaluation
+    per_epoch = steps_per_epoch(num_samples, config.batch_size)
+    steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
+    every = evaluation.every_steps
+    if evaluation.every_epochs is not None:
+        every = max(1, round(evaluation.every_epochs * per_epoch))
+    return PhasePlan(
+        name=name,
+        num_steps=min(steps, config.limit_steps or steps),
+        steps_per_epoch=per_epoch,
+        evaluate_every=every,
+    )

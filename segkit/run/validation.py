@@ -1,0 +1,151 @@
+"""Evaluation while a phase trains: scores, pictures, and what the margins did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from segkit.config.schema import Config
+from segkit.data.statistics import LabelCounts
+from segkit.errors import Interrupted
+from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
+from segkit.evaluation.inference import Inference
+from segkit.losses import ObservedLoss, add_sums
+from segkit.report.pictures import picture_grid
+from segkit.report.stored_pictures import write_pictures
+from segkit.run import charts
+from segkit.run.batches import PhaseBatches
+from segkit.run.build import evaluation_protocol
+from segkit.training import distributed
+from segkit.training.tracking import Tracker
+
+SCORES = ("iou", "precision", "recall")
+
+
+class Validation:
+    """Evaluates a model on the validation split of a phase; ``last`` is the latest evaluation."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        batches: PhaseBatches,
+        counts: LabelCounts,
+        loss: nn.Module,
+        tracker: Tracker,
+        device: torch.device,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.batches, self.counts, self.loss = config, batches, counts, loss
+        self.tracker, self.device, self.stop = tracker, device, stop
+        self.split = batches.splits.val
+        self.last: Evaluation | None = None
+
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Results of ``model`` in the form of results.json, and the sums of an observed loss (else empty)."""
+        observed = charts.ObservedEvaluation(self.loss) if isinstance(self.loss, ObservedLoss) else None
+        batches = self._until_stopped(self.batches.evaluation())
+        config = self.config
+        self.last = evaluate(
+            model,
+            batches if observed is None else observed.batches(batches),
+            num_classes=self.split.num_classes,
+            ignore_index=self.split.ignore_index,
+            device=self.device,
+            precision=config.precision.value,
+            pictures=config.evaluation.pictures,
+            reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
+            predict=whole_image if observed is None else observed.predict,
+        )
+        dataset = config.phase_dataset(self.batches.plan.name)
+        protocol = evaluation_protocol(
+            dataset,
+            Inference(),
+            split=dataset.val_split if self.batches.fixed is None else "overfitted batches",
+            max_images=config.evaluation.max_images,
+            precision=config.precision.value,
+        )
+        sums = {} if observed is None else _over_ranks(observed.sums)
+        return to_results(self.last, class_names=self.split.classes, protocol=protocol), sums
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """Evaluate ``model`` after ``step`` and record the scores; returns the results."""
+        results, sums = self.evaluate(model)
+        assert self.last is not None
+        classes = {name: {score: values[score] for score in SCORES} for name, values in results["classes"].items()}
+        summary = {key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_classes_averaged")}
+        self.tracker.record(step, {"split": "val", **summary, "classes": classes})
+        scalars = {f"val/{key}": value for key, value in summary.items() if value is not None}
+        for score in SCORES:
+            scalars |= {
+                f"val_{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None
+            }
+        self.tracker.scalars(step, scalars | charts.error_shares(self.last.counts, self.split.classes))
+        self._show_margins(step, sums)
+        if self.last.pictures and distributed.is_main():
+            self.tracker.pictures(step, "val/image_label_prediction", self._grid())
+        self.tracker.message(
+            f"{self.batches.plan.name} step {step}: mean IoU {_four_digits(results['mean_iou'])} over "
+            f"{results['num_classes_averaged']} classes, pixel accuracy {_four_digits(results['pixel_accuracy'])}"
+        )
+        return results
+
+    def write(self, folder: Path) -> None:
+        """Write the matrices of all images of the latest evaluation, and its pictures, into ``folder``."""
+        assert self.last is not None
+        self.last.per_image.save(folder / "per_image.npz")
+        if self.last.pictures:
+            Image.fromarray(self._grid()).save(folder / "pictures.png")
+            write_pictures(
+                folder / "pictures", self.last.pictures, palette=self.split.palette, classes=self.split.classes
+            )
+
+    def _grid(self) -> Any:
+        assert self.last is not None
+        return picture_grid(self.last.pictures, self.split.palette, self.split.classes)
+
+    def _show_margins(self, step: int, sums: dict[str, torch.Tensor]) -> None:
+        """Chart what the margins did in this evaluation, and in training before it, where the loss observes that."""
+        if not isinstance(self.loss, ObservedLoss):
+            return
+        if sums:
+            self.tracker.scalars(step, charts.bounds(sums))
+        trained = _over_ranks(self.loss.take())
+        if trained:
+            pixels = self.counts.class_pixels
+            charts.show_diagnosis(self.tracker, step, trained, classes=self.counts.classes, pixels=pixels)
+
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches, to their end or until the run is to stop; several ranks agree on that afterwards."""
+        for batch in batches:
+            if self.stop():
+                if distributed.world_size() == 1:
+                    raise self._interrupted()
+                return
+            yield batch
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped in an evaluation of phase {self.batches.plan.name}")
+
+    def _sum_and_gather(self, counts: torch.Tensor, local: Any) -> tuple[torch.Tensor, list[Any]]:
+        """The reduction of :func:`segkit.evaluation.evaluate` over the ranks."""
+        if distributed.any_rank(self.stop(), self.device):
+            raise self._interrupted()
+        return distributed.sum_over_ranks(counts), distributed.gather_objects(local)
+
+
+def _over_ranks(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums of all ranks; a rank without an image has none to add."""
+    total: dict[str, torch.Tensor] = {}
+    for part in distributed.gather_objects({name: value.cpu().clone() for name, value in sums.items()}):
+        add_sums(total, part)
+    return total
+
+
+def _four_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -49,7 +49,7 @@ def test_a_step_is_measured_as_it_is():
     """Two more images take more memory, by at least their own activations."""
     config = compose([*SMALL, "dataset.crop=[256,256]"])
     phases = open_phases(config)
-    peaks = auto_batch.measure(config, "train", phases["train"], torch.device("cpu"))
+    peaks = auto_batch.measure_alone(config, "train", phases["train"].train, torch.device("cpu"))
     one_level = 2 * 8 * 256 * 256 * 4  # two images, eight channels of the first convolution, float32
     assert peaks[4] - peaks[2] > 4 * one_level
 
@@ -60,7 +60,7 @@ def run(folder: Path, *overrides: str) -> None:
 
 
 def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch, "measure", lambda *arguments: {2: 300 * MIB, 4: 400 * MIB})
+    monkeypatch.setattr(auto_batch, "measure_alone", lambda *arguments: {2: 300 * MIB, 4: 400 * MIB})
     monkeypatch.setattr(memory, "held", lambda device: 0)
     monkeypatch.setattr(memory, "available", lambda device: 600 * MIB)  # 85 % of it: 510, 6 images
     run(tmp_path / "run", "accumulate=2")
@@ -75,7 +75,7 @@ def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch
 
 
 def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(auto_batch, "measure", lambda *arguments: {2: 300, 4: 301})
+    monkeypatch.setattr(auto_batch, "measure_alone", lambda *arguments: {2: 300, 4: 301})
     run(tmp_path / "run")
     assert "batch_size=23 instead of 8" in capsys.readouterr().out
 
@@ -86,5 +86,7 @@ def test_probes_that_do_not_fit_say_what_helps(monkeypatch):
 
     monkeypatch.setattr(auto_batch, "train_step", greedy)
     config = compose([*SMALL])
-    with pytest.raises(errors.OutOfMemory, match=r"while auto_batch tried 2 images at once.*grad_checkpointing=true"):
-        auto_batch.measure(config, "train", open_phases(config)["train"], torch.device("cpu"))
+    with pytest.raises(
+        errors.OutOfMemory, match=r"while auto_batch tried 2 to 4 images at once.*grad_checkpointing=true"
+    ):
+        auto_batch.measure(config, "train", ("a", "b"), 255, torch.device("cpu"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from segkit import memory
 from segkit.config.schema import Config
 from segkit.data.loader import Batch
 from segkit.data.statistics import LabelCounts
+from segkit.errors import OutOfMemory
 from segkit.run.build import build_loss, build_model, build_optimizer
 from segkit.run.splits import Splits
 from segkit.training import distributed
@@ -56,7 +60,7 @@ def with_largest_batch(
     report: dict[str, Any] = {"phases": {}, "asked": config.batch_size}
     for name, splits in phases.items():
         budget = memory.held(device) + int(SHARE * memory.available(device))
-        peaks = measure(config, name, splits, device)
+        peaks = measure_alone(config, name, splits.train, device)
         fits = images_that_fit(peaks, budget)
         report["phases"][name] = {"peaks": peaks, "budget": budget, "images_at_once": fits}
         most = min(most, fits)
@@ -85,17 +89,40 @@ def images_that_fit(peaks: dict[int, int], budget: int) -> int:
     return max(int((budget - low) / slope + few), 0)
 
 
-def measure(config: Config, name: str, splits: Splits, device: torch.device) -> dict[int, int]:
+def measure_alone(config: Config, name: str, table: Any, device: torch.device) -> dict[int, int]:
+    """:func:`measure`; on a CPU in a process of its own, as a process keeps memory that it needed before.
+
+    ``table`` has the ``classes`` and the ``ignore_index`` of the training split.
+    """
+    arguments = (config, name, tuple(table.classes), table.ignore_index, device)
+    if device.type != "cpu":
+        return measure(*arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, *arguments).result()
+        except BrokenProcessPool as error:  # the system has killed it
+            raise _does_not_fit(config, name, device, MemoryError("the system ended the process that tried")) from error
+
+
+def _does_not_fit(config: Config, name: str, device: torch.device, error: BaseException) -> OutOfMemory:
+    crop = config.phase_dataset(name).crop
+    levers = f"grad_checkpointing=true, or precision=bf16, or a smaller dataset.crop than {crop}"
+    where = f"while auto_batch tried {PROBES[0]} to {PROBES[-1]} images at once"
+    return memory.out_of_memory(error, device=device, where=where, levers=levers)
+
+
+def measure(
+    config: Config, name: str, classes: tuple[str, ...], ignore_index: int, device: torch.device
+) -> dict[int, int]:
     """Peak bytes of a training step of phase ``name`` for each number of images of :data:`PROBES`.
 
     Model and optimizer are built for this alone; the images are noise of the size of the crop.
     """
-    table = splits.train
-    model = build_model(config, table.num_classes).to(device)
+    model = build_model(config, len(classes)).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model) if config.ema_decay is not None else None
-    loss = build_loss(config.phase_loss(name), _even_counts(table), ignore_index=table.ignore_index).to(device)
+    loss = build_loss(config.phase_loss(name), _even_counts(classes), ignore_index=ignore_index).to(device)
     optimizer = build_optimizer(config, model, config.schedule[name].lr)
     mixed = Mixed(config.precision.value, device)
     scaler = mixed.scaler()
@@ -103,16 +130,14 @@ def measure(config: Config, name: str, splits: Splits, device: torch.device) -> 
     peaks = {}
     try:
         for images in (PROBES[0], *PROBES):  # the first step makes the optimizer's state
-            batch = _noise(images, crop, table.num_classes)
+            batch = _noise(images, crop, len(classes))
             with memory.measuring(device) as measured:
                 train_step(model, loss, optimizer, split(batch, 1), mixed=mixed, scaler=scaler)
             peaks[images] = measured.bytes
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
-        levers = f"grad_checkpointing=true, or precision=bf16, or a smaller dataset.crop than {crop}"
-        where = f"while auto_batch tried {images} images at once"
-        raise memory.out_of_memory(error, device=device, where=where, levers=levers) from error
+        raise _does_not_fit(config, name, device, error) from error
     finally:
         del model, average, optimizer, loss
         if device.type == "cuda":
@@ -120,10 +145,10 @@ def measure(config: Config, name: str, splits: Splits, device: torch.device) -> 
     return peaks
 
 
-def _even_counts(table: Any) -> LabelCounts:
+def _even_counts(classes: tuple[str, ...]) -> LabelCounts:
     """Counts in which all classes are as frequent: the memory of a loss does not depend on them."""
-    ones = np.full(table.num_classes, 1_000_000, np.int64)
-    return LabelCounts(ones, ones, 0, 1, tuple(table.classes), "")
+    ones = np.full(len(classes), 1_000_000, np.int64)
+    return LabelCounts(ones, ones, 0, 1, classes, "")
 
 
 def _noise(images: int, crop: list[int], num_classes: int) -> Batch:

@@ -17,6 +17,7 @@ from segkit.commands import check as command
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.guard import guarded
+from segkit.run.batches import PhaseBatches
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 
@@ -342,7 +343,7 @@ def test_cost_is_the_slower_of_model_and_loader_plus_evaluations(arguments, tmp_
 def test_the_loader_alone_is_timed(arguments, tmp_path, workers, monkeypatch):
     config = compose([*arguments, "loss=cross_entropy", f"workers={workers}"])
     seen = []
-    original = rehearsal.PhaseRun.batches
+    original = PhaseBatches.training
 
     def batches(self, start):
         for batch in original(self, start):
@@ -354,7 +355,7 @@ def test_the_loader_alone_is_timed(arguments, tmp_path, workers, monkeypatch):
     measured = []
 
     def speed(*rest):
-        monkeypatch.setattr(rehearsal.PhaseRun, "batches", batches)
+        monkeypatch.setattr(PhaseBatches, "training", batches)
         measured.append(original_speed(*rest))
         return measured[0]
 

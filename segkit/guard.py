@@ -62,6 +62,9 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return f"out of memory ({reason}): {MEMORY_ADVICE}", OutOfMemory.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        text = "a group takes the name of one of its options: `python train.py --help` lists the groups"
+        return text, InputError.exit_code
     if isinstance(error, OSError):
         return _explain_os_error(error), InputError.exit_code
     return None, 1

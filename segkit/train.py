@@ -55,7 +55,19 @@ def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
 
     if not _sweeps:
         _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=config.sweep.jobs))
-    _sweeps[0].submit(overrides, Path(hydra_config.runtime.output_dir))
+    _check_parts(config)
+    _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir))
+
+
+def _check_parts(config: Any) -> None:
+    """Open the data of a job and build its losses and optimizers, so that no job starts if one is impossible."""
+    from segkit.run.splits import open_phases
+
+    splits = open_phases(config)
+
+    from segkit.run.build import check_parts
+
+    check_parts(config, splits)
 
 
 def _search(config: Any, overrides: list[str], folder: Path | None) -> None:
@@ -87,6 +99,13 @@ def hydra_command() -> Callable[[], None]:
     return hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)
 
 
+def check_command_line() -> None:
+    """Raise InputError for an override that Hydra cannot read, in words of our own."""
+    from segkit.config.compose import check_overrides
+
+    check_overrides(sys.argv[1:])
+
+
 def finish_sweep() -> None:
     """Wait for the jobs of a sweep, if there is one; ends the process with the sweep's exit code."""
     if _sweeps:
@@ -96,12 +115,14 @@ def finish_sweep() -> None:
 def run(argv: Sequence[str]) -> None:
     """The verb ``train``."""
     sys.argv = ["segkit train", *argv]
+    check_command_line()
     hydra_command()()
     finish_sweep()
 
 
 def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
+    guarded(check_command_line)
     guarded(hydra_command())
     guarded(finish_sweep)
 

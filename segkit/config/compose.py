@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ def compose(overrides: Sequence[str]) -> Config:
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
+    check_overrides(overrides)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -33,11 +38,40 @@ def config_dir() -> Path:
     raise InputError(f"no configs folder with train.yaml lies beside {package}: install segkit again")
 
 
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Raise InputError for an override among ``arguments`` (of the command line) that Hydra cannot read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    sweeps = bool({"-m", "--multirun"} & set(arguments))
+    for text in arguments:
+        if text.startswith("-") or ("=" not in text and text[:1] not in "+~"):
+            continue
+        key, _, value = text.partition("=")
+        quoted = f"""'{key}="{value}"'"""
+        try:
+            override = parser.parse_override(text)
+        except (HydraException, ValueError):
+            raise InputError(
+                f"the override {text!r} cannot be read: it is KEY=VALUE, and a value with signs such as = ( [ {{ # ~ "
+                f"or letters beyond ASCII stands in quotes, {quoted}"
+            ) from None
+        if not key.strip("+~ "):
+            raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
+        if override.is_sweep_override() and not sweeps:
+            raise InputError(
+                f"the override {text!r} gives several values: add -m for a sweep over them, or put one value with a "
+                f"comma in quotes, {quoted}"
+            )
+
+
 def to_config(node: Any) -> Config:
     """Turn the composed DictConfig ``node`` into a :class:`Config`; InputError for anything that is not allowed."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_keys(node, Config, "")
     try:
         config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
@@ -46,6 +80,50 @@ def to_config(node: Any) -> Config:
             raise cause from None
         raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
+    _check_finite(config, "")
     for name, target in targets(config):
         check_allowed(target, key=name)
     return config
+
+
+def _check_keys(node: Any, kind: Any, prefix: str) -> None:
+    """Raise InputError for a key of ``node`` that the dataclass ``kind`` does not have: `+` puts it there."""
+    from omegaconf import OmegaConf
+
+    hints = typing.get_type_hints(kind)
+    for name in node:
+        key = f"{prefix}{name}"
+        if name not in hints:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"{prefix[:-1] or 'a run'} has {', '.join(hints)}"
+            raise InputError(f"there is no key {key}: {hint} (`python train.py --cfg job` shows all keys)")
+        child = None if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name) else node[name]
+        inner = _dataclass_in(hints[name])
+        if inner is None or child is None:
+            continue
+        if typing.get_origin(hints[name]) is dict:
+            for entry in child:
+                _check_keys(child[entry], inner, f"{key}.{entry}.")
+        else:
+            _check_keys(child, inner, f"{key}.")
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that ``hint`` is, or has among its arguments; None if there is none."""
+    return next((item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)), None)
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """Raise InputError for a number of the schema that is not finite; what targets are given is checked with them."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if dataclasses.is_dataclass(item):
+                _check_finite(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            _check_finite(item, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key} is {value}, but must be a finite number: set {key}=...")

@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from segkit.config.targets import bind, children
+from segkit.config.targets import check_node
 from segkit.errors import InputError
 
 FREE_KEYS = (
@@ -124,6 +124,7 @@ class DatasetConfig:
             f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most: "
             "set dataset.scale=[0.5,2.0]",
         )
+        _require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
         for key in ("resize", "eval_resize"):
             getattr(self, key).check(f"dataset.{key}")
         for key in ("flip", "color_jitter"):
@@ -167,6 +168,7 @@ class PhaseConfig:
             f"{key}.epochs is {self.epochs}, but must be positive: set {key}.epochs=...",
         )
         _at_least(f"{key}.steps", self.steps, 1)
+        _at_least(f"{key}.lr", self.lr, 0)
         _at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
         _at_least(f"{key}.poly_power", self.poly_power, 0)
 
@@ -332,23 +334,19 @@ def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
     return nodes
 
 
+FACTS: dict[str, tuple[str, ...]] = {
+    "model": ("num_classes", "classes"),
+    "optimizer": ("params",),
+    "loss": ("class_pixels", "class_names", "ignore_index", "palette", "num_classes"),
+    "reader": ("root", "split"),
+}
+"""What the pipeline itself passes to the targets of each group."""
+
+
 def check_targets(config: Config) -> None:
     """Bind every target of ``config`` to its signature, so that a wrong argument fails before data is touched."""
-    dataset_facts = dict.fromkeys(("class_pixels", "class_names", "ignore_index", "palette"), object())
-    facts = {
-        "model": dict.fromkeys(("num_classes", "classes"), object()),
-        "optimizer": {"params": object()},
-        "loss": {**dataset_facts, "num_classes": object()},
-        "reader": {"root": object(), "split": object()},
-    }
     for key, node in targets(config):
-        _check_node(node, facts[key.rsplit(".", 1)[-1]], key)
-
-
-def _check_node(node: dict[str, Any], facts: dict[str, Any], key: str) -> None:
-    for name, child in children(node):
-        _check_node(child, facts, f"{key}.{name}")
-    bind(node, facts, key=key)
+        check_node(node, dict.fromkeys(FACTS[key.rpartition(".")[2]], object()), key=key)
 
 
 def cache_dir_of(config: Config) -> Path:

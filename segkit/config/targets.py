@@ -1,70 +1,160 @@
-"""``_target_`` nodes: from a name and arguments in a configuration to the object they describe.
+"""``_target_`` nodes: from a name and arguments in a configuration to the object that they describe.
 
-A saved run's configuration is untrusted input, so only names below a few prefixes are imported.
+A saved run's configuration is a stranger's text. So there is no rule by which a name is allowed, but a list: a node
+stands in a group (``model``, ``loss``, ``optimizer``, ``reader``: the last word of its key), the group has permitted
+targets, and nothing else is even imported. What a name leads to must be the object that it led to when the list was
+written, and what that returns must be of the group's type. An outer node is bound before an inner one is built.
+
+Code of one's own is added with :func:`trust`, which only the command line calls.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import difflib
 import importlib
 import inspect
-from typing import Any
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from segkit.errors import InputError
-
-ALLOWED_TARGETS = ("segkit.", "torch.optim.", "segmentation_models_pytorch.")
-"""Prefixes that ``_target_`` may have: a saved run's configuration is untrusted input."""
 
 LOSS_OPTIONS = ("banded", "diagnostics")
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
 
 
-def check_allowed(node: dict[str, Any], *, key: str) -> None:
-    """Raise InputError if ``node`` or a node below it names a target outside :data:`ALLOWED_TARGETS`."""
-    target = node.get("_target_")
-    allowed = isinstance(target, str) and target.startswith(ALLOWED_TARGETS)
-    if not allowed or ".." in str(target) or "__" in str(target):
+class Group(NamedTuple):
+    """``permitted``: target -> module in which its object is defined. ``result``: module and name of its type.
+
+    ``inner``: where nodes of the same group may stand in the arguments of a node, with ``*`` for any name.
+    """
+
+    permitted: Mapping[str, str]
+    result: tuple[str, str]
+    inner: tuple[tuple[str, ...], ...] = ()
+
+
+def _in(package: str, **modules: str) -> dict[str, str]:
+    """Targets ``package.NAME`` of every module, whose names are separated by blanks."""
+    return {f"{package}.{name}": f"{package}.{module}" for module, names in modules.items() for name in names.split()}
+
+
+_READERS = "ade20k bdd100k camvid cityscapes cocostuff10k folder mapillary robotic_instrument voc"
+_OPTIMIZERS = {
+    "adadelta": "Adadelta", "adagrad": "Adagrad", "adam": "Adam", "adamax": "Adamax", "adamw": "AdamW", "asgd": "ASGD",
+    "nadam": "NAdam", "radam": "RAdam", "rmsprop": "RMSprop", "rprop": "Rprop", "sgd": "SGD",
+}  # fmt: skip
+
+GROUPS: dict[str, Group] = {
+    "model": Group(
+        _in("segkit.models", deeplabv3plus="deeplabv3plus", smp_model="smp_model", coplenet="COPLENet"),
+        ("torch.nn", "Module"),
+    ),
+    "loss": Group(
+        _in(
+            "segkit.losses",
+            pixelwise="cross_entropy CrossEntropyLoss FocalLoss OhemCrossEntropyLoss",
+            region="DiceLoss GeneralizedDiceLoss TverskyLoss JaccardMetricLoss",
+            lovasz="LovaszSoftmaxLoss",
+            margin_calibration="margin_calibration MarginCalibrationLoss",
+            sum="SumLoss",
+        ),
+        ("torch.nn", "Module"),
+        inner=(("terms", "*", "loss"),),
+    ),
+    "optimizer": Group(_in("torch.optim", **_OPTIMIZERS), ("torch.optim", "Optimizer")),
+    "reader": Group(
+        {
+            **{f"segkit.data.readers.{name}.read": f"segkit.data.readers.{name}" for name in _READERS.split()},
+            "segkit.synthetic.dataset.read": "segkit.synthetic.dataset",
+        },
+        ("segkit.data.samples", "SampleSet"),
+    ),
+}
+
+_trusted: set[str] = set()
+
+
+def trust(packages: Iterable[str]) -> None:
+    """Permit targets in ``packages`` of the user's own, in this process; never called with names from a file."""
+    for name in packages:
+        if not name.isidentifier():
+            raise InputError(f"trust has {name!r}, but takes names of packages: set trust=[mypackage]")
+    _trusted.update(packages)
+
+
+def group_of(key: str) -> Group:
+    """The group of the node that stands under ``key``."""
+    return GROUPS[key.rpartition(".")[2]]
+
+
+def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
+    """Raise InputError if ``node``, or a node within it, names a target that its group does not permit."""
+    target, group = node.get("_target_"), group_of(key)
+    if not (isinstance(target, str) and (target in group.permitted or _is_trusted(target))):
+        close = difflib.get_close_matches(str(target), group.permitted, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(
-            f"{key}._target_ is {target!r}, but must begin with one of {', '.join(ALLOWED_TARGETS)}: "
-            f"choose an option of the group {key.split('.')[0]}"
+            f"{key}._target_ is {target!r}, but must be one of {', '.join(sorted(group.permitted))}: {hint}choose an "
+            f"option of the group {key.split('.')[0]}, or name a package of your own on the command line, "
+            "trust=[mypackage]"
         )
-    for name, child in children(node):
-        check_allowed(child, key=f"{key}.{name}")
+    for place, child in children(node):
+        if not any(_matches(place, pattern) for pattern in group.inner):
+            raise InputError(f"{key}.{'.'.join(place)} holds a _target_, but takes plain values only: remove it")
+        check_allowed(child, key=f"{key}.{'.'.join(place)}")
 
 
-def children(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The nested target nodes of ``node``: values, and values one mapping deeper, that have a ``_target_``."""
-    found = []
-    for name, value in node.items():
-        if isinstance(value, dict):
-            if "_target_" in value:
-                found.append((name, value))
-            else:
-                found += [(f"{name}.{inner}", child) for inner, child in children(value)]
-    return found
+def _is_trusted(target: str) -> bool:
+    return target.partition(".")[0] in _trusted and all(part.isidentifier() for part in target.split("."))
 
 
-def locate(target: str, *, key: str = "_target_") -> Any:
-    """Import the object that ``target`` names; InputError if there is none."""
+def _matches(place: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    return len(place) == len(pattern) and all(want in ("*", got) for got, want in zip(place, pattern, strict=True))
+
+
+def children(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The nearest nodes with a ``_target_`` inside ``value``, at whatever depth, each with its place."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        inner = (*place, str(name))
+        if isinstance(item, Mapping) and "_target_" in item:
+            yield inner, dict(item)
+        else:
+            yield from children(item, inner)
+
+
+def locate(target: str, *, key: str) -> Any:
+    """Import the permitted object that ``target`` names; InputError if there is none."""
     check_allowed({"_target_": target}, key=key)
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{key} names {target!r}, which cannot be imported ({error}): correct the name") from None
+        raise InputError(
+            f"{key}._target_ names {target!r}, which cannot be imported ({error}): correct the name"
+        ) from None
+    home = group_of(key).permitted.get(target)
+    defined = getattr(found, "__module__", "")
+    known = (defined, getattr(found, "__qualname__", "")) == (home, name)
+    if not callable(found) or not (known or (home is None and defined.partition(".")[0] in _trusted)):
+        raise InputError(f"{key}._target_ names {target!r}, which is {found!r} now: choose another option")
+    return found
 
 
-def bind(node: dict[str, Any], facts: dict[str, Any], *, key: str) -> tuple[Any, dict[str, Any]]:
+def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tuple[Any, dict[str, Any]]:
     """The target of ``node`` and the keyword arguments for it: the node's own, and the facts that it asks for.
 
     A fact is passed where the target has a parameter of its name that the node leaves out or sets to null.
-    InputError names an argument that the target does not have, or one that is missing.
+    InputError names an argument that the target does not have, one that is missing, or one of a wrong type.
     """
-    function = locate(node["_target_"], key=f"{key}._target_")
+    function = locate(node.get("_target_", ""), key=key)
     arguments = {name: value for name, value in node.items() if name not in ("_target_", *LOSS_OPTIONS)}
     parameters = inspect.signature(function).parameters
-    for name, value in facts.items():
-        if name in parameters and arguments.get(name) is None:
-            arguments[name] = value
     accepts_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
     unknown = [] if accepts_any else [name for name in arguments if name not in parameters]
     if unknown:
@@ -73,6 +163,14 @@ def bind(node: dict[str, Any], facts: dict[str, Any], *, key: str) -> tuple[Any,
             f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: "
             f"remove {key}.{unknown[0]} or correct its name"
         )
+    options = {name: node.get(name) for name in LOSS_OPTIONS if key.rpartition(".")[2] == "loss"}
+    hints = {**_hints(function), **dict.fromkeys(options, bool)}
+    for name, value in (arguments | options).items():
+        if value is not None and name in hints and not fits(value, hints[name]):
+            raise InputError(f"{key}.{name} is {value!r}, but must be {described(hints[name])}: set {key}.{name}=...")
+    for name, value in facts.items():
+        if name in parameters and arguments.get(name) is None:
+            arguments[name] = value
     missing = [
         name
         for name, item in parameters.items()
@@ -85,17 +183,101 @@ def bind(node: dict[str, Any], facts: dict[str, Any], *, key: str) -> tuple[Any,
     return function, arguments
 
 
-def instantiate(node: dict[str, Any], facts: dict[str, Any] | None = None, *, key: str) -> Any:
-    """Build the object that ``node`` describes; nested target nodes first, in the same way."""
+def check_node(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> None:
+    """Bind ``node``, then the nodes within it, to their signatures; nothing is built."""
+    check_allowed(node, key=key)
+    bind(node, facts, key=key)
+    for place, child in children(node):
+        check_node(child, facts, key=f"{key}.{'.'.join(place)}")
+
+
+def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None, *, key: str) -> Any:
+    """Build the object that ``node`` describes, once it and the nodes within it have been checked.
+
+    An exception of a constructor that is not segkit's becomes an InputError with the key.
+    """
     facts = facts or {}
+    check_node(node, facts, key=key)
 
     def build(value: Any, name: str) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if "_target_" in value:
-            return instantiate(value, facts, key=name)
-        return {inner: build(item, f"{name}.{inner}") for inner, item in value.items()}
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                return instantiate(value, facts, key=name)
+            return {inner: build(item, f"{name}.{inner}") for inner, item in value.items()}
+        return value
 
-    built = {name: value if name == "_target_" else build(value, f"{key}.{name}") for name, value in node.items()}
-    function, arguments = bind(built, facts, key=key)
-    return function(**arguments)
+    function, arguments = bind(node, facts, key=key)
+    arguments = {name: build(value, f"{key}.{name}") if name in node else value for name, value in arguments.items()}
+    try:
+        built = function(**arguments)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if function.__module__.partition(".")[0] == "segkit":
+            raise
+        given = ", ".join(f"{key}.{name}={value}" for name, value in node.items() if name != "_target_")
+        raise InputError(f"{node['_target_']} refuses its arguments ({error}): correct {given}") from error
+    module, name = group_of(key).result
+    if not isinstance(built, getattr(importlib.import_module(module), name)):
+        raise InputError(f"{key}._target_ is {node['_target_']!r}, which makes a {type(built).__name__}, no {name}")
+    return built
+
+
+# -- types -----------------------------------------------------------------------------------------------------------
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Types of the parameters of ``function``; empty where they cannot be resolved."""
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """True if the plain ``value`` (of YAML) may stand for the type ``hint``; types that are not plain take anything."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in _plain(inner))
+    if origin is typing.Literal:
+        return value in inner
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin is tuple and inner and inner[-1] is not ...:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(fits, value, inner))
+    if origin in (list, tuple, collections.abc.Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, Mapping)
+    if _is_tensor(hint):
+        return isinstance(value, list | tuple)
+    return True
+
+
+def described(hint: Any) -> str:
+    """The type ``hint`` in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(option) for option in _plain(inner)))
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    if origin is tuple and inner and inner[-1] is not ...:
+        return f"a list of {len(inner)} values, each {described(inner[0])}"
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"a list of values, each {described(inner[0])}"
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(hint, "a list of numbers" if _is_tensor(hint) else getattr(hint, "__name__", str(hint)).lower())
+
+
+def _is_tensor(hint: Any) -> bool:
+    return getattr(hint, "__name__", "") == "Tensor"
+
+
+def _plain(options: tuple[Any, ...]) -> list[Any]:
+    """The ``options`` of a union that a plain value may have: a tensor only where nothing else is left."""
+    plain = [option for option in options if not _is_tensor(option) and option is not Path]
+    return plain if any(option is not type(None) for option in plain) else list(options)

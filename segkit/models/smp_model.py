@@ -101,6 +101,11 @@ def _check_encoder(encoder: str) -> None:
     import segmentation_models_pytorch as smp
     import timm
 
+    if any(sign in encoder for sign in ":/\\"):
+        raise InputError(
+            f"model.encoder is {encoder!r}, but must be a name, not an address: set model.encoder to a name of "
+            "segmentation_models_pytorch or to tu-NAME, and model.encoder_weights=PATH for a file"
+        )
     if encoder.startswith("tu-"):
         if timm.is_model(encoder.removeprefix("tu-").partition(".")[0]):
             return

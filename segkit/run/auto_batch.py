@@ -10,15 +10,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from segkit import memory
 from segkit.config.schema import Config
 from segkit.data.loader import Batch
-from segkit.data.statistics import LabelCounts
 from segkit.errors import OutOfMemory
-from segkit.run.build import build_loss, build_model, build_optimizer
+from segkit.files import read_config_text
+from segkit.run.build import build_loss, build_model, build_optimizer, even_counts
 from segkit.run.splits import Splits
 from segkit.training import distributed
 from segkit.training.precision import Mixed
@@ -50,9 +49,7 @@ def with_largest_batch(
     The learning rate and the number of epochs stay as they are. InputError if not even the probes fit.
     """
     if saved.is_file():
-        from omegaconf import OmegaConf
-
-        kept: Any = OmegaConf.load(saved)
+        kept = read_config_text(saved)
         if kept.get("auto_batch"):
             return dataclasses.replace(config, batch_size=kept["batch_size"]), None
     parts = config.accumulate * distributed.world_size()
@@ -122,7 +119,7 @@ def measure(
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model) if config.ema_decay is not None else None
-    loss = build_loss(config.phase_loss(name), _even_counts(classes), ignore_index=ignore_index).to(device)
+    loss = build_loss(config.phase_loss(name), even_counts(classes), ignore_index=ignore_index).to(device)
     optimizer = build_optimizer(config, model, config.schedule[name].lr)
     mixed = Mixed(config.precision.value, device)
     scaler = mixed.scaler()
@@ -143,12 +140,6 @@ def measure(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return peaks
-
-
-def _even_counts(classes: tuple[str, ...]) -> LabelCounts:
-    """Counts in which all classes are as frequent: the memory of a loss does not depend on them."""
-    ones = np.full(len(classes), 1_000_000, np.int64)
-    return LabelCounts(ones, ones, 0, 1, classes, "")
 
 
 def _noise(images: int, crop: list[int], num_classes: int) -> Batch:

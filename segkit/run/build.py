@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from segkit import runtime
-from segkit.config.schema import Config, DatasetConfig, plain
+from segkit.config.schema import Config, DatasetConfig, check_targets, plain
 from segkit.config.targets import instantiate
 from segkit.data.statistics import LabelCounts
 from segkit.data.transforms import TrainTransform
@@ -16,6 +18,7 @@ from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.losses import ObservedLoss, UpsampledLoss
 from segkit.models import Segmenter, enable_grad_checkpointing
+from segkit.run.splits import Splits
 from segkit.training.optim import parameter_groups
 
 
@@ -54,7 +57,26 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
     if "lr" not in node:
         raise InputError("optimizer.lr is needed: set optimizer.lr=...")
     groups = parameter_groups(model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor)
-    return instantiate({**node, "params": groups}, key="optimizer")
+    return instantiate(node, {"params": groups}, key="optimizer")
+
+
+def check_parts(config: Config, splits: dict[str, Splits]) -> None:
+    """Build losses and optimizers of all phases for nothing; InputError for what they refuse.
+
+    Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
+    ones shows when a run is prepared.
+    """
+    check_targets(config)
+    for name, pair in splits.items():
+        table = pair.train
+        build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
+        build_optimizer(config, nn.Linear(1, 1), config.schedule[name].lr)
+
+
+def even_counts(classes: Sequence[str]) -> LabelCounts:
+    """Counts in which all classes are as frequent, of so many pixels that no real data set refuses less."""
+    ones = np.full(len(classes), 2**54, np.int64)
+    return LabelCounts(ones, ones, 0, 1, tuple(classes), "")
 
 
 def train_transform(dataset: DatasetConfig, *, augment: bool, ignore_index: int) -> TrainTransform:

@@ -15,7 +15,7 @@ from typing import Any
 
 from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.errors import InputError
-from segkit.files import read_json, write_atomically, write_json
+from segkit.files import read_config_text, read_json, write_atomically, write_json
 
 LINKED = (
     "checkpoints",
@@ -68,12 +68,9 @@ class RunFolder:
         write_json(recorded, {**provenance, "starts": [*starts, provenance["started"]]})
 
     def _compare(self, saved: Path, mine: dict[str, Any]) -> None:
-        from omegaconf import OmegaConf
-
         if not self.config.resume:
             raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")
-        theirs = OmegaConf.to_container(OmegaConf.load(saved))
-        assert isinstance(theirs, dict)
+        theirs = read_config_text(saved)
         different = [key for key in differing_keys(theirs, mine) if key.split(".")[0] not in FREE_KEYS]
         if different and not self.config.ignore_config_change:
             shown = ", ".join(

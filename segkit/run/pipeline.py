@@ -16,7 +16,7 @@ import torch
 from segkit import runtime
 from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.data.statistics import fingerprint
-from segkit.errors import Interrupted
+from segkit.errors import InputError, Interrupted
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch
@@ -41,6 +41,11 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
     with distributed.process_group(device), _stopping(stop) as stop:
+        if config.sync_batchnorm and distributed.world_size() == 1:
+            raise InputError(
+                "sync_batchnorm=true shares statistics between processes, but there is one: start several with "
+                "torchrun, or set sync_batchnorm=false"
+            )
         path = Path(distributed.agree(str(path)))
         cache = PhaseCache(cache_dir_of(config))
         distributed.on_main(cache.check)

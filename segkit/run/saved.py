@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import to_config
-from segkit.config.schema import Config
+from segkit.config.schema import Config, check_targets
 from segkit.errors import InputError
-from segkit.files import read_json
+from segkit.files import read_config_text, read_json
 
 CHECKPOINTS = ("last", "best")
 
@@ -78,16 +78,24 @@ def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
 
 
 def read_config(saved: Path) -> Config:
-    """The configuration in ``saved`` (YAML or JSON), through the schema; InputError for anything it does not allow."""
+    """The configuration in ``saved`` (YAML or JSON), through the schema; InputError for anything it does not allow.
+
+    What it says under ``trust`` does not count: only a command line can trust code.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    content = read_config_text(saved)
+    content.pop("trust", None)
     try:
-        return to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved)))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{saved} is not a configuration of this version ({str(error).splitlines()[0]})") from None
+        config = to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(content)))
+        check_targets(config)
+    except InputError as error:
+        raise InputError(f"{saved}: {error}") from None
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{saved} is not a configuration of this version ({reason}): train again") from None
+    return config
 
 
 def without_sources(config: Config) -> Config:

@@ -43,14 +43,19 @@ class LocalSweep:
         self.folder, self.limit = folder, jobs
         self.jobs: list[Job] = []
         self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
+        self._waiting: list[tuple[list[str], Path]] = []
+
+    def add(self, overrides: Sequence[str], folder: Path) -> None:
+        """Note a job; it starts with :meth:`finish`, once all jobs are known to be possible."""
+        self._waiting.append((list(overrides), folder))
 
     def submit(self, overrides: Sequence[str], folder: Path) -> None:
         """Start a job as soon as fewer than ``limit`` are running."""
-        self._wait_for_room()
+        self._wait_for_slot()
         self.jobs.append(Job(len(self.jobs), list(overrides), str(folder)))
         self._start(self.jobs[-1])
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_slot(self) -> None:
         while len(self._running) >= self.limit:
             self._collect()
 
@@ -71,7 +76,9 @@ class LocalSweep:
         self._note()
 
     def finish(self) -> int:
-        """Wait for all jobs and show their table; returns the exit code of the sweep."""
+        """Run all jobs and show their table; returns the exit code of the sweep."""
+        for overrides, folder in self._waiting:
+            self.submit(overrides, folder)
         while self._running:
             self._collect()
         print(self.table())

@@ -169,10 +169,10 @@ class Search(LocalSweep):
                 # the constructor is the one way back to a trial that was asked for by another process
                 unfinished.append(optuna.trial.Trial(self.study, frozen._trial_id))
         for trial in unfinished:
-            self._wait_for_room()
+            self._wait_for_slot()
             self._launch(trial)
         while True:
-            self._wait_for_room()
+            self._wait_for_slot()
             if self._is_spent():
                 break
             self._launch(self._ask())

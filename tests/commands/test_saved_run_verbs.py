@@ -198,7 +198,7 @@ def test_folders_that_are_no_run(finished, tmp_path):
     shutil.copytree(finished, copy, symlinks=True)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("segkit.models.deeplabv3plus", "os.system"))
-    with pytest.raises(InputError, match=r"model._target_ is 'os.system', but must begin with one of"):
+    with pytest.raises(InputError, match=r"model._target_ is 'os.system', but must be one of"):
         saved_run.open_run(copy)
     (copy / "config.yaml").write_text(text + "surprise: 1\n")
     with pytest.raises(InputError, match="is not a configuration of this version"):

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from segkit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resolve_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is the GPU of this process where there is one, and the CPU elsewhere."""
+    import torch
+
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
@@ -35,6 +38,8 @@ def resolve_device(name: str) -> torch.device:
 
 def set_determinism(*, strict: bool) -> None:
     """Make every kernel bitwise repeatable (``strict``), or let each library choose its fastest."""
+    import torch
+
     if strict:
         # cuBLAS reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,6 +78,8 @@ def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:
     """What a reader of the result must know to repeat it: command, code, versions, machine, time."""
     from importlib import metadata
 
+    import torch
+
     packages = ("segkit", "torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy", "albumentations")
     versions: dict[str, str | None] = {}
     for package in packages:
@@ -94,3 +101,15 @@ def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
+
+
+def die_with_parent(number: int) -> None:
+    """Ask the system to send this process signal ``number`` when its parent process ends (Linux; else nothing)."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if parent == 1 or os.getppid() != parent:  # it ended before the system knew
+        os.kill(os.getpid(), number)

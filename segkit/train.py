@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 from segkit.errors import InputError
 from segkit.guard import guard, guarded
+from segkit.runtime import die_with_parent
 from segkit.training import ranks
+
+CHILD = "SEGKIT_JOB_OF_SWEEP"
+"""Variable of the environment of a sweep's jobs."""
 
 _sweeps: list[Any] = []
 """The sweep on this machine that the command line asked for, if it did."""
@@ -122,6 +127,8 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
+    if ranks.has_agent() or CHILD in os.environ:
+        die_with_parent(signal.SIGTERM)  # of torchrun, or of the sweep: its state is saved, and a restart goes on
     guarded(check_command_line)
     guarded(hydra_command())
     guarded(finish_sweep)

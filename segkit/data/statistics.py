@@ -92,11 +92,12 @@ def fingerprint(dataset: SampleSet) -> str:
     for sample in dataset.samples:
         digest.update(f"\n{sample.name}".encode())
         for path in (sample.image, *sample.labels) if sample.labels or not dataset.labelled else ():
-            digest.update(_file_state(path).encode())
+            digest.update(file_state(path).encode())
     return digest.hexdigest()
 
 
-def _file_state(path: Path) -> str:
+def file_state(path: Path) -> str:
+    """The last two parts of ``path``, its size and its time of modification; InputError if it is missing."""
     text = os.fspath(path)  # strings, not Paths: there may be tens of thousands of files
     try:
         state = os.stat(text)

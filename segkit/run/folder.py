@@ -1,21 +1,31 @@
 """The run folder: what it holds, and whether a run may go on in it.
 
-    RUN/config.yaml provenance.json metrics.jsonl           of the whole run
+    RUN/config.yaml provenance.json files.json.gz metrics.jsonl           of the whole run
     RUN/<phase>/    checkpoints/ metrics.jsonl timing.jsonl tensorboard/ label_counts.json per_image.npz results.json
     RUN/checkpoints label_counts.json per_image.npz results.json     relative links to the last phase's
+    RUN/running.json                                                 while a process trains in it
 
 A phase is finished when its results.json is there: that file is written last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from segkit.config.schema import FREE_KEYS, Config, plain
+from filelock import FileLock, Timeout
+
+from segkit.config.schema import Config, plain
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json, write_atomically, write_json
+from segkit.run.changes import check_changes, check_files, write_files
+from segkit.run.splits import Splits
+from segkit.training import distributed
 
 LINKED = (
     "checkpoints",
@@ -26,6 +36,7 @@ LINKED = (
     "pictures.png",
     "results.json",
 )
+LOCK, HOLDER = ".running.lock", "running.json"
 
 
 class RunFolder:
@@ -47,40 +58,68 @@ class RunFolder:
         """True once phase ``name`` has its results."""
         return (self.phase(name) / "results.json").is_file()
 
+    def has_begun(self) -> bool:
+        """True once a phase has a checkpoint or results: before that nothing would be lost by starting again."""
+        return any(
+            self.is_finished(name) or any((self.phase(name) / "checkpoints").glob("*.pt"))
+            for name in self.config.schedule
+        )
+
     def results(self, name: str) -> dict[str, Any]:
         """The results of a finished phase."""
         return read_json(self.phase(name) / "results.json")
 
-    def check(self) -> None:
-        """Raise InputError if the folder holds a run of another configuration."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder; InputError, with host and process, if one trains in it.
+
+        The operating system takes the lock back from a process that died. A folder that is left empty is removed.
+        """
+        with contextlib.ExitStack() as stack:
+            distributed.on_main(lambda: self._hold(stack))
+            yield
+
+    def _hold(self, stack: contextlib.ExitStack) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"hydra.run.dir is {self.path}, which cannot be made ({error.strerror})") from None
+        stack.callback(_remove_if_empty, self.path)
+        lock = FileLock(str(self.path / LOCK))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{_holder(self.path)} trains in {self.path}: wait for it, or set another hydra.run.dir"
+            ) from None
+        stack.callback(lock.release)  # its file stays: to remove it would let two processes hold two files of one name
+        stack.callback((self.path / HOLDER).unlink, missing_ok=True)
+        write_json(self.path / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
+
+    def check(self, splits: dict[str, Splits]) -> dict[str, tuple[Any, Any]]:
+        """The keys that changed since the run began; InputError if they may not, or if the data changed."""
         saved = self.path / "config.yaml"
-        if saved.is_file():
-            self._compare(saved, plain(self.config))
-
-    def start(self, provenance: dict[str, Any]) -> None:
-        """Create the folder, and record the configuration and how the run was started."""
-        from omegaconf import OmegaConf
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.config))))
-        recorded = self.path / "provenance.json"
-        starts = read_json(recorded).get("starts", []) if recorded.is_file() else []
-        write_json(recorded, {**provenance, "starts": [*starts, provenance["started"]]})
-
-    def _compare(self, saved: Path, mine: dict[str, Any]) -> None:
+        if not saved.is_file() or not self.has_begun():
+            return {}
         if not self.config.resume:
             raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")
-        theirs = read_config_text(saved)
-        different = [key for key in differing_keys(theirs, mine) if key.split(".")[0] not in FREE_KEYS]
-        if different and not self.config.ignore_config_change:
-            shown = ", ".join(
-                f"{key} ({_value(theirs, key)!r} there, {_value(mine, key)!r} now)" for key in different[:5]
-            )
-            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-            raise InputError(
-                f"{self.path} holds a run of another configuration; these keys differ: {shown}{more}. Give the same "
-                "values, or another hydra.run.dir, or ignore_config_change=true to go on all the same"
-            )
+        changes = check_changes(self.path, read_config_text(saved), self.config)
+        if not self.config.ignore_config_change:
+            check_files(self.path, splits)
+        return changes
+
+    def start(self, provenance: dict[str, Any], splits: dict[str, Splits], changes: dict[str, tuple[Any, Any]]) -> None:
+        """Record the configuration, and how the run was started; a later start is added to the first one."""
+        from omegaconf import OmegaConf
+
+        recorded = self.path / "provenance.json"
+        begun = recorded.is_file() and self.has_begun()
+        first = read_json(recorded) if begun else {**provenance, "starts": []}
+        start = {key: provenance[key] for key in ("started", "command", "git_commit", "versions", "device")}
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.config))))
+        if not begun or changes:
+            write_files(self.path, splits)
+        write_json(recorded, {**first, "starts": [*first.get("starts", []), {**start, "changes": changes}]})
 
     def earlier_metrics(self, name: str) -> bytes:
         """metrics.jsonl of the phases before ``name``, one after the other."""
@@ -93,6 +132,29 @@ class RunFolder:
         if self.writes:
             own = self.phase(name) / "metrics.jsonl"
             write_atomically(self.metrics, self.earlier_metrics(name) + own.read_bytes())
+
+    def extend(self, name: str, num_steps: int) -> None:
+        """Open the finished phase ``name`` again if the configuration gives it more steps than it has trained.
+
+        InputError if it gives fewer, or if a later phase has started from its weights.
+        """
+        if not self.is_finished(name):
+            return
+        trained = self.results(name)["step"]
+        later = list(self.config.schedule)[list(self.config.schedule).index(name) + 1 :]
+        begun = [other for other in later if (self.phase(other) / "checkpoints").is_dir()]
+        if num_steps > trained and begun:
+            raise InputError(
+                f"phase {name} of {self.path} has trained its {trained} steps, and phase {begun[0]} has started from "
+                f"its weights: give schedule.{name} the length it had, or set another hydra.run.dir"
+            )
+        if num_steps < trained:
+            raise InputError(
+                f"phase {name} of {self.path} has trained {trained} steps already, more than the {num_steps} it has "
+                f"now: give schedule.{name} at least that length, or set another hydra.run.dir"
+            )
+        if num_steps > trained and self.writes:
+            (self.phase(name) / "results.json").unlink()
 
     def link_last_phase(self) -> None:
         """Make what the last phase has so far appear at the top."""
@@ -109,19 +171,23 @@ class RunFolder:
             os.symlink(target, link)
 
 
-def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two nested mappings."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = [*one, *(name for name in other if name not in one)]
-        return [
-            key
-            for name in names
-            for key in differing_keys(one.get(name), other.get(name), f"{prefix}.{name}" if prefix else str(name))
-        ]
-    return [] if one == other else [prefix]
+def _holder(path: Path) -> str:
+    """The process that trains in ``path``, in words."""
+    try:
+        holder = read_json(path / HOLDER)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (InputError, KeyError):
+        return "another process"
 
 
-def _value(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
+def _remove_if_empty(path: Path) -> None:
+    """Remove an empty run folder, and what Hydra made above it below outputs/."""
+    outputs = Path("outputs").resolve()
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+        path.rmdir()
+        for parent in path.resolve().parents:
+            if outputs not in parent.parents:
+                break
+            parent.rmdir()

@@ -25,9 +25,13 @@ from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
 from segkit.run.splits import Splits
+from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed
 from segkit.training.distributed import print_main
 from segkit.training.tracking import Tracker
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals after which the state is saved and the run ends: of a scheduler, of the keyboard, of a closed terminal."""
 
 
 def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable[[], bool] | None = None) -> float:
@@ -40,48 +44,64 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
     check_targets(config)
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
-    with distributed.process_group(device), _stopping(stop) as stop:
-        if config.sync_batchnorm and distributed.world_size() == 1:
-            raise InputError(
-                "sync_batchnorm=true shares statistics between processes, but there is one: start several with "
-                "torchrun, or set sync_batchnorm=false"
+    with distributed.process_group(device), _stopping(stop) as stopping:
+        folder = RunFolder(Path(distributed.agree(str(path))), config, writes=distributed.is_main())
+        with folder.held():
+            phases, facts = _prepare(folder, splits, device, stopping)
+            if config.profile_steps:
+                return _profile(next(iter(phases.values())), folder.path)
+            cache = PhaseCache(cache_dir_of(config))
+            for name in config.schedule:
+                phase = phases.pop(name)  # with it goes the state of its optimizer
+                with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stopping):
+                    results = train_phase(phase, folder, stopping)
+    print_main(class_table(results))
+    print_main(f"run folder: {folder.path}")
+    return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
+
+
+def _prepare(
+    folder: RunFolder, splits: dict[str, Splits], device: torch.device, stop: Callable[[], bool]
+) -> tuple[dict[str, Phase], dict[str, Any]]:
+    """All phases, ready to be trained, and what provenance.json says; the folder's config.yaml is written last."""
+    config = folder.config
+    if config.sync_batchnorm and distributed.world_size() == 1:
+        raise InputError(
+            "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
+            "or set sync_batchnorm=false"
+        )
+    cache_dir = cache_dir_of(config)
+    distributed.on_main(PhaseCache(cache_dir).check)
+    saved = folder.path / "config.yaml"
+    config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
+    folder.config = config
+    changes = distributed.on_main(lambda: folder.check(splits))
+    facts = _facts(config, splits, device)
+    model = initial_model(config, next(iter(splits.values())).train.num_classes, device)
+    phases = {}
+    for name in config.schedule:
+        with interrupted_by(stop, f"stopped while phase {name} was prepared"):
+            phases[name] = prepare_phase(
+                config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
-        path = Path(distributed.agree(str(path)))
-        cache = PhaseCache(cache_dir_of(config))
-        distributed.on_main(cache.check)
-        config, chosen = auto_batch.choose_batch(config, saved=path / "config.yaml", phases=splits, device=device)
-        folder = RunFolder(path, config, writes=distributed.is_main())
-        folder.check()
-        facts = _facts(config, splits, device)
-        model = initial_model(config, next(iter(splits.values())).train.num_classes, device)
-        phases = {
-            name: prepare_phase(
-                config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir_of(config)
-            )
-            for name in config.schedule
-        }
-        distributed.on_main(lambda: folder.start({**facts, "auto_batch": chosen}))
-        for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
-            print_main(f"note: {note}")
-        if config.profile_steps:
-            return _profile(next(iter(phases.values())), path)
-        for name in config.schedule:
-            phase = phases.pop(name)  # with it goes the state of its optimizer
-            with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stop):
-                results = train_phase(phase, folder, stop)
-        print_main(class_table(results))
-        print_main(f"run folder: {path}")
-        return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
+        distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
+    distributed.on_main(lambda: folder.start({**facts, "auto_batch": chosen}, splits, changes))
+    for key, (before, now) in changes.items():
+        print_main(f"changed: {key} is {now} from here on, and was {before}")
+    for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
+        print_main(f"note: {note}")
+    return phases, facts
 
 
 @contextmanager
 def _stopping(stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
-    """Yield ``stop``, or a function that tells whether SIGTERM or SIGINT has come; a second one acts as always."""
+    """Yield ``stop``, or a function that tells whether a signal has come; a second one acts as always."""
     asked = threading.Event()
     if stop is not None or threading.current_thread() is not threading.main_thread():
         yield stop or asked.is_set
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
 
     def handle(number: int, frame: Any) -> None:
         asked.set()

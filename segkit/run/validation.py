@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from segkit.training import distributed
 from segkit.training.tracking import Tracker
 
 SCORES = ("iou", "precision", "recall")
+GRACE = 0.5
+"""Seconds in which a signal may still come after a loading process has died of it."""
 
 
 class Validation:
@@ -122,7 +126,12 @@ class Validation:
 
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches, to their end or until the run is to stop; several ranks agree on that afterwards."""
-        for batch in batches:
+        iterator = iter(batches)
+        while True:
+            with interrupted_by(self.stop, str(self._interrupted())):
+                batch = next(iterator, None)
+            if batch is None:
+                return
             if self.stop():
                 if distributed.world_size() == 1:
                     raise self._interrupted()
@@ -137,6 +146,23 @@ class Validation:
         if distributed.any_rank(self.stop(), self.device):
             raise self._interrupted()
         return distributed.sum_over_ranks(counts), distributed.gather_objects(local)
+
+
+@contextmanager
+def interrupted_by(stop: Callable[[], bool], text: str) -> Iterator[None]:
+    """Raise Interrupted in place of an exception that comes because the run is being stopped.
+
+    A signal to the whole process group ends the loading processes as well, sometimes before this process hears of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        until = time.monotonic() + GRACE
+        while not stop():
+            if isinstance(error, Interrupted) or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        raise Interrupted(text) from None
 
 
 def _over_ranks(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ class LocalSweep:
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        environment = {**os.environ, "SEGKIT_JOB_OF_SWEEP": "1"}
         if self.limit > 1:
             # As many threads in all as there are processors.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.limit)))

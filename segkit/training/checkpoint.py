@@ -1,8 +1,9 @@
 """Checkpoints that survive a crash at any moment.
 
 A checkpoint is written to a temporary name, flushed to the disk and renamed; the one before is kept as
-``previous.pt``. ``checksums.json`` lists the SHA-256 of both, and is renewed before the renames: whatever moment the
-process dies at, ``last.pt`` or ``previous.pt`` is whole and its checksum is listed.
+``previous.pt``. ``checksums.json`` lists the SHA-256 of all, and is renewed before the renames: whatever moment the
+process dies at, ``last.pt`` or ``previous.pt`` is whole and its checksum is listed. Whatever is loaded from a folder
+with ``checksums.json`` is compared with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from segkit.errors import InputError
 from segkit.files import write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
-INCOMING = "incoming.pt"
+INCOMING, INCOMING_BEST, BEFORE_BEST = "incoming.pt", "incoming_best.pt", "best.pt before"
 
 
 class _HashingFile:
@@ -78,16 +79,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of the file ``path``, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     try:
-        return json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        content = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return {key: value for key, value in content.items() if value} if isinstance(content, dict) else {}
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
@@ -96,8 +99,7 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
     incoming = folder / INCOMING
     digest = write(incoming, state)
     known = _checksums(folder)
-    renewed = {LAST: digest, PREVIOUS: known.get(LAST, "")}
-    write_atomically(folder / CHECKSUMS, json.dumps(renewed))
+    write_atomically(folder / CHECKSUMS, json.dumps({**known, LAST: digest, PREVIOUS: known.get(LAST, "")}))
     if (folder / LAST).exists():
         (folder / LAST).replace(folder / PREVIOUS)
     incoming.replace(folder / LAST)
@@ -107,19 +109,36 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
 def save_best(folder: Path, state: dict[str, Any]) -> None:
     """Make ``state`` the ``best.pt`` of ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / BEST, state)
+    incoming = folder / INCOMING_BEST
+    digest = write(incoming, state)
+    known = _checksums(folder)
+    write_atomically(folder / CHECKSUMS, json.dumps({**known, BEST: digest, BEFORE_BEST: known.get(BEST, "")}))
+    incoming.replace(folder / BEST)
+    _sync_folder(folder)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint at ``path``, on the CPU. Only tensors and plain values are accepted (``weights_only``)."""
+    """The checkpoint at ``path``, on the CPU. Only tensors and plain values are accepted (``weights_only``).
+
+    InputError if there is none, if its SHA-256 is not one that its folder's checksums.json lists (a folder without
+    that file has nothing to compare with), or if its content is no checkpoint of segkit.
+    """
     try:
+        if (path.parent / CHECKSUMS).exists() and digest_of(path) not in _checksums(path.parent).values():
+            raise InputError(
+                f"{path} is damaged, its content does not match {CHECKSUMS} beside it: copy it again, or name another "
+                "checkpoint of the run (--checkpoint best; the command that trained it goes on from previous.pt once "
+                "this file is deleted)"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: name a run folder that has one") from None
-    except Exception as error:
+    except InputError:
+        raise
+    except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is torn or not one of "
-            "segkit; name another file"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; name "
+            "another file"
         ) from None
     if not isinstance(state, dict) or "model" not in state:
         raise InputError(f"{path} has no entry 'model', so it is not a checkpoint of segkit: name another file")
@@ -134,11 +153,11 @@ def find_last(folder: Path) -> Path | None:
     """
     known = set(_checksums(folder).values())
     incoming = folder / INCOMING
-    if incoming.exists() and not (folder / LAST).exists() and _digest(incoming) in known:
+    if incoming.exists() and not (folder / LAST).exists() and digest_of(incoming) in known:
         incoming.replace(folder / LAST)  # the process died between the two renames of save_last
     candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     for path in candidates:
-        if _digest(path) in known:
+        if digest_of(path) in known:
             if path.name == PREVIOUS and (folder / LAST).exists():
                 warnings.warn(f"{folder / LAST} is torn: going on from {path}, one interval earlier", stacklevel=2)
             return path

@@ -121,7 +121,9 @@ class Trainer:
         if self.ema is not None and state["ema"] is not None:
             checkpoint.load_weights(self.ema.module, state["ema"], source=source)
             self.ema.n_averaged.fill_(state["ema_updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # lr, weight decay and the like are the configuration's, which may have changed; the rest is the checkpoint's
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.tracker.truncate(state["metrics_size"], step=self.progress.step, earlier=earlier)

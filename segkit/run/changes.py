@@ -1,0 +1,124 @@
+"""What may differ between two starts of one run: keys of the configuration, and files of the data."""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from segkit.config.schema import FREE_KEYS, Config, plain
+from segkit.data import SampleSet
+from segkit.data.statistics import file_state
+from segkit.errors import InputError
+from segkit.files import write_atomically
+from segkit.run.splits import Splits
+
+FILES = "files.json.gz"
+"""File of a run folder: the state of every data file when the run was started first."""
+
+EFFECTIVE = (
+    "optimizer.*",
+    *(f"schedule.*.{name}" for name in ("epochs", "steps", "lr", "warmup_steps", "poly_power", "loss", "loss.*")),
+    "loss.*",
+    "evaluation.*",
+    *(f"dataset.{name}" for name in ("flip", "scale", "color_jitter")),
+    *("log_every", "clip_norm", "precision", "determinism", "compile", "channels_last", "grad_checkpointing"),
+    *("accumulate", "encoder_lr_factor", "limit_steps"),
+)
+"""Keys that take effect where a run goes on with ``ignore_config_change=true``; the others cannot change within it."""
+
+FIXED = ("optimizer._target_", "loss._target_")
+"""Exceptions from :data:`EFFECTIVE`: their state would not fit."""
+
+
+def differing_keys(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two nested mappings, with the value of each."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [*one, *(name for name in other if name not in one)]
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in names:
+            found |= differing_keys(one.get(name), other.get(name), f"{prefix}.{name}" if prefix else str(name))
+        return found
+    return {} if one == other else {prefix: (one, other)}
+
+
+def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys that changed since the run in ``path`` was started with ``before``; InputError if they may not."""
+    found = differing_keys(before, plain(config))
+    found = {key: values for key, values in found.items() if key.split(".")[0] not in FREE_KEYS}
+    if not found:
+        return {}
+    if not config.ignore_config_change:
+        raise InputError(
+            f"{path} holds a run of another configuration; these keys differ: {_listed(found)}. Give the same values, "
+            "or another hydra.run.dir, or ignore_config_change=true to go on with the new values where that is possible"
+        )
+    fixed = {key: values for key, values in found.items() if not takes_effect(key)}
+    if fixed:
+        raise InputError(
+            f"{path} holds a run of another configuration, and these keys cannot change within a run: "
+            f"{_listed(fixed)}. Give the same values, or another hydra.run.dir"
+        )
+    return found
+
+
+def takes_effect(key: str) -> bool:
+    """True for a key whose new value counts from the step at which a run goes on."""
+    return key not in FIXED and any(fnmatch.fnmatchcase(key, pattern) for pattern in EFFECTIVE)
+
+
+def _listed(found: dict[str, tuple[Any, Any]]) -> str:
+    shown = ", ".join(f"{key} ({before!r} there, {now!r} now)" for key, (before, now) in list(found.items())[:5])
+    return shown + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def write_files(path: Path, splits: dict[str, Splits]) -> None:
+    """Record the state of all data files in ``path``/files.json.gz."""
+    content = json.dumps(_states(splits)).encode()
+    write_atomically(path / FILES, gzip.compress(content, mtime=0))
+
+
+def check_files(path: Path, splits: dict[str, Splits]) -> None:
+    """Raise InputError if samples were added, removed or changed since :func:`write_files`."""
+    try:
+        before = json.loads(gzip.decompress((path / FILES).read_bytes()))
+    except FileNotFoundError:
+        return  # a run of an older version
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path / FILES} cannot be read ({error}): delete it to go on without the comparison"
+        ) from None
+    now = _states(splits)
+    for key, states in now.items():
+        old = before.get(key, {})
+        changed = [name for name in states.keys() & old.keys() if states[name] != old[name]]
+        added, removed = states.keys() - old.keys(), old.keys() - states.keys()
+        if changed or added or removed:
+            first = min([*changed, *added, *removed])
+            raise InputError(
+                f"the data of {key} are not those that the run in {path} was started with: {len(changed)} samples "
+                f"changed, {len(added)} came and {len(removed)} went, for example {first}; restore the files, choose "
+                "another hydra.run.dir, or go on all the same with ignore_config_change=true"
+            )
+
+
+def _states(splits: dict[str, Splits]) -> dict[str, dict[str, str]]:
+    """phase/split -> name of a sample -> sizes and times of its files; a split that two phases share is read once."""
+    known: dict[int, dict[str, str]] = {}
+    found = {}
+    for phase, pair in splits.items():
+        for name, split in (("train", pair.train), ("val", pair.val)):
+            if id(split) not in known:
+                known[id(split)] = _split_states(split)
+            found[f"phase {phase}, {name}"] = known[id(split)]
+    return found
+
+
+def _split_states(split: SampleSet) -> dict[str, str]:
+    has_files = bool(split.samples and split.samples[0].labels) or not split.labelled  # painted samples have none
+    return {
+        sample.name: "".join(map(file_state, (sample.image, *sample.labels))) if has_files else ""
+        for sample in split.samples
+    }

@@ -1,0 +1,183 @@
+"""What may change between two starts of one run, and what is compared before it goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from segkit.config.compose import compose
+from segkit.errors import InputError
+from segkit.run import pipeline
+from segkit.run.changes import differing_keys, takes_effect
+from segkit.run.folder import RunFolder
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
+from segkit.training import checkpoint
+
+SMALL = (
+    "schedule=single",
+    "schedule.train.epochs=null",
+    "schedule.train.steps=2",
+    "dataset.crop=[32,32]",
+    "batch_size=2",
+    "loss=cross_entropy",
+    "evaluation.every_epochs=null",
+    "evaluation.max_images=2",
+    "evaluation.pictures=0",
+    "workers=0",
+    "device=cpu",
+    "determinism=strict",
+    "model=coplenet",
+    "model.feature_channels=[4,8,16,32,64]",
+    "model.num_groups=2",
+)
+PAINTED = ("dataset.reader.num_images=6", "dataset.reader.size=[64,64]")
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(NAME, overrides...) runs in tmp_path/NAME and returns that folder."""
+
+    def run(name: str, *overrides: str, data: tuple[str, ...] = PAINTED) -> Path:
+        config = compose([*SMALL, *data, f"cache_dir={tmp_path}/cache", *overrides])
+        pipeline.run(config, tmp_path / name, open_phases(config))
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "checkpoints" / "last.pt")["model"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_is_extended(train, capsys):
+    folder = train("run", "schedule.train.poly_power=0")
+    before = weights(folder)
+    longer = ("schedule.train.poly_power=0", "schedule.train.steps=4", "ignore_config_change=true")
+    train("run", *longer)
+    assert "changed: schedule.train.steps is 4 from here on, and was 2" in capsys.readouterr().out
+    assert not equal(weights(folder), before)
+    at_once = train("at_once", "schedule.train.poly_power=0", "schedule.train.steps=4")
+    assert equal(weights(folder), weights(at_once))
+    assert json.loads((folder / "results.json").read_text())["step"] == 4
+    starts = json.loads((folder / "provenance.json").read_text())["starts"]
+    assert [start["changes"] for start in starts] == [{}, {"schedule.train.steps": [2, 4]}]
+    with pytest.raises(InputError, match=r"has trained 4 steps already, more than the 3 it has now"):
+        train("run", *longer, "schedule.train.steps=3")
+
+
+def test_a_new_learning_rate_takes_effect(train):
+    """With the rate 0 from the third step on, the weights stay as they are."""
+    constant = "schedule.train.poly_power=0"
+    folder = train("run", constant)
+    before = weights(folder)
+    train("run", constant, "schedule.train.steps=4", "optimizer.lr=0.0", "ignore_config_change=true")
+    parameters = [name for name, value in before.items() if value.is_floating_point() and "running" not in name]
+    assert all(torch.equal(weights(folder)[name], before[name]) for name in parameters)
+    other = train("other", constant)
+    train("other", constant, "schedule.train.steps=4", "ignore_config_change=true")
+    assert not equal(weights(other), before)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1", "seed"),
+        ("batch_size=3", "batch_size"),
+        ("model.num_groups=4", r"model\.num_groups"),
+        ("optimizer=sgd", r"optimizer\._target_"),
+        ("ema_decay=0.9", "ema_decay"),
+        ("dataset.crop=[40,40]", r"dataset\.crop"),
+    ],
+)
+def test_keys_that_cannot_change_are_named(train, override, key):
+    train("run")
+    with pytest.raises(InputError, match=rf"these keys cannot change within a run: {key} \("):
+        train("run", override, "ignore_config_change=true")
+
+
+def test_which_keys_take_effect():
+    assert takes_effect("optimizer.weight_decay")
+    assert takes_effect("schedule.finetune.loss.tau")
+    assert not takes_effect("schedule.finetune.dataset.crop")
+    assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == {"a.c": (2, None), "a.d": (None, 3)}
+
+
+def test_changed_data_are_refused_with_their_number(train, tmp_path):
+    root = make_sample("camvid", tmp_path / "data", num_images=6, scale=0.2)
+    data = ("dataset=camvid", f"dataset.root={root}")
+    train("run", data=data)
+    train("run", data=data)
+    label = sorted((root / "trainannot").iterdir())[0]
+    label.write_bytes(label.read_bytes() + b"\0")
+    message = rf"data of phase train, train are not those .* 1 samples changed, 0 came and 0 went.*{label.stem}"
+    with pytest.raises(InputError, match=message):
+        train("run", data=data)
+    train("run", "ignore_config_change=true", data=data)
+
+
+def test_a_run_that_has_trained_nothing_is_started_again(train, tmp_path):
+    """Its config.yaml does not stand in the way."""
+    folder = train("run")
+    for path in sorted((folder / "train").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    train("run", "seed=1")
+    assert "seed: 1" in (folder / "config.yaml").read_text()
+
+
+def test_a_mistake_leaves_no_folder(train, tmp_path):
+    with pytest.raises(InputError, match="tau must be a finite number"):
+        train("run", "loss=margin_calibration", "loss.tau=-1")
+    assert not (tmp_path / "run").exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from segkit.run.folder import RunFolder
+with RunFolder(Path(sys.argv[1]), None).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
+    path = tmp_path / "run"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "held\n"
+    folder = RunFolder(path, None)
+    with pytest.raises(InputError, match=rf"process {first.pid} on .* trains in"), folder.held():
+        pass
+    first.kill()
+    first.communicate()
+    assert path.is_dir()
+    with folder.held():
+        pass
+    assert not path.exists()  # nothing was left in it
+
+
+def test_a_flipped_bit_is_noticed_wherever_a_checkpoint_is_loaded(train):
+    folder = train("run")
+    for name in ("last", "best"):
+        path = folder / "checkpoints" / f"{name}.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}\.pt is damaged, its content does not match checksums\.json"):
+            checkpoint.load(path)
+    with pytest.raises(InputError, match="is damaged"):
+        train("other", f"init_from={folder}")
+    (folder / "checkpoints" / "checksums.json").write_text("{}")
+    with pytest.raises(InputError, match="is damaged"):
+        checkpoint.load(folder / "checkpoints" / "last.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -77,6 +78,11 @@ MEMORY_ADVICE = (
 
 
 def _explain_os_error(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or set "
+            "hydra.run.dir and cache_dir to a larger disk, then run the same command again"
+        )
     if error.filename is not None and isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
         return (
             f"{error.filename} cannot be used ({error.strerror}): give a folder that can be written, hydra.run.dir=DIR"

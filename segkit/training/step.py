@@ -19,6 +19,10 @@ def split(batch: Any, parts: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(batch.images.chunk(parts), batch.labels.chunk(parts), strict=True))
 
 
+LEAST_SCALE = 2.0**-10
+"""Factor of the loss in fp16 below which nothing is gained by halving it once more: it starts at 2^16."""
+
+
 def train_step(
     model: nn.Module,
     loss: nn.Module,
@@ -33,7 +37,8 @@ def train_step(
 
     The gradient is that of the whole batch over all ranks in one piece: a pixel-wise loss is divided by the valid
     pixels of all parts and ranks. Other losses (Dice, Lovasz, ...) are averaged over the parts. A non-finite loss or
-    gradient raises :class:`NonFiniteLoss` before the weights are touched (in fp16 the scaler skips such gradients).
+    gradient raises :class:`NonFiniteLoss` before the weights are touched. In fp16 the scaler skips such a gradient; the
+    exception comes once it has skipped so many that its scale is below :data:`LEAST_SCALE`.
     """
     device, world = mixed.device, distributed.world_size()
     moved = [(images.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for images, labels in parts]
@@ -66,6 +71,8 @@ def train_step(
         raise NonFiniteLoss(f"the loss is {mean:.6g}, but the norm of its gradient {norm}")
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        raise NonFiniteLoss(f"the gradient of step after step is not finite in fp16, at a loss of {mean:.6g}")
     return mean, norm
 
 

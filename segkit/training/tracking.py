@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class Tracker:
             shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         own = self.files[0]
         kept = own.read_bytes()[:size] if own.exists() else b""
+        if len(kept) < size:
+            warnings.warn(
+                f"{own} has lost {size - len(kept)} of {size} bytes since the checkpoint: its curves have a gap",
+                stacklevel=2,
+            )
+            kept = kept[: kept.rfind(b"\n") + 1]  # a torn line is no line
         self._last_record = json.loads(kept.splitlines()[-1]) if kept else {}
         if own.exists():
             os.truncate(own, len(kept))  # in one piece: a process that dies here loses nothing that is kept

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import Config, targets
-from segkit.config.targets import check_allowed
+from segkit.config.targets import check_allowed, trust
 from segkit.errors import InputError
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """The configuration that ``python train.py OVERRIDES`` would run."""
+def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ()) -> Config:
+    """The configuration that ``python train.py OVERRIDES`` would run.
+
+    ``config_dirs``: further folders with groups of options, as Hydra's ``--config-dir``.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -26,7 +29,9 @@ def compose(overrides: Sequence[str]) -> Config:
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return to_config(hydra_compose("train", overrides=list(overrides)))
+        places = [f"file://{Path(folder).resolve()}" for folder in config_dirs]
+        search = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+        return to_config(hydra_compose("train", overrides=[*overrides, *search]))
 
 
 def config_dir() -> Path:
@@ -81,6 +86,7 @@ def to_config(node: Any) -> Config:
         raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     _check_finite(config, "")
+    trust(config.trust)  # of a command line: a saved configuration comes here without it
     for name, target in targets(config):
         check_allowed(target, key=name)
     return config

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "ignore_config_change",
     "profile_steps",
     "sweep",
+    "trust",
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
@@ -262,6 +263,7 @@ class Config:
     cache_dir: str | None = None
     resume: bool = True
     ignore_config_change: bool = False
+    trust: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(

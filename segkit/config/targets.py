@@ -15,9 +15,11 @@ import difflib
 import importlib
 import inspect
 import math
+import os
+import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,12 +81,19 @@ GROUPS: dict[str, Group] = {
 _trusted: set[str] = set()
 
 
-def trust(packages: Iterable[str]) -> None:
+def trust(packages: Sequence[str]) -> None:
     """Permit targets in ``packages`` of the user's own, in this process; never called with names from a file."""
     for name in packages:
         if not name.isidentifier():
             raise InputError(f"trust has {name!r}, but takes names of packages: set trust=[mypackage]")
+    if packages and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where such a package usually lies
     _trusted.update(packages)
+
+
+def short_name(node: Mapping[str, Any]) -> str:
+    """The name of the target of ``node`` without its module."""
+    return node["_target_"].rpartition(".")[2]
 
 
 def group_of(key: str) -> Group:

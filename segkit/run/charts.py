@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from segkit.config.schema import Config
+from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
 from segkit.losses import LAMBDA_EDGES, ObservedLoss, add_sums, summarise
 from segkit.training.tracking import Tracker
@@ -62,13 +63,13 @@ FIRST_HPARAMS = ("loss", "lr", "seed", "tau", "upsilon")
 def hparams(config: Config, phase: str, *, lr: float, num_steps: int) -> dict[str, float | str]:
     """The hyper-parameters of phase ``phase`` that are set, by their names in :data:`HPARAMS`."""
     loss = config.phase_loss(phase)
-    parts = (_short(config.model), config.model.get("arch"), config.model.get("encoder"))
+    parts = (short_name(config.model), config.model.get("arch"), config.model.get("encoder"))
     values = {
         "dataset": config.phase_dataset(phase).name,
         "model": " ".join(part for part in parts if part),
         "loss": described(loss),
         "schedule": " ".join(config.schedule),
-        "optimizer": _short(config.optimizer),
+        "optimizer": short_name(config.optimizer),
         "precision": config.precision.value,
         "lr": lr,
         "steps": num_steps,
@@ -82,12 +83,7 @@ def described(loss: dict[str, Any]) -> str:
     """A loss node in a word, or as the weighted sum that it is."""
     if "terms" in loss:
         return " + ".join(f"{term['weight']:g} {described(term['loss'])}" for term in loss["terms"].values())
-    return _short(loss)
-
-
-def _short(node: dict[str, Any]) -> str:
-    """The name of a node's target without its module."""
-    return node["_target_"].rpartition(".")[2]
+    return short_name(loss)
 
 
 def margin_buffers(loss: Any) -> dict[str, list[float]]:

@@ -138,6 +138,11 @@ class Measured:
     bytes: int = 0
 
 
+def can_measure(device: torch.device) -> bool:
+    """Return True where :func:`measuring` works: on a GPU, or under Linux."""
+    return device.type == "cuda" or Path("/proc/self/statm").exists()
+
+
 @contextlib.contextmanager
 def measuring(device: torch.device) -> Iterator[Measured]:
     """Measure the peak within the context: the allocator's own figure on a GPU, a sample every 2 ms on a CPU."""
@@ -149,7 +154,7 @@ def measuring(device: torch.device) -> Iterator[Measured]:
         yield result
         result.bytes = torch.cuda.max_memory_allocated(device)
         return
-    if not Path("/proc/self/statm").exists():
+    if not can_measure(device):
         raise InputError("auto_batch measures memory on a GPU or under Linux only: set auto_batch=false")
     done = Event()
 

@@ -67,7 +67,7 @@ def verb_parser(verb: str, description: str, *, example: str) -> argparse.Argume
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str, Any]) -> None:
-    """Add the arguments ``names`` of :data:`SHARED`; ``changes`` by name without dashes, such as ``run={"help": ...}``."""
+    """Add the arguments ``names`` of :data:`SHARED`, with ``changes`` such as ``run={"help": "..."}``."""
     for name in names:
         changed = changes.get(name.lstrip("-").replace("-", "_"), {})
         parser.add_argument(name, **{**SHARED[name], **changed})
@@ -88,7 +88,7 @@ def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:
 
 
 def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
-    """Return what the arguments :data:`INFERENCE` describe; ``crop`` (height, width) is the window of a bare --slide."""
+    """Return what the arguments :data:`INFERENCE` say; ``crop`` (height, width) is the window of a bare --slide."""
     from segkit.evaluation.inference import ADE20K_SCALES, Inference
 
     modes = {mode for mode in arguments.tta.split(",") if mode}

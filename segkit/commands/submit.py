@@ -65,8 +65,9 @@ def predictions(
     transform = EvalTransform(resize=plain(dataset.eval_resize))
     batches = eval_batches(split, transform=transform, workers=arguments.workers)
     for batch in track(batches, description="predicting", total=len(split), unit="images"):
+        height, width = batch.labels.shape[-2:]
         with evaluating(model, device, precision):
-            predicted = predict(model, batch.images.to(device), tuple(batch.labels.shape[-2:]))
+            predicted = predict(model, batch.images.to(device), (height, width))
         yield from zip(batch.names, predicted.cpu().numpy(), strict=True)
 
 

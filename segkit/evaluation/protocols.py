@@ -48,7 +48,7 @@ def merge_by_name(
 
 
 def benchmark_scores(protocol: str, counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of a named protocol: ``score`` (by which it ranks), its parts, and the policy on absent classes."""
+    """Return the figures of a named protocol: ``score`` (which ranks), its parts, and the policy on absent classes."""
     if protocol not in _PROTOCOLS:
         raise InputError(f"there is no protocol {protocol!r}; allowed are {', '.join(_PROTOCOLS)}")
     return {"protocol": protocol, **_PROTOCOLS[protocol](counts, class_names)}

@@ -87,11 +87,10 @@ def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int
 class View:
     """Logits of one view of ``images`` (N, 3, h, w) at the label's ``size``, band by band from the top.
 
-    ``images`` of a ``flipped`` view are mirrored already. If the maps of ``num_views`` such views would exceed an eighth
-    of the memory of full-size scores, logits are held in half precision, less the largest one at every cell. That
-    shifts all classes of a pixel alike, so blending, interpolation and softmax give the same; and it leaves the logits
-    of the likely classes near 0, where half precision is fine: the relative error of a probability is about 1e-3 at
-    most.
+    ``images`` of a ``flipped`` view are mirrored already. If the maps of ``num_views`` such views would exceed 1/8 of
+    the memory of full-size scores, logits are held in half precision, less the largest one at every cell. That shifts
+    all classes of a pixel alike, so blending, interpolation and softmax give the same; and it leaves the logits of the
+    likely classes near 0, where half precision is fine: the relative error of a probability is about 1e-3 at most.
     """
 
     def __init__(
@@ -232,7 +231,7 @@ def _halved(logits: Tensor) -> Tensor:
 
 
 def _strip(images: Tensor, scaled: Size, rows: slice, padded: Size) -> Tensor:
-    """Return rows ``rows`` of the images resized to ``scaled`` and padded to ``padded``: (N, C, len(rows), padded W)."""
+    """Return ``rows`` of the images resized to ``scaled`` and padded to ``padded``: (N, C, len(rows), padded W)."""
     inside = slice(min(rows.start, scaled[0] - 1), min(rows.stop, scaled[0]))
     if scaled == tuple(images.shape[-2:]):
         strip = images[:, :, inside]

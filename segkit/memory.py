@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from segkit.errors import InputError, OutOfMemory
+from segkit.errors import InputError, OutOfMemory, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +205,7 @@ def evaluation_levers(config: dict[str, Any]) -> str:
 def out_of_memory(error: BaseException, *, where: str, levers: str, device: torch.device | None = None) -> OutOfMemory:
     """The exception that says in one sentence what ran out, how much was taken, and what would help."""
     kind = "GPU memory" if device is not None and device.type == "cuda" else "RAM"
-    first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return OutOfMemory(
         f"out of memory {where}: at most {peak(device) / GIB:.2f} GiB of {kind} were in use and "
-        f"{available(device) / GIB:.2f} GiB are free ({first}): set {levers}"
+        f"{available(device) / GIB:.2f} GiB are free ({first_line(error)}): set {levers}"
     )

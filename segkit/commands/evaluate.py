@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     """Evaluate, print the table, write the results."""
     arguments = parser().parse_args(argv)
     from segkit.commands import decision
-    from segkit.files import write_json
+    from segkit.files import write_atomically, write_json
     from segkit.report.tables import class_table
     from segkit.run.saved import open_run
     from segkit.run.splits import open_split
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     folder = saved.folder / "evaluations"
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, split.split)
-    per_image.save(folder / f"{name}.npz")
+    write_atomically(folder / f"{name}.npz", per_image.to_bytes())
     for path in (folder / f"{name}.json", checkpoint.parent / "results.json", arguments.output):
         if path is not None:
             write_json(path, results)

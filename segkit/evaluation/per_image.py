@@ -7,13 +7,11 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import InputError
-from segkit.files import write_atomically
 
 _FIELDS = ("image", "target", "prediction", "count", "names", "num_classes")
 
@@ -72,8 +70,8 @@ class PerImageCounts:
         np.add.at(predicted, (self.image, self.prediction), self.count)
         return tp, target, predicted
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a compressed .npz, atomically."""
+    def to_bytes(self) -> bytes:
+        """Return the content of a compressed .npz file, which `load` reads."""
         content = io.BytesIO()
         np.savez_compressed(
             content,
@@ -84,11 +82,11 @@ class PerImageCounts:
             names=np.array(self.names, dtype=np.str_),
             num_classes=np.int64(self.num_classes),
         )
-        write_atomically(Path(path), content.getvalue())
+        return content.getvalue()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerImageCounts:
-        """Read what `save` wrote. Raises `InputError` for any other file."""
+        """Read a file with the content of `to_bytes`. Raises `InputError` for any other file."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 fields = {key: stored[key] for key in _FIELDS}

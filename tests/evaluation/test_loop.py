@@ -200,7 +200,7 @@ def test_results_hold_the_scores_and_the_protocol():
 def test_per_image_file_keeps_everything(tmp_path):
     result = evaluate(RedIsTheClass(4), make_batches(5), num_classes=4)
     path = tmp_path / "per_image.npz"
-    result.per_image.save(path)
+    path.write_bytes(result.per_image.to_bytes())
     loaded = PerImageCounts.load(path)
     assert loaded.names == result.names
     assert loaded.num_classes == 4

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, dataset_of, inference, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, check_writable, dataset_of, inference, verb_parser
 
+PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
 """Width of the band of ``--boundary``, as a share of the image's diagonal."""
 
@@ -23,7 +24,7 @@ def parser() -> ArgumentParser:
     add_shared(verb, "run", "--phase", "--checkpoint")
     verb.add_argument("--split", help="split to score (default: dataset.val_split of the run)")
     verb.add_argument("--max-images", type=int, metavar="N", help="score only the first N images (default: all)")
-    verb.add_argument("--protocol", default="standard", help="standard, cityscapes, ade20k or bdd100k")
+    verb.add_argument("--protocol", default="standard", choices=PROTOCOLS, help="figures of a benchmark to add")
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
     verb.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
@@ -34,6 +35,7 @@ def parser() -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Evaluate, print the table, write the results."""
     arguments = parser().parse_args(argv)
+    check_writable(arguments, "output")
     from segkit.commands import decision
     from segkit.files import write_atomically, write_json
     from segkit.report.tables import class_table

@@ -26,7 +26,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
     "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},
     "--calibrated": {"action": "store_true", "help": "use the bias that segkit evaluate --calibrate has tuned"},
-    "--tta": {"default": "", "metavar": "flip,ms", "help": "augment at test time: flip, ms (several scales), or both"},
+    "--tta": {"default": "", "metavar": "flip,ms", "help": "views to average: flip, ms (scales), both (default: none)"},
     "--scales": {"metavar": "S,S,...", "help": "scales of --tta ms (default: 0.5 to 1.75 in quarters)"},
     "--slide": {
         "nargs": "?",

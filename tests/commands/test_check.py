@@ -21,6 +21,7 @@ from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.guard import guarded
 from segkit.run.batches import PhaseBatches
+from segkit.run.plan import plan_phase
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 
@@ -306,17 +307,17 @@ def test_steps_and_evaluations_are_those_of_the_pipeline(arguments, tmp_path):
     overrides = ["schedule.train.epochs=1.5", "evaluation.every_epochs=0.5"]
     config = compose([*arguments, "loss=cross_entropy", *overrides])
     phases = open_phases(config)
-    num_steps = rehearsal.steps_of(config, "train", len(phases["train"].train))
-    num_evaluations = rehearsal.count_evaluations(config, num_steps, len(phases["train"].train))
+    plan = plan_phase(config, "train", len(phases["train"].train))
     pipeline.run(config, tmp_path / "run", phases)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == num_steps == 3
-    assert sum(row["split"] == "val" for row in rows) == num_evaluations == 3
+    assert rows[-1]["step"] == plan.num_steps == 3
+    assert sum(row["split"] == "val" for row in rows) == plan.num_evaluations == 3
 
 
 def test_counts_of_evaluations(arguments):
     def count(num_steps, num_samples, *overrides):
-        return rehearsal.count_evaluations(compose([*arguments, *overrides]), num_steps, num_samples)
+        steps = ["schedule.train.epochs=null", f"schedule.train.steps={num_steps}"]
+        return plan_phase(compose([*arguments, *steps, *overrides]), "train", num_samples).num_evaluations
 
     assert count(100, 20, "evaluation.every_epochs=null") == 1
     assert count(100, 20, "evaluation.every_epochs=null", "evaluation.every_steps=30") == 4

@@ -33,6 +33,12 @@ class Interrupted(Exception):
     exit_code = 75
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of ``error`` without its full stop; its class name if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
 def check_number(value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

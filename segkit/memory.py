@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from segkit.errors import InputError, OutOfMemory
+from segkit.errors import InputError, OutOfMemory, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,11 @@ class Measured:
     bytes: int = 0
 
 
+def can_measure(device: torch.device) -> bool:
+    """Return True where :func:`measuring` works: on a GPU, or under Linux."""
+    return device.type == "cuda" or Path("/proc/self/statm").exists()
+
+
 @contextlib.contextmanager
 def measuring(device: torch.device) -> Iterator[Measured]:
     """Measure the peak within the context: the allocator's own figure on a GPU, a sample every 2 ms on a CPU."""
@@ -149,7 +154,7 @@ def measuring(device: torch.device) -> Iterator[Measured]:
         yield result
         result.bytes = torch.cuda.max_memory_allocated(device)
         return
-    if not Path("/proc/self/statm").exists():
+    if not can_measure(device):
         raise InputError("auto_batch measures memory on a GPU or under Linux only: set auto_batch=false")
     done = Event()
 
@@ -200,8 +205,7 @@ def evaluation_levers(config: dict[str, Any]) -> str:
 def out_of_memory(error: BaseException, *, where: str, levers: str, device: torch.device | None = None) -> OutOfMemory:
     """The exception that says in one sentence what ran out, how much was taken, and what would help."""
     kind = "GPU memory" if device is not None and device.type == "cuda" else "RAM"
-    first = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return OutOfMemory(
         f"out of memory {where}: at most {peak(device) / GIB:.2f} GiB of {kind} were in use and "
-        f"{available(device) / GIB:.2f} GiB are free ({first}): set {levers}"
+        f"{available(device) / GIB:.2f} GiB are free ({first_line(error)}): set {levers}"
     )

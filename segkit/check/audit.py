@@ -1,8 +1,8 @@
-"""Look at every file of a split, in parallel processes, and collect all that is wrong instead of the first.
+"""Look at every file of a split, in parallel processes, and collect all problems instead of raising the first.
 
-What is looked at: does every image decode to its end and every label read; are both of one size; which raw values do
-the labels hold and does the label table know them; is an image of one colour or a label without any class; is the
-same image there twice. :mod:`segkit.check.findings` turns what was seen into sentences.
+The questions: does every image decode to its end, and every label; do both have one size; which raw values do the
+labels hold, and does the label table know them; has an image only one colour, or a label no class at all; is the same
+image there twice. :mod:`segkit.check.findings` turns the answers into sentences.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class SplitAudit:
     """What was seen of one split.
 
     ``indices``: the samples looked at; ``sizes``: images of each (height, width); ``raw_pixels``: pixels of each raw
-    label value; ``class_pixels`` and ``class_images`` int64 (K,); ``unknown``: raw values that the table does not
-    know, each with the pixels in each sample; ``digests``: samples of each image content.
+    label value; ``class_pixels`` and ``class_images``: int64 (K,); ``unknown``: for each raw value that the table does
+    not know, its pixels in each sample; ``digests``: the samples that share an image content.
     """
 
     dataset: SampleSet
@@ -87,8 +87,8 @@ class SplitAudit:
     def ignored_pixels(self) -> int:
         """Pixels whose raw value the table maps to ``ignore_index``."""
         table = self.dataset.table
-        ignored = [value for value in self.raw_pixels if table.raw_to_train.get(value) == table.ignore_index]
-        return sum(self.raw_pixels[value] for value in ignored)
+        train_of = table.raw_to_train.get
+        return sum(pixels for value, pixels in self.raw_pixels.items() if train_of(value) == table.ignore_index)
 
     @property
     def broken(self) -> set[int]:
@@ -102,7 +102,7 @@ class SplitAudit:
         return [index for index in self.indices if index not in broken]
 
     def add(self, look: Look) -> None:
-        """Take in what was seen of one sample."""
+        """Add what was seen of one sample."""
         if look.image_error is not None:
             self.image_errors[look.index] = look.image_error
         if look.label_error is not None:
@@ -137,8 +137,8 @@ def audit_split(
 ) -> SplitAudit:
     """Look at all samples of ``dataset``, or at ``sample`` random ones drawn with ``seed``.
 
-    Problems of files are collected, never raised. ``workers`` processes do the work (0 and 1: this one).
-    Raises InputError if a process dies.
+    Problems of files are collected, never raised. ``workers`` processes do the work (0 and 1: this process).
+    Raises InputError if a worker dies.
     """
     indices = list(range(len(dataset)))
     if sample is not None and sample < len(dataset):
@@ -147,14 +147,13 @@ def audit_split(
     audit = SplitAudit(dataset, indices)
     with closing(map_samples(look_at, dataset, indices, workers=workers)) as looks:
         description = f"Checking {dataset.name} {dataset.split}"
-        shown = track(looks, description=description, total=len(indices), unit="images") if progress else looks
-        for look in shown:
+        for look in track(looks, description=description, total=len(indices), unit="images") if progress else looks:
             audit.add(look)
     return audit
 
 
 def look_at(dataset: SampleSet, index: int) -> Look:
-    """Read image and label of one sample; whatever goes wrong becomes part of the answer."""
+    """Read image and label of one sample; an error becomes part of the result."""
     sample = dataset.samples[index]
     image, image_error = None, None
     try:
@@ -180,7 +179,7 @@ def look_at(dataset: SampleSet, index: int) -> Look:
 
 
 def _sentence(error: Exception, file: Path | str) -> str:
-    """The reader's own sentence; for an error that it did not foresee, one that names the file."""
+    """Return the reader's own sentence, or one that names the file for an error that the reader did not foresee."""
     if isinstance(error, InputError):
         return str(error)
     reason = str(error).splitlines()[0] if str(error) else "no message"
@@ -188,7 +187,7 @@ def _sentence(error: Exception, file: Path | str) -> str:
 
 
 def _size_in_header(path: Path) -> Size | None:
-    """The size of an image that does not decode; None where not even its header can be read."""
+    """Return the size of an image that does not decode; None if even its header cannot be read."""
     try:
         return image_size(path)
     except (InputError, OSError):
@@ -196,21 +195,18 @@ def _size_in_header(path: Path) -> Size | None:
 
 
 def _is_one_colour(image: np.ndarray) -> bool:
-    # A few rows first: almost every image ends there.
+    # A few rows first: they decide almost every image.
     return all(bool((part == image[0, 0]).all()) for part in (image[:: max(1, len(image) // 8)], image))
 
 
 def _digest(image: np.ndarray) -> str:
-    """Hash of shape and pixels: the same picture stored in another file, or in another lossless format, has it too."""
-    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=_salt(image.shape)).hexdigest()
-
-
-def _salt(shape: tuple[int, ...]) -> bytes:
-    return shape[0].to_bytes(8, "little") + shape[1].to_bytes(8, "little")
+    """Return a hash of shape and pixels: a copy in another file or another lossless format has the same."""
+    shape = image.shape[0].to_bytes(8, "little") + image.shape[1].to_bytes(8, "little")
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=shape).hexdigest()
 
 
 def raw_histogram(raw: np.ndarray) -> dict[int, int]:
-    """{value: pixels} of an integer array of any type."""
+    """Return {value: pixels} of an integer array of any type."""
     if raw.dtype != np.uint8:
         if raw.size == 0 or raw.min() < 0 or raw.max() > 255:
             values, counts = np.unique(raw, return_counts=True)

@@ -1,14 +1,19 @@
-"""What an audit saw, as findings: one sentence each, with the way to mend it."""
+"""What an audit saw, as findings: one sentence each, with the way to mend it; and the report that collects them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segkit.check.audit import Size, SplitAudit
+from segkit.config.schema import Config, DatasetConfig
+from segkit.data.labels import ranges
+
+if TYPE_CHECKING:
+    from segkit.check.rehearsal import Rehearsal
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVELS = (ERROR, WARNING, NOTE)
@@ -30,7 +35,7 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence for the user: ``level`` error, warning or note, ``files`` that it is about (all of them)."""
+    """One sentence for the user: ``level`` is error, warning or note; ``files`` are all that it is about."""
 
     level: str
     text: str
@@ -40,8 +45,50 @@ class Finding:
         assert self.level in LEVELS, self.level
 
 
+@dataclass
+class DataAudit:
+    """The two splits of one data set of the run; None for a split that could not be opened."""
+
+    config: DatasetConfig
+    train: SplitAudit | None = None
+    val: SplitAudit | None = None
+
+
+@dataclass
+class Report:
+    """Audits of the data, the rehearsal (None if there was none), and the findings of both.
+
+    ``sample``: number of random samples of each split that were looked at; None for all.
+    """
+
+    config: Config
+    sample: int | None = None
+    data: list[DataAudit] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``ok``, ``warnings`` or ``errors``: the worst of the findings."""
+        levels = {finding.level for finding in self.findings}
+        return "errors" if ERROR in levels else "warnings" if WARNING in levels else "ok"
+
+    def audits(self) -> list[SplitAudit]:
+        """Return every audited split once."""
+        opened = [audit for seen in self.data for audit in (seen.train, seen.val) if audit is not None]
+        return list(dict.fromkeys(opened))
+
+    def add(self, level: str, text: str) -> None:
+        """Append a finding that is about no file."""
+        self.extend([Finding(level, text)])
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        """Append the findings that are not there yet: two phases may share a split."""
+        self.findings += [finding for finding in findings if finding not in self.findings]
+
+
 def published_count(dataset: Any, reader: dict[str, Any]) -> int | None:
-    """Images that the publishers give for this split; None where they give none, or options change the split."""
+    """Return the published number of images; None if none is published, or if the reader's options change the split."""
     if dataset.name == "robotic_instrument" and reader.get("splits", "paper") != "paper":
         return None
     if dataset.name == "synthetic" and reader.get("num_images") is not None:
@@ -50,7 +97,7 @@ def published_count(dataset: Any, reader: dict[str, Any]) -> int | None:
 
 
 def split_findings(audit: SplitAudit, *, published: int | None, validates: bool) -> list[Finding]:
-    """Everything that is worth saying of one split; ``validates``: scores are computed on it."""
+    """Return all findings about one split; ``validates``: scores are computed on it."""
     dataset = audit.dataset
     findings = [Finding(NOTE, note) for note in dataset.notes]
     findings += _count_findings(audit, published)
@@ -90,12 +137,12 @@ def _file(audit: SplitAudit, index: int, *, label: bool = False) -> str:
 
 
 def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[Finding]:
-    """The first sentences one by one, and one for the rest."""
+    """Return a finding for each of the first sentences, and one for the rest."""
     indices = sorted(sentences)
     label = what.startswith("labels")
-    shown = indices if len(indices) <= NUM_SHOWN + 1 else indices[:NUM_SHOWN]
-    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in shown]
-    rest = indices[len(shown) :]
+    first = indices if len(indices) <= NUM_SHOWN + 1 else indices[:NUM_SHOWN]
+    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in first]
+    rest = indices[len(first) :]
     if rest:
         text = (
             f"split {audit.dataset.split} has {len(rest)} more {what}, for example "
@@ -116,7 +163,7 @@ def _size_findings(audit: SplitAudit) -> list[Finding]:
 
 
 def _unknown_value(audit: SplitAudit, value: int) -> Finding:
-    """One raw value that the table lacks, with the labels that hold it."""
+    """Return the finding about a raw value that the table lacks, with the labels that hold it."""
     samples = audit.unknown[value]
     worst = max(samples, key=lambda index: (samples[index], -index))
     files = tuple(_file(audit, index, label=True) for index in sorted(samples))
@@ -168,27 +215,24 @@ def _absent_classes(audit: SplitAudit, *, validates: bool) -> list[Finding]:
     if not audit.is_complete:
         text = f"the {len(audit.indices)} samples of {split} show no pixel of {names}: leave out --sample to know"
         return [Finding(NOTE, text)]
+    pronoun = "it" if len(absent) == 1 else "them"
     if validates:
         text = (
             f"split {split} has no pixel of {names}, so the mean IoU will be that of {len(classes) - len(absent)} "
-            f"classes: compare it only with scores on the same split, or add images of {_it(absent)}"
+            f"classes: compare it only with scores on the same split, or add images of {pronoun}"
         )
     else:
         text = (
-            f"split {split} has no pixel of {names}, so {_it(absent)} cannot be learnt, and the loss gives "
-            f"{_it(absent)} the margin of loss.absent: add images, or correct the label table"
+            f"split {split} has no pixel of {names}, so {pronoun} cannot be learnt, and the loss gives "
+            f"{pronoun} the margin of loss.absent: add images, or correct the label table"
         )
     return [Finding(WARNING, text)]
 
 
-def _it(names: Sequence[str]) -> str:
-    return "it" if len(names) == 1 else "them"
-
-
 def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
-    """At most one finding: the images that occur in ``train`` and, by content, in ``val`` as well."""
-    shared = [(train.digests[digest][0], index) for digest in val.digests if digest in train.digests
-              for index in val.digests[digest]]  # fmt: skip
+    """Return at most one finding: images of ``train`` whose pixels are in ``val`` as well."""
+    common = [digest for digest in val.digests if digest in train.digests]
+    shared = [(train.digests[digest][0], index) for digest in common for index in val.digests[digest]]
     if not shared:
         return []
     first, second = shared[0]
@@ -203,23 +247,12 @@ def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
 
 
 def shown_size(size: Size) -> str:
-    """(height, width) as "WIDTHxHEIGHT", as image viewers say it."""
+    """Return (height, width) as "WIDTHxHEIGHT", the order in which image viewers show it."""
     return f"{size[1]}x{size[0]}"
 
 
-def ranges(values: Sequence[int]) -> str:
-    """Sorted integers as "0..11, 255"."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in parts)
-
-
 def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
-    """What was seen of a split, for a JSON report."""
+    """Return what was seen of a split as JSON values."""
     dataset = audit.dataset
     pixels, images = audit.class_pixels.tolist(), audit.class_images.tolist()
     table = dataset.table

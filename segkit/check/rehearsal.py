@@ -1,8 +1,8 @@
-"""One real step of everything, with the exact configuration of a run, in a folder that is thrown away.
+"""One real step of everything, with the exact configuration of a run, in a folder that is deleted afterwards.
 
-The pipeline itself trains a few steps of every phase, is stopped after the first, goes on from its checkpoint, and
+The pipeline itself trains a few steps of every phase, is stopped after the first, resumes from its checkpoint, and
 evaluates and saves at the end of each phase. Nothing here imitates it; this module shortens the configuration, takes
-the time, and works out what the whole schedule would take.
+the time, and estimates what the whole schedule would take.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from segkit.training import checkpoint
 from segkit.training.tracking import Tracker
 
 NUM_STEPS = {"cpu": 3, "cuda": 12}
-"""Steps of each phase: one to warm up, one after going on from the checkpoint, the rest are timed."""
+"""Steps of each phase: one to warm up, one after resuming from the checkpoint, the rest are timed."""
 
 NUM_EVALUATED = {"cpu": 2, "cuda": 16}
 """Images of each evaluation."""
 
 LOADING_SECONDS = 20.0
-"""Longest time that measuring the loader may take, once its second batch is there."""
+"""Longest time that the measurement of the loader may take, once its second batch has arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """What a phase of the whole schedule would take, from the steps that were timed.
+    """What a phase of the whole schedule would take, estimated from the steps that were timed.
 
-    ``step_seconds`` is the time of a step without waiting for data; ``seconds`` of all steps and evaluations.
+    ``step_seconds``: a step without waiting for data; ``seconds``: all steps and evaluations.
     """
 
     name: str
@@ -61,9 +61,11 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What was measured. ``peak_memory`` in bytes: on a GPU what tensors took, on a CPU what the process took.
+    """What was measured.
 
-    ``memory_limit``: bytes that the GPU has, or the machine; ``peak_reserved``: bytes that were reserved for tensors.
+    ``peak_memory``: the most bytes held during the rehearsal, on a GPU by tensors, on a CPU by this process (None where
+    the system does not tell). ``peak_reserved``: the most bytes of the GPU that were reserved for tensors; 0 on a CPU.
+    ``memory_limit``: bytes that the GPU or the machine has.
     """
 
     device: str
@@ -72,7 +74,7 @@ class Rehearsal:
     workers: int
     num_steps: int
     batch_size: int
-    peak_memory: int
+    peak_memory: int | None
     peak_reserved: int
     memory_limit: int
     loader_images_per_second: float
@@ -85,36 +87,36 @@ class Rehearsal:
         return sum(phase.seconds for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """All figures as dictionaries, lists and numbers."""
+        """Return all figures as JSON values."""
         content = dataclasses.asdict(self)
         return {**content, "phases": list(content["phases"]), "estimated_seconds": self.seconds}
 
 
 def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tuple[int, int]]) -> Rehearsal:
-    """Train, stop, go on, evaluate and save with ``config`` on ``phases``; returns what it took.
+    """Train, stop, resume, evaluate and save with ``config`` on ``phases``; returns what was measured.
 
-    ``phases`` may hold fewer samples than the real splits, whose numbers of images (training, validation) are
-    ``sizes``. Raises what the pipeline raises.
+    ``phases`` may hold fewer samples than the real splits, which have ``sizes`` images (training, validation). Raises
+    what the pipeline raises.
     """
     check_targets(config)
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    is_gpu = device.type == "cuda"
     with contextlib.ExitStack() as stack:
-        if device.type == "cpu":
+        if not is_gpu:
             stack.enter_context(memory.bounded())
+        measured = stack.enter_context(memory.measuring(device)) if memory.can_measure(device) else None
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="segkit-check-"))
         folder = Path(name) / "run"
         short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
-        first = next(iter(config.schedule))
+        first, quiet = next(iter(config.schedule)), io.StringIO()  # keeps the pipeline's lines out of the report
         if plan_phase(short, first, len(phases[first].train)).num_steps > 1:
             _say("training the first step, then stopping")
-            with _quiet(), contextlib.suppress(Interrupted):
+            with contextlib.redirect_stdout(quiet), contextlib.suppress(Interrupted):
                 pipeline.run(short, folder, phases, stop=lambda: True)
             _check_saved(folder / first)
-        _say("going on from the checkpoint, through all phases")
-        with _quiet():
+        _say("resuming from the checkpoint, through all phases")
+        with contextlib.redirect_stdout(quiet):
             pipeline.run(short, folder, phases, stop=lambda: False)
         trained = read_config(folder / "config.yaml")  # auto_batch may have chosen another batch size
         _check_steps(trained, folder, phases)
@@ -126,17 +128,16 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
             cost(chosen, name, folder, sizes[name], len(phases[name].train), loading=loading, evaluating=evaluating)
             for name in config.schedule
         )
-    peak, reserved, limit = measured_memory(device)
     return Rehearsal(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        is_gpu=device.type == "cuda",
+        device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        is_gpu=is_gpu,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         workers=config.workers,
         num_steps=short.limit_steps or 0,
         batch_size=chosen.batch_size,
-        peak_memory=peak,
-        peak_reserved=reserved,
-        memory_limit=limit,
+        peak_memory=None if measured is None else measured.bytes,
+        peak_reserved=memory.peak(device) if is_gpu else 0,
+        memory_limit=memory.total(device),
         loader_images_per_second=loading,
         evaluated_images_per_second=evaluating,
         phases=costs,
@@ -144,9 +145,8 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
 
 
 def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
-    """``config`` with a few steps and images; all that decides about memory and speed stays."""
-    most = NUM_STEPS[device.type]
-    images = NUM_EVALUATED[device.type]
+    """Return ``config`` with a few steps and images; whatever decides about memory and speed stays."""
+    steps, images = NUM_STEPS[device.type], NUM_EVALUATED[device.type]
     evaluation = dataclasses.replace(
         config.evaluation,
         every_steps=None,
@@ -156,7 +156,7 @@ def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
     return dataclasses.replace(
         config,
         evaluation=evaluation,
-        limit_steps=min(most, config.limit_steps or most),
+        limit_steps=min(steps, config.limit_steps or steps),
         cache_dir=str(cache_dir),
         log_every=1,
         checkpoint_every=None,
@@ -166,7 +166,7 @@ def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
 
 
 def cache_beside(config: Config, folder: Path) -> Path:
-    """A cache below ``folder`` that shares the label counts of the real one, but not its trained phases."""
+    """Make a cache below ``folder`` that shares the label counts of the real one, but not its trained phases."""
     counts = cache_dir_of(config) / "label_counts"
     counts.mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir()
@@ -178,20 +178,15 @@ def _say(text: str) -> None:
     print(f"rehearsal: {text}", file=sys.stderr, flush=True)
 
 
-def _quiet() -> Any:
-    """Context that keeps the pipeline's lines from the report."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
 def _check_saved(folder: Path) -> None:
-    """The pipeline must have saved the state of the phase in ``folder`` after its first step."""
+    """Assert that the pipeline saved the phase in ``folder`` after its first step."""
     state = checkpoint.load_last(folder / "checkpoints")
     assert state is not None, f"no checkpoint in {folder}"
     assert state["progress"]["step"] == 1, state["progress"]
 
 
 def _check_steps(config: Config, folder: Path, phases: dict[str, Splits]) -> None:
-    """Every step of every phase must have been trained once: none lost, none twice after going on."""
+    """Assert that every step of every phase was trained once: none lost, and none repeated after resuming."""
     for name in config.schedule:
         expected = list(range(1, plan_phase(config, name, len(phases[name].train)).num_steps + 1))
         rows = _rows(folder / name / "metrics.jsonl")
@@ -208,14 +203,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _last_phase(config: Config, phases: dict[str, Splits], device: torch.device) -> Phase:
-    """The last phase of the run once more, at its start."""
+    """Return the last phase of the run once more, at its start."""
     *_, name = config.schedule
     model = pipeline.initial_model(config, phases[name].train.num_classes, device)
     return prepare_phase(config, name, splits=phases[name], model=model, device=device, cache_dir=cache_dir_of(config))
 
 
 def loader_speed(phase: Phase) -> float:
-    """Images a second that the loader gives when nothing waits for it.
+    """Return the images a second that the loader gives when it never has to wait for the model.
 
     The workers begin together, so that their first batches come in a burst: timing starts once each has made one.
     """
@@ -228,14 +223,14 @@ def loader_speed(phase: Phase) -> float:
         arrivals.append((time.perf_counter() - start, len(batch.names)))
         if len(arrivals) >= last or (len(arrivals) > first and arrivals[-1][0] > LOADING_SECONDS):
             break
-    if len(arrivals) <= first:  # a phase of very few steps: all there is
+    if len(arrivals) <= first:  # a phase of very few steps: time all of them
         return sum(images for _, images in arrivals) / max(arrivals[-1][0], 1e-9)
     seconds = arrivals[-1][0] - arrivals[first - 1][0]
     return sum(images for _, images in arrivals[first:]) / max(seconds, 1e-9)
 
 
 def evaluation_speed(phase: Phase) -> float:
-    """Images a second that an evaluation goes through, once its workers have started."""
+    """Return the images a second of an evaluation, once its workers have started."""
     loaded: list[float] = []
 
     def stop() -> bool:
@@ -259,10 +254,10 @@ def cost(
     loading: float,
     evaluating: float,
 ) -> PhaseCost:
-    """What phase ``name`` would take with ``size`` training and validation images."""
+    """Return what phase ``name`` would take with ``size`` training and validation images."""
     batch = min(config.batch_size, num_rehearsed)
     rows = _rows(folder / name / "timing.jsonl")
-    # The first step warms up; in the first phase, so does the second, with which the run goes on.
+    # The first step warms up; in the first phase, so does the second, with which the run resumes.
     warm = 2 if name == next(iter(config.schedule)) else 1
     rows = rows[warm:] or rows[-1:]
     step_seconds = statistics.median(batch / row["images_per_second"] * (1 - row["data_wait_share"]) for row in rows)
@@ -278,10 +273,3 @@ def cost(
         images_per_second=batch / in_step,
         seconds=plan.num_steps * in_step + plan.num_evaluations * evaluated / evaluating,
     )
-
-
-def measured_memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes: the peak so far, what was reserved for it, and what there is."""
-    reserved = memory.peak(device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else reserved
-    return peak, reserved, memory.total(device)

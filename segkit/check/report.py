@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from segkit.check.check import Report
+from segkit.check.findings import LEVELS, Report, published_count, summary
 from segkit.report.tables import percent, render
 
 MOST_ROWS = 45
-"""Raw values that are shown; of more, the rarest and those that are missing or unknown."""
+"""Raw values in the table at most; of more, it has the rarest and those that are missing or unknown."""
 
 RAREST = 12
+"""Raw values that count as the rarest."""
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The whole report as dictionaries, lists, strings and numbers."""
-    from segkit.check.findings import LEVELS, published_count, summary
-
+    """Return the whole report as JSON values, the findings ordered by level."""
     config = report.config
-    audits = []
-    for seen in report.data:
-        for audit in dict.fromkeys((seen.train, seen.val)):
-            if audit is not None:
-                published = published_count(audit.dataset, seen.config.reader)
-                audits.append(summary(audit, published=published))
+    readers = {audit: seen.config.reader for seen in report.data for audit in (seen.train, seen.val)}
     ordered = sorted(report.findings, key=lambda finding: LEVELS.index(finding.level))
     return {
         "verdict": report.verdict,
@@ -32,16 +26,16 @@ def to_json(report: Report) -> dict[str, Any]:
         "model": config.model,
         "loss": config.loss,
         "sample": report.sample,
-        "splits": audits,
-        "rehearsal": None if report.rehearsal is None else report.rehearsal.to_json(),
-        "findings": [
-            {"level": finding.level, "text": finding.text, "files": list(finding.files)} for finding in ordered
+        "splits": [
+            summary(audit, published=published_count(audit.dataset, readers[audit])) for audit in report.audits()
         ],
+        "rehearsal": None if report.rehearsal is None else report.rehearsal.to_json(),
+        "findings": [{"level": item.level, "text": item.text, "files": list(item.files)} for item in ordered],
     }
 
 
 def as_text(content: dict[str, Any]) -> str:
-    """What :func:`to_json` gives, for the screen."""
+    """Return the result of :func:`to_json` as text for the screen."""
     parts = []
     if content["splits"]:
         parts += [_split_table(content), _value_table(content["splits"])]
@@ -54,30 +48,28 @@ def as_text(content: dict[str, Any]) -> str:
 
 def _verdict(content: dict[str, Any]) -> str:
     counts = {level: sum(item["level"] == level for item in content["findings"]) for level in ("error", "warning")}
-    shown = [f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items() if count]
-    return "verdict: " + (" and ".join(shown) if shown else "ok")
+    found = [f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items() if count]
+    return "verdict: " + (" and ".join(found) or "ok")
 
 
 def _split_table(content: dict[str, Any]) -> str:
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
     part = f", {content['sample']} random samples of each split" if content["sample"] else ""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("split")
-    for column in ("images", "published", "read", "broken", "classes", "ignored %"):
-        table.add_column(column, justify="right")
-    table.add_column("width x height")
+    numbers = ("images", "published", "read", "broken", "classes", "ignored %")
+    columns: list[Column | str] = ["split", *(Column(name, justify="right") for name in numbers), "width x height"]
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for split in content["splits"]:
         pixels = [row["pixels"] for row in split["raw_values"]]
-        known, present = split["classes"], sum(row["pixels"] > 0 for row in split["classes"].values())
+        present = sum(row["pixels"] > 0 for row in split["classes"].values())
         table.add_row(
             split["split"],
             f"{split['num_images']:,}",
             "-" if split["num_published"] is None else f"{split['num_published']:,}",
             f"{split['num_checked']:,}",
             f"{split['num_broken']:,}",
-            f"{present} of {len(known)}",
+            f"{present} of {len(split['classes'])}",
             percent(split["ignored_pixels"] / sum(pixels)) if sum(pixels) else "-",
             _sizes(split["sizes"]),
         )
@@ -88,17 +80,15 @@ def _split_table(content: dict[str, Any]) -> str:
 def _sizes(sizes: list[dict[str, int]]) -> str:
     if not sizes:
         return "-"
-    if len(sizes) == 1:
-        return f"{sizes[0]['width']}x{sizes[0]['height']}"
-    least = min(sizes, key=lambda size: size["width"] * size["height"])
-    most = max(sizes, key=lambda size: size["width"] * size["height"])
-    return f"{least['width']}x{least['height']} to {most['width']}x{most['height']}, {len(sizes)} sizes"
+    ordered = sorted(sizes, key=lambda size: size["width"] * size["height"])
+    least, most = (f"{size['width']}x{size['height']}" for size in (ordered[0], ordered[-1]))
+    return least if len(sizes) == 1 else f"{least} to {most}, {len(sizes)} sizes"
 
 
 def _value_table(splits: list[dict[str, Any]]) -> str:
-    """Share of the pixels of each split that each raw label value has."""
+    """Return a table with the share of each raw label value in the pixels of each split."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
     meaning: dict[int, str] = {}
     for split in splits:
@@ -108,30 +98,28 @@ def _value_table(splits: list[dict[str, Any]]) -> str:
             meaning[row["value"]] = "unknown" if train is None else names[train] if train < len(names) else "(ignored)"
     totals = [sum(row["pixels"] for row in split["raw_values"]) for split in splits]
     pixels = [{row["value"]: row["pixels"] for row in split["raw_values"]} for split in splits]
-    shown = sorted(meaning)
+    values = sorted(meaning)
     title = "raw label values, percent of the pixels"
-    if len(shown) > MOST_ROWS:
-        rarest = sorted(shown, key=lambda value: pixels[0].get(value, 0))[:RAREST]
-        missing = [v for v in shown if meaning[v] == "unknown" or any(not p.get(v, 0) for p in pixels)]
-        title += f"; the {RAREST} rarest of {len(shown)}, missing and unknown ones (--json has all)"
-        shown = sorted({*rarest, *missing[:MOST_ROWS]})
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("value", justify="right")
-    table.add_column("class")
-    for split in splits:
-        table.add_column(split["split"], justify="right")
-    for value in shown:
+    if len(values) > MOST_ROWS:
+        rarest = sorted(values, key=lambda value: pixels[0].get(value, 0))[:RAREST]
+        missing = [v for v in values if meaning[v] == "unknown" or any(not p.get(v, 0) for p in pixels)]
+        title += f"; the {RAREST} rarest of {len(values)}, missing and unknown ones (--json has all)"
+        values = sorted({*rarest, *missing[:MOST_ROWS]})
+    shares_of = [Column(split["split"], justify="right") for split in splits]
+    table = Table(Column("value", justify="right"), "class", *shares_of, box=box.SIMPLE_HEAD)
+    for value in values:
         shares = [f"{100 * p.get(value, 0) / max(total, 1):.4f}" for p, total in zip(pixels, totals, strict=True)]
         table.add_row(str(value), meaning[value], *shares)
     return f"{title}\n{render(table)}"
 
 
 def _rehearsal_text(measured: dict[str, Any]) -> str:
-    kind = "of the GPU" if measured["is_gpu"] else "of the process"
+    owner, peak = "GPU" if measured["is_gpu"] else "process", measured["peak_memory"]
+    taken = "not measured on this system" if peak is None else f"{shown_bytes(peak)} of the {owner}"
     lines = [
         f"rehearsal on {measured['device']}: {measured['num_steps']} steps of each phase, stopped after the first, "
         "resumed from its checkpoint, evaluated and saved",
-        f"  peak memory    {shown_bytes(measured['peak_memory'])} {kind}, of {shown_bytes(measured['memory_limit'])}",
+        f"  peak memory    {taken}, of {shown_bytes(measured['memory_limit'])}",
         f"  loader         {measured['loader_images_per_second']:.1f} images/s with workers={measured['workers']}",
         f"  evaluation     {measured['evaluated_images_per_second']:.1f} images/s",
     ]
@@ -146,12 +134,12 @@ def _rehearsal_text(measured: dict[str, Any]) -> str:
 
 
 def shown_bytes(number: int) -> str:
-    """Bytes as GiB or MiB."""
+    """Return a number of bytes in GiB or MiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def shown_time(seconds: float) -> str:
-    """Seconds with the two largest units: "3 d 4 h", "5 h 20 min", "40 min", "25 s"."""
+    """Return seconds in the two largest units: "3 d 4 h", "5 h 20 min", "40 min", "25 s"."""
     minutes = round(seconds / 60)
     if seconds < 120:
         return f"{seconds:.0f} s"

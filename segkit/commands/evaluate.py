@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_inference_arguments, inference
+from segkit.commands.options import INFERENCE, add_shared, check_writable, dataset_of, inference, verb_parser
 
+PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
 """Width of the band of ``--boundary``, as a share of the image's diagonal."""
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="segkit evaluate",
-        description="Evaluate a trained run. Writes results.json beside the checkpoint, and into RUN/evaluations.",
-        epilog="example: segkit evaluate outputs/cityscapes/RUN --tta flip,ms --slide 800x800",
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "evaluate",
+        "Evaluate a trained run. Writes results.json beside the checkpoint, and into RUN/evaluations.",
+        example="outputs/cityscapes/RUN --tta flip,ms --slide 800x800",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--phase", help="a phase of the run (default: the last)")
-    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
-    parser.add_argument("--split", help="default: dataset.val_split of the run")
-    parser.add_argument("--root", help="folder of the data set, where it moved")
-    parser.add_argument("--batch-size", type=int, default=1, help="images of equal size at once")
-    parser.add_argument("--max-images", type=int, help="only the first N images")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: that of the run")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--protocol", default="standard", help="standard, cityscapes, ade20k or bdd100k")
-    parser.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
-    parser.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
-    parser.add_argument("--calibrated", action="store_true", help="use the bias that --calibrate has tuned")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
-    add_inference_arguments(parser)
-    return parser.parse_args(argv)
+    add_shared(verb, "run", "--phase", "--checkpoint")
+    verb.add_argument("--split", help="split to score (default: dataset.val_split of the run)")
+    verb.add_argument("--max-images", type=int, metavar="N", help="score only the first N images (default: all)")
+    verb.add_argument("--protocol", default="standard", choices=PROTOCOLS, help="figures of a benchmark to add")
+    verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
+    verb.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
+    add_shared(verb, "--calibrated", "--root", "--batch-size", "--workers", "--precision", "--device", *INFERENCE)
+    return verb
 
 
 def run(argv: Sequence[str]) -> None:
-    """Evaluate, show the table, write the results."""
-    from segkit.files import write_json
+    """Evaluate, print the table, write the results."""
+    arguments = parser().parse_args(argv)
+    check_writable(arguments, "output")
+    from segkit.commands import decision
+    from segkit.files import write_atomically, write_json
     from segkit.report.tables import class_table
     from segkit.run.saved import open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    arguments = parse(argv)
     saved = open_run(arguments.run, phase=arguments.phase)
     checkpoint = saved.checkpoint(arguments.checkpoint)
-    dataset = saved.config.phase_dataset(saved.phase_name)
-    if arguments.root:
-        dataset = dataclasses.replace(dataset, root=arguments.root)
+    dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split or dataset.val_split)
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     if arguments.calibrate:
-        from segkit.commands.calibration import tune
-
-        tune(saved, model, dataset, device=device, workers=arguments.workers)
+        decision.tune(saved, model, dataset, device=device, workers=arguments.workers)
     if arguments.calibrate or arguments.calibrated:
-        from segkit.commands.calibration import with_bias
-
-        model = with_bias(saved, model)
+        model = decision.with_bias(saved, model)
     results, per_image = evaluate_split(arguments, saved, dataset, split, model, device)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
     print(class_table(results))
@@ -74,17 +62,16 @@ def run(argv: Sequence[str]) -> None:
                 print(f"{name} {key}: {100 * value:.2f} %")
     folder = saved.folder / "evaluations"
     folder.mkdir(exist_ok=True)
-    label = evaluation_name(arguments, split.split)
-    per_image.save(folder / f"{label}.npz")
-    targets = [folder / f"{label}.json", checkpoint.parent / "results.json", arguments.output]
-    for path in targets:
+    name = evaluation_name(arguments, split.split)
+    write_atomically(folder / f"{name}.npz", per_image.to_bytes())
+    for path in (folder / f"{name}.json", checkpoint.parent / "results.json", arguments.output):
         if path is not None:
             write_json(path, results)
             print(f"written: {path}")
 
 
-def evaluation_name(arguments: argparse.Namespace, split: str) -> str:
-    """A file name that tells evaluations of one run apart."""
+def evaluation_name(arguments: Namespace, split: str) -> str:
+    """Return a file name that tells evaluations of one run apart."""
     parts = [split, arguments.checkpoint]
     parts += [mode for mode in arguments.tta.split(",") if mode]
     parts += ["slide"] * bool(arguments.slide) + ["calibrated"] * (arguments.calibrate or arguments.calibrated)
@@ -92,14 +79,13 @@ def evaluation_name(arguments: argparse.Namespace, split: str) -> str:
 
 
 def evaluate_split(
-    arguments: argparse.Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
+    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
 ) -> tuple[dict[str, Any], Any]:
-    """The results in the form of results.json, and the sparse matrices of the images."""
+    """Return the results in the form of results.json, and the sparse matrices of the images."""
     from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
-    from segkit.evaluation import evaluate, to_results
-    from segkit.evaluation.protocols import benchmark_scores
+    from segkit.evaluation import benchmark_scores, evaluate, to_results
     from segkit.progress import track
     from segkit.run.build import evaluation_protocol
 
@@ -108,10 +94,9 @@ def evaluate_split(
     if arguments.max_images:
         split = split[: arguments.max_images]
     transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
-    batches = eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers)
     evaluation = evaluate(
         model,
-        batches,
+        eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
         device=device,

@@ -2,59 +2,60 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from segkit.commands.options import add_shared, dataset_of, verb_parser
+from segkit.errors import InputError
 
 NUM_IMAGES = 4
 """Real images on which the file is compared with the model."""
 
 
-def run(argv: Sequence[str]) -> None:
-    """Write the file."""
-    parser = argparse.ArgumentParser(
-        prog="segkit export",
-        description="Write a trained model as ONNX or as a program of torch.export; any batch size, height and width.",
-        epilog="example: segkit export outputs/camvid/RUN --format onnx",
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "export",
+        "Write a trained model as ONNX or as a program of torch.export; any batch size, height and width.",
+        example="outputs/camvid/RUN --format onnx",
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--format", default="onnx", choices=["onnx", "torch_export"])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/model.onnx or RUN/model.pt2")
-    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
-    parser.add_argument("--calibrated", action="store_true", help="put the bias of evaluate --calibrate into the model")
-    parser.add_argument("--root", help="folder of the data set, where it moved; the file is checked on its images")
-    arguments = parser.parse_args(argv)
+    add_shared(verb, "run")
+    verb.add_argument("--format", default="onnx", choices=["onnx", "torch_export"], help="kind of file")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="(default: RUN/model.onnx or RUN/model.pt2)")
+    calibrated = {"help": "put the bias of segkit evaluate --calibrate into the model"}
+    root = {"help": "folder of the data set, on whose images the file is checked (default: where it was in training)"}
+    add_shared(verb, "--checkpoint", "--calibrated", "--root", calibrated=calibrated, root=root)
+    return verb
 
+
+def run(argv: Sequence[str]) -> None:
+    """Write the file, and print how well it agrees with the model."""
+    arguments = parser().parse_args(argv)
+    from segkit.commands.decision import add_bias
     from segkit.config.schema import plain
-    from segkit.errors import InputError
     from segkit.models.export import export
     from segkit.run.saved import open_run
     from segkit.run.splits import open_split
 
     saved = open_run(arguments.run)
-    dataset = saved.config.phase_dataset(saved.phase_name)
+    dataset = dataset_of(saved, arguments)
     model = saved.model(arguments.checkpoint)
     if arguments.calibrated:
-        from segkit.commands.calibration import add_bias
-
         add_bias(saved, model)
-    counts = saved.label_counts()
+    counts, resize = saved.label_counts(), plain(dataset.eval_resize)
     metadata = {
         "classes": list(counts["classes"]),
         "palette": counts.get("palette"),
         "dataset": dataset.name,
-        "resize": plain(dataset.eval_resize),
+        "resize": resize,
         "calibrated": arguments.calibrated,
     }
-    suffix = "onnx" if arguments.format == "onnx" else "pt2"
-    output = arguments.output or saved.path / f"model.{suffix}"
-    if arguments.root:
-        dataset = dataclasses.replace(dataset, root=arguments.root)
+    output = arguments.output or saved.path / f"model.{'onnx' if arguments.format == 'onnx' else 'pt2'}"
     images, unreachable = iter(()), ""
     try:
-        images = real_images(open_split(dataset, dataset.val_split), plain(dataset.eval_resize))
+        images = real_images(open_split(dataset, dataset.val_split), resize)
     except InputError as error:
         unreachable = str(error)
     found = export(model, output, format=arguments.format, metadata=metadata, images=images)
@@ -69,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def real_images(split: Any, resize: dict[str, Any]) -> Iterator[Any]:
-    """Up to :data:`NUM_IMAGES` images (H, W, 3) from all over the split, at the size of the evaluation."""
+    """Yield up to :data:`NUM_IMAGES` images (H, W, 3) from all over the split, at the size of the evaluation."""
     from segkit.data.transforms import resize_image, target_size
 
     num_images = min(NUM_IMAGES, len(split))

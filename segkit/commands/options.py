@@ -1,24 +1,94 @@
-"""Arguments that several verbs share."""
+"""Arguments that several verbs share, and what follows from them."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from segkit.errors import InputError
 
+if TYPE_CHECKING:
+    from segkit.config.schema import DatasetConfig
+    from segkit.evaluation import Inference
+    from segkit.run.saved import SavedRun
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how images become predictions."""
-    parser.add_argument("--tta", default="", metavar="flip,ms", help="test-time augmentation: flip, ms (multi-scale)")
-    parser.add_argument("--scales", metavar="S,S,...", help="scales of --tta ms (default: 0.5 to 1.75 in quarters)")
-    parser.add_argument("--slide", nargs="?", const="crop", metavar="HxW", help="sliding window (default: the crop)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share that neighbouring windows have in common")
-    parser.add_argument("--blending", default="gaussian", choices=["gaussian", "uniform"])
+OVERRIDES: dict[str, Any] = {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for train.py: dataset=..., loss.tau=..."}
+
+SHARED: dict[str, dict[str, Any]] = {
+    "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
+    "--phase": {"help": "a phase of the run (default: the last)"},
+    "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
+    "--root": {"help": "folder of the data set (default: where it was in training)"},
+    "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
+    "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
+    "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
+    "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},
+    "--calibrated": {"action": "store_true", "help": "use the bias that segkit evaluate --calibrate has tuned"},
+    "--tta": {"default": "", "metavar": "flip,ms", "help": "views to average: flip, ms (scales), both (default: none)"},
+    "--scales": {"metavar": "S,S,...", "help": "scales of --tta ms (default: 0.5 to 1.75 in quarters)"},
+    "--slide": {
+        "nargs": "?",
+        "const": "crop",
+        "metavar": "HxW",
+        "help": "slide a window over the image; without a size it is the training crop (default: the whole image)",
+    },
+    "--overlap": {"type": float, "default": 0.5, "metavar": "SHARE", "help": "share that neighbouring windows overlap"},
+    "--blending": {
+        "default": "gaussian",
+        "choices": ["gaussian", "uniform"],
+        "help": "weights of a window where windows overlap",
+    },
+}
+"""Arguments by name; verbs choose from them with :func:`add_shared`."""
+
+INFERENCE = ("--tta", "--scales", "--slide", "--overlap", "--blending")
+"""The arguments that say how images become predictions; :func:`inference` reads them."""
 
 
-def inference(arguments: argparse.Namespace, crop: list[int]) -> Any:
-    """The :class:`segkit.evaluation.Inference` that the options describe."""
+class _WithDefaults(argparse.HelpFormatter):
+    """Help that shows the default of every option that has one and does not describe it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        has_default = action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS)
+        return f"{text} (default: %(default)s)" if has_default and "(default" not in text else text
+
+
+def verb_parser(verb: str, description: str, *, example: str) -> argparse.ArgumentParser:
+    """Return a parser without arguments for ``segkit VERB``; ``example`` are arguments that make sense together."""
+    return argparse.ArgumentParser(
+        prog=f"segkit {verb}",
+        description=description,
+        epilog=f"example: segkit {verb} {example}",
+        formatter_class=_WithDefaults,
+    )
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str, Any]) -> None:
+    """Add the arguments ``names`` of :data:`SHARED`, with ``changes`` such as ``run={"help": "..."}``."""
+    for name in names:
+        changed = changes.get(name.lstrip("-").replace("-", "_"), {})
+        parser.add_argument(name, **{**SHARED[name], **changed})
+
+
+def check_writable(arguments: argparse.Namespace, *options: str) -> None:
+    """Raise InputError if the folder of a file that an option names does not exist."""
+    for option in options:
+        path = getattr(arguments, option)
+        if path and not path.absolute().parent.is_dir():
+            raise InputError(f"--{option} is {path}, but the folder {path.absolute().parent} does not exist: make it")
+
+
+def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:
+    """Return the data set that the phase was trained on, at ``--root`` if that is given."""
+    dataset = saved.config.phase_dataset(saved.phase_name)
+    return dataclasses.replace(dataset, root=arguments.root) if arguments.root else dataset
+
+
+def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
+    """Return what the arguments :data:`INFERENCE` say; ``crop`` (height, width) is the window of a bare --slide."""
     from segkit.evaluation.inference import ADE20K_SCALES, Inference
 
     modes = {mode for mode in arguments.tta.split(",") if mode}
@@ -26,28 +96,26 @@ def inference(arguments: argparse.Namespace, crop: list[int]) -> Any:
         raise InputError(f"--tta is {arguments.tta!r}, but takes flip, ms, or both with a comma between")
     scales: tuple[float, ...] = (1.0,)
     if "ms" in modes:
-        scales = numbers(arguments.scales, "--scales") if arguments.scales else ADE20K_SCALES
+        scales = _numbers(arguments.scales) if arguments.scales else ADE20K_SCALES
     elif arguments.scales:
         raise InputError("--scales is given without --tta ms: add --tta ms")
     window = None
     if arguments.slide:
-        height, width = crop if arguments.slide == "crop" else window_size(arguments.slide)
+        height, width = crop if arguments.slide == "crop" else _window(arguments.slide)
         window = (-(-height // 32) * 32, -(-width // 32) * 32)
     return Inference(
         window=window, overlap=arguments.overlap, blending=arguments.blending, flip="flip" in modes, scales=scales
     )
 
 
-def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{option} is {text!r}, but takes numbers with commas between, as 0.5,1.0,1.5") from None
+        raise InputError(f"--scales is {text!r}, but takes numbers with commas between, as 0.5,1.0,1.5") from None
 
 
-def window_size(text: str) -> tuple[int, int]:
-    """Height and width from ``HxW``."""
+def _window(text: str) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError:

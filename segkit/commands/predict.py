@@ -2,67 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from segkit.commands.scorers import load
+from segkit.commands.options import INFERENCE, add_shared, inference, verb_parser
 from segkit.errors import InputError
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command line."""
-    from segkit.commands.options import add_inference_arguments
-
-    parser = argparse.ArgumentParser(
-        prog="segkit predict",
-        description="Predict image files: label PNGs, colour overlays with a legend, probabilities.",
-        epilog="example: segkit predict outputs/camvid/RUN --input photos --output predictions",
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "predict",
+        "Predict image files: label PNGs, colour overlays with a legend, probabilities.",
+        example="outputs/camvid/RUN --input photos --output predictions",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a model.onnx of segkit export")
-    parser.add_argument("--input", required=True, metavar="DIR|FILE|GLOB")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
-    parser.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, shown beside the first")
-    parser.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
-    parser.add_argument("--calibrated", action="store_true", help="use the bias of segkit evaluate --calibrate")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--device", default="auto")
-    add_inference_arguments(parser)
-    return parser.parse_args(argv)
+    add_shared(verb, "run", run={"help": "a run folder, or a model.onnx of segkit export"})
+    verb.add_argument("--input", required=True, metavar="DIR|FILE|GLOB", help="images: a folder, a file or a pattern")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
+    verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
+    precision = {"default": "fp32", "help": "of the forward pass"}
+    add_shared(verb, "--checkpoint", "--calibrated", "--precision", "--device", *INFERENCE, precision=precision)
+    return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
-    from segkit.commands.options import inference
+    arguments = parser().parse_args(argv)
+    from segkit.commands.scorers import load
     from segkit.evaluation.predict import Outputs, find_images, predict_files
     from segkit.progress import track
     from segkit.runtime import resolve_device
 
-    arguments = parse(argv)
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
-    scorer, crop, classes, palette = load(arguments.run, arguments, device)
-    scorers: Any = scorer
+    first = load(arguments.run, arguments, device)
+    scorers = {title(arguments.run): first.score}
     if arguments.side_by_side:
-        other, _, other_classes, _ = load(arguments.side_by_side, arguments, device)
-        if other_classes != classes:
+        other = load(arguments.side_by_side, arguments, device)
+        if other.classes != first.classes:
             raise InputError(
-                f"{arguments.side_by_side} predicts {len(other_classes)} classes and {arguments.run} {len(classes)}, "
-                "or others: name two runs of one data set"
+                f"{arguments.side_by_side} predicts {len(other.classes)} classes and {arguments.run} "
+                f"{len(first.classes)}, or others: name two runs of one data set"
             )
-        scorers = {title(arguments.run): scorer, title(arguments.side_by_side) + " ": other}
+        scorers[title(arguments.side_by_side) + " "] = other.score  # the blank tells runs of one title apart
     report = predict_files(
         scorers,
         images,
         arguments.output,
-        classes=classes,
-        palette=palette,
+        classes=first.classes,
+        palette=first.palette,
         device=device,
         precision=arguments.precision,
-        inference=inference(arguments, crop),
+        inference=inference(arguments, first.window),
         outputs=Outputs(probabilities=arguments.probabilities),
         progress=lambda names: track(names, description="predicting", unit="images"),
     )
@@ -73,5 +67,5 @@ def run(argv: Sequence[str]) -> None:
 
 
 def title(run: Path) -> str:
-    """A short name for a run: what its folder says about model and loss."""
+    """Return a short name for a run: what its folder says about model and loss."""
     return run.resolve().parent.name if (run / "config.yaml").is_file() else run.stem

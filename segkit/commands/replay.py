@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.commands.options import add_shared, verb_parser
 from segkit.errors import InputError
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="segkit replay",
-        description="Repeat the forward and backward pass of a failed step from the bundle that training left.",
-        epilog="example: segkit replay outputs/synthetic/RUN/train/failure-0000120",
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "replay",
+        "Repeat the forward and backward pass of a failed step from the bundle that training left.",
+        example="outputs/synthetic/RUN/train/failure-0000120",
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder failure-STEP of a run")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser.parse_args(argv)
+    verb.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder failure-STEP of a run")
+    verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_shared(verb, "--device")
+    return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Repeat the step and print what was found."""
-    arguments = parse(argv)
+    arguments = parser().parse_args(argv)
     from segkit.files import read_json, without_nan
 
     bundle = arguments.bundle
@@ -41,9 +42,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, Any]:
-    """The findings of :func:`segkit.training.failure.examine` on the step of ``bundle``.
+    """Return the findings of :func:`segkit.training.failure.examine` on the step of ``bundle``.
 
-    A batch that could not be read then is read again first, from the data that the configuration names.
+    A batch that could not be read in training is read now, from the data that the configuration names.
     """
     from segkit import runtime
     from segkit.data.statistics import LabelCounts
@@ -69,7 +70,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
 
 
 def stored_batch(bundle: Path) -> Any:
-    """The batch that was saved with the bundle."""
+    """Return the batch that was saved with the bundle."""
     import torch
 
     from segkit.data.loader import Batch
@@ -78,7 +79,7 @@ def stored_batch(bundle: Path) -> Any:
 
 
 def read_again(config: Any, failed: dict[str, Any]) -> Any:
-    """Read the batch of the failed step; raises what the reader raises."""
+    """Read the batch of the failed step from the data set; raises what the reader raises."""
     from segkit.data.loader import train_batches
     from segkit.run.build import train_transform
     from segkit.run.splits import open_split
@@ -98,7 +99,7 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
 
 
 def lines(findings: dict[str, Any]) -> list[str]:
-    """The findings as text."""
+    """Return the findings as lines of text."""
     logits = findings["logits"]
     terms = ", ".join(f"{name} {value:.6g}" for name, value in findings["terms"].items())
     norms = sorted(findings["gradient_norms"].items(), key=lambda item: -item[1])

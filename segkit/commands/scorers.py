@@ -3,55 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segkit.config.schema import plain
 from segkit.errors import InputError
 
-
-class OnnxScorer:
-    """Images uint8 (N, 3, H, W) -> logits (N, K, H, W), computed by onnxruntime on the CPU."""
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def __call__(self, images: Any) -> Any:
-        import torch
-
-        (logits,) = self.session.run(None, {"images": images.float().cpu().numpy()})
-        return torch.from_numpy(logits).to(images.device)
+ONNX_WINDOW = [512, 512]
+"""Window of a bare ``--slide`` for an ONNX file, which does not say what crop it was trained on."""
 
 
-def load_onnx(path: Path) -> tuple[Any, list[int], tuple[str, ...], Any]:
-    """The scorer behind ``path``, a window for ``--slide``, the classes and their colours, from the file's metadata."""
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
-    from segkit.models.export import read_metadata
+@dataclass(frozen=True)
+class Loaded:
+    """``score``: images uint8 (N, 3, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``."""
 
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: write it with segkit export RUN --format onnx")
-    facts = read_metadata(path)
-    for key in ("classes", "palette"):
-        if not facts.get(key):
-            raise InputError(f"{path} has no {key} in its metadata: write it with segkit export RUN --format onnx")
-    scorer: Any = OnnxScorer(path)
-    resize = facts.get("resize") or {}
-    if any(resize.values()):
-        scorer = Resized(scorer, resize)
-    return scorer, [512, 512], tuple(facts["classes"]), np.asarray(facts["palette"], np.uint8)
+    score: Any
+    window: list[int]
+    classes: tuple[str, ...]
+    palette: np.ndarray
 
 
-def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, list[int], tuple[str, ...], Any]:
-    """The model behind ``path``, the crop it was trained on, its classes and their colours."""
+def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
+    """Return the model of the run folder or ONNX file ``path``, ready to score images on ``device``."""
     if path.suffix == ".onnx":
-        return load_onnx(path)
-    from segkit.config.schema import plain
+        return _load_onnx(path)
+    from segkit.commands.decision import with_bias
     from segkit.data.labels import load_table
     from segkit.run.saved import open_run
 
@@ -59,27 +38,51 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> tuple[Any, l
     dataset = saved.config.phase_dataset(saved.phase_name)
     model = saved.model(arguments.checkpoint).to(device)
     if arguments.calibrated:
-        from segkit.commands.calibration import with_bias
-
         model = with_bias(saved, model)
     resize = plain(dataset.eval_resize)
-    if any(resize.values()):
-        if arguments.slide:
-            raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
-        model = Resized(model, resize)
+    if any(resize.values()) and arguments.slide:
+        raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
     counts = saved.label_counts()
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    return model, dataset.crop, tuple(counts["classes"]), np.asarray(palette, np.uint8)
+    return _loaded(model, resize, dataset.crop, counts["classes"], palette)
+
+
+def _load_onnx(path: Path) -> Loaded:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
+    from segkit.models.export import read_metadata, runner
+
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: write it with segkit export RUN --format onnx")
+    facts = read_metadata(path)
+    for key in ("classes", "palette"):
+        if not facts.get(key):
+            raise InputError(f"{path} has no {key} in its metadata: write it with segkit export RUN --format onnx")
+    compute = runner(path)
+    return _loaded(
+        lambda images: compute(images.float().cpu()).to(images.device),
+        facts.get("resize") or {},
+        ONNX_WINDOW,
+        facts["classes"],
+        facts["palette"],
+    )
+
+
+def _loaded(score: Any, resize: dict[str, Any], window: list[int], classes: Any, palette: Any) -> Loaded:
+    if any(resize.values()):
+        score = Resized(score, resize)
+    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8))
 
 
 class Resized:
     """A scorer that resizes its images first, as the evaluation of the run did."""
 
-    def __init__(self, model: Any, resize: dict[str, Any]) -> None:
-        self.model, self.resize = model, resize
+    def __init__(self, score: Any, resize: dict[str, Any]) -> None:
+        self.score, self.resize = score, resize
 
     def __call__(self, images: Any) -> Any:
-        import numpy as np
         import torch
 
         from segkit.data.transforms import resize_image, target_size
@@ -87,4 +90,4 @@ class Resized:
         size = target_size(tuple(images.shape[-2:]), self.resize)
         resized = [resize_image(image.permute(1, 2, 0).cpu().numpy(), size) for image in images.to(torch.uint8)]
         stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
-        return self.model(stacked.to(images.device))
+        return self.score(stacked.to(images.device))

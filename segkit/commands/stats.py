@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
+import io
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.commands.options import OVERRIDES, check_writable, verb_parser
 from segkit.config.schema import Config
 from segkit.errors import InputError
+from segkit.files import write_atomically, write_json
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command line; InputError before any work for a file that cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="segkit stats",
-        description="Count the label pixels of every class, and show the margins of the loss that follow from them.",
-        epilog="example: segkit stats dataset=camvid dataset.root=data/CamVid loss.tau=5 --plot shares.png",
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "stats",
+        "Count the label pixels of every class, and show the margins of the loss that follow from them.",
+        example="dataset=camvid dataset.root=data/CamVid loss.tau=5 --plot shares.png",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: dataset=..., loss.tau=...")
-    parser.add_argument("--split", help="split to count (default: dataset.train_split)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (PNG, SVG or PDF)")
-    arguments = parser.parse_intermixed_args(argv)
-    for option in ("csv", "json", "plot"):
-        path = getattr(arguments, option)
-        if path and not path.absolute().parent.is_dir():
-            raise InputError(f"--{option} is {path}, but the folder {path.absolute().parent} does not exist: make it")
-    if arguments.plot and arguments.plot.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"--plot is {arguments.plot}, but must end with {', '.join(PLOT_SUFFIXES)}")
-    return arguments
+    verb.add_argument("overrides", **OVERRIDES)
+    verb.add_argument("--split", help="split to count (default: dataset.train_split)")
+    verb.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (PNG, SVG or PDF)")
+    return verb
 
 
 def run(argv: Sequence[str]) -> None:
-    """Count, show, and write what was asked for."""
+    """Count, print the table, and write the files that were asked for."""
+    arguments = parser().parse_intermixed_args(argv)
+    check_writable(arguments, "csv", "json", "plot")
+    if arguments.plot and arguments.plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise InputError(f"--plot is {arguments.plot}, but must end with {', '.join(PLOT_SUFFIXES)}")
     from segkit.config.compose import compose
     from segkit.run.splits import open_split
 
-    arguments = parse(argv)
     config = compose(arguments.overrides)
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)
@@ -51,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.csv:
         write_csv(arguments.csv, rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({**summary, "classes": rows}, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, {**summary, "classes": rows})
     if arguments.plot:
         plot(arguments.plot, rows, summary)
     for path in (arguments.csv, arguments.json, arguments.plot):
@@ -60,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:
-    """The options of :func:`segkit.margins.compute_margins`: those of a loss node, and the defaults for the rest."""
+    """Return the options of :func:`segkit.margins.compute_margins`: those in ``loss``, and the defaults of the rest."""
     import inspect
 
     from segkit.margins import compute_margins
@@ -71,7 +69,7 @@ def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row a class, and what they have in common."""
+    """Return one row a class, and what the rows have in common."""
     from segkit.config.schema import cache_dir_of
     from segkit.data.statistics import count_labels
     from segkit.margins import compute_margins
@@ -136,15 +134,16 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as CSV with a header."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write the rows as CSV with a header."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Shares on a logarithmic axis beside the margins rho_0k, the most frequent class at the top.
+    """Draw the shares on a logarithmic axis beside the margins rho_0k, the most frequent class at the top.
 
     A class without pixels has no bar on the left, but the word "absent".
     """

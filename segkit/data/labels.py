@@ -106,12 +106,12 @@ class LabelTable:
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
         return InputError(
             f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed "
-            f"are {_ranges(sorted(self.raw_to_train))}: wrong file, or the table's raw_to_train lacks them"
+            f"are {ranges(sorted(self.raw_to_train))}: wrong file, or the table's raw_to_train lacks them"
         )
 
 
-def _ranges(values: list[int]) -> str:
-    """Sorted integers as "0..11, 255"."""
+def ranges(values: list[int]) -> str:
+    """Return sorted integers as "0..11, 255"."""
     parts: list[list[int]] = []
     for value in values:
         if parts and value == parts[-1][1] + 1:

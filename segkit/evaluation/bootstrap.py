@@ -1,8 +1,8 @@
 """How sure a mean IoU is: bootstrap intervals over images, and a paired test between two runs. Numpy only.
 
-The mean IoU of a data set is a function of sums over images, so a resample of the images is a weighted sum of
-their sparse counts: all resamples together are one matrix product. Images are taken as independent draws;
-frames of one video are not, and their intervals come out too narrow.
+The mean IoU of a data set is a function of sums over images, so a resample of the images is a weighted sum of their
+sparse counts, and all resamples together are one matrix product. Images are taken as independent draws. Frames of one
+video are not independent, so their intervals come out too narrow.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segkit.errors import InputError
-from segkit.evaluation.metrics import Floats, Ints, divide
+from segkit.evaluation.metrics import Floats, divide
 from segkit.evaluation.per_image import PerImageCounts
 
 _CHUNK = 1 << 22
-"""About so many weights are drawn at a time."""
+"""Weights that are drawn at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class MeanIoUInterval:
 class PairedComparison:
     """Mean IoU of the second run minus that of the first, on the same images.
 
-    ``low``, ``high``: bootstrap interval of the difference. ``p_value``: two-sided, of the randomisation
-    test.
+    ``low``, ``high``: bootstrap interval of the difference. ``p_value``: two-sided, of the randomisation test.
     ``class_difference``, ``class_low`` and ``class_high``: the same per class.
     """
 
@@ -61,47 +60,31 @@ class PairedComparison:
 def bootstrap_mean_iou(
     counts: PerImageCounts, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> MeanIoUInterval:
-    """Interval of the mean IoU: images are drawn with replacement ``num_samples`` times.
+    """Return the interval of the mean IoU when images are drawn with replacement ``num_samples`` times.
 
-    The interval of the mean is the bias-corrected and accelerated one (BCa, Efron 1987), with the
-    acceleration from leaving out each image in turn; those of the classes are percentiles. A class without a
-    union in a resample stays out of that resample's mean, as it does in the score itself.
+    The interval of the mean is the bias-corrected and accelerated one (BCa, Efron 1987), with the acceleration from
+    leaving out each image in turn; those of the classes are percentiles. A class without a union in a resample stays
+    out of that resample's mean, as it does in the score itself.
     """
     _check(num_samples, confidence)
     totals = _totals(counts)
     class_iou = _iou(totals.sum(0))
+    mean_iou = float(_mean(class_iou))
     resampled = np.concatenate([_iou(weights @ totals) for weights in _resamples(len(totals), num_samples, seed)])
-    means = _mean(resampled)
     left_out = _mean(_iou(totals.sum(0) - totals))
-    low, high = _bca(float(_mean(class_iou)), means, left_out, confidence)
-    class_low, class_high = _percentiles(resampled, confidence)
-    return MeanIoUInterval(
-        float(_mean(class_iou)),
-        low,
-        high,
-        class_iou,
-        class_low,
-        class_high,
-        confidence,
-        num_samples,
-        counts.num_images,
-    )
+    low, high = _bca(mean_iou, _mean(resampled), left_out, confidence)
+    per_class = class_iou, *_percentiles(resampled, confidence)
+    return MeanIoUInterval(mean_iou, low, high, *per_class, confidence, num_samples, counts.num_images)
 
 
 def compare_runs(
-    first: PerImageCounts,
-    second: PerImageCounts,
-    *,
-    num_samples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    first: PerImageCounts, second: PerImageCounts, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> PairedComparison:
-    """Is the second run better than the first on these images, beyond what the choice of images explains?
+    """Return whether the second run is better than the first, beyond what the choice of images explains.
 
-    The p-value is that of the paired randomisation test: under the null hypothesis the two predictions of an
-    image are exchangeable, so they are swapped at random for each image, ``num_samples`` times; p is the
-    share of the swaps (the observed order among them) with at least the observed difference in absolute
-    value.
+    The p-value is that of the paired randomisation test: under the null hypothesis the two predictions of an image are
+    exchangeable, so they are swapped at random for each image, ``num_samples`` times; p is the share of the swaps (with
+    the observed order as one of them) whose difference is at least the observed one in absolute value.
 
     Raises `InputError` unless both runs have the same images, classes and labels.
     """
@@ -117,7 +100,6 @@ def compare_runs(
         means.append(_mean(iou_b) - _mean(iou_a))
         classes.append(iou_b - iou_a)
     low, high = _percentiles(np.concatenate(means), confidence)
-    class_low, class_high = _percentiles(np.concatenate(classes), confidence)
 
     both = a.sum(0) + b.sum(0)
     num_extreme = 0
@@ -125,17 +107,10 @@ def compare_runs(
         swapped_a = a.sum(0) + swap @ (b - a)
         swapped = _mean(_iou(both - swapped_a)) - _mean(_iou(swapped_a))
         num_extreme += int(np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-12))
+    p_value = (num_extreme + 1) / (num_samples + 1)
+    per_class = class_difference, *_percentiles(np.concatenate(classes), confidence)
     return PairedComparison(
-        difference,
-        float(low),
-        float(high),
-        (num_extreme + 1) / (num_samples + 1),
-        class_difference,
-        class_low,
-        class_high,
-        confidence,
-        num_samples,
-        first.num_images,
+        difference, float(low), float(high), p_value, *per_class, confidence, num_samples, first.num_images
     )
 
 
@@ -147,7 +122,7 @@ def _check(num_samples: int, confidence: float) -> None:
 
 
 def _totals(counts: PerImageCounts) -> Floats:
-    """(num_images, 2, K): intersections and unions-plus-intersections. Float64 holds these counts exactly."""
+    """Return (num_images, 2 K): TP, then T + P, of every class. Float64 holds these counts exactly."""
     if counts.num_images < 2:
         raise InputError(f"there is {counts.num_images} image; an interval over images needs at least 2")
     tp, target, predicted = counts.class_totals()
@@ -155,18 +130,19 @@ def _totals(counts: PerImageCounts) -> Floats:
 
 
 def _iou(totals: Floats) -> Floats:
-    """IoU (..., K) from totals (..., 2 K); nan where the union is 0."""
+    """Return the IoU (..., K) of totals (..., 2 K); nan where the union is 0."""
     tp, both = np.split(totals, 2, axis=-1)
     return divide(tp, both - tp)
 
 
 def _mean(iou: Floats) -> Floats:
-    """Mean over the classes with a union, along the last axis; 0 if there is none."""
+    """Return the mean over the classes with a union, along the last axis; 0 if there is none."""
     present = ~np.isnan(iou)
     return np.where(present, iou, 0).sum(-1) / np.maximum(present.sum(-1), 1)
 
 
 def _chunks(num_images: int, num_samples: int) -> list[int]:
+    """Return numbers of samples to draw at a time, which add up to ``num_samples``."""
     rows = max(1, _CHUNK // num_images)
     return [min(rows, num_samples - start) for start in range(0, num_samples, rows)]
 
@@ -186,7 +162,7 @@ def _swaps(num_images: int, num_samples: int, seed: int) -> Iterator[Floats]:
 
 
 def _percentiles(samples: Floats, confidence: float) -> tuple[Floats, Floats]:
-    """Lower and upper percentile along the first axis; nan where all samples are."""
+    """Return the lower and the upper percentile along the first axis; nan where all samples are nan."""
     tail = (1 - confidence) / 2
     present = ~np.isnan(samples).all(0)
     low, high = (np.full(samples.shape[1:], np.nan) for _ in range(2))
@@ -195,7 +171,7 @@ def _percentiles(samples: Floats, confidence: float) -> tuple[Floats, Floats]:
 
 
 def _bca(estimate: float, samples: Floats, left_out: Floats, confidence: float) -> tuple[float, float]:
-    """The bias-corrected and accelerated interval."""
+    """Return the bias-corrected and accelerated interval."""
     normal = NormalDist()
     below = (np.count_nonzero(samples < estimate) + np.count_nonzero(samples == estimate) / 2) / len(samples)
     bias = normal.inv_cdf(min(max(below, 0.5 / len(samples)), 1 - 0.5 / len(samples)))
@@ -211,16 +187,16 @@ def _bca(estimate: float, samples: Floats, left_out: Floats, confidence: float) 
 
 
 def _aligned(first: PerImageCounts, second: PerImageCounts) -> PerImageCounts:
-    """``second`` with its images in the order of ``first``."""
+    """Return ``second`` with its images in the order of ``first``; InputError unless both scored the same labels."""
     if first.num_classes != second.num_classes:
         raise InputError(
             f"the runs have {first.num_classes} and {second.num_classes} classes; compare runs on one data set"
         )
     only = set(first.names) ^ set(second.names)
     if only or len(set(first.names)) != len(first.names) or len(second.names) != len(first.names):
-        shown = ", ".join(sorted(only)[:3]) or "a name occurs twice"
+        examples = ", ".join(sorted(only)[:3]) or "a name occurs twice"
         raise InputError(
-            f"the runs were evaluated on different images ({len(only)} are in one of them only: {shown}); "
+            f"the runs were evaluated on different images ({len(only)} are in one of them only: {examples}); "
             "evaluate both on the same split"
         )
     position = {name: i for i, name in enumerate(first.names)}
@@ -228,12 +204,8 @@ def _aligned(first: PerImageCounts, second: PerImageCounts) -> PerImageCounts:
     aligned = PerImageCounts(
         number[second.image], second.target, second.prediction, second.count, first.names, first.num_classes
     )
-    if not np.array_equal(_targets(first), _targets(aligned)):
+    if not np.array_equal(first.class_totals()[1], aligned.class_totals()[1]):
         raise InputError(
             "the runs were scored against different labels; evaluate both with the same resize and label table"
         )
     return aligned
-
-
-def _targets(counts: PerImageCounts) -> Ints:
-    return counts.class_totals()[1]

@@ -1,17 +1,16 @@
 """How well contours are met: boundary IoU, boundary F-score and scores within a trimap. Numpy and OpenCV.
 
-Pixels whose target is void are void in the prediction as well: they are not counted, and the edge of a void
-area is a contour of both.
+Pixels whose target is void are void in the prediction as well: they are not counted, and the edge of a void area is a
+contour of both.
 
-**Boundary IoU** of a class: the IoU of two bands, namely the pixels of the class in the target, and in the
-prediction, that lie within ``width`` pixels (in the larger of the two axis distances) of a pixel of another
-label or of the outside of the image (Cheng et al., Boundary IoU, 2021). ``width`` is a share of the image's
-diagonal.
+**Boundary IoU** of a class: the IoU of two bands, namely the pixels of the class in the target, and in the prediction,
+that lie within ``width`` pixels (in the larger of the two axis distances) of a pixel of another label or of the outside
+of the image (Cheng et al., Boundary IoU, 2021). ``width`` is a share of the image's diagonal.
 
-**Boundary F-score** of a class: precision = share of the predicted contour pixels with a target contour
-pixel of that class no further than ``width`` away (Euclidean), recall the other way round, F = 2 PR / (P +
-R) (Csurka et al., 2013; here over the pixels of all images together). A contour pixel has a pixel of another
-label among its four neighbours; the edge of the image is no contour here.
+**Boundary F-score** of a class: precision = share of the predicted contour pixels with a target contour pixel of that
+class no further than ``width`` away (Euclidean), recall the other way round, F = 2 PR / (P + R) (Csurka et al., 2013;
+here over the pixels of all images together). A contour pixel has a pixel of another label among its four neighbours;
+the edge of the image is no contour here.
 
 **Trimap**: the confusion matrix of the pixels within ``width`` of a contour of the target.
 
@@ -41,22 +40,10 @@ class BoundaryCounts:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.ratio = ratio
-        zeros = (np.zeros(num_classes, np.int64) for _ in range(7))
-        self.both_bands, self.target_band, self.predicted_band = next(zeros), next(zeros), next(zeros)
-        self.target_contour, self.target_met = next(zeros), next(zeros)
-        self.predicted_contour, self.predicted_met = next(zeros), next(zeros)
+        self.both_bands, self.target_band, self.predicted_band = np.zeros((3, num_classes), np.int64)
+        self.target_contour, self.target_met = np.zeros((2, num_classes), np.int64)
+        self.predicted_contour, self.predicted_met = np.zeros((2, num_classes), np.int64)
         self.trimap = np.zeros((num_classes, num_classes), np.int64)
-
-    _SUMS = (
-        "both_bands",
-        "target_band",
-        "predicted_band",
-        "target_contour",
-        "target_met",
-        "predicted_contour",
-        "predicted_met",
-        "trimap",
-    )
 
     def update(self, pred: Labels, target: Labels) -> None:
         """Add one image: class numbers (H, W), the target with ``ignore_index`` where it is void."""
@@ -97,20 +84,18 @@ class BoundaryCounts:
 
     def merge(self, other: BoundaryCounts) -> None:
         """Add the sums of another part of the data set."""
-        assert (self.num_classes, self.ignore_index, self.ratio) == (
-            other.num_classes,
-            other.ignore_index,
-            other.ratio,
-        )
-        for name in self._SUMS:
-            getattr(self, name).__iadd__(getattr(other, name))
+        for name, value in vars(other).items():
+            if isinstance(value, np.ndarray):
+                vars(self)[name] += value
+            else:
+                assert vars(self)[name] == value, (name, value)
 
     def iou(self) -> Floats:
-        """Boundary IoU per class (K,); nan where neither has a band."""
+        """Return the boundary IoU per class (K,); nan where neither has a band."""
         return divide(self.both_bands, self.target_band + self.predicted_band - self.both_bands)
 
     def f_score(self) -> Floats:
-        """Boundary F-score per class (K,); nan where neither has a contour, 0 where only one has."""
+        """Return the boundary F-score per class (K,); nan where neither has a contour, 0 where only one has."""
         precision = divide(self.predicted_met, self.predicted_contour)
         recall = divide(self.target_met, self.target_contour)
         product = np.nan_to_num(precision) * np.nan_to_num(recall)
@@ -118,7 +103,7 @@ class BoundaryCounts:
         return np.where(np.isnan(precision) & np.isnan(recall), np.nan, f_score)
 
     def summary(self) -> dict[str, float | None]:
-        """The means over classes, as plain numbers."""
+        """Return the means over classes as JSON values."""
         return {
             "boundary_ratio": self.ratio,
             "mean_boundary_iou": number(mean_of_present(self.iou())),
@@ -128,16 +113,14 @@ class BoundaryCounts:
 
 
 def band_width(shape: tuple[int, ...], ratio: float) -> int:
-    """``ratio`` of the diagonal of an image (height, width) in whole pixels, at least 1."""
+    """Return ``ratio`` of the diagonal of an image (height, width) in whole pixels, at least 1."""
     return max(1, round(ratio * float(np.hypot(shape[0], shape[1]))))
 
 
 def near_other_label(labels: Labels, width: int) -> NDArray[np.bool_]:
-    """Pixels with another label, or the outside, in the square of ``width`` pixels to each side of them."""
-    # One minimum and one maximum filter serve all classes at once.
-    framed = cv2.copyMakeBorder(
-        labels.astype(np.int16), width, width, width, width, cv2.BORDER_CONSTANT, value=_OUTSIDE
-    )
+    """Return the pixels within ``width`` (along either axis) of another label or of the outside of the image."""
+    # One minimum and one maximum filter do it for all classes at once.
+    framed = np.pad(labels.astype(np.int16), width, constant_values=_OUTSIDE)
     square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     inside = slice(width, -width)
     lowest = cv2.erode(framed, square)[inside, inside]
@@ -146,7 +129,7 @@ def near_other_label(labels: Labels, width: int) -> NDArray[np.bool_]:
 
 
 def contour(labels: Labels) -> NDArray[np.bool_]:
-    """Pixels with another label among their four neighbours inside the image."""
+    """Return the pixels with another label among their four neighbours inside the image."""
     found = np.zeros(labels.shape, bool)
     vertical, horizontal = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
     found[1:] |= vertical
@@ -157,9 +140,9 @@ def contour(labels: Labels) -> NDArray[np.bool_]:
 
 
 def within(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """Pixels no further than ``width`` (Euclidean) from a pixel of ``mask``."""
+    """Return the pixels no further than ``width`` (Euclidean) from a pixel of ``mask``."""
     if not mask.any():
         return np.zeros(mask.shape, bool)
     distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # Distances are float32 roots of whole numbers: half a thousandth is between rounding and the next root.
+    # Distances are float32 roots of whole numbers; half a thousandth is more than rounding, less than to the next root.
     return np.less_equal(distance, width + 5e-4)

@@ -18,13 +18,12 @@ _MAX_HISTOGRAM_PIXELS = 2**24
 
 
 def count_pixels(pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, where: str = "") -> Tensor:
-    """Confusion matrix of one pair: int64 (K, K), rows = target class, columns = prediction.
+    """Return the confusion matrix of one pair: int64 (K, K), rows = target class, columns = prediction.
 
-    ``pred`` and ``target`` are integer tensors of one shape; pixels whose target is ``ignore_index`` are left
-    out, whatever was predicted there. ``where`` names the image in error messages.
+    ``pred`` and ``target`` are integer tensors of one shape; pixels whose target is ``ignore_index`` are left out,
+    whatever was predicted there. ``where`` names the image in error messages.
 
-    Raises `InputError` if a target is neither a class nor ``ignore_index``, or if a prediction is not a
-    class.
+    Raises `InputError` if a target is neither a class nor ``ignore_index``, or if a prediction is not a class.
     """
     if pred.shape != target.shape:
         raise InputError(
@@ -34,33 +33,27 @@ def count_pixels(pred: Tensor, target: Tensor, *, num_classes: int, ignore_index
         raise InputError(
             f"prediction and label must hold class numbers{_of(where)}, got {pred.dtype} and {target.dtype}"
         )
-    pair = (_as_bytes(pred), _as_bytes(target)) if 0 <= ignore_index < _BYTE >= num_classes else (None, None)
-    if pair[0] is None or pair[1] is None:
-        return _count_any(pred.to(target.device), target, num_classes, ignore_index, where)
-    histogram = _byte_histogram(pair[0].to(pair[1].device), pair[1])
+    pred = pred.to(target.device)
+    if not (0 <= ignore_index < _BYTE and num_classes <= _BYTE and _fits_bytes(pred) and _fits_bytes(target)):
+        return _count_any(pred, target, num_classes, ignore_index, where)
+    histogram = _byte_histogram(*(labels.to(torch.uint8).contiguous().view(-1) for labels in (pred, target)))
     counts = histogram[:num_classes, :num_classes].contiguous()
     if ignore_index < num_classes:
         counts[ignore_index] = 0
     if int(counts.sum()) + int(histogram[ignore_index].sum()) != pred.numel():
-        _raise_out_of_range(pred.to(target.device), target, num_classes, ignore_index, where)
+        _raise_out_of_range(pred, target, num_classes, ignore_index, where)
     return counts
 
 
-def _as_bytes(labels: Tensor) -> Tensor | None:
-    """The same values as uint8, or None where they do not fit."""
-    if labels.dtype == torch.uint8:
-        return labels.contiguous()
-    if labels.dtype == torch.bool or labels.numel() == 0:
-        return labels.to(torch.uint8).contiguous()
+def _fits_bytes(labels: Tensor) -> bool:
+    if labels.dtype in (torch.uint8, torch.bool) or labels.numel() == 0:
+        return True
     low, high = torch.aminmax(labels)
-    if int(low) < 0 or int(high) >= _BYTE:
-        return None
-    return labels.to(torch.uint8).contiguous()
+    return int(low) >= 0 and int(high) < _BYTE
 
 
 def _byte_histogram(pred: Tensor, target: Tensor) -> Tensor:
-    """int64 (256, 256): how often each pair of byte values occurs. No pixel needs a test of its own."""
-    pred, target = pred.view(-1), target.view(-1)
+    """Return how often each pair (target, prediction) of byte values occurs: int64 (256, 256)."""
     if target.device.type != "cpu":
         index = target.to(torch.int32).mul_(_BYTE).add_(pred)
         return torch.bincount(index, minlength=_BYTE * _BYTE).view(_BYTE, _BYTE)
@@ -76,7 +69,7 @@ def _byte_histogram(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def _count_any(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, where: str) -> Tensor:
-    """The same for values outside 0..255: slower, without a limit on the number of classes."""
+    """Return the confusion matrix of values outside 0..255 too: slower, without a limit on the number of classes."""
     pred, target = pred.reshape(-1).long(), target.reshape(-1).long()
     valid = target != ignore_index
     pred, target = pred[valid], target[valid]
@@ -93,7 +86,8 @@ def _raise_out_of_range(pred: Tensor, target: Tensor, num_classes: int, ignore_i
         wrong = values[(values < 0) | (values >= num_classes)]
         if not wrong.numel():
             continue
-        found = ", ".join(f"{value} ({n} pixels)" for value, n in zip(*_unique(wrong), strict=True))
+        unique, num = (part[:5].tolist() for part in torch.unique(wrong, return_counts=True))
+        found = ", ".join(f"{value} ({n} pixels)" for value, n in zip(unique, num, strict=True))
         allowed = f"the classes 0..{num_classes - 1}"
         if name == "label":
             allowed += f" and ignore_index {ignore_index}; map the raw labels with the data set's label table"
@@ -103,21 +97,15 @@ def _raise_out_of_range(pred: Tensor, target: Tensor, num_classes: int, ignore_i
     raise AssertionError("no value is out of range")
 
 
-def _unique(values: Tensor, most: int = 5) -> tuple[list[int], list[int]]:
-    unique, num = torch.unique(values, return_counts=True)
-    return unique[:most].tolist(), num[:most].tolist()
-
-
 def _of(where: str) -> str:
     return f" in {where}" if where else ""
 
 
 class ConfusionMatrix:
-    """A running confusion matrix. ``counts`` is int64 (K, K) on ``device``, rows = target, columns =
-    prediction.
+    """A running confusion matrix. ``counts`` is int64 (K, K) on ``device``, rows = target, columns = prediction.
 
-    The scores are float64 tensors (K,) on the CPU, or floats; for their definitions and for the policy on
-    absent classes see `segkit.evaluation.metrics`.
+    The scores are float64 tensors (K,) on the CPU, or floats; for their definitions and for the policy on absent
+    classes see `segkit.evaluation.metrics`.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
@@ -142,7 +130,7 @@ class ConfusionMatrix:
         self.counts += other.counts.to(self.counts.device)
 
     def reset(self) -> None:
-        """Forget everything that was counted."""
+        """Set all counts to 0."""
         self.counts.zero_()
 
     def _numpy(self) -> np.ndarray:
@@ -161,12 +149,8 @@ class ConfusionMatrix:
         return metrics.absent_classes(self._numpy())
 
     def pixel_accuracy(self) -> float:
-        """Share of right pixels."""
+        """Share of the counted pixels that are right."""
         return metrics.pixel_accuracy(self._numpy())
-
-    def class_accuracy(self) -> Tensor:
-        """Recall (K,), nan where a class has no target pixel."""
-        return torch.from_numpy(metrics.class_accuracy(self._numpy()))
 
     def precision(self) -> Tensor:
         """(K,), nan where a class was never predicted."""
@@ -175,6 +159,8 @@ class ConfusionMatrix:
     def recall(self) -> Tensor:
         """(K,), nan where a class has no target pixel."""
         return torch.from_numpy(metrics.recall(self._numpy()))
+
+    class_accuracy = recall
 
     def dice(self) -> Tensor:
         """(K,), nan where a class is neither target nor predicted."""

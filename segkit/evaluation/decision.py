@@ -1,8 +1,8 @@
 """A bias per class on the logits that maximises the mean IoU: the plain control for any margin method.
 
-The bias must be tuned on training images: on the images that are scored afterwards it fits their class mix and
-flatters the score. `collect_logits` keeps a sample of pixels, `tune_bias` climbs on it, and `BiasedModel` adds the
-result to a model's logits, at no cost.
+The bias must be tuned on training images: tuned on the images that are scored afterwards, it would fit their mix of
+classes and flatter the score. `collect_logits` keeps a sample of pixels, `tune_bias` searches on it, and `BiasedModel`
+adds the result to a model's logits, at no cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from segkit.errors import InputError
-from segkit.evaluation.loop import LabelledBatch, autocast
+from segkit.evaluation.loop import LabelledBatch, evaluating
 from segkit.evaluation.metrics import Floats, divide
 from segkit.evaluation.views import forward
 
@@ -51,7 +51,7 @@ class Calibration:
     num_pixels: int
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """As plain values, the bias by class name."""
+        """Return JSON values, with the bias by class name."""
         assert len(class_names) == len(self.bias)
         return {
             "bias": {name: float(value) for name, value in zip(class_names, self.bias, strict=True)},
@@ -63,7 +63,7 @@ class Calibration:
 
 
 def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> NDArray[np.float32]:
-    """The bias (K,) in the order of ``class_names`` from what `Calibration.to_json` gave."""
+    """Return the bias (K,) in the order of ``class_names`` from the result of `Calibration.to_json`."""
     bias = content.get("bias")
     if not isinstance(bias, Mapping) or set(bias) != set(class_names):
         raise InputError(
@@ -93,7 +93,6 @@ class BiasedModel(nn.Module):
         return logits + self.bias.to(logits.dtype)
 
 
-@torch.inference_mode()
 def collect_logits(
     model: nn.Module,
     batches: Iterable[LabelledBatch],
@@ -101,50 +100,40 @@ def collect_logits(
     num_classes: int,
     ignore_index: int = 255,
     device: torch.device | str = "cpu",
-    precision: str = "fp32",
     pixels_per_image: int = 4000,
     seed: int = 0,
     progress: Callable[[Iterable[LabelledBatch]], Iterable[LabelledBatch]] | None = None,
 ) -> LogitSample:
-    """Logits at random labelled pixels, up-sampled bilinearly to the labels' size at those pixels only.
+    """Return the logits at random labelled pixels, up-sampled bilinearly to the labels' size at those pixels only.
 
-    Half of an image's pixels are drawn from all labelled ones, half evenly from the classes that it shows, so that
-    rare classes are there; the weights make up for it. The draw depends on ``seed`` and on the image's number.
+    Half of an image's pixels are drawn from all labelled ones, half evenly from the classes in the image, so that
+    rare classes are in the sample; the weights correct for it. The draw depends on ``seed`` and on the image's number.
     """
     device = torch.device(device)
     parts: list[tuple[NDArray[np.float32], NDArray[np.int64], Floats]] = []
-    num_images = 0
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(device, precision):
-            for batch in batches if progress is None else progress(batches):
-                logits = forward(model, batch.images.to(device, non_blocking=True))
-                if logits.shape[1] != num_classes:
-                    raise InputError(f"the model has {logits.shape[1]} classes, the data set {num_classes}")
-                for i, index in enumerate(batch.indices):
-                    num_images += 1
-                    labels = batch.labels[i].cpu().numpy()
-                    rng = np.random.default_rng([seed, index])
-                    chosen, weights = _draw_pixels(labels, ignore_index, pixels_per_image, rng)
-                    target = labels.reshape(-1)[chosen].astype(np.int64)
-                    parts.append((_logits_at(logits[i], chosen, labels.shape), target, weights))
-    finally:
-        model.train(was_training)
-    if not parts or not sum(len(target) for _, target, _ in parts):
+    with evaluating(model, device, "fp32"):
+        for batch in batches if progress is None else progress(batches):
+            logits = forward(model, batch.images.to(device, non_blocking=True))
+            if logits.shape[1] != num_classes:
+                raise InputError(f"the model has {logits.shape[1]} classes, the data set {num_classes}")
+            for i, index in enumerate(batch.indices):
+                labels = batch.labels[i].cpu().numpy()
+                rng = np.random.default_rng([seed, index])
+                chosen, weights = _draw_pixels(labels, ignore_index, pixels_per_image, rng)
+                target = labels.reshape(-1)[chosen].astype(np.int64)
+                parts.append((_logits_at(logits[i], chosen, labels.shape), target, weights))
+    if not any(len(target) for _, target, _ in parts):
         raise InputError("there is no labelled pixel to calibrate on; check dataset.root and dataset.train_split")
-    target = np.concatenate([part[1] for part in parts])
+    sampled, target, weights = (np.concatenate(values) for values in zip(*parts, strict=True))
     if target.max() >= num_classes:
         raise InputError(f"label value {target.max()} is no class 0..{num_classes - 1} and not {ignore_index}")
-    return LogitSample(
-        np.concatenate([part[0] for part in parts]), target, np.concatenate([part[2] for part in parts]), num_images
-    )
+    return LogitSample(sampled, target, weights, num_images=len(parts))
 
 
 def _draw_pixels(
     labels: NDArray[np.integer], ignore_index: int, num_pixels: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Numbers of drawn pixels and their weights: 1 / (expected number of draws of that pixel)."""
+    """Return the numbers of the drawn pixels, and their weights: 1 / (expected number of draws of that pixel)."""
     valid = np.flatnonzero(labels != ignore_index)
     if valid.size == 0:
         return valid, np.zeros(0)
@@ -156,7 +145,7 @@ def _draw_pixels(
 
 
 def _logits_at(logits: Tensor, pixels: NDArray[np.int64], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """Logits (P, K) of a map (K, h, w), at numbered pixels of its bilinear enlargement to ``size``."""
+    """Return the logits (P, K) of a map (K, h, w) at numbered pixels of its bilinear enlargement to ``size``."""
     y, x = np.divmod(pixels, size[1])
     # grid_sample measures from -1 to 1, the outer edges of the map.
     place = np.stack([(2 * x + 1) / size[1] - 1, (2 * y + 1) / size[0] - 1], axis=-1)
@@ -166,11 +155,11 @@ def _logits_at(logits: Tensor, pixels: NDArray[np.int64], size: tuple[int, ...])
 
 
 def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> Calibration:
-    """The bias that coordinate ascent finds: one class after the other, on an ever finer grid.
+    """Return the bias that coordinate ascent finds: one class after the other, on an ever finer grid.
 
     The objective is the mean IoU of argmax(logits + bias) over the classes that have target pixels in the sample.
-    Other classes keep the bias 0: their IoU says nothing there, and to forbid them would only flatter the score.
-    A step is taken only if it raises the objective, so the result is never below the start.
+    Other classes keep the bias 0: the sample says nothing about them, and forbidding them would only flatter the score.
+    A step is taken only if it raises the objective, so the result is never worse than no bias.
     """
     logits = sample.logits.astype(np.float32)
     num_classes = logits.shape[1]
@@ -184,7 +173,7 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> Calibration:
             objective = _objective_of_candidates(sample, logits + bias, int(k), candidates - bias[k], present)
             trial = bias.copy()
             trial[k] = candidates[int(np.argmax(objective))]
-            # The grid's figures and this one may differ at ties and by rounding: the score itself decides.
+            # The grid's figures may differ from the score at ties and by rounding, so the score itself decides.
             score = weighted_mean_iou(sample, trial)
             if score > best:
                 best, bias = score, trial
@@ -193,7 +182,7 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> Calibration:
 
 
 def weighted_mean_iou(sample: LogitSample, bias: NDArray[np.float32]) -> float:
-    """Mean IoU of the biased predictions over the classes with target pixels, in weighted pixels."""
+    """Return the mean IoU of the biased predictions over the classes with target pixels, in weighted pixels."""
     num_classes = sample.logits.shape[1]
     predicted = (sample.logits + bias).argmax(1)
     hit = predicted == sample.target
@@ -206,22 +195,22 @@ def weighted_mean_iou(sample: LogitSample, bias: NDArray[np.float32]) -> float:
 def _objective_of_candidates(
     sample: LogitSample, scores: NDArray[np.float32], k: int, shifts: NDArray[np.float32], present: NDArray[np.bool_]
 ) -> Floats:
-    """Mean IoU for each rise ``shifts`` (sorted) of class k's score, from one pass over the pixels.
+    """Return the mean IoU for each of the sorted ``shifts`` of class k's score, from one pass over the pixels.
 
-    A pixel goes to class k as soon as the rise exceeds what k lacks to the best other class. So the pixels are
+    A pixel goes to class k as soon as the shift exceeds the lead of the best other class over k. So the pixels are
     counted by the first shift that moves them, and cumulative sums give the counts for every shift.
     """
     num_classes, num_bins = scores.shape[1], len(shifts) + 1
     own = scores[:, k].copy()
     scores[:, k] = -np.inf
     other = scores.argmax(1)
-    lacking = np.take_along_axis(scores, other[:, None], axis=1)[:, 0] - own
-    first = np.searchsorted(shifts, lacking, side="right")
+    lead = np.take_along_axis(scores, other[:, None], axis=1)[:, 0] - own
+    first = np.searchsorted(shifts, lead, side="right")
     weights, target = sample.weights, sample.target
     right = np.where(other == target, weights, 0.0)
 
     def moved(values: Floats) -> Floats:
-        """Sums (num_shifts, K) by former class over the pixels that each shift has moved."""
+        """Return sums (num_shifts, K) by former class over the pixels that each shift has moved."""
         table = np.bincount(first * num_classes + other, values, num_bins * num_classes)
         return table.reshape(num_bins, num_classes)[:-1].cumsum(0)
 

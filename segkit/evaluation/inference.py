@@ -1,8 +1,8 @@
 """From images to predictions of the label's size: whole images, sliding windows, flips, several scales.
 
 :mod:`segkit.evaluation.views` computes the scores in bands of rows, so full-size scores of all classes never exist: one
-band at a time is up-sampled bilinearly to the label's size. Several views are averaged there as class
-probabilities (softmax), a single one needs none.
+band at a time is up-sampled bilinearly to the label's size. Several views are averaged there as class probabilities
+(softmax); a single view is decided by its logits.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ _BLENDINGS = ("gaussian", "uniform")
 
 
 def whole_image(model: Scorer, images: Tensor, size: Size) -> Tensor:
-    """Predictions (N, H, W) of one forward pass per batch.
+    """Return the predictions (N, H, W) of one forward pass per batch: uint8, or int16 beyond 256 classes.
 
-    ``images`` (N, 3, h, w) as the model takes them, ``size`` = (H, W) of the labels. uint8 up to 256 classes,
-    int16 beyond.
+    ``images`` (N, 3, h, w) as the model takes them, ``size`` = (H, W) of the labels.
     """
-    return _WHOLE_IMAGE(model, images, size)
+    return Inference()(model, images, size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
     """How images become predictions; an instance is a ``predict`` for `segkit.evaluation.evaluate`.
 
-    ``window`` (height, width): slide a window of that size over the image (at every scale), or None for the whole
-    image at once. ``overlap``: share of the window that neighbours have in common, at least. ``blending`` of
-    overlapping windows: "gaussian" (standard deviation an eighth of the window: the middle counts most) or
-    "uniform". ``tiles_per_batch``: windows to one forward pass. ``flip``: also the mirrored image. ``scales``:
-    factors of the image size. ``multiple``: windows start and end on multiples of it, and images that are scaled
-    or cut are padded to it by repeating their last row and column; the model's stride must divide it.
+    ``window`` (height, width): slide a window of that size over the image (at every scale); None for the whole image at
+    once. ``overlap``: least share of the window that neighbours have in common. ``blending`` of overlapping windows:
+    "gaussian" (standard deviation an eighth of the window, so that its middle counts most) or "uniform".
+    ``tiles_per_batch``: windows in one forward pass. ``flip``: average with the mirrored image. ``scales``: factors of
+    the image size. ``multiple``: windows start and end on multiples of it, and images that are scaled or cut are padded
+    to it by repeating their last row and column; the model's stride must divide it.
     """
 
     window: Size | None = None
@@ -71,14 +70,14 @@ class Inference:
             )
 
     def __call__(self, model: Scorer, images: Tensor, size: Size) -> Tensor:
-        """Predictions (N, H, W) on the device of ``images`` (N, 3, h, w): uint8, or int16 beyond 256 classes."""
+        """Return predictions (N, H, W) on the device of ``images`` (N, 3, h, w): uint8, or int16 beyond 256 classes."""
         best: Tensor | None = None
         for rows, band in self._bands(model, images, size):
             if best is None:
                 dtype = class_dtype(band.shape[1])
                 best = torch.empty(len(images), *size, dtype=dtype, device=band.device)
             best[:, rows] = argmax_channel(band, best.dtype)
-            del band  # else it would be in memory beside the next one
+            del band  # otherwise it is in memory beside the next one
         assert best is not None
         return best
 
@@ -88,7 +87,7 @@ class Inference:
             yield rows, band.softmax(1) if self._num_views == 1 else band
 
     def describe(self) -> dict[str, object]:
-        """The settings as plain values, for the protocol beside a score."""
+        """Return the settings as JSON values, for the protocol beside a score."""
         described: dict[str, object] = {"scales": list(self.scales), "flip": self.flip, "window": None}
         if self.window is not None:
             described |= {"window": list(self.window), "overlap": self.overlap, "blending": self.blending}
@@ -99,7 +98,6 @@ class Inference:
         return len(self.scales) * (2 if self.flip else 1)
 
     def _bands(self, model: Scorer, images: Tensor, size: Size) -> Iterator[tuple[slice, Tensor]]:
-        """``(rows, band)`` from top to bottom: mean probabilities of several views, but the logits of a single one."""
         return averaged(self._views(model, images, size), size, num_views=self._num_views)
 
     def _views(self, model: Scorer, images: Tensor, size: Size) -> Iterator[View]:
@@ -118,6 +116,3 @@ class Inference:
                     tiles_per_batch=self.tiles_per_batch,
                     num_views=self._num_views,
                 )
-
-
-_WHOLE_IMAGE = Inference()

@@ -1,17 +1,16 @@
 """Scores as pure functions of a confusion matrix. Numpy only.
 
-``counts`` is an integer array (K, C) with C >= K: ``counts[t, p]`` pixels have target class ``t`` and
-prediction ``p``. Columns K.. (usually none) hold predictions that are none of the classes, such as a
-predicted void: they are misses of their row and false alarms of no class. Sums are taken in int64,
-quotients in float64.
+``counts`` is an integer array (K, C) with C >= K: ``counts[t, p]`` pixels have target class ``t`` and prediction ``p``.
+Columns K.. (usually none) hold predictions that are none of the classes, such as a predicted void: they are misses of
+their row and false alarms of no class. Sums are taken in int64, quotients in float64.
 
 With TP_k = counts[k, k], T_k = sum of row k (target pixels) and P_k = sum of column k (predicted pixels):
 
     IoU_k = TP_k / (T_k + P_k - TP_k)    precision_k = TP_k / P_k    recall_k = TP_k / T_k
     Dice_k = 2 TP_k / (T_k + P_k)
 
-A class whose denominator is 0 has the score nan and stays out of the mean; `absent_classes` lists those of
-the IoU. A mean over no class is nan.
+A class whose denominator is 0 has the score nan and stays out of the mean; `absent_classes` lists those of the IoU. A
+mean over no class is nan.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Ints = NDArray[np.int64]
 
 
 def totals(counts: ArrayLike) -> tuple[Ints, Ints, Ints]:
-    """``(TP, T, P)``, each int64 (K,): true positives, target pixels, predicted pixels."""
+    """Return ``(TP, T, P)``, each int64 (K,): true positives, target pixels, predicted pixels."""
     matrix = np.asarray(counts)
     assert matrix.ndim == 2, matrix.shape
     assert matrix.shape[1] >= matrix.shape[0], matrix.shape
@@ -40,14 +39,14 @@ def totals(counts: ArrayLike) -> tuple[Ints, Ints, Ints]:
 
 
 def divide(part: ArrayLike, whole: ArrayLike) -> Floats:
-    """``part / whole`` in float64, nan where ``whole`` is 0."""
+    """Return ``part / whole`` in float64, nan where ``whole`` is 0."""
     part = np.asarray(part, np.float64)
     whole = np.asarray(whole, np.float64)
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0)
 
 
 def mean_of_present(scores: ArrayLike) -> float:
-    """Mean of the scores that are not nan; nan if there is none."""
+    """Return the mean of the scores that are not nan; nan if there is none."""
     scores = np.asarray(scores, np.float64)
     present = scores[~np.isnan(scores)]
     return float(present.mean()) if present.size else float("nan")
@@ -110,11 +109,10 @@ def frequency_weighted_iou(counts: ArrayLike) -> float:
 
 
 def merge_classes(counts: ArrayLike, groups: Sequence[int], num_groups: int | None = None) -> Ints:
-    """Counts of groups of classes, (G, G + 1): a coarser view of the same pixels.
+    """Return the counts of groups of classes, (G, G + 1): a coarser view of the same pixels.
 
-    ``groups[k]`` is the group of class k, or -1 for a class that is not evaluated: pixels with such a
-    target are dropped; a prediction of it on another target is a miss (the last column, which also takes
-    the extra columns of ``counts``).
+    ``groups[k]`` is the group of class k, or -1 for a class that is not evaluated: pixels with such a target are
+    dropped; a prediction of it on another target is a miss (the last column, as for the extra columns of ``counts``).
     """
     matrix = np.asarray(counts, np.int64)
     num_classes = matrix.shape[0]
@@ -133,16 +131,11 @@ def merge_classes(counts: ArrayLike, groups: Sequence[int], num_groups: int | No
 
 
 def summary(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
-    """All scores of one matrix as plain numbers, by class name; the score nan is given as None."""
+    """Return all scores of one matrix as JSON values, by class name; nan becomes None."""
     tp, target, predicted = totals(counts)
     if len(class_names) != len(tp):
         raise InputError(f"{len(class_names)} class names were given for {len(tp)} classes")
-    per_class = {
-        "iou": iou(counts),
-        "precision": precision(counts),
-        "recall": recall(counts),
-        "dice": dice(counts),
-    }
+    per_class = {score.__name__: score(counts) for score in (iou, precision, recall, dice)}
     classes: dict[str, dict[str, float | int | None]] = {}
     for k, name in enumerate(class_names):
         row: dict[str, float | int | None] = {key: number(values[k]) for key, values in per_class.items()}
@@ -161,5 +154,5 @@ def summary(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def number(value: float) -> float | None:
-    """A float that JSON can hold: nan becomes None."""
+    """Return a value that JSON can hold: nan becomes None."""
     return None if np.isnan(value) else float(value)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ _FIELDS = ("image", "target", "prediction", "count", "names", "num_classes")
 class PerImageCounts:
     """Non-zero entries of one (K, K) confusion matrix per image.
 
-    Entry e says: in image ``image[e]``, ``count[e]`` pixels of class ``target[e]`` were predicted as
-    ``prediction[e]``. The arrays are int64 and of one length; ``names`` has one name per image, in the
-    order of the data set. An image without any labelled pixel has no entry but keeps its name.
+    Entry e: in image ``image[e]``, ``count[e]`` pixels of class ``target[e]`` were predicted as ``prediction[e]``.
+    The arrays are int64 and of one length; ``names`` has one name per image, in the order of the data set. An image
+    without any labelled pixel has no entry but keeps its name.
     """
 
     image: NDArray[np.int64]
@@ -34,21 +34,17 @@ class PerImageCounts:
 
     @property
     def num_images(self) -> int:
-        """Number of images, those without entries included."""
+        """Number of images, including those without entries."""
         return len(self.names)
 
     @classmethod
-    def from_matrices(
-        cls, matrices: Iterable[NDArray[np.int64]], names: Sequence[str], *, num_classes: int
+    def from_sparse(
+        cls, matrices: Sequence[NDArray[np.int64]], names: Sequence[str], *, num_classes: int
     ) -> PerImageCounts:
-        """From dense (K, K) matrices, one per name."""
-        rows = []
-        for i, matrix in enumerate(matrices):
-            target, prediction = np.nonzero(matrix)
-            rows.append(np.stack([np.full(len(target), i), target, prediction, matrix[target, prediction]]))
-        assert len(rows) == len(names), (len(rows), len(names))
-        entries = np.concatenate(rows, axis=1) if rows else np.zeros((4, 0))
-        image, target, prediction, count = entries.astype(np.int64)
+        """Return the counts of one or more matrices in the form of `sparse`, one per name."""
+        assert len(matrices) == len(names), (len(matrices), len(names))
+        image = np.repeat(np.arange(len(matrices)), [matrix.shape[1] for matrix in matrices])
+        target, prediction, count = np.concatenate(matrices, axis=1)
         return cls(image, target, prediction, count, tuple(names), num_classes)
 
     def total(self) -> NDArray[np.int64]:
@@ -74,25 +70,23 @@ class PerImageCounts:
         np.add.at(predicted, (self.image, self.prediction), self.count)
         return tp, target, predicted
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a compressed .npz (under a temporary name first, then renamed)."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(
-                file,
-                image=self.image.astype(np.int32),
-                target=self.target.astype(np.int16),
-                prediction=self.prediction.astype(np.int16),
-                count=self.count,
-                names=np.array(self.names, dtype=np.str_),
-                num_classes=np.int64(self.num_classes),
-            )
-        os.replace(temporary, path)
+    def to_bytes(self) -> bytes:
+        """Return the content of a compressed .npz file, which `load` reads."""
+        content = io.BytesIO()
+        np.savez_compressed(
+            content,
+            image=self.image.astype(np.int32),
+            target=self.target.astype(np.int16),
+            prediction=self.prediction.astype(np.int16),
+            count=self.count,
+            names=np.array(self.names, dtype=np.str_),
+            num_classes=np.int64(self.num_classes),
+        )
+        return content.getvalue()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerImageCounts:
-        """Read what `save` wrote. Raises `InputError` for any other file."""
+        """Read a file with the content of `to_bytes`. Raises `InputError` for any other file."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 fields = {key: stored[key] for key in _FIELDS}
@@ -104,3 +98,9 @@ class PerImageCounts:
             ) from error
         image, target, prediction, count = (fields[key].astype(np.int64) for key in _FIELDS[:4])
         return cls(image, target, prediction, count, tuple(fields["names"].tolist()), int(fields["num_classes"]))
+
+
+def sparse(matrix: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the non-zero entries of a confusion matrix: int64 (3, n), rows target, prediction and count."""
+    target, prediction = np.nonzero(matrix)
+    return np.stack([target, prediction, matrix[target, prediction]])

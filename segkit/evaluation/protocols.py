@@ -32,7 +32,7 @@ CITYSCAPES_CATEGORIES: Mapping[str, tuple[str, ...]] = {
 def merge_by_name(
     counts: ArrayLike, class_names: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], metrics.Ints]:
-    """Names and counts (G, G + 1) of groups of named classes; classes in no group are not evaluated."""
+    """Return names and counts (G, G + 1) of groups of named classes; classes in no group are not evaluated."""
     group_of: dict[str, int] = {}
     for g, (group, members) in enumerate(groups.items()):
         for name in members:
@@ -48,7 +48,7 @@ def merge_by_name(
 
 
 def benchmark_scores(protocol: str, counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
-    """The figures of a named protocol: ``score`` (the one that ranks), what it is made of, and the policy."""
+    """Return the figures of a named protocol: ``score`` (which ranks), its parts, and the policy on absent classes."""
     if protocol not in _PROTOCOLS:
         raise InputError(f"there is no protocol {protocol!r}; allowed are {', '.join(_PROTOCOLS)}")
     return {"protocol": protocol, **_PROTOCOLS[protocol](counts, class_names)}

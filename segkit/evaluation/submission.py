@@ -1,7 +1,7 @@
 """Archives in the form that benchmark servers take: written, checked, and read back.
 
-An archive holds one 8-bit PNG per image with the data set's own label values, at the size of the image. It is a
-.zip, or a .tar, .tar.gz or .tgz (what the VOC server takes), by the name of the file.
+An archive holds one 8-bit PNG per image with the data set's own label values, at the size of the image. The name of
+the file says whether it is a .zip, or a .tar, .tar.gz or .tgz (which the VOC server takes).
 
 =============  ==========================================================  ===============================
 format         member                                                      values
@@ -23,12 +23,12 @@ import re
 import tarfile
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,38 +92,37 @@ def write_submission(
     image_sizes: Mapping[str, Size] | None = None,
     threads: int = 2,
 ) -> int:
-    """Write predictions, one ``(name, train ids (H, W))`` at a time, and check the archive; the number of files.
+    """Write predictions, one ``(name, train ids (H, W))`` at a time, check the archive, and return its number of files.
 
-    ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6. ``image_sizes``, where given, are the names and
-    sizes of all images to come: they go through `check_images` before the first prediction is asked for. The archive
-    gets its name when it is complete and right.
+    ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6. ``image_sizes``, if given, are the names and sizes
+    of all images to come: they go through `check_images` before the first prediction is asked for. The archive gets
+    its name once it is complete and right.
 
     Raises `InputError` naming the image for a wrong name, size or value, and if there is no prediction.
     """
-    form = _format(format, competition)
+    rules = _Rules(format, split, competition)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
-    member = _member_namer(form, split, competition)
     sizes: dict[str, Size] = {}
     if image_sizes is not None:
-        check_images(image_sizes, format=format, split=split)
+        rules.check_images(image_sizes)
 
     def files() -> Iterator[tuple[str, NDArray[np.integer]]]:
         for name, prediction in predictions:
             name = PurePosixPath(name).name
-            _check_prediction(name, prediction, form, format, table, split, image_sizes)
+            rules.check_prediction(name, prediction, num_classes=len(table.classes), image_sizes=image_sizes)
             if name in sizes:
                 raise InputError(f"image {name} was predicted twice; a submission holds every image once")
             sizes[name] = (prediction.shape[0], prediction.shape[1])
-            yield member(name), prediction
+            yield rules.member(name), prediction
 
     try:
-        with _Archive(path, temporary) as archive:
-            for member_name, content in _encoded(files(), table, palette=form.palette, threads=threads):
-                archive.add(member_name, content)
+        with _archive(path, temporary) as add:
+            for member, content in _encoded(files(), table, palette=rules.form.palette, threads=threads):
+                add(member, content)
         if not sizes:
             raise InputError(f"there is no prediction to write to {path}; check the split")
-        _check_number(len(sizes), form, format, split)
+        rules.check_number(len(sizes))
         expected = sizes if image_sizes is None else image_sizes
         validate_submission(temporary, format=format, table=table, sizes=expected, split=split, competition=competition)
         os.replace(temporary, path)
@@ -138,11 +137,7 @@ def check_images(image_sizes: Mapping[str, Size], *, format: str, split: str = "
     The test splits of Cityscapes and BDD100K have one size, and every server wants all images of its test split.
     Raises `InputError` that names the first image that the server would refuse.
     """
-    form = _format(format, "comp6")
-    for name, size in image_sizes.items():
-        _check_name(name, form, format)
-        _check_official_size(name, size, form, format, split)
-    _check_number(len(image_sizes), form, format, split)
+    _Rules(format, split).check_images(image_sizes)
 
 
 def validate_submission(
@@ -154,7 +149,7 @@ def validate_submission(
     split: str = "test",
     competition: str = "comp6",
 ) -> int:
-    """Check every file of an archive; the number of files.
+    """Check every file of an archive, and return the number of files.
 
     ``sizes``: image names with (height, width); all of them must be there and no other. Raises `InputError` that
     names the first file with a wrong path, kind of PNG, size or value, or files that are missing or too many.
@@ -180,93 +175,101 @@ def read_submission(
     path: str | os.PathLike[str], *, format: str, table: LabelTable, split: str = "test", competition: str = "comp6"
 ) -> Iterator[tuple[str, Labels]]:
     """Yield ``(image name, train ids uint8 (H, W))``: the inverse of `write_submission`, checking as it reads."""
-    form = _format(format, competition)
-    member = _member_namer(form, split, competition)
+    rules = _Rules(format, split, competition)
     to_train = np.full(256, 255, np.uint8)
-    for train_id, raw in table.train_to_raw.items():
-        to_train[raw] = train_id
-    allowed = np.zeros(256, bool)
-    allowed[list(table.train_to_raw.values())] = True
-    with ExitStack() as stack:
-        for member_name, content in _members(Path(path), stack):
-            name = PurePosixPath(member_name).name.removesuffix(form.ending)
-            if member_name != member(name) or not re.fullmatch(form.pattern, name):
-                raise InputError(f"{path}: there is a file {member_name}; expected are files such as {member('NAME')}")
-            raw_labels = _decoded(content, f"{path}: {member_name}", palette=form.palette)
+    raw = list(table.train_to_raw.values())
+    to_train[raw] = list(table.train_to_raw)
+    allowed = np.isin(np.arange(256), raw)
+    with closing(_members(Path(path))) as members:
+        for member, content in members:
+            name = PurePosixPath(member).name.removesuffix(rules.form.ending)
+            if member != rules.member(name) or not re.fullmatch(rules.form.pattern, name):
+                raise InputError(f"{path}: there is a file {member}; expected are files such as {rules.member('NAME')}")
+            raw_labels = _decoded(content, f"{path}: {member}", palette=rules.form.palette)
             if not allowed[raw_labels].all():
                 wrong = np.unique(raw_labels[~allowed[raw_labels]])[:5].tolist()
                 raise InputError(
-                    f"{path}: {member_name} has the values {wrong}, which are no label of {format}; write train ids "
+                    f"{path}: {member} has the values {wrong}, which are no label of {format}; write train ids "
                     "with `segkit submit`, which maps them"
                 )
             yield name, to_train[raw_labels]
 
 
-def _format(name: str, competition: str) -> Format:
-    if name not in FORMATS:
-        raise InputError(f"there is no submission format {name!r}; allowed are {', '.join(FORMATS)}")
-    if competition not in ("comp5", "comp6"):
-        raise InputError(f"competition is {competition!r}; allowed are comp5 (VOC data alone) and comp6")
-    return FORMATS[name]
+@dataclass(frozen=True)
+class _Rules:
+    """What the server of benchmark ``format`` wants of a split; the checks raise `InputError`."""
 
+    format: str
+    split: str
+    competition: str = "comp6"
 
-def _member_namer(form: Format, split: str, competition: str) -> Callable[[str], str]:
-    folder = PurePosixPath(form.folder.format(competition=competition, split=split))
-    return lambda name: str(folder / f"{name}{form.ending}")
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError(f"there is no submission format {self.format!r}; allowed are {', '.join(FORMATS)}")
+        if self.competition not in ("comp5", "comp6"):
+            raise InputError(f"competition is {self.competition!r}; allowed are comp5 (VOC data alone) and comp6")
 
+    @property
+    def form(self) -> Format:
+        return FORMATS[self.format]
 
-def _check_prediction(
-    name: str,
-    prediction: NDArray[np.integer],
-    form: Format,
-    format: str,
-    table: LabelTable,
-    split: str,
-    image_sizes: Mapping[str, Size] | None,
-) -> None:
-    _check_name(name, form, format)
-    if prediction.ndim != 2 or prediction.dtype.kind not in "iu":
-        raise InputError(
-            f"the prediction of {name} must hold class numbers (H, W), got {prediction.dtype} of shape "
-            f"{prediction.shape}"
-        )
-    num_classes = len(table.classes)
-    if prediction.size and not (prediction.min() >= 0 and prediction.max() < num_classes):
-        raise InputError(
-            f"the prediction of {name} has values from {prediction.min()} to {prediction.max()}; allowed are the "
-            f"classes 0..{num_classes - 1}"
-        )
-    _check_official_size(name, (prediction.shape[0], prediction.shape[1]), form, format, split)
-    if image_sizes is None:
-        return
-    if name not in image_sizes:
-        raise InputError(f"the prediction of {name} belongs to no image of split {split}; predict exactly its images")
-    if prediction.shape != tuple(image_sizes[name]):
-        raise InputError(
-            f"the prediction of {name} has the size {_by(prediction.shape)}; {format} wants {_by(image_sizes[name])}: "
-            "predict at the size of the image"
-        )
+    def member(self, name: str) -> str:
+        """Return the name in the archive of the file for image ``name``."""
+        folder = PurePosixPath(self.form.folder.format(competition=self.competition, split=self.split))
+        return str(folder / f"{name}{self.form.ending}")
 
+    def check_images(self, sizes: Mapping[str, Size]) -> None:
+        for name, size in sizes.items():
+            self.check_name(name)
+            self.check_official_size(name, size)
+        self.check_number(len(sizes))
 
-def _check_name(name: str, form: Format, format: str) -> None:
-    if not re.fullmatch(form.pattern, name):
-        raise InputError(f"image name {name!r} is none of {format}; names must match {form.pattern}")
+    def check_prediction(
+        self, name: str, prediction: NDArray[np.integer], *, num_classes: int, image_sizes: Mapping[str, Size] | None
+    ) -> None:
+        self.check_name(name)
+        if prediction.ndim != 2 or prediction.dtype.kind not in "iu":
+            raise InputError(
+                f"the prediction of {name} must hold class numbers (H, W), got {prediction.dtype} of shape "
+                f"{prediction.shape}"
+            )
+        if prediction.size and not (prediction.min() >= 0 and prediction.max() < num_classes):
+            raise InputError(
+                f"the prediction of {name} has values from {prediction.min()} to {prediction.max()}; allowed are the "
+                f"classes 0..{num_classes - 1}"
+            )
+        self.check_official_size(name, prediction.shape)
+        if image_sizes is None:
+            return
+        if name not in image_sizes:
+            raise InputError(
+                f"the prediction of {name} belongs to no image of split {self.split}; predict exactly its images"
+            )
+        if prediction.shape != tuple(image_sizes[name]):
+            raise InputError(
+                f"the prediction of {name} has the size {_by(prediction.shape)}; {self.format} wants "
+                f"{_by(image_sizes[name])}: predict at the size of the image"
+            )
 
+    def check_name(self, name: str) -> None:
+        if not re.fullmatch(self.form.pattern, name):
+            raise InputError(f"image name {name!r} is none of {self.format}; names must match {self.form.pattern}")
 
-def _check_official_size(name: str, size: Size, form: Format, format: str, split: str) -> None:
-    if split == "test" and form.test_size is not None and tuple(size) != form.test_size:
-        raise InputError(
-            f"{name} has the size {_by(size)}; the test split of {format} wants {_by(form.test_size)}: point "
-            "dataset.root (segkit submit --root) to the original images"
-        )
+    def check_official_size(self, name: str, size: tuple[int, ...]) -> None:
+        official = self.form.test_size
+        if self.split == "test" and official is not None and tuple(size) != official:
+            raise InputError(
+                f"{name} has the size {_by(size)}; the test split of {self.format} wants {_by(official)}: point "
+                "dataset.root (segkit submit --root) to the original images"
+            )
 
-
-def _check_number(num_files: int, form: Format, format: str, split: str) -> None:
-    if split == "test" and form.num_test is not None and num_files != form.num_test:
-        raise InputError(
-            f"the submission would hold {num_files} images; the test split of {format} has {form.num_test}: complete "
-            "the data set, or name another split with segkit submit --split"
-        )
+    def check_number(self, num_files: int) -> None:
+        official = self.form.num_test
+        if self.split == "test" and official is not None and num_files != official:
+            raise InputError(
+                f"the submission would hold {num_files} images; the test split of {self.format} has {official}: "
+                "complete the data set, or name another split with segkit submit --split"
+            )
 
 
 def _by(size: tuple[int, ...]) -> str:
@@ -276,9 +279,9 @@ def _by(size: tuple[int, ...]) -> str:
 def _encoded(
     files: Iterable[tuple[str, NDArray[np.integer]]], table: LabelTable, *, palette: bool, threads: int
 ) -> Iterator[tuple[str, bytes]]:
-    """PNG bytes of every file in order; a few are encoded at a time."""
+    """Yield the PNG bytes of every file in order; a few are encoded at a time."""
     to_raw = np.array([table.train_to_raw[k] for k in range(len(table.classes))], np.uint8)
-    colours = np.full((256, 3), 0, np.uint8)
+    colours = np.zeros((256, 3), np.uint8)
     colours[to_raw] = table.palette
     if 255 not in to_raw:
         colours[255] = _VOID_COLOUR
@@ -316,59 +319,47 @@ def _decoded(content: bytes, where: str, *, palette: bool) -> Labels:
     return labels
 
 
-class _Archive:
-    """A zip or tar under a temporary name; its kind follows from the name it will get."""
+@contextmanager
+def _archive(path: Path, temporary: Path) -> Iterator[Callable[[str, bytes], None]]:
+    """Open ``temporary`` as an archive of the kind that ``path`` ends in; yields ``add(member, content)``."""
+    if path.suffix != ".zip" and path.suffix not in _TAR_MODES:
+        raise InputError(f"{path} must end in .zip, .tar, .tar.gz or .tgz; give --output such a name")
+    try:
+        archive: Any = (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED)  # PNG is compressed already
+            if path.suffix == ".zip"
+            else tarfile.open(temporary, _TAR_MODES[path.suffix])  # type: ignore[call-overload]  # noqa: SIM115
+        )
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give --output another folder") from error
 
-    def __init__(self, path: Path, temporary: Path) -> None:
-        self._zip: zipfile.ZipFile | None = None
-        self._tar: tarfile.TarFile | None = None
-        try:
-            if path.suffix == ".zip":
-                # PNG is compressed already.
-                self._zip = zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED)
-            elif path.suffix in _TAR_MODES:
-                self._tar = tarfile.open(temporary, _TAR_MODES[path.suffix])  # type: ignore[call-overload]  # noqa: SIM115
-            else:
-                raise InputError(f"{path} must end in .zip, .tar, .tar.gz or .tgz; give --output such a name")
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({error.strerror}); give --output another folder") from error
-
-    def __enter__(self) -> _Archive:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for archive in (self._zip, self._tar):
-            if archive is not None:
-                archive.close()
-
-    def add(self, member: str, content: bytes) -> None:
-        if self._zip is not None:
-            self._zip.writestr(member, content)
-            return
-        assert self._tar is not None
+    def add(member: str, content: bytes) -> None:
         info = tarfile.TarInfo(member)
         info.size = len(content)
-        self._tar.addfile(info, io.BytesIO(content))
+        archive.addfile(info, io.BytesIO(content))
+
+    with archive:
+        yield archive.writestr if path.suffix == ".zip" else add
 
 
-def _members(path: Path, stack: ExitStack) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files of an archive (of whatever name). No file is unpacked to disk."""
+def _members(path: Path) -> Generator[tuple[str, bytes], None, None]:
+    """Yield names and contents of the files of an archive, whatever its name. No file is unpacked to disk."""
     if not path.is_file():
         raise InputError(f"there is no archive {path}; `segkit submit` writes it")
     if zipfile.is_zipfile(path):
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
-        _check_unique(path, names)
-        for name in names:
-            yield name, archive.read(name)
+        with zipfile.ZipFile(path) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            _check_unique(path, names)
+            for name in names:
+                yield name, archive.read(name)
     elif tarfile.is_tarfile(path):
-        tar = stack.enter_context(tarfile.open(path))  # noqa: SIM115
-        members = [member for member in tar.getmembers() if member.isfile()]
-        _check_unique(path, [member.name for member in members])
-        for member in members:
-            content = tar.extractfile(member)
-            assert content is not None
-            yield member.name, content.read()
+        with tarfile.open(path) as tar:
+            members = [member for member in tar.getmembers() if member.isfile()]
+            _check_unique(path, [member.name for member in members])
+            for member in members:
+                content = tar.extractfile(member)
+                assert content is not None
+                yield member.name, content.read()
     else:
         raise InputError(f"{path} is neither a zip nor a tar archive; write it again with `segkit submit`")
 

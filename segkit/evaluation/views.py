@@ -1,9 +1,8 @@
 """One view of the images (a scale, mirrored or not), computed from top to bottom, and the mean of several.
 
-A model returns logits at its own stride, and there they stay: overlapping windows are blended at that stride, and only
-bands of rows are up-sampled to the label's size. All views go down the image together. A view runs its next row of
-windows when a band needs it and forgets the rows above the band; so of its map it holds little more than the
-height of one window.
+A model returns logits at its own stride. Overlapping windows are blended at that stride, and only bands of rows are
+up-sampled to the label's size. All views go down the image together: a view runs its next row of windows when a band
+needs it, and forgets the rows above the band, so it holds little more of its map than the height of one window.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Scorer = Callable[[Tensor], Tensor]
 
 
 def forward(model: Scorer, images: Tensor) -> Tensor:
-    """The model's logits (N, K, h', w') in float32, checked."""
+    """Return the model's logits (N, K, h', w') in float32; InputError if their shape or a value is wrong."""
     logits = model(images)
     if logits.ndim != 4 or len(logits) != len(images):
         raise InputError(
@@ -31,7 +30,7 @@ def forward(model: Scorer, images: Tensor) -> Tensor:
             f"{tuple(images.shape)}"
         )
     logits = logits.float()
-    # The extremes are nan where a value is, and need no second map in memory.
+    # The extremes are nan if any value is, and need no second map in memory.
     if not bool(torch.isfinite(torch.stack(logits.aminmax())).all()):
         raise InputError(
             "the model returned logits that are not finite (inf or nan); evaluate with precision fp32, or "
@@ -46,14 +45,14 @@ class Grid:
 
     scaled: Size
     padded: Size
-    """``scaled``, and what is added on the right and at the bottom"""
+    """``scaled`` plus the padding on the right and at the bottom"""
     tile: Size
     tops: list[int]
     lefts: list[int]
 
 
 def grid(image: Size, scale: float, *, window: Size | None, overlap: float, multiple: int) -> Grid:
-    """Windows over an image of size ``image`` that is scaled by ``scale``; one over everything without ``window``.
+    """Return the windows over an image of size ``image`` scaled by ``scale``; a single one if ``window`` is None.
 
     An image that is neither scaled nor cut goes to the model as it is; any other is padded to ``multiple``.
     """
@@ -69,7 +68,7 @@ def grid(image: Size, scale: float, *, window: Size | None, overlap: float, mult
 
 
 def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int]:
-    """Where tiles of ``tile`` pixels start along an axis of ``length``; both and the results are multiples.
+    """Return where tiles of ``tile`` pixels start along an axis of ``length``, all of them multiples of ``multiple``.
 
     As few tiles as possible whose neighbours share at least ``overlap`` of a tile (rounded to a multiple), spread
     evenly; the first starts at 0, the last ends at ``length``.
@@ -88,11 +87,10 @@ def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int
 class View:
     """Logits of one view of ``images`` (N, 3, h, w) at the label's ``size``, band by band from the top.
 
-    ``images`` are mirrored already where the view is ``flipped``. Where the maps of ``num_views`` such views would
-    exceed an eighth of the memory of full-size scores, logits are held in half precision, after the largest one has
-    been taken off at every cell. Neither blending nor interpolation nor softmax sees that (it shifts all classes
-    of a pixel alike), and it leaves the logits of the classes that compete near 0, where half precision is fine:
-    probabilities err by about 1e-3 of themselves at most.
+    ``images`` of a ``flipped`` view are mirrored already. If the maps of ``num_views`` such views would exceed 1/8 of
+    the memory of full-size scores, logits are held in half precision, less the largest one at every cell. That shifts
+    all classes of a pixel alike, so blending, interpolation and softmax give the same; and it leaves the logits of the
+    likely classes near 0, where half precision is fine: the relative error of a probability is about 1e-3 at most.
     """
 
     def __init__(
@@ -114,31 +112,31 @@ class View:
         self._first = 0
 
     def start(self) -> None:
-        """Run the first row of windows, which tells the stride, and how large the map is."""
+        """Run the first row of windows, from which stride and size of the map follow."""
         if self._num_done == 0:
             self._next_windows(keep=0)
 
     @property
     def maps(self) -> Tensor:
-        """The rows (N, K, h, w) of the map that are held at present."""
+        """The rows (N, K, h, w) of the map that are held now."""
         return self._maps
 
     def reach(self, rows: slice) -> None:
-        """Run the windows that the band ``rows`` of the label's size needs; what is above the band is forgotten."""
+        """Run the windows that the band ``rows`` of the label's size needs, and forget the rows above the band."""
         self.start()
         needed = source_rows(rows, height=self.size[0], extent=self._extent[0], num_rows=self._low[0])
         while self._num_final < needed.stop:
             self._next_windows(keep=needed.start)
 
     def band(self, rows: slice) -> Tensor:
-        """Logits (N, K, len(rows), W) in float32, after `reach`."""
+        """Return logits (N, K, len(rows), W) in float32, after `reach`."""
         held = {"first": self._first, "num_rows": self._low[0]}
         band = resized_rows(self._maps, self.size, rows, extent=self._extent, dtype=torch.float32, **held)
         return band.flip(-1) if self.flipped else band
 
     @property
     def _num_final(self) -> int:
-        """Rows of the map that no further window touches."""
+        """The number of rows of the map that no further window touches."""
         if self._num_done == len(self.windows.tops):
             return self._low[0]
         return self._cells(self.windows.tops[self._num_done])
@@ -161,15 +159,15 @@ class View:
                 self._maps = _halved(logits) if self._in_halves else logits
                 break
             if first == 0:
-                self._make_room(logits, self._cells(top), keep)
+                self._extend(logits, self._cells(top), keep)
             for number, left in enumerate(lefts):
                 part = logits[number * num_images : (number + 1) * num_images]
                 self._blend(part, self._cells(top), self._cells(left))
-            del logits, part  # else they would be in memory beside the next forward pass
+            del logits, part  # otherwise they are in memory beside the next forward pass
         self._num_done += 1
 
     def _measure(self, logits: Tensor) -> None:
-        """Take the stride from the logits of the first windows."""
+        """Find stride and size of the map from the logits of the first windows."""
         windows, cells = self.windows, (logits.shape[2], logits.shape[3])
         self._low = cells
         if windows.tile != windows.padded:
@@ -193,8 +191,8 @@ class View:
         self._maps = logits.new_empty(len(self.images), logits.shape[1], 0, width, dtype=dtype)
         self._weight_sum = logits.new_empty(0, width)
 
-    def _make_room(self, logits: Tensor, top: int, keep: int) -> None:
-        """Forget the rows above ``keep``, and append rows for windows whose logits begin in row ``top``."""
+    def _extend(self, logits: Tensor, top: int, keep: int) -> None:
+        """Forget the rows above ``keep``, and append rows for windows whose logits start in row ``top``."""
         keep = min(keep, top)
         kept = slice(keep - self._first, self._maps.shape[2])
         num_kept, num_rows = max(0, kept.stop - kept.start), top + logits.shape[2] - keep
@@ -206,7 +204,7 @@ class View:
         self._maps, self._weight_sum, self._first = maps, weight_sum, keep
 
     def _blend(self, logits: Tensor, top: int, left: int) -> None:
-        """Bring the logits (N, K, h, w) of a window into the weighted mean, at cell (top, left) of the map."""
+        """Add the logits (N, K, h, w) of a window to the weighted mean, at cell (top, left) of the map."""
         height, width = logits.shape[2:]
         rows, columns = slice(top - self._first, top - self._first + height), slice(left, left + width)
         self._weight_sum[rows, columns] += self._weight
@@ -219,12 +217,12 @@ class View:
 
 
 def worth_halving(num_cells: int, size: Size) -> bool:
-    """Whether maps of ``num_cells`` cells in all are more than an eighth of full-size scores."""
+    """Return whether maps of ``num_cells`` cells in total are more than an eighth of full-size scores."""
     return 8 * num_cells > math.prod(size)
 
 
 def _halved(logits: Tensor) -> Tensor:
-    """``logits`` in half precision, less the largest one at every cell."""
+    """Return ``logits`` in half precision, less the largest one at every cell."""
     halved = torch.empty_like(logits, dtype=torch.float16)
     for rows in band_slices((logits.shape[2], logits.shape[3]), logits.shape[0] * logits.shape[1]):
         band = logits[:, :, rows]
@@ -233,7 +231,7 @@ def _halved(logits: Tensor) -> Tensor:
 
 
 def _strip(images: Tensor, scaled: Size, rows: slice, padded: Size) -> Tensor:
-    """Rows ``rows`` of the images resized to ``scaled`` and padded to ``padded``: (N, C, len(rows), padded W)."""
+    """Return ``rows`` of the images resized to ``scaled`` and padded to ``padded``: (N, C, len(rows), padded W)."""
     inside = slice(min(rows.start, scaled[0] - 1), min(rows.stop, scaled[0]))
     if scaled == tuple(images.shape[-2:]):
         strip = images[:, :, inside]
@@ -250,7 +248,7 @@ def _strip(images: Tensor, scaled: Size, rows: slice, padded: Size) -> Tensor:
 
 
 def _window_weights(num_cells: int, *, gaussian: bool) -> Tensor:
-    """Weight of each cell of a window along one axis, float32, at most 1 and never 0."""
+    """Return the weight of each cell of a window along one axis: float32 in (0, 1]."""
     if not gaussian:
         return torch.ones(num_cells)
     centred = (torch.arange(num_cells, dtype=torch.float64) + 0.5) / num_cells - 0.5
@@ -258,7 +256,7 @@ def _window_weights(num_cells: int, *, gaussian: bool) -> Tensor:
 
 
 def averaged(views: Iterable[View], size: Size, *, num_views: int) -> Iterator[tuple[slice, Tensor]]:
-    """``(rows, band)`` from top to bottom: mean probabilities of several views, but the logits of a single one.
+    """Yield ``(rows, band)`` from top to bottom: mean probabilities of several views, or the logits of a single one.
 
     Views that together hold more than the full-size scores (those of models of stride 1) are summed up at full size
     before the next ones begin.
@@ -279,12 +277,12 @@ def averaged(views: Iterable[View], size: Size, *, num_views: int) -> Iterator[t
 
 
 def _held(views: Iterable[View]) -> int:
-    """Bytes of the maps."""
+    """Return the bytes of the maps."""
     return sum(view.maps.numel() * view.maps.element_size() for view in views)
 
 
 def _summed_up(views: list[View], size: Size, total: Tensor | None) -> Tensor:
-    """``total``, or zeros, plus the probabilities (N, K, H, W) of ``views``."""
+    """Return ``total`` (None for zeros) plus the probabilities (N, K, H, W) of ``views``."""
     if total is None:
         total = views[0].maps.new_zeros(*views[0].maps.shape[:2], *size, dtype=torch.float32)
     for _ in _sums(views, size, total, softmax=True):
@@ -293,10 +291,10 @@ def _summed_up(views: list[View], size: Size, total: Tensor | None) -> Tensor:
 
 
 def _sums(views: list[View], size: Size, total: Tensor | None, *, softmax: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Bands of the sum over ``views`` and ``total``, which is added to in place."""
+    """Yield bands of the sum over ``views`` and ``total``; the sum is written to ``total`` as well."""
     for rows in band_slices(size, math.prod(views[0].maps.shape[:2])):
         for view in views:
-            view.reach(rows)  # all before the first band, which need not be in memory beside the model's features
+            view.reach(rows)  # all models run before the first band is made, so that it takes no memory beside them
         band = None if total is None else total[:, :, rows]
         for view in views:
             scores = view.band(rows)
@@ -309,11 +307,11 @@ def _sums(views: list[View], size: Size, total: Tensor | None, *, softmax: bool)
 
 
 BAND_ELEMENTS = 1 << 22
-"""A band holds about so many values at most (16 MiB in float32)."""
+"""About the largest number of values in a band (16 MiB in float32)."""
 
 
 def band_slices(size: Size, num_maps: int) -> Iterator[slice]:
-    """Rows 0..H-1 cut into bands of about `BAND_ELEMENTS` values, ``num_maps`` values to a pixel."""
+    """Yield rows 0..H-1 in bands of about `BAND_ELEMENTS` values, with ``num_maps`` values to a pixel."""
     height, width = size
     rows = max(1, BAND_ELEMENTS // max(1, num_maps * width))
     for start in range(0, height, rows):
@@ -321,7 +319,7 @@ def band_slices(size: Size, num_maps: int) -> Iterator[slice]:
 
 
 def argmax_channel(scores: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Index of the largest of (N, K, H, W) along K, the first one among equals, as ``dtype``."""
+    """Return the index of the largest of (N, K, H, W) along K, the first among equals, as ``dtype``."""
     if scores.device.type != "cpu":
         return scores.argmax(1).to(dtype)
     # On the CPU a pass per class over whole rows is several times as fast as a reduction over a strided axis.
@@ -334,5 +332,5 @@ def argmax_channel(scores: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def class_dtype(num_classes: int) -> torch.dtype:
-    """Smallest type for class numbers: uint8 up to 256 classes, int16 beyond."""
+    """Return the smallest type for class numbers: uint8 up to 256 classes, int16 beyond."""
     return torch.uint8 if num_classes <= 256 else torch.int16

@@ -18,28 +18,28 @@ from segkit.bilinear import resample
 
 
 def padded_size(size: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is not less than ``size``."""
+    """Return the least multiple of ``multiple`` that is not less than ``size``."""
     return (size + multiple - 1) // multiple * multiple
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """``x`` (N, C, H, W) with zeros at the bottom and the right, so that H and W are multiples of ``multiple``."""
+    """Return ``x`` (N, C, H, W) with zeros at the bottom and the right, so that ``multiple`` divides H and W."""
     height, width = x.shape[-2:]
     rows, columns = padded_size(height, multiple) - height, padded_size(width, multiple) - width
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
 def crop_to(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The upper left ``size`` (height, width) of ``x`` (N, C, H, W)."""
+    """Return the upper left ``size`` (height, width) of ``x`` (N, C, H, W)."""
     return x[..., : size[0], : size[1]]
 
 
 def fit_logits(logits: torch.Tensor, *, padded: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-    """Logits (N, K, h, w) of an image of ``size`` that was padded to ``padded``, made to cover ``size`` only.
+    """Return logits that cover ``size`` only, from the logits (N, K, h, w) of the image padded to ``padded``.
 
     Result: (N, K, ceil(H / s), ceil(W / s)) at the stride s = padded height / h, such that bilinear interpolation
     with ``align_corners=False`` to ``size`` puts every logit over the pixels that it was computed from. Where s
-    divides the size, that is a crop. Elsewhere the last cell would hang over the border, and interpolation would
+    divides the size, that is a crop. Elsewhere the last cell would reach beyond the border, and interpolation would
     stretch the grid by up to s - 1 pixels; so the grid is sampled again at the centres of cells of size H / h.
     """
     for axis, whole, extent in zip((-2, -1), padded, size, strict=True):
@@ -63,17 +63,21 @@ class AnySize(nn.Module):
 
 
 @functools.cache
-def _any_size_class(cls: Any) -> Any:
-    return type(cls.__name__, (AnySize, cls), {"__doc__": cls.__doc__})
+def _subclass(mixin: Any, cls: Any) -> Any:
+    return type(cls.__name__, (mixin, cls), {"__doc__": cls.__doc__})
+
+
+def mix_in(mixin: Any, module: nn.Module) -> None:
+    """Put ``mixin`` in front of the class of ``module``, in place; parameters and their names stay as they are.
+
+    (A wrapping module would put its own name in front of every key of the state dict.)
+    """
+    cls: Any = type(module)
+    module.__class__ = _subclass(mixin, cls)
 
 
 def accept_any_size(net: nn.Module, *, multiple: int) -> nn.Module:
-    """Make ``net`` accept images of any size; parameters and their names stay as they are.
-
-    The class of the object is exchanged for a subclass: a wrapping module would put its own name in front of every
-    key of the state dict, and a hook would have to remember the size between two calls.
-    """
-    cls: Any = type(net)
-    net.__class__ = _any_size_class(cls)
+    """Make ``net`` accept images of any size, in place; returns ``net``."""
+    mix_in(AnySize, net)
     vars(net).update(size_multiple=multiple)
     return net

@@ -176,7 +176,7 @@ class COPLENet(nn.Module):
             load_model_weights(self, weights)
 
     def checkpoint_blocks(self) -> list[nn.Module]:
-        """The blocks that gradient checkpointing recomputes."""
+        """Return the blocks that gradient checkpointing recomputes."""
         names = ["in_conv", "aspp"]
         names += [f"{kind}{number}" for kind in ("down", "up") for number in range(1, NUM_LEVELS)]
         names += [f"bridge{level}" for level in range(NUM_LEVELS - 1)]
@@ -186,7 +186,7 @@ class COPLENet(nn.Module):
         return self.get_submodule(f"{kind}{number}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes, H, W) of the normalised images ``x`` (N, in_channels, H, W)."""
+        """Return logits (N, num_classes, H, W) of the normalised images ``x`` (N, in_channels, H, W)."""
         size = x.shape[-2:]
         x = self.in_conv(pad_to_multiple(x, STRIDE))
         skips = []
@@ -200,7 +200,7 @@ class COPLENet(nn.Module):
 
 
 def _norm(norm: str, *, num_groups: int, feature_channels: Sequence[int]) -> Norm:
-    """The norm layer by name, after a check that the channels fit it and each other."""
+    """Return the norm layer by name; InputError unless the channels fit it and each other."""
     channels = list(feature_channels)
     doubling = len(channels) == NUM_LEVELS and all(b == 2 * a for a, b in itertools.pairwise(channels))
     if not doubling or channels[0] < 2 or channels[0] % 2:

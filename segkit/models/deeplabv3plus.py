@@ -34,7 +34,7 @@ def deeplabv3plus(
     ``encoder``: a name of segmentation_models_pytorch, or ``tu-NAME`` for a model of timm. ``output_stride``: 8 or
     16, the stride of the encoder's last features. ``encoder_weights``: ``imagenet``, ``none``, or a file.
     ``weights``: a file with the weights of the whole model, a checkpoint of segkit for example; the encoder's own
-    are not looked for then. ``atrous_rates``: dilations of the three branches of the pyramid, in cells of the output
+    are not loaded then. ``atrous_rates``: dilations of the three branches of the pyramid, in cells of the output
     stride. ``dropout``: probability behind the pyramid.
 
     H and W are arbitrary; bilinear interpolation of the logits to (H, W) with ``align_corners=False`` is aligned with

@@ -1,7 +1,7 @@
 """A trained model as one file that runs without segkit: ONNX, or a program of torch.export.
 
-The graph takes colours from 0 to 255, normalises them, and gives logits at the size of the image, for any batch size,
-height and width. Names of classes, palette and normalisation travel in the file's metadata.
+The graph takes colours from 0 to 255, normalises them, and returns logits at the size of the image, for any batch size,
+height and width. Names of classes, palette and normalisation are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn import functional as F
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.models.any_size import AnySize, crop_to, padded_size
 from segkit.models.coplenet import STRIDE, COPLENet
 from segkit.models.segmenter import Segmenter
@@ -45,7 +45,7 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a written file and its model compare on real images."""
+    """How well a written file and its model agree on real images."""
 
     num_images: int
     pixels: float
@@ -60,7 +60,7 @@ class WholeImage(nn.Module):
     The image is padded here to the multiple that the network wants, the logits are up-sampled by the network's stride
     and cropped. Where the stride divides the image's size, these are the logits of ``segmenter`` interpolated to the
     image; elsewhere they lack the second interpolation with which :mod:`segkit.models.any_size` fits the grid to the
-    image, and are if anything the sharper.
+    image, and are a little sharper.
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
@@ -81,7 +81,7 @@ class WholeImage(nn.Module):
 
 
 def size_multiple(net: nn.Module) -> int:
-    """What the sides of the input of ``net`` must be multiples of."""
+    """Return what the sides of the input of ``net`` must be multiples of."""
     if isinstance(net, AnySize):
         return net.size_multiple
     return STRIDE if isinstance(net, COPLENet) else 1
@@ -100,7 +100,7 @@ def export(
 
     ``images``: (N, C, H, W) float32 in 0..255, H and W larger than the multiple that the network needs; ``logits``:
     (N, K, H, W) float32. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load
-    reads it). ``metadata``: what a reader of the file should know besides, as JSON values: the label table for
+    reads it). ``metadata``: what else a reader of the file should know, as JSON values: the label table for
     example; normalisation and sizes are added. The file gets its name once it computes what the model does: an ONNX
     graph on noise of an odd size, either kind on the real ``images`` (H, W, C), whose `Agreement` is returned.
     ``segmenter`` itself is not changed.
@@ -165,14 +165,14 @@ class StaticSameConv2d(nn.Conv2d):
 
 
 def _fix_same_padding(model: nn.Module) -> None:
-    """Give timm's convolutions with dynamic padding a fixed one: the image is padded to a multiple of all strides."""
+    """Give timm's convolutions with dynamic padding a fixed one; the image is padded to a multiple of all strides."""
     for module in model.modules():
         if type(module).__name__ == "Conv2dSame":
             module.__class__ = StaticSameConv2d
 
 
 def _facts(model: WholeImage) -> dict[str, Any]:
-    """What the metadata says of the graph itself."""
+    """Return what the metadata says of the graph itself."""
     segmenter = model.segmenter
     return {
         "input": INPUT,
@@ -186,7 +186,7 @@ def _facts(model: WholeImage) -> dict[str, Any]:
 
 
 def _trace(model: WholeImage) -> torch.export.ExportedProgram:
-    """The graph of ``model`` with dynamic batch size, height and width."""
+    """Return the graph of ``model`` with dynamic batch size, height and width."""
     side = 4 * max(model.multiple, 8)
     # Sizes that are no multiples of each other or of the stride, so that no coincidence ends up in the graph.
     example = torch.linspace(0, 255, 2 * len(model.segmenter.mean) * (side + 6) * (2 * side + 10))
@@ -211,11 +211,10 @@ def _trace(model: WholeImage) -> torch.export.ExportedProgram:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of ``error``."""
+    """Return the first line of the error that is the cause of all causes of ``error``."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    return first_line(error)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, opset: int) -> None:
@@ -252,7 +251,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *,
 
 
 def runner(path: str | Path) -> Runner:
-    """The function that is in the file ``path``; onnxruntime computes that of an ONNX file."""
+    """Return the function in the file ``path``; onnxruntime computes that of an ONNX file."""
     if Path(path).suffix != ".onnx":
         return torch.export.load(path).module()
     import onnxruntime
@@ -278,11 +277,11 @@ def agreement(path: str | Path, segmenter: Segmenter, images: Iterable[NDArray[n
 
 
 def largest_difference(path: str | Path, segmenter: Segmenter, *, seed: int = 0) -> float:
-    """Largest difference between the logits of the ONNX file ``path`` and of ``segmenter``, over the largest logit.
+    """Return the largest difference of logits between the ONNX file ``path`` and ``segmenter``, over the largest logit.
 
-    On noise, of a batch and size that are neither the traced ones nor multiples of anything. Translators get layers
-    wrong without a word (adaptive pooling for example becomes a pooling with the window of the traced size), which only
-    shows at another size. Infinite if the graph cannot run there.
+    The input is noise, of a batch and size that are neither the traced ones nor multiples of anything. Translators get
+    layers wrong silently (adaptive pooling for example becomes a pooling with the window of the traced size), and only
+    another size reveals it. Infinite if the graph cannot run there.
     """
     model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
     side = 5 * max(model.multiple, 8)
@@ -303,7 +302,7 @@ def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a file that :func:`export` wrote; InputError if it is none."""
+    """Return the metadata of a file that :func:`export` wrote; InputError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no exported model {path}: write one with segkit export")

@@ -1,8 +1,8 @@
 """Gradient checkpointing: blocks whose activations are computed again in the backward pass instead of kept.
 
 T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input, and the outputs of those
-of its convolutions that are dear to compute and small to keep; loss, gradients, buffers and random numbers are those
-of the plain network.
+of its convolutions that are expensive to compute and small to keep; loss, gradients, buffers and random numbers are
+those of the plain network.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from segkit.errors import InputError
+from segkit.models.any_size import mix_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 DEAR_OUTPUT = 512
-"""Multiplications for one output element from which on a narrowing convolution's output is kept."""
+"""Multiplications for one output element, from which on the output of a narrowing convolution is kept."""
 KEPT_WHOLE = ("DeepLabV3Decoder", "DeepLabV3PlusDecoder")
 """Classes of segmentation_models_pytorch that are left alone. What they keep is needed first in the backward pass, and
 would be computed again at once: a twentieth of a step's time, for a fortieth of its memory."""
@@ -29,19 +30,18 @@ RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d
 
 
 def enable_grad_checkpointing(model: nn.Module) -> int:
-    """Recompute the blocks of ``model`` in the backward pass; returns how many blocks.
+    """Recompute the blocks of ``model`` in the backward pass, in place; returns the number of blocks.
 
     A model may list its blocks itself with a method ``checkpoint_blocks()``. Otherwise they are found by structure: the
     composite members of the sequences and lists that hold a network's stages (residual blocks, the branches of a
     decoder, transformer blocks), and sequences of plain layers that hold a convolution.
 
-    The keys and values of the state dict stay as they are, since each block's object is given a subclass of its own
-    class. Running statistics are updated once per step. InputError if ``model`` has no such block.
+    The keys and values of the state dict stay as they are. Running statistics are updated once per step. InputError if
+    ``model`` has no such block.
     """
-    blocks = _listed_blocks(model)
-    if blocks is None:
-        blocks = list(_find_blocks(model))
-    blocks = [block for block in blocks if not isinstance(block, Checkpointed)]
+    listed = (getattr(module, "checkpoint_blocks", None) for module in model.modules())
+    own = next((method for method in listed if callable(method)), None)
+    blocks = [block for block in (_find_blocks(model) if own is None else own()) if not isinstance(block, Checkpointed)]
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no blocks to recompute (or they are recomputed already): set "
@@ -49,29 +49,19 @@ def enable_grad_checkpointing(model: nn.Module) -> int:
         )
     for block in blocks:
         _write_nothing_in_place(block)
-        cls: Any = type(block)
-        block.__class__ = _checkpointed_class(cls)
+        mix_in(Checkpointed, block)
     return len(blocks)
 
 
 def _write_nothing_in_place(block: nn.Module) -> None:
-    """Let the layers of ``block`` leave their inputs alone: an output that is kept must not be written to."""
+    """Stop the layers of ``block`` from writing to their inputs: one of them may be an output that is kept."""
     for layer in block.modules():
         if getattr(layer, "inplace", False) is True:
             vars(layer).update(inplace=False)
 
 
-def _listed_blocks(model: nn.Module) -> list[nn.Module] | None:
-    """What the first module of ``model`` with a method ``checkpoint_blocks`` lists, or None."""
-    for module in model.modules():
-        listed = getattr(module, "checkpoint_blocks", None)
-        if callable(listed):
-            return listed()
-    return None
-
-
 def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost blocks below ``module``, in order."""
+    """Yield the outermost blocks below ``module``, in order."""
     for child in module.children():
         if type(child).__name__ in KEPT_WHOLE:
             continue
@@ -84,7 +74,7 @@ def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _members(container: nn.Module) -> Iterator[nn.Module]:
-    """The blocks among the members of ``container``; a member that is itself a series of blocks is looked into."""
+    """Yield the blocks among the members of ``container``, and those of members that are series of blocks."""
     for member in container.children():
         is_series = isinstance(member, CONTAINERS) and not _is_plain(member)
         if _is_unit(member):
@@ -96,12 +86,12 @@ def _members(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """True for an nn.Sequential of layers that have no layers inside."""
+    """Return True for an nn.Sequential of layers that have no layers inside."""
     return isinstance(module, nn.Sequential) and all(not list(layer.children()) for layer in module)
 
 
 def _is_unit(module: nn.Module) -> bool:
-    """True for an nn.Sequential such as (convolution, norm, activation), where the convolution may be separable."""
+    """Return True for an nn.Sequential such as (convolution, norm, activation); the convolution may be separable."""
     if not isinstance(module, nn.Sequential):
         return False
     layers = list(module)
@@ -139,21 +129,16 @@ class Checkpointed(nn.Module):
         return output
 
 
-@functools.cache
-def _checkpointed_class(cls: Any) -> Any:
-    return type(cls.__name__, (Checkpointed, cls), {"__doc__": cls.__doc__})
-
-
 def _versions(args: tuple[Any, ...]) -> list[int]:
-    """How often each tensor among ``args`` was written to."""
+    """Return how often each tensor among ``args`` was written to."""
     return [value._version for value in args if isinstance(value, torch.Tensor)]
 
 
 def _is_random(block: nn.Module, num_arguments: int) -> bool:
-    """True if the forward pass of ``block`` may draw random numbers: dropout in any of its forms, in training.
+    """Return True if the forward pass of ``block`` may draw random numbers: dropout in any of its forms, in training.
 
     Saving and restoring the generators' states costs a little at every block, on a GPU a synchronisation, so blocks
-    that cannot draw go without. A rate may also be an attribute that a functional dropout uses, or come as a further
+    that cannot draw go without it. A rate may also be an attribute that a functional dropout uses, or come as a further
     argument of the call (as in the EfficientNet of segmentation_models_pytorch).
     """
     if not block.training:
@@ -169,28 +154,22 @@ def _is_random(block: nn.Module, num_arguments: int) -> bool:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of the first computation and of the second.
+    """Return contexts for the first computation and for the second.
 
-    In the second, running statistics stay as they are, and outputs that the first kept are taken from there.
+    In the second, running statistics stay as they are, and outputs that the first one kept are not computed again.
     """
     if not any(isinstance(layer, nn.Conv2d) and _is_dear(layer.weight) for layer in block.modules()):
-        return nullcontext(), _frozen_statistics(block)
+        return nullcontext(), _frozen_statistics(block, nullcontext())
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _both(_frozen_statistics(block), second)
-
-
-@contextmanager
-def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
-    with outer, inner:
-        yield
+    return first, _frozen_statistics(block, second)
 
 
 def _is_dear(weight: torch.Tensor) -> bool:
-    """True for the weight (outputs, inputs per group, height, width) of a convolution whose output is worth keeping.
+    """Return True for the weight (outputs, inputs per group, height, width) of a convolution with an output to keep.
 
-    Its output is dear to compute and small to keep: an element costs one multiplication for each input channel and
-    each place of the kernel, and there are fewer channels than in the input. The narrowing 1x1 convolution of a wide
-    bottleneck is nearly half of the bottleneck's work, and its output a tenth of what the bottleneck would keep.
+    Such an output is expensive to compute and small to keep: an element costs one multiplication for each input channel
+    and each place of the kernel, and there are fewer channels than in the input. The narrowing 1x1 convolution of a
+    wide bottleneck is nearly half of its work, and the output a tenth of what the bottleneck would keep.
     """
     return weight.shape[0] < weight.shape[1] and weight[0].numel() >= DEAR_OUTPUT
 
@@ -202,8 +181,8 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 @contextmanager
-def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch statistics normalise as in training, but running statistics and counters of ``block`` keep their values.
+def _frozen_statistics(block: nn.Module, inner: AbstractContextManager) -> Iterator[None]:
+    """Enter ``inner``; running statistics and counters of ``block`` keep their values, batch statistics are used.
 
     The layers must save the same tensors as in the first computation, so the running statistics are not taken away;
     with a momentum of 0 they are written with the values that they have.
@@ -218,7 +197,8 @@ def _frozen_statistics(block: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.momentum = 0.0
             norm.num_batches_tracked = None
-        yield
+        with inner:
+            yield
     finally:
         for norm, (momentum, counter) in zip(norms, saved, strict=True):
             norm.momentum = momentum

@@ -9,13 +9,25 @@ from torch import nn
 
 from segkit.errors import InputError
 
+PerChannel = tuple[float, ...]
+
+IMAGENET_MEAN: PerChannel = (0.485, 0.456, 0.406)
+IMAGENET_STD: PerChannel = (0.229, 0.224, 0.225)
+HALF: PerChannel = (0.5, 0.5, 0.5)
+
+HALF_ENCODERS = ("inceptionresnetv2", "inceptionv4", "xception")
+"""Encoders of segmentation_models_pytorch whose ImageNet weights expect [-1, 1]; all others but the family ``dpn``
+expect ImageNet's own mean and deviation."""
+DPN_MEAN: PerChannel = (124 / 255, 117 / 255, 104 / 255)
+DPN_STD: PerChannel = (1 / (0.0167 * 255),) * 3
+
 
 class Segmenter(nn.Module):
     """``net`` on normalised images: images (N, C, H, W), uint8 or float in 0..255 -> the logits of ``net``.
 
     ``net`` sees ``(images / 255 - mean) / std`` in float32. ``mean`` and ``std``, one value a channel for colours
     from 0 to 1, default to ``net.input_mean`` and ``net.input_std``, and to ImageNet's where ``net`` has none. They
-    move with the module but are no part of the state dict; the trained weights are ``segmenter.net.state_dict()``.
+    move with the module but are not part of the state dict; the trained weights are ``segmenter.net.state_dict()``.
     """
 
     scale: torch.Tensor
@@ -38,32 +50,19 @@ class Segmenter(nn.Module):
         self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """``(images / 255 - mean) / std`` in float32, in the memory format of ``images``."""
+        """Return ``(images / 255 - mean) / std`` in float32, in the memory format of ``images``."""
         return torch.addcmul(self.shift, images.float(), self.scale)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of ``images`` (N, C, H, W) at the stride of the network."""
+        """Return the logits of ``images`` (N, C, H, W) at the stride of the network."""
         return self.net(self.normalise(images))
 
 
-Triple = tuple[float, ...]
+def normalisation(encoder: str) -> tuple[PerChannel, PerChannel]:
+    """Return mean and deviation, for colours from 0 to 1, that the ImageNet weights of ``encoder`` expect.
 
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
-HALF: Triple = (0.5, 0.5, 0.5)
-
-HALF_ENCODERS = ("inceptionresnetv2", "inceptionv4", "xception")
-"""Encoders of segmentation_models_pytorch whose ImageNet weights expect [-1, 1]; the others expect ImageNet's own
-mean and deviation, but for the family ``dpn``."""
-DPN_MEAN: Triple = (124 / 255, 117 / 255, 104 / 255)
-DPN_STD: Triple = (1 / (0.0167 * 255),) * 3
-
-
-def normalisation(encoder: str) -> tuple[Triple, Triple]:
-    """Mean and deviation, in units of 255, that the ImageNet weights of ``encoder`` expect.
-
-    They depend on the name alone and not on which weights are loaded, so that a trained model that is built again
-    without the ImageNet weights sees the same input.
+    They depend on the name alone, not on which weights are loaded, so a trained model that is built again without the
+    ImageNet weights sees the same input.
     """
     if encoder.startswith("tu-"):
         import timm
@@ -87,7 +86,7 @@ def set_normalisation(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> None:
-    """Put ``net.input_mean`` and ``net.input_std`` (tuples, one value a channel): the defaults unless given."""
+    """Set ``net.input_mean`` and ``net.input_std`` (tuples, one value a channel): the defaults unless given."""
     means = tuple(float(value) for value in (default_mean if mean is None else mean))
     stds = tuple(float(value) for value in (default_std if std is None else std))
     check_normalisation(means, stds, num_channels=len(default_mean))
@@ -95,7 +94,7 @@ def set_normalisation(
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int) -> None:
-    """InputError unless there is one mean and one positive deviation for every channel."""
+    """Raise InputError unless every channel has one mean and one positive deviation."""
     if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > 1:
         raise InputError(
             f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "

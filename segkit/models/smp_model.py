@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.models.any_size import accept_any_size
 from segkit.models.segmenter import normalisation, set_normalisation
 from segkit.models.weights import load_encoder_weights, load_model_weights
@@ -40,7 +40,7 @@ def smp_model(
     ``mean`` and ``std``: what the input is normalised with; null takes what the encoder was trained with.
 
     H and W are arbitrary: the image is padded as the encoder needs it, and the logits cover the image alone.
-    InputError for an unknown name (with the nearest ones), an unknown option, or weights that cannot be had.
+    InputError for an unknown name (with the nearest ones), an unknown option, or weights that are unavailable.
     """
     import segmentation_models_pytorch as smp
 
@@ -63,26 +63,21 @@ def smp_model(
 
 
 def _build(cls: Any, encoder: str, num_classes: int, arguments: dict[str, Any]) -> Any:
-    """The network with random weights; what the package refuses becomes an InputError."""
+    """Return the network with random weights; what the package refuses becomes an InputError."""
     try:
         with warnings.catch_warnings():
-            # Encoders named timm-... are announced for removal; that is for whoever names one to see, as an error.
+            # The package will remove its encoders named timm-...: whoever names one is told so, as an error.
             warnings.simplefilter("error", DeprecationWarning)
             return cls(encoder_name=encoder, encoder_weights=None, in_channels=3, classes=num_classes, **arguments)
     except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, DeprecationWarning) as error:
         raise InputError(
-            f"{cls.__name__} cannot be built on the encoder {encoder} ({_first_line(error)}): choose another "
+            f"{cls.__name__} cannot be built on the encoder {encoder} ({first_line(error)}): choose another "
             "model.encoder, or change the options of the model"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _architecture(arch: str) -> str:
-    """The class name for ``arch``, in any case."""
+    """Return the class name for ``arch``, whose letters may be upper or lower case."""
     import segmentation_models_pytorch as smp
 
     names = {name: cls.__name__ for name, cls in smp.MODEL_ARCHITECTURES_MAPPING.items()}
@@ -97,7 +92,7 @@ def _architecture(arch: str) -> str:
 
 
 def _check_encoder(encoder: str) -> None:
-    """InputError with the closest names if there is no encoder of this name."""
+    """Raise InputError with the closest names if there is no encoder of this name."""
     import segmentation_models_pytorch as smp
     import timm
 
@@ -128,7 +123,7 @@ def _check_encoder(encoder: str) -> None:
 
 
 def _check_options(options: dict[str, Any], parameters: Any, *, name: str) -> None:
-    """InputError for an option that the architecture does not have, or that has a key of its own."""
+    """Raise InputError for an option that the architecture does not have, or that has a key of its own."""
     allowed = [key for key in parameters if key not in (*FIXED, "self", "kwargs")]
     for key in options:
         if key not in allowed:

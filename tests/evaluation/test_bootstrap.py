@@ -13,7 +13,7 @@ import pytest
 from segkit.errors import InputError
 from segkit.evaluation import bootstrap, metrics
 from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs
-from segkit.evaluation.per_image import PerImageCounts
+from segkit.evaluation.per_image import PerImageCounts, sparse
 
 
 def make_run(num_images=30, num_classes=4, *, accuracy=0.7, seed=0, label_seed=0, names=None):
@@ -28,7 +28,7 @@ def make_run(num_images=30, num_classes=4, *, accuracy=0.7, seed=0, label_seed=0
         np.fill_diagonal(share, right)
         matrices.append(np.stack([rng.multinomial(pixels[k], share[k]) for k in range(num_classes)]))
     names = [f"image{i}" for i in range(num_images)] if names is None else names
-    return PerImageCounts.from_matrices(matrices, names, num_classes=num_classes)
+    return PerImageCounts.from_sparse([sparse(matrix) for matrix in matrices], names, num_classes=num_classes)
 
 
 def test_resampled_scores_equal_a_loop_over_dense_matrices(monkeypatch):
@@ -104,8 +104,8 @@ def test_a_better_run_is_found_and_equal_runs_are_not():
 def test_the_order_of_the_images_does_not_matter():
     first, second = make_run(10, seed=1), make_run(10, seed=2)
     order = np.random.default_rng(0).permutation(10)
-    shuffled = PerImageCounts.from_matrices(
-        [second.matrix(i) for i in order], [second.names[i] for i in order], num_classes=4
+    shuffled = PerImageCounts.from_sparse(
+        [sparse(second.matrix(i)) for i in order], [second.names[i] for i in order], num_classes=4
     )
     assert compare_runs(first, shuffled).p_value == compare_runs(first, second).p_value
 
@@ -114,7 +114,9 @@ def test_a_class_that_occurs_nowhere_is_nan_and_rare_ones_leave_some_resamples()
     run = make_run(20)
     matrices = [np.pad(run.matrix(i), ((0, 2), (0, 2))) for i in range(20)]
     matrices[3][4, 4] = 50  # class 4 in one image only, class 5 in none
-    result = bootstrap_mean_iou(PerImageCounts.from_matrices(matrices, run.names, num_classes=6), num_samples=200)
+    result = bootstrap_mean_iou(
+        PerImageCounts.from_sparse([sparse(matrix) for matrix in matrices], run.names, num_classes=6), num_samples=200
+    )
     assert np.isnan([result.class_iou[5], result.class_low[5], result.class_high[5]]).all()
     assert result.class_low[4] == result.class_high[4] == 1
 

@@ -11,8 +11,8 @@ import torch
 
 from segkit.errors import InputError
 from segkit.models import deeplabv3plus
-from segkit.models import segmenter as normalisation
 from segkit.models import weights as encoder_weights
+from segkit.models.segmenter import normalisation
 
 MILITARY_UNIFORM = 652  # class of ImageNet
 MOST_LIKELY = {652, 400, 667, 834, 457}  # uniform, academic gown, mortarboard, suit, bow tie: what the portrait shows

@@ -8,7 +8,7 @@ from torch import nn
 
 from segkit.errors import InputError
 from segkit.models import COPLENet, Segmenter
-from segkit.models import segmenter as normalisation
+from segkit.models.segmenter import normalisation
 
 
 def reference(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from segkit.config.compose import compose
 from segkit.config.schema import plain
 from segkit.data.statistics import LabelCounts
 from segkit.evaluation import metrics
-from segkit.evaluation.per_image import PerImageCounts
+from segkit.evaluation.per_image import PerImageCounts, sparse
 from segkit.losses import MarginCalibrationLoss
 from segkit.report.stored_pictures import write_pictures
 from segkit.run.folder import RunFolder
@@ -78,8 +78,8 @@ def counts_of(skill: float, *, seed: int, classes: Sequence[str], num_images: in
             wrong[k] = 0
             matrix[k] = errors.multinomial(pixels - right, wrong / wrong.sum())
             matrix[k, k] = right
-        matrices.append(matrix)
-    return PerImageCounts.from_matrices(matrices, [f"val_{i:04d}" for i in range(num_images)], num_classes=len(classes))
+        matrices.append(sparse(matrix))
+    return PerImageCounts.from_sparse(matrices, [f"val_{i:04d}" for i in range(num_images)], num_classes=len(classes))
 
 
 def write_metrics(run: Path, phases: Sequence[str], results: dict[str, Any], *, seed: int) -> None:
@@ -139,7 +139,7 @@ def make_run_at() -> MakeRun:
             results |= {"num_images": num_images, "protocol": {**PROTOCOL, **(protocol or {})}, "phase": phase,
                         "step": 200, "best": {"mean_iou": results["mean_iou"], "step": 200},
                         "training": {"loss": node, "model": plain(config.model), "seed": seed}}  # fmt: skip
-            per_image.save(path / phase / "per_image.npz")
+            (path / phase / "per_image.npz").write_bytes(per_image.to_bytes())
             pixels = (np.resize(SHARES, len(classes)) * 10**7).astype(np.int64)
             counts = LabelCounts(pixels, np.full(len(classes), 400), 5, 400, tuple(classes), "f00d")
             (path / phase / "label_counts.json").write_text(counts.to_json())

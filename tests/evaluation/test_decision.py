@@ -1,4 +1,4 @@
-"""Calibration: the sample is unbiased, the tuned score never falls, and a constructed bias is found."""
+"""A bias per class: the sample is unbiased, the tuned score never falls, and a constructed bias is found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.evaluation import decision as calibrate
-from segkit.evaluation import evaluate, metrics
+from segkit.evaluation import decision, evaluate, metrics
 from segkit.evaluation.decision import (
     BiasedModel,
     LogitSample,
@@ -63,7 +62,7 @@ def test_one_pass_gives_the_objective_of_every_candidate(k):
     shifts = np.linspace(-6, 6, 41).astype(np.float32)
     bias = np.array([0.3, -0.2, 0.1, 1.0, 0.0], np.float32)
     present = np.ones(5, bool)
-    found = calibrate._objective_of_candidates(sample, sample.logits + bias, k, shifts, present)
+    found = decision._objective_of_candidates(sample, sample.logits + bias, k, shifts, present)
     for shift, value in zip(shifts, found, strict=True):
         assert value == pytest.approx(mean_iou_by_matrix(sample, bias + shift * (np.arange(5) == k)), abs=1e-9)
 

@@ -1,0 +1,78 @@
+"""The arguments of every verb: documented, with their defaults, and written once."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from segkit import cli
+from segkit.commands import evaluate, options
+from segkit.errors import InputError
+from segkit.evaluation import protocols
+
+VERBS = ("check", "stats", "evaluate", "predict", "submit", "export", "replay")
+
+
+def actions(verb):
+    parser = import_module(f"segkit.commands.{verb}").parser()
+    return parser, [action for action in parser._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_says_what_it_is_and_shows_its_default(verb):
+    parser, arguments = actions(verb)
+    text = " ".join(parser.format_help().split())
+    assert parser.prog == f"segkit {verb}"
+    assert f"example: segkit {verb} " in text
+    for action in arguments:
+        assert action.help, action.dest
+        if action.option_strings and action.default not in (None, False, ""):
+            assert f"(default: {action.default})" in text, action.dest
+        if action.option_strings and action.nargs != 0 and action.default is None and not action.required:
+            described = "(default: " in action.help
+            writes_a_file = action.metavar == "FILE"
+            depends_on_another = action.dest in ("side_by_side",)
+            assert described or writes_a_file or depends_on_another, action.dest
+
+
+def test_verbs_that_share_an_argument_describe_it_alike():
+    seen = {}
+    for verb in VERBS:
+        for action in actions(verb)[1]:
+            for name in set(action.option_strings) & options.SHARED.keys():
+                seen.setdefault(name, set()).add((action.metavar, action.type, str(action.choices)))
+    assert seen.keys() == {name for name in options.SHARED if name.startswith("--")}
+    assert all(len(kinds) == 1 for kinds in seen.values()), seen
+
+
+def test_the_protocols_are_those_that_there_are():
+    assert set(evaluate.PROTOCOLS) == protocols._PROTOCOLS.keys()
+
+
+def test_every_verb_has_help(capsys):
+    for verb in VERBS:
+        assert verb in cli.VERBS
+        with pytest.raises(SystemExit) as stopped:
+            cli.verb_function(verb)(["--help"])
+        assert stopped.value.code == 0
+        assert f"usage: segkit {verb}" in capsys.readouterr().out
+
+
+def test_a_default_that_the_help_describes_is_not_repeated():
+    parser = options.verb_parser("verb", "text", example="x")
+    parser.add_argument("--a", default=3, help="words")
+    parser.add_argument("--b", default=4, help="words (default: four)")
+    parser.add_argument("--c", action="store_true", help="words")
+    lines = [line.strip() for line in parser.format_help().splitlines()]
+    assert "--a A       words (default: 3)" in lines
+    assert "--b B       words (default: four)" in lines
+    assert "--c         words" in lines
+
+
+def test_files_need_a_folder(tmp_path):
+    options.check_writable(argparse.Namespace(json=tmp_path / "a.json", csv=None), "json", "csv")
+    with pytest.raises(InputError, match=r"--csv is .*x\.csv, but the folder .*none does not exist: make it"):
+        options.check_writable(argparse.Namespace(csv=Path(tmp_path / "none" / "x.csv")), "csv")

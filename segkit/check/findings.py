@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from segkit.check.audit import Size, SplitAudit
+from segkit.data.labels import ranges
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 LEVELS = (ERROR, WARNING, NOTE)
@@ -205,17 +206,6 @@ def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
 def shown_size(size: Size) -> str:
     """(height, width) as "WIDTHxHEIGHT", as image viewers say it."""
     return f"{size[1]}x{size[0]}"
-
-
-def ranges(values: Sequence[int]) -> str:
-    """Sorted integers as "0..11, 255"."""
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in parts)
 
 
 def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:

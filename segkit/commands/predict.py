@@ -37,7 +37,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     from segkit.commands.options import inference
-    from segkit.evaluation.predict import Outputs, find_images, predict_files
+    from segkit.data.decode import read_rgb
+    from segkit.data.files import find_images
+    from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
     from segkit.runtime import resolve_device
 
@@ -58,6 +60,7 @@ def run(argv: Sequence[str]) -> None:
         scorers,
         images,
         arguments.output,
+        read_image=read_rgb,
         classes=classes,
         palette=palette,
         device=device,

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.decode import check_readable
+from segkit.data.files import check_readable
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
@@ -101,6 +102,8 @@ def file_state(path: Path) -> str:
     text = os.fspath(path)  # strings, not Paths: there may be tens of thousands of files
     try:
         state = os.stat(text)
+        if not stat.S_ISREG(state.st_mode):
+            raise FileNotFoundError
     except OSError:
         check_readable(path, role="file")  # says in a sentence what is wrong
         raise

@@ -16,11 +16,11 @@ from segkit.check.findings import (
     WARNING,
     overlap_findings,
     published_count,
-    ranges,
     split_findings,
     summary,
 )
 from segkit.data import open_dataset
+from segkit.data.labels import ranges
 from segkit.data.layout import collecting
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -102,7 +102,7 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
             return image if image.shape[2:] == (3,) else _over_white(image)
         if colours not in _WITH_ALPHA and not _has_transparent_colour(content):
             return _with_opencv(content, path)
-    with _pillow(content, path, role="image") as opened:
+    with _pillow(io.BytesIO(content), path, role="image") as opened:
         return _rgb(opened, path)
 
 
@@ -119,7 +119,7 @@ def read_index_png(path: Path | str, *, first_channel: bool = False) -> np.ndarr
         label = _with_imagecodecs(content, path)
         if label.ndim == 2:  # else the file has transparent grey values, which Pillow leaves out below
             return label
-    with _pillow(content, path, role="label") as image:
+    with _pillow(io.BytesIO(content), path, role="label") as image:
         _check_index_mode(image, path, colours_too=first_channel)
         bits = _grey_bits(image)
         label = np.array(_as_stored(image))
@@ -151,15 +151,17 @@ def orientation(path: Path | str) -> int:
 @contextmanager
 def _lazily_opened(path: Path) -> Iterator[Image.Image]:
     check_readable(path, role="image")
-    with _pillow(path, path, role="image") as image:
+    with path.open("rb") as file, _pillow(file, path, role="image") as image:
         yield image
 
 
 @contextmanager
-def _pillow(source: bytes | Path, path: Path, *, role: str) -> Iterator[Image.Image]:
+def _pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
     """Open a file with Pillow, which reads the header only; what is wrong, also later on, becomes an InputError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        if size := _webp_size(file.read(30)):  # Pillow would take memory for a WebP on opening it
+            _check_pixels(size, path, role=role)
+        with Image.open(file, formats=FORMATS) as image:
             _check_pixels(_stored_size(image), path, role=role)
             yield image
     except InputError:
@@ -276,6 +278,20 @@ def _jpeg_frame(content: bytes, path: Path) -> tuple[int, int, int]:
         else:
             place += 2 if marker in _BARE else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     raise _damaged(path, "its header is cut off")
+
+
+def _webp_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width in the first 30 bytes of a WebP; None for other files."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return None
+    if content[12:16] == b"VP8X":
+        width, height = (int.from_bytes(content[place : place + 3], "little") + 1 for place in (24, 27))
+    elif content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(content[place : place + 2], "little") & 0x3FFF for place in (26, 28))
+    return height, width
 
 
 def _check_jpeg_end(content: bytes, path: Path) -> None:

@@ -105,8 +105,8 @@ class LabelTable:
         listed = ", ".join(f"{v} ({n} pixels)" for v, n in zip(found[:5], counts[:5], strict=True))
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
         return InputError(
-            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed "
-            f"are {ranges(sorted(self.raw_to_train))}: wrong file, or the table's raw_to_train lacks them"
+            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
+            f"{ranges(sorted(self.raw_to_train))}: wrong file, or the table (of a folder: ids and ignore) lacks them"
         )
 
 

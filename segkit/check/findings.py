@@ -151,8 +151,8 @@ def _suspicious(audit: SplitAudit) -> list[Finding]:
     if audit.turned:
         text = (
             f"{len(audit.turned)} of {len(audit.indices)} images of split {audit.dataset.split} have an orientation "
-            f"tag, for example {_file(audit, audit.turned[0])}: it is ignored, since labels match the pixels as they are "
-            "stored; if yours were drawn on the turned images, turn the images and remove the tag"
+            f"tag, for example {_file(audit, audit.turned[0])}: it is ignored, since labels match the pixels as "
+            "they are stored; if yours were drawn on the turned images, turn the images and remove the tag"
         )
         findings.append(Finding(NOTE, text, tuple(_file(audit, index) for index in audit.turned)))
     twice = [indices for indices in audit.digests.values() if len(indices) > 1]

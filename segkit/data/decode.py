@@ -82,10 +82,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # th
 def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
     """Return the image (H, W, 3) uint8 RGB of a file, by the rules above.
 
-    ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, ceil(H / shrink) x
-    ceil(W / shrink), which the format does almost for free; other files, and JPEGs of four channels, come at full size
-    all the same. Each format goes through the library that is fastest at it. Raises InputError for whatever cannot be
-    read.
+    ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, rounded up to whole pixels,
+    which the format does almost for free; other files, and JPEGs of four channels, come at full size all the
+    same. Each format goes through the library that is fastest at it. Raises InputError for whatever cannot be read.
     """
     path = Path(path)
     content = read_bytes(path, role="image")
@@ -109,9 +108,9 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
 def read_index_png(path: Path | str, *, first_channel: bool = False) -> np.ndarray:
     """Return the indices (H, W) uint8 of an 8-bit label file: grey values, or palette indices of a palette file.
 
-    Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows
-    colour files and takes their first channel. Raises InputError for other colour files, 16-bit files, lossy formats
-    and damaged files.
+    Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows colour
+    files and takes their first channel. Raises InputError for other colour files, 16-bit files, lossy formats and
+    damaged files.
     """
     path = Path(path)
     content = read_bytes(path, role="label")

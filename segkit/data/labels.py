@@ -140,8 +140,8 @@ def _palette(content: Mapping[str, Any]) -> np.ndarray:
 def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     """Build a LabelTable from the content of a table file.
 
-    Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw
-    (default: the first raw value that is mapped to the class), source, splits.
+    Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw (default:
+    the first raw value that is mapped to the class), source, splits.
     """
     raw_to_train = {int(raw): int(train) for raw, train in content["raw_to_train"].items()}
     train_to_raw = {int(train): int(raw) for train, raw in content.get("train_to_raw", {}).items()}

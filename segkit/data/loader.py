@@ -1,8 +1,8 @@
 """Batches for training and evaluation, read and augmented by worker processes.
 
 Which samples make up step ``s`` of a phase, in which order, and how each is augmented, is a pure function of (seed,
-phase, epoch, index).  Workers therefore hold no random state, any number of them gives bitwise the same
-batches, and starting at step s costs nothing but computing one permutation.  No global generator is read or moved.
+phase, epoch, index). Workers therefore hold no random state, any number of them gives bitwise the same batches, and
+starting at step s costs nothing but computing one permutation. No global generator is read or moved.
 
 Workers are forked on Linux (they start in milliseconds and share the list of samples; they never touch CUDA and use
 neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spawned elsewhere.

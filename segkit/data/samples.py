@@ -22,7 +22,7 @@ from segkit.errors import InputError
 class Sample:
     """One image and the file or files of its label (several are merged by the set's ``load_label``).
 
-    ``labels`` is empty in an unlabelled split.  ``name`` is unique in its split and carries no extension.
+    ``labels`` is empty in an unlabelled split. ``name`` is unique in its split and carries no extension.
     """
 
     name: str
@@ -53,8 +53,8 @@ class SampleSet(Sequence[Item]):
     """The samples of one split, read on access; cheap to build, picklable, without state.
 
     ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as uint8
-    (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them). ``notes`` are sentences
-    for the user (what was skipped and why). ``labelled`` is worked out from the samples unless given; an unlabelled set
+    (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them). ``notes`` are sentences for
+    the user (what was skipped and why). ``labelled`` is worked out from the samples unless given; an unlabelled set
     gives images, and items with a label of ``ignore_index`` only.
 
     Raises InputError for an empty split, names that occur twice, and splits where only some have labels.
@@ -216,8 +216,8 @@ class SampleSet(Sequence[Item]):
 def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:
     """Open ``split`` of data set ``name`` (as in configs/dataset/) under ``root``.
 
-    ``root`` defaults to the folder that the data set's config names.  ``options`` replace reader options of
-    that config.  Raises InputError for unknown names, splits and options, and for all that a reader refuses.
+    ``root`` defaults to the folder that the data set's config names. ``options`` replace reader options of that config.
+    Raises InputError for unknown names, splits and options, and for all that a reader refuses.
     """
     config = _dataset_config(name)
     reader = dict(config["reader"])

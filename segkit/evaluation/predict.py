@@ -1,7 +1,7 @@
 """Predictions for image files of any kind: label PNGs, overlays, probabilities.
 
-Files are decoded and written by threads while the model computes; a few images are in memory at a time. A file
-that cannot be read is reported and skipped.
+Files are decoded and written by threads while the model computes; a few images are in memory at a time. A file that
+cannot be read is reported and skipped.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def predict_files(
 
     ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
     report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
-    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report
-    lists the files that could not be read; see `Report.exit_code`.
+    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report lists
+    the files that could not be read; see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"
@@ -199,11 +199,11 @@ class _Writer:
             if kind == "labels":
                 overlay.palette_image(first, self.palette).save(path)
             elif kind == "overlays":
-                shown = overlay.overlay_with_legend(image, first, self.classes, self.palette)
-                Image.fromarray(shown).save(path, compress_level=1)
+                picture = overlay.overlay_with_legend(image, first, self.classes, self.palette)
+                Image.fromarray(picture).save(path, compress_level=1)
             elif kind == "probabilities":
                 assert done.probabilities is not None
                 np.savez_compressed(path, probabilities=done.probabilities)
             else:
-                shown = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
-                Image.fromarray(shown).save(path, compress_level=1)
+                picture = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
+                Image.fromarray(picture).save(path, compress_level=1)

@@ -7,8 +7,8 @@ Folders below ``root``, as the archives unpack them::
 
 The second line is the layout of 2018.
 
-Masks hold train ids. In six pairs of the 10K release a portrait image lies beside a landscape mask, and no
-rotation aligns them; the release of 2018 has six other pairs in their place.
+Masks hold train ids. In six pairs of the 10K release a portrait image lies beside a landscape mask, and no rotation
+aligns them; the release of 2018 has six other pairs in their place.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The archive has no top folder; below ``root`` lie::
 
     images/<id>.jpg    annotations/<id>.mat    imageLists/{train,test,all}.txt
 
-Field ``S`` holds ids 0 (unlabeled, ignored) to 182; 11 of the 91 things have no pixel in any image and are
-not among the 171 classes. Version 1.0 numbered its classes otherwise and is refused.
+Field ``S`` holds ids 0 (unlabeled, ignored) to 182; 11 of the 91 things have no pixel in any image and are not among
+the 171 classes. Version 1.0 numbered its classes otherwise and is refused.
 """
 
 from __future__ import annotations

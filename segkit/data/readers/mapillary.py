@@ -6,8 +6,8 @@ Folders below ``root``, as the archives unpack them::
     config_v1.2.json    {training,validation}/images/<key>.jpg    {training,validation}/v1.2/labels/<key>.png
     testing/images/<key>.jpg
 
-A label value is a position in the list ``labels`` of config.json, which is therefore checked entry by entry.
-Of its 66 entries 65 are evaluated; the last, Unlabeled, is ignored.
+A label value is a position in the list ``labels`` of config.json, which is therefore checked entry by entry. Of its 66
+entries 65 are evaluated; the last, Unlabeled, is ignored.
 """
 
 from __future__ import annotations

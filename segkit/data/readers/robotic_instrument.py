@@ -5,8 +5,8 @@ Folders below ``root`` (the archives' own top folders, or a folder ``training``,
     instrument_dataset_{1..8}/left_frames/frame%03d.png
     instrument_dataset_{1..8}/ground_truth/<instrument folder>/frame%03d.png        one mask per instrument
 
-The masks of a frame are merged when it is read; nothing is written into the data. The names of the
-instrument folders follow no rule, so they are found by the frames in them.
+The masks of a frame are merged when it is read; nothing is written into the data. The names of the instrument folders
+follow no rule, so they are found by the frames in them.
 """
 
 from __future__ import annotations

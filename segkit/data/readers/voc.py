@@ -6,9 +6,8 @@ Folders below ``root``, as the archives unpack them::
     benchmark_RELEASE/dataset/train.txt     val.txt   cls/<id>.mat   img/<id>.jpg
     VOCdevkit/VOC2012/SegmentationClassAug/<id>.png                   (the community's conversion of SBD)
 
-``trainaug`` = (VOC train U SBD train U SBD val) minus VOC val: SBD's own lists overlap VOC's validation
-images. The VOC training images keep their official masks, whose objects have a border of 255; SBD's masks
-have none.
+``trainaug`` = (VOC train U SBD train U SBD val) minus VOC val: SBD's own lists overlap VOC's validation images. The VOC
+training images keep their official masks, whose objects have a border of 255; SBD's masks have none.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.decode import image_size
+from segkit.data.decode import image_size, orientation
 from segkit.data.samples import SampleSet
 from segkit.data.statistics import byte_histogram
 from segkit.data.workers import map_samples
@@ -30,7 +30,8 @@ Size = tuple[int, int]
 class Look:
     """What was seen of one sample. ``image_error`` and ``label_error`` are the readers' sentences.
 
-    ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels.
+    ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels; ``turned``: the
+    image has an orientation tag, which is ignored.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Look:
     raw_pixels: dict[int, int] = field(default_factory=dict)
     digest: str | None = None
     one_colour: bool = False
+    turned: bool = False
     image_error: str | None = None
     label_error: str | None = None
 
@@ -64,6 +66,7 @@ class SplitAudit:
     unknown: dict[int, dict[int, int]] = field(default_factory=dict)
     one_colour: list[int] = field(default_factory=list)
     no_class: list[int] = field(default_factory=list)
+    turned: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.class_images = np.zeros(self.dataset.num_classes, np.int64)
@@ -115,6 +118,8 @@ class SplitAudit:
             self.digests.setdefault(look.digest, []).append(look.index)
         if look.one_colour:
             self.one_colour.append(look.index)
+        if look.turned:
+            self.turned.append(look.index)
         if look.raw_pixels:
             self._add_label(look)
 
@@ -173,6 +178,7 @@ def look_at(dataset: SampleSet, index: int) -> Look:
         raw_pixels={} if raw is None else raw_histogram(raw),
         digest=None if image is None else _digest(image),
         one_colour=image is not None and _is_one_colour(image),
+        turned=image is not None and orientation(sample.image) != 1,
         image_error=image_error,
         label_error=label_error,
     )

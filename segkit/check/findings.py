@@ -194,6 +194,13 @@ def _suspicious(audit: SplitAudit) -> list[Finding]:
                 f"{kind} {first} {text}{others}: look at it, and remove the pair from {audit.dataset.split} if broken"
             )
             findings.append(Finding(WARNING, sentence, files))
+    if audit.turned:
+        text = (
+            f"{len(audit.turned)} of {len(audit.indices)} images of split {audit.dataset.split} have an orientation "
+            f"tag, for example {_file(audit, audit.turned[0])}: it is ignored, since labels match the pixels as "
+            "they are stored; if yours were drawn on the turned images, turn the images and remove the tag"
+        )
+        findings.append(Finding(NOTE, text, tuple(_file(audit, index) for index in audit.turned)))
     twice = [indices for indices in audit.digests.values() if len(indices) > 1]
     if twice:
         one, other = twice[0][:2]
@@ -266,6 +273,7 @@ def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
         "num_unreadable_images": len(audit.image_errors),
         "num_unreadable_labels": len(audit.label_errors),
         "num_different_sizes": len(audit.size_errors),
+        "num_with_orientation": len(audit.turned),
         "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in audit.sizes.most_common()],
         "ignored_pixels": audit.ignored_pixels,
         "raw_values": [

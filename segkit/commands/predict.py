@@ -32,7 +32,9 @@ def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     arguments = parser().parse_args(argv)
     from segkit.commands.scorers import load
-    from segkit.evaluation.predict import Outputs, find_images, predict_files
+    from segkit.data.decode import read_rgb
+    from segkit.data.files import find_images
+    from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
     from segkit.runtime import resolve_device
 
@@ -52,6 +54,7 @@ def run(argv: Sequence[str]) -> None:
         scorers,
         images,
         arguments.output,
+        read_image=read_rgb,
         classes=first.classes,
         palette=first.palette,
         device=device,

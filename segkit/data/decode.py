@@ -1,54 +1,226 @@
-"""Read one image or one label file, exactly, or say in a sentence why not.
+"""How a file becomes pixels: the one decoder of training, evaluation, check and prediction.
 
-Labels are read as *indices*: never colour-converted, never scaled.  Images are always RGB, never rotated by
-EXIF tags (labels carry none, so a rotated image would no longer lie under its label).
+Images become uint8 RGB by these rules:
+
+- 8-bit grey, RGB, CMYK and palette colours are converted; 1, 2 and 4 bits of grey are stretched to 0..255.
+- Of 16 bits a channel the upper byte is kept (a value is divided by 256 and rounded down). Integers of 32 bits are read
+  as if they had 16, and refused if one does not fit. Floating-point pixels are refused.
+- Transparent pixels lie over white, so that no hidden colour shows.
+- Orientation tags (EXIF, TIFF, XMP) are ignored: labels match the pixels as they are stored.
+- Of a file with several pages or frames the first is read.
+
+Labels become uint8 *indices*: the grey value or the palette index as it is stored, never a colour and never scaled.
+
+No decoder starts before the number of pixels in the header was compared with the limit (:func:`set_pixel_limit`).
 """
 
 from __future__ import annotations
 
+import io
+import re
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from segkit.data.files import check_readable, read_bytes
 from segkit.errors import InputError
 
+MAX_PIXELS = 200_000_000
+"""The limit that holds until :func:`set_pixel_limit` is called."""
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may try; its other readers are little tested, or start other programs."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
-_GREY, _RGB = b"\x00", b"\x02"  # colour types of a PNG
 _JPEG = b"\xff\xd8\xff"
+_GREY, _RGB, _RGBA, _WITH_ALPHA = 0, 2, 6, (4, 6)  # colour types of a PNG
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
+_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
 _LOSSY = ("JPEG", "WEBP")
-# What Pillow raises on damaged files: OSError (also UnidentifiedImageError), SyntaxError from the PNG reader,
-# ValueError and struct.error from the chunk readers.
-_DAMAGED = (OSError, SyntaxError, ValueError, struct.error, EOFError)
+_ORIENTATION, _WIDTH, _HEIGHT, _PHOTOMETRIC = 274, 256, 257, 262  # tags of EXIF and TIFF
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""The inverse of each orientation."""
+
+# What the libraries raise on damaged files: OSError (also UnidentifiedImageError), SyntaxError of Pillow's PNG reader,
+# RuntimeError from imagecodecs, the others from Pillow's readers of chunks and tags.
+_DAMAGED = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_limit = MAX_PIXELS
 
 
-def read_index_png(path: Path | str) -> np.ndarray:
-    """The indices (H, W) uint8 of an 8-bit label file: grey value, or palette index of a palette file.
+def set_pixel_limit(limit: int) -> None:
+    """Refuse images and labels of more than ``limit`` pixels, in this process and the workers that it starts."""
+    global _limit
+    _limit = limit
+    Image.MAX_IMAGE_PIXELS = limit
 
-    Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled.
-    Raises InputError for colour files, 16-bit files, lossy formats and damaged files.
+
+def pixel_limit() -> int:
+    """Return the limit in force."""
+    return _limit
+
+
+set_pixel_limit(MAX_PIXELS)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is the one that counts
+
+
+def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
+    """Return the image (H, W, 3) uint8 RGB of a file, by the rules above.
+
+    ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, rounded up to whole pixels,
+    which the format does almost for free; other files, and JPEGs of four channels, come at full size all the
+    same. Each format goes through the library that is fastest at it. Raises InputError for whatever cannot be read.
     """
     path = Path(path)
-    check_readable(path, role="label")
-    content = path.read_bytes()
-    if _is_png_of(_GREY, content):
-        label = _decode_png(content, path)
+    content = read_bytes(path, role="image")
+    if content[:3] == _JPEG:
+        height, width, channels = _jpeg_frame(content, path)
+        _check_pixels((height, width), path, role="image")
+        _check_jpeg_end(content, path)
+        if channels < 4:
+            return _with_opencv(content, path, shrink=shrink)
+    elif content[:8] == _PNG:
+        bits, colours = _png_header(content, path, role="image")
+        if bits == 8 and colours in (_RGB, _RGBA):
+            image = _with_imagecodecs(content, path)
+            return image if image.shape[2:] == (3,) else _over_white(image)
+        if colours not in _WITH_ALPHA and not _has_transparent_colour(content):
+            return _with_opencv(content, path)
+    with _pillow(io.BytesIO(content), path, role="image") as opened:
+        return _rgb(opened, path)
+
+
+def read_index_png(path: Path | str, *, first_channel: bool = False) -> np.ndarray:
+    """Return the indices (H, W) uint8 of an 8-bit label file: grey values, or palette indices of a palette file.
+
+    Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows colour
+    files and takes their first channel. Raises InputError for other colour files, 16-bit files, lossy formats and
+    damaged files.
+    """
+    path = Path(path)
+    content = read_bytes(path, role="label")
+    if content[:8] == _PNG and _png_header(content, path, role="label") == (8, _GREY):
+        label = _with_imagecodecs(content, path)
         if label.ndim == 2:  # else the file has transparent grey values, which Pillow leaves out below
             return label
-    return _read_index_with_pillow(path)
+    with _pillow(io.BytesIO(content), path, role="label") as image:
+        _check_index_mode(image, path, colours_too=first_channel)
+        bits = _grey_bits(image)
+        label = np.array(_as_stored(image))
+    if label.ndim == 3:
+        label = np.ascontiguousarray(label[..., 0])
+    if label.dtype == np.bool_:
+        return label.astype(np.uint8)
+    return label // {2: 85, 4: 17}[bits] if bits in (2, 4) else label
 
 
-def _is_png_of(colour_type: bytes, content: bytes) -> bool:
-    """True for a PNG of 8 bits and that colour type (bytes 24 and 25, in its IHDR): it is decoded as it is.
-
-    Palette indices would become colours, and 1, 2 and 4 bits be stretched to 0..255.
-    """
-    return content[:8] == _PNG and content[12:16] == b"IHDR" and content[24:26] == b"\x08" + colour_type
+def image_size(path: Path | str) -> tuple[int, int]:
+    """Return (height, width) as stored, from the header alone; raises InputError for a file that is damaged."""
+    with _lazily_opened(Path(path)) as image:
+        return _stored_size(image)
 
 
-def _decode_png(content: bytes, path: Path) -> np.ndarray:
+def orientation(path: Path | str) -> int:
+    """Return the orientation tag of an image, which all readers ignore: 1 (upright, or no tag) to 8."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of a damaged tag
+            with _lazily_opened(Path(path)) as image:
+                found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # not PNG's own, which decodes the image
+    except Exception:  # whatever is wrong with the file is for the reader of its pixels to say
+        return 1
+    return found if found in _UNDO else 1
+
+
+@contextmanager
+def _lazily_opened(path: Path) -> Iterator[Image.Image]:
+    check_readable(path, role="image")
+    with path.open("rb") as file, _pillow(file, path, role="image") as image:
+        yield image
+
+
+@contextmanager
+def _pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
+    """Open a file with Pillow, which reads the header only; what is wrong, also later on, becomes an InputError."""
+    try:
+        if size := _webp_size(file.read(30)):  # Pillow would take memory for a WebP on opening it
+            _check_pixels(size, path, role=role)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_pixels(_stored_size(image), path, role=role)
+            yield image
+    except InputError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise _damaged(path, "its content is of no known format") from error
+    except _BOMBS as error:
+        found = re.search(r"\d+", str(error))
+        raise _too_large(path, f"{int(found[0]):,}" if found else "too many", role=role) from None
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    tags: Any = getattr(image, "tag_v2", None)  # of a TIFF; Pillow gives the size of the turned image
+    return (tags[_HEIGHT], tags[_WIDTH]) if tags else (image.height, image.width)
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """Decode an image and take back what Pillow does to TIFFs only: it turns them by their orientation."""
+    turned = image.getexif().get(_ORIENTATION, 1) if hasattr(image, "tag_v2") else 1
+    image.load()
+    return image.transpose(_UNDO[turned]) if turned in _UNDO else image
+
+
+def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
+    image = _as_stored(opened)
+    if image.mode.startswith("I"):
+        tags: Any = getattr(opened, "tag_v2", {})
+        return _upper_byte(image, path, white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+    if image.mode == "F":
+        raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        return _over_white(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
+def _upper_byte(image: Image.Image, path: Path, *, white_is_zero: bool) -> np.ndarray:
+    """RGB of 16- or 32-bit grey values; Pillow heeds ``white_is_zero`` (of TIFFs) for 8 bits only."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
+    grey = (values >> 8).astype(np.uint8)
+    if white_is_zero:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _over_white(image: np.ndarray) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of RGBA uint8 (H, W, 4): (colour * alpha + 255 * (255 - alpha)) / 255, rounded."""
+    alpha = image[..., 3:].astype(np.uint16)
+    if alpha.min(initial=255) == 255:
+        return np.ascontiguousarray(image[..., :3])
+    return ((image[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _with_imagecodecs(content: bytes, path: Path) -> np.ndarray:
     """The samples of a PNG; imagecodecs takes 0.7 of the time of OpenCV and Pillow, thanks to its zlib."""
     import imagecodecs
 
@@ -58,37 +230,94 @@ def _decode_png(content: bytes, path: Path) -> np.ndarray:
         raise _damaged(path, error) from error
 
 
-def _read_index_with_pillow(path: Path) -> np.ndarray:
+def _with_opencv(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
+    import cv2
+
+    reduced = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+    flags = reduced[shrink] if shrink > 1 else cv2.IMREAD_COLOR_RGB
     try:
-        with Image.open(path) as image:
-            _check_index_mode(image, path)
-            bits = _grey_bits(image)
-            label = np.array(image)
-    except InputError:
-        raise
-    except _DAMAGED as error:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:  # OpenCV's own limits: 2**20 pixels a side, 2**30 in all
         raise _damaged(path, error) from error
-    if label.dtype == np.bool_:
-        return label.astype(np.uint8)
-    return label // {2: 85, 4: 17}[bits] if bits in (2, 4) else label
+    if image is None:
+        raise _damaged(path)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if shrink > 1 else image
 
 
-def _check_index_mode(image: Image.Image, path: Path) -> None:
+def _png_header(content: bytes, path: Path, *, role: str) -> tuple[int, int]:
+    """Bits a channel and colour type of a PNG, after its size was checked."""
+    if content[12:16] != b"IHDR" or len(content) < 26:
+        raise _damaged(path, "its header is cut off")
+    width, height, bits, colours = struct.unpack(">IIBB", content[16:26])
+    _check_pixels((height, width), path, role=role)
+    return bits, colours
+
+
+def _has_transparent_colour(content: bytes) -> bool:
+    """True for a PNG with a chunk tRNS, which comes before its samples."""
+    place = len(_PNG)
+    while place + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        if kind in (b"tRNS", b"IDAT"):
+            return kind == b"tRNS"
+        place += length + 12
+    return False
+
+
+def _jpeg_frame(content: bytes, path: Path) -> tuple[int, int, int]:
+    """Height, width and number of channels of a JPEG, from the header of its frame."""
+    place = 2
+    while place + 10 <= len(content):
+        marker = content[place + 1]
+        if content[place] != 0xFF or marker == 0xFF:  # bytes between two markers, or before one
+            place = max(place + 1, content.find(b"\xff", place))
+        elif marker in _FRAMES:
+            height, width, channels = struct.unpack(">HHB", content[place + 5 : place + 10])
+            return height, width, channels
+        else:
+            place += 2 if marker in _BARE else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    raise _damaged(path, "its header is cut off")
+
+
+def _webp_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width in the first 30 bytes of a WebP; None for other files."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return None
+    if content[12:16] == b"VP8X":
+        width, height = (int.from_bytes(content[place : place + 3], "little") + 1 for place in (24, 27))
+    elif content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(content[place : place + 2], "little") & 0x3FFF for place in (26, 28))
+    return height, width
+
+
+def _check_jpeg_end(content: bytes, path: Path) -> None:
+    """Raise for a JPEG that was cut off: OpenCV would fill the missing rows with grey and say nothing.
+
+    The end marker must come after the last start of a scan; inside scans its bytes cannot occur.
+    """
+    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        raise _damaged(path)
+
+
+def _check_index_mode(image: Image.Image, path: Path, *, colours_too: bool) -> None:
     if image.format in _LOSSY:
         raise InputError(
             f"label {path} is a {image.format} file, which does not keep class indices exactly; "
             "write labels as 8-bit PNG (grey or palette)"
         )
-    if image.mode in ("P", "L", "1"):
+    if image.mode in ("P", "L", "1") or (colours_too and image.mode in ("RGB", "RGBA")):
         return
     if image.mode.startswith("I") or image.mode == "F":
         raise InputError(
-            f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is "
-            "wanted; it may be an instance file: point to the class masks or write 8-bit PNGs"
+            f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is wanted; it "
+            "may be an instance file: point to the class masks or write 8-bit PNGs"
         )
     raise InputError(
-        f"label {path} is a colour image (mode {image.mode}), but an index mask is wanted: one channel, "
-        "its value is the class; convert colours to class indices first"
+        f"label {path} is a colour image (mode {image.mode}), but an index mask is wanted: one channel, its value is "
+        "the class; convert colours to class indices first"
     )
 
 
@@ -102,89 +331,19 @@ def _grey_bits(image: Image.Image) -> int | None:
     return {"L;2": 2, "L;4": 4}.get(rawmode)
 
 
-def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
-    """The image (H, W, 3) uint8 RGB of a file of any mode; 16-bit channels keep their upper byte.
-
-    ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, ceil(H / shrink) x
-    ceil(W / shrink), which the format does almost for free; other formats come at full size all the same.
-
-    Each format goes through the library that is fastest at it.
-    """
-    path = Path(path)
-    check_readable(path, role="image")
-    content = path.read_bytes()
-    if content[:3] == _JPEG:
-        _check_jpeg_end(content, path)
-        return _decode_rgb(content, path, shrink=shrink)
-    if _is_png_of(_RGB, content):
-        image = _decode_png(content, path)
-        if image.shape[2:] == (3,):  # else the file has a transparent colour
-            return image
-    if content[:8] == _PNG:
-        return _decode_rgb(content, path)
-    try:
-        with Image.open(path) as opened:
-            return np.array(opened.convert("RGB"))
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
+def _check_pixels(size: tuple[int, int], path: Path, *, role: str) -> None:
+    if size[0] * size[1] > _limit:
+        raise _too_large(path, f"{size[1]}x{size[0]}", role=role)
 
 
-def _decode_rgb(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
-    import cv2
-
-    reduced = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
-    flags = reduced[shrink] if shrink > 1 else cv2.IMREAD_COLOR_RGB
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise _damaged(path)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if shrink > 1 else image
+def _too_large(path: Path, pixels: str, *, role: str) -> InputError:
+    return InputError(
+        f"{role} {path} has {pixels} pixels, but at most {_limit:,} are allowed, lest a damaged file fill the memory; "
+        "remove it, or set max_pixels to more"
+    )
 
 
-def _check_jpeg_end(content: bytes, path: Path) -> None:
-    """Raise for a JPEG that was cut off: OpenCV would fill the missing rows with grey and say nothing.
-
-    The end marker must come after the last start of a scan; inside scans its bytes cannot occur.
-    """
-    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-        raise _damaged(path)
-
-
-def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) from the header alone; raises InputError where the file is none or is damaged."""
-    path = Path(path)
-    check_readable(path, role="image")
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-
-
-def check_readable(path: Path, *, role: str) -> None:
-    """Raise the InputError for a missing, unreadable or empty file; ``role`` names it ("image", "label")."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb"):
-            pass
-    except FileNotFoundError:
-        raise InputError(f"{role} {path} does not exist; unpack the archive again or mend dataset.root") from None
-    except PermissionError:
-        raise _forbidden(path) from None
-    except IsADirectoryError:
-        raise InputError(f"{role} {path} is a folder, but a file is wanted; mend dataset.root") from None
-    except OSError as error:
-        raise InputError(f"{role} {path} cannot be read: {error.strerror}; check the disk") from error
-    if size == 0:
-        raise InputError(f"{role} {path} is empty (0 bytes); copy or unpack it again")
-
-
-def _forbidden(path: Path) -> InputError:
-    return InputError(f"{path} may not be read by this user; run `chmod -R u+rX {path.parent}`")
-
-
-def _damaged(path: Path, error: BaseException | None = None) -> InputError:
-    if isinstance(error, PermissionError):
-        return _forbidden(path)
+def _damaged(path: Path, error: BaseException | str | None = None) -> InputError:
     text = str(error or "").strip()
     reason = text.splitlines()[-1] if text else "decoding stopped before its end"
     return InputError(f"{path} is damaged or no image file ({reason}); copy or unpack it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +81,7 @@ class LabelTable:
         return lookup
 
     def to_train(self, raw: np.ndarray, *, file: Path | str) -> np.ndarray:
-        """Train ids (H, W) uint8 of raw label values (H, W) of any integer type.
+        """Return train ids (H, W) uint8 of raw label values (H, W) of any integer type.
 
         Raises InputError naming ``file``, the values that are not in the table and how many pixels have them.
         """
@@ -105,12 +105,12 @@ class LabelTable:
         listed = ", ".join(f"{v} ({n} pixels)" for v, n in zip(found[:5], counts[:5], strict=True))
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
         return InputError(
-            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed "
-            f"are {ranges(sorted(self.raw_to_train))}: wrong file, or the table's raw_to_train lacks them"
+            f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
+            f"{ranges(sorted(self.raw_to_train))}: wrong file, or the table (of a folder: ids and ignore) lacks them"
         )
 
 
-def ranges(values: list[int]) -> str:
+def ranges(values: Sequence[int]) -> str:
     """Return sorted integers as "0..11, 255"."""
     parts: list[list[int]] = []
     for value in values:
@@ -118,11 +118,11 @@ def ranges(values: list[int]) -> str:
             parts[-1][1] = value
         else:
             parts.append([value, value])
-    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in parts)
+    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in parts)
 
 
 def load_table(name: str) -> LabelTable:
-    """The shipped label table ``name`` (segkit/data/tables/<name>.json)."""
+    """Return the shipped label table ``name`` (segkit/data/tables/<name>.json)."""
     path = TABLES / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in TABLES.glob("*.json")))
@@ -138,10 +138,10 @@ def _palette(content: Mapping[str, Any]) -> np.ndarray:
 
 
 def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
-    """A LabelTable from the content of a table file.
+    """Build a LabelTable from the content of a table file.
 
-    Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw
-    (default: the first raw value that is mapped to the class), source, splits.
+    Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw (default:
+    the first raw value that is mapped to the class), source, splits.
     """
     raw_to_train = {int(raw): int(train) for raw, train in content["raw_to_train"].items()}
     train_to_raw = {int(train): int(raw) for train, raw in content.get("train_to_raw", {}).items()}

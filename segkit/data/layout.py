@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from segkit.data.files import IMAGE_SUFFIXES, read_text, visible_entries
 from segkit.data.labels import TABLES
+from segkit.data.samples import Sample
 from segkit.errors import InputError
 
 _refused: ContextVar[list[InputError] | None] = ContextVar("refused", default=None)
@@ -30,127 +33,16 @@ def collecting() -> Iterator[list[InputError]]:
         _refused.reset(token)
 
 
-def refuse(error: InputError) -> None:
-    """Raise ``error``, or keep it for :func:`collecting`; the caller then goes on without the pair."""
+def refuse(sentence: str) -> None:
+    """Raise InputError, or keep it for :func:`collecting`; the caller then goes on without the pair."""
     errors = _refused.get()
     if errors is None:
-        raise error
-    errors.append(error)
-
-
-def require_root(root: Path | str | None, *, dataset: str) -> Path:
-    """``root`` as a Path; InputError where the data set needs one and none was given."""
-    if root is None:
-        raise InputError(f"data set {dataset} needs its folder; set dataset.root=FOLDER")
-    return Path(root)
-
-
-def require_folder(folder: Path, *, dataset: str, root: Path, archives: str) -> Path:
-    """``folder`` if it is one; else InputError naming it, the archives to unpack there and dataset.root.
-
-    Where the wanted tree lies one level above or below ``root`` the sentence says which root would be right.
-    """
-    try:
-        if folder.is_dir():
-            next(folder.iterdir(), None)
-            return folder
-    except PermissionError:
-        raise InputError(
-            f"folder {folder} of {dataset} may not be read by this user; run `chmod -R u+rX {root}`"
-        ) from None
-    raise InputError(
-        f"{dataset} is not complete under {root}: folder {folder} does not exist; unpack {archives} into one "
-        f"folder and set dataset.root to it{_nearby(folder, root)}"
-    )
-
-
-def _nearby(folder: Path, root: Path) -> str:
-    try:
-        wanted = folder.relative_to(root)
-        candidates = [root.parent, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
-    except (ValueError, OSError):
-        return ""
-    for candidate in candidates:
-        if (candidate / wanted).is_dir():
-            return f" (it looks like dataset.root={candidate})"
-    return ""
-
-
-def read_list(path: Path, *, dataset: str, archives: str) -> list[str]:
-    """The non-empty lines of a list file, stripped; InputError where it is missing, unreadable or empty."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise InputError(
-            f"{dataset} lacks its list file {path}; unpack {archives} into one folder and name it in dataset.root"
-        ) from None
-    except PermissionError:
-        raise InputError(f"list file {path} may not be read by this user; run `chmod u+r {path}`") from None
-    except UnicodeDecodeError:
-        raise InputError(f"list file {path} is not a text file; unpack {archives} again") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise InputError(f"list file {path} has no entries, so the split is empty; unpack {archives} again")
-    return lines
-
-
-def inside(root: Path, relative: str, *, list_file: Path) -> Path:
-    """``root / relative``; InputError where the entry of ``list_file`` would leave ``root``.
-
-    Judged by the text alone (no link is followed), so that a data set of symbolic links still works.
-    """
-    path = Path(relative)
-    if path.is_absolute() or ".." in path.parts:
-        raise InputError(
-            f"entry {relative!r} of {list_file} leaves the data set's folder {root}; entries must be names "
-            "or paths below dataset.root without '..'"
-        )
-    return root / path
-
-
-def files_by_id(folder: Path, *, suffix: str) -> dict[str, Path]:
-    """{file name without ``suffix``: path} of the visible files of ``folder`` that end with it, sorted."""
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(suffix) and not p.name.startswith("."))
-    return {p.name[: len(p.name) - len(suffix)]: p for p in files}
-
-
-def pair(
-    images: Mapping[str, Path],
-    labels: Mapping[str, Path],
-    *,
-    dataset: str,
-    expected_image: str,
-    expected_label: str,
-) -> list[tuple[str, Path, Path]]:
-    """(id, image, label) of every id, in the order of ``images``; InputError for an id with only one.
-
-    ``expected_image`` and ``expected_label`` are patterns with ``{id}`` shown as the missing file.
-    """
-    lonely = [key for key in images if key not in labels]
-    if lonely:
-        refuse(
-            InputError(
-                f"image {images[lonely[0]]} of {dataset} has no label ({expected_label.format(id=lonely[0])} is "
-                f"missing){_others(set(lonely))}; unpack the labels again or remove the image"
-            )
-        )
-    lonely = [key for key in labels if key not in images]
-    if lonely:
-        refuse(
-            InputError(
-                f"label {labels[lonely[0]]} of {dataset} has no image ({expected_image.format(id=lonely[0])} is "
-                f"missing){_others(set(lonely))}; unpack the images again or remove the label"
-            )
-        )
-    return [(key, image, labels[key]) for key, image in images.items() if key in labels]
-
-
-def _others(missing: set[str]) -> str:
-    return f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+        raise InputError(sentence)
+    errors.append(InputError(sentence))
 
 
 def check_split(split: str, allowed: Iterable[str], *, dataset: str) -> None:
-    """InputError unless ``split`` is one of ``allowed``."""
+    """Raise InputError unless ``split`` is one of ``allowed``."""
     allowed = list(allowed)
     if split not in allowed:
         raise InputError(
@@ -159,34 +51,154 @@ def check_split(split: str, allowed: Iterable[str], *, dataset: str) -> None:
         )
 
 
+def check_option(key: str, value: object, allowed: Sequence[object], *, dataset: str) -> None:
+    """Raise InputError unless the reader's option ``key`` is one of ``allowed``."""
+    if value not in allowed:
+        listed = ", ".join(str(item) for item in allowed)
+        raise InputError(
+            f"{dataset} has no {key} {value!r}; allowed are {listed}: set dataset.reader.{key}={allowed[0]}"
+        )
+
+
 def table_file(name: str) -> dict[str, Any]:
-    """The whole content of a shipped table file, with what stands in it beside the label table."""
+    """Return the whole content of a shipped table file, with what stands in it beside the label table."""
     return json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def base_folder(root: Path, *, marker: str, tops: Sequence[str] = (), dataset: str, archives: str) -> Path:
-    """The folder that holds the sub-folder ``marker``: ``root`` itself, or an archive's own top folder in it.
+class Layout:
+    """The folders and lists of one data set below ``root``; a sentence about what is missing names ``archives``.
 
-    ``tops`` are the relative paths of those top folders. InputError otherwise: where the tree lies one or two
-    levels above ``root``, or one below, the sentence says so and gives the right ``dataset.root``.
+    Raises InputError where ``root`` is None.
     """
-    for candidate in _levels(root, tops):
-        if os.path.isdir(candidate / marker):
-            return candidate
-    root = root.absolute()
-    for above in list(root.parents)[:2]:
-        if any(os.path.isdir(candidate / marker) for candidate in _levels(above, tops)):
+
+    def __init__(self, dataset: str, root: Path | str | None, *, archives: str) -> None:
+        if root is None:
+            raise InputError(f"data set {dataset} needs its folder; set dataset.root=FOLDER")
+        self.dataset = dataset
+        self.root = Path(root)
+        self.archives = archives
+
+    def base(self, marker: str, *tops: str) -> Path:
+        """Return the folder that holds the sub-folder ``marker``: ``root``, or an archive's own top folder in it.
+
+        ``tops`` are the relative paths of those top folders. Raises InputError otherwise: where the tree lies one or
+        two levels above ``root``, or one below, the sentence says so and gives the right ``dataset.root``.
+        """
+        for candidate in _levels(self.root, tops):
+            if os.path.isdir(candidate / marker):
+                return candidate
+        root = self.root.absolute()
+        for above in list(root.parents)[:2]:
+            if any(os.path.isdir(candidate / marker) for candidate in _levels(above, tops)):
+                raise InputError(
+                    f"dataset.root={root} is too deep for {self.dataset}, whose folder {marker} must lie in it; "
+                    f"set dataset.root={above}"
+                )
+        for below in _subfolders(root):
+            if any(os.path.isdir(candidate / marker) for candidate in _levels(below, tops)):
+                raise InputError(
+                    f"dataset.root={root} is one level too shallow for {self.dataset}, whose folder {marker} must lie "
+                    f"in it; set dataset.root={below}"
+                )
+        top = next((root / top for top in tops if os.path.isdir(root / top)), root)
+        return self.folder(top / marker)
+
+    def folder(self, folder: Path) -> Path:
+        """Return ``folder`` if it is one; else raise InputError naming it, the archives to unpack and dataset.root.
+
+        Where the wanted tree lies one level above or below ``root`` the sentence says which root would be right.
+        """
+        try:
+            if folder.is_dir():
+                next(folder.iterdir(), None)
+                return folder
+        except PermissionError:
             raise InputError(
-                f"dataset.root={root} is too deep for {dataset}, whose folder {marker} must lie in it; "
-                f"set dataset.root={above}"
-            )
-    for below in _subfolders(root):
-        if any(os.path.isdir(candidate / marker) for candidate in _levels(below, tops)):
+                f"folder {folder} of {self.dataset} may not be read by this user; run `chmod -R u+rX {self.root}`"
+            ) from None
+        raise InputError(
+            f"{self.dataset} is not complete under {self.root}: folder {folder} does not exist; unpack {self.archives} "
+            f"into one folder and set dataset.root to it{self._nearby(folder)}"
+        )
+
+    def _nearby(self, folder: Path) -> str:
+        try:
+            wanted = folder.relative_to(self.root)
+        except ValueError:
+            return ""
+        for candidate in [self.root.parent, *_subfolders(self.root)] if self.root.is_dir() else []:
+            if (candidate / wanted).is_dir():
+                return f" (it looks like dataset.root={candidate})"
+        return ""
+
+    def files(self, folder: Path, suffix: str) -> dict[str, Path]:
+        """Return {name without ``suffix``: path} of the files in ``folder`` that end with it, sorted.
+
+        Hidden files are left out. Raises InputError for a folder that is not there or may not be read.
+        """
+        entries = visible_entries(self.folder(folder))
+        return {e.name.removesuffix(suffix): folder / e.name for e in entries if e.name.endswith(suffix)}
+
+    def lines(self, list_file: Path) -> list[str]:
+        """Return the non-empty lines of a list file, stripped.
+
+        Raises InputError for a list that is missing, unreadable or empty.
+        """
+        text = read_text(
+            list_file,
+            role="list file",
+            missing=f"{self.dataset} lacks its list file {list_file}; unpack {self.archives} into one folder and name "
+            "it in dataset.root",
+        )
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if not lines:
             raise InputError(
-                f"dataset.root={root} is one level too shallow for {dataset}, whose folder {marker} must lie "
-                f"in it; set dataset.root={below}"
+                f"list file {list_file} has no entries, so the split is empty; unpack {self.archives} again"
             )
-    return require_folder(root / marker, dataset=dataset, root=root, archives=archives)
+        return lines
+
+    def entries(self, list_file: Path, folder: Path) -> list[str]:
+        """Return the lines of a list of files below ``folder``; raises InputError also for one that is there twice."""
+        lines = self.lines(list_file)
+        seen: set[str] = set()
+        for entry in lines:
+            if entry in seen:
+                raise InputError(f"list file {list_file} names {entry!r} twice; remove one of the two lines")
+            seen.add(entry)
+            inside(folder, entry, list_file=list_file)
+        return lines
+
+    def listed(self, keys: Sequence[str], files: Mapping[str, Path], *, wanted: str, list_file: Path) -> list[str]:
+        """Return the ``keys`` of ``list_file`` that are among ``files``; the others are refused.
+
+        ``wanted`` is the path of a file, with ``{id}``.
+        """
+        missing = [key for key in keys if key not in files]
+        if missing:
+            path = Path(wanted.replace("{id}", missing[0]))
+            refuse(
+                f"{path}, which {list_file} of {self.dataset} names, does not exist{near_miss(path)}{and_more(missing)}"
+                f"; unpack {self.archives} again, into one folder"
+            )
+        return [key for key in keys if key in files]
+
+    def pair(self, images: Mapping[str, Path], labels: Mapping[str, Path], *, image: str, label: str) -> list[Sample]:
+        """Return the samples of all ids, in the order of ``images``; an id with only one of the two is refused.
+
+        ``image`` and ``label`` are the paths of both, with ``{id}``, and ``{city}`` for the id up to its first "_".
+        """
+        for kind, found, other, others, wanted in (
+            ("image", images, "label", labels, label),
+            ("label", labels, "image", images, image),
+        ):
+            lonely = [key for key in found if key not in others]
+            if lonely:
+                path = Path(wanted.replace("{id}", lonely[0]).replace("{city}", lonely[0].split("_")[0]))
+                refuse(
+                    f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing{near_miss(path)})"
+                    f"{and_more(lonely)}; unpack the {other}s again or remove the {kind}"
+                )
+        return [Sample(key, file, (labels[key],)) for key, file in images.items() if key in labels]
 
 
 def _levels(folder: Path, tops: Sequence[str]) -> list[Path]:
@@ -201,27 +213,61 @@ def _subfolders(folder: Path) -> list[Path]:
         return []
 
 
-def check_option(key: str, value: object, allowed: Sequence[object], *, dataset: str) -> None:
-    """InputError unless the reader's option ``key`` is one of ``allowed``."""
-    if value not in allowed:
-        listed = ", ".join(str(item) for item in allowed)
+def and_more(missing: Sequence[str]) -> str:
+    """Return how many others are missing beside the first, for a sentence; "" if there is none."""
+    return f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+
+
+def inside(root: Path, relative: str, *, list_file: Path) -> Path:
+    """Return ``root / relative``; raises InputError where the entry of ``list_file`` would leave ``root``.
+
+    Judged by the text alone (no link is followed), so that a data set of symbolic links still works.
+    """
+    path = Path(relative)
+    if path.is_absolute() or ".." in path.parts:
         raise InputError(
-            f"{dataset} has no {key} {value!r}; allowed are {listed}: set dataset.reader.{key}={allowed[0]}"
+            f"entry {relative!r} of {list_file} leaves the data set's folder {root}; entries must be names or paths "
+            "below dataset.root without '..'"
         )
+    return root / path
 
 
-def check_unique(entries: Sequence[str], *, file: Path) -> None:
-    """InputError if an entry of the list ``file`` occurs twice."""
-    seen: set[str] = set()
-    for entry in entries:
-        if entry in seen:
-            raise InputError(f"list file {file} names {entry!r} twice; remove one of the two lines")
-        seen.add(entry)
+def near_miss(path: Path) -> str:
+    """Return which file its user probably meant by a missing ``path``, for a sentence; "" if there is none.
+
+    That is a file beside it, or in a folder whose name differs in case, with the same name but for upper and lower
+    case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png).
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        folder = next((f for f in _subfolders(folder.parent) if _folded(f.name) == _folded(folder.name)), folder)
+    try:
+        names = sorted(os.listdir(folder), key=lambda name: (_folded(name) != _folded(path.name), name))
+    except OSError:
+        return ""
+    for name in names:
+        how = "in its folder's name" if name == path.name else _difference(path.name, name)
+        if how:
+            return f", but {folder / name} is there, whose name differs {how}"
+    return ""
 
 
-def missing_file(path: Path, *, list_file: Path, dataset: str, num_missing: int, archives: str) -> InputError:
-    """The error for an entry of ``list_file`` whose file ``path`` is not there."""
-    more = f" and {num_missing - 1} more like it" if num_missing > 1 else ""
-    return InputError(
-        f"{path}, which {list_file} of {dataset} names, does not exist{more}; unpack {archives} again, into one folder"
-    )
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _difference(wanted: str, found: str) -> str:
+    """How the names of two files differ, if they are so alike that they may be meant for one."""
+    (stem, suffix), (other, end) = os.path.splitext(_folded(wanted)), os.path.splitext(_folded(found))
+    if (stem, suffix) == (other, end):
+        same_case = unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", found)
+        return "in the Unicode form of its letters only" if same_case else "in upper and lower case only"
+    if end not in IMAGE_SUFFIXES:
+        return ""
+    if stem == other:
+        return "in its extension only"
+    longer, shorter = sorted((stem, other), key=len, reverse=True)
+    extra = longer.removeprefix(shorter) if longer.startswith(shorter) else longer.removesuffix(shorter)
+    if shorter and extra != longer and not (extra[0] if longer.startswith(shorter) else extra[-1]).isalnum():
+        return f"by {extra!r}"
+    return ""

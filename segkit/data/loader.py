@@ -1,8 +1,8 @@
 """Batches for training and evaluation, read and augmented by worker processes.
 
-Which samples make up step ``s`` of a phase, in which order, and how each is augmented, is a pure function of
-(seed, phase, epoch, index).  Workers therefore hold no random state, any number of them gives bitwise the same
-batches, and starting at step s costs nothing but computing one permutation.  No global generator is read or moved.
+Which samples make up step ``s`` of a phase, in which order, and how each is augmented, is a pure function of (seed,
+phase, epoch, index). Workers therefore hold no random state, any number of them gives bitwise the same batches, and
+starting at step s costs nothing but computing one permutation. No global generator is read or moved.
 
 Workers are forked on Linux (they start in milliseconds and share the list of samples; they never touch CUDA and use
 neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spawned elsewhere.
@@ -15,6 +15,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from segkit.data.decode import pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.data.transforms import EvalTransform, TrainTransform
 from segkit.data.workers import start_worker
@@ -41,12 +43,12 @@ class Batch(NamedTuple):
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Full batches in one pass; at least 1 (a set smaller than a batch makes one smaller batch)."""
+    """Return the number of full batches in one pass; at least 1: a set smaller than a batch makes one smaller batch."""
     return max(1, num_samples // batch_size)
 
 
 def epoch_order(num_samples: int, *, seed: int, phase: str, epoch: int) -> np.ndarray:
-    """Order of the samples in one epoch: a permutation (num_samples,) int64, pure in its arguments."""
+    """Return the order of the samples in one epoch: a permutation (num_samples,) int64, pure in its arguments."""
     return _generator("order", seed, phase, epoch).permutation(num_samples)
 
 
@@ -56,43 +58,26 @@ def _generator(*key: Any) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
+_cached_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
+@dataclass(eq=False)
 class _TrainSteps(Dataset[Batch | InputError]):
     """Item ``s`` is the batch of step ``s``; an InputError is handed over as a value (see :func:`_run`)."""
 
-    def __init__(
-        self,
-        dataset: SampleSet,
-        *,
-        transform: TrainTransform,
-        batch_size: int,
-        seed: int,
-        phase: str,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.batch_size = batch_size
-        self.seed = seed
-        self.phase = phase
-        self.rank = rank
-        self.world_size = world_size
-        self._order = functools.lru_cache(maxsize=2)(self._order_of)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._order = functools.lru_cache(maxsize=2)(self._order_of)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return epoch_order(len(self.dataset), seed=self.seed, phase=self.phase, epoch=epoch)
+    dataset: SampleSet
+    transform: TrainTransform
+    batch_size: int
+    seed: int
+    phase: str
+    rank: int
+    world_size: int
 
     def indices(self, step: int) -> tuple[int, list[int]]:
-        """(epoch, this rank's sample indices) of ``step``."""
+        """Return (epoch, this rank's sample indices) of ``step``."""
         epoch, place = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
-        rows = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        order = _cached_order(len(self.dataset), seed=self.seed, phase=self.phase, epoch=epoch)
+        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
         return epoch, rows[self.rank :: self.world_size].tolist()
 
     def __getitem__(self, step: int) -> Batch | InputError:
@@ -124,12 +109,12 @@ class _TrainSteps(Dataset[Batch | InputError]):
         return self.transform.finish(window.cut_image(image, shrink), label_cut, window)
 
 
+@dataclass(eq=False)
 class _EvalItems(Dataset[Batch | InputError]):
     """Item ``i`` is sample ``i`` as a batch of one."""
 
-    def __init__(self, dataset: SampleSet, *, transform: EvalTransform) -> None:
-        self.dataset = dataset
-        self.transform = transform
+    dataset: SampleSet
+    transform: EvalTransform
 
     def __getitem__(self, index: int) -> Batch | InputError:
         try:
@@ -178,7 +163,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """The batches of steps ``start_step`` .. ``num_steps`` - 1 of a phase.
+    """Return the batches of steps ``start_step`` .. ``num_steps`` - 1 of a phase.
 
     Step s is batch s % n of epoch s // n, n = ``steps_per_epoch``; samples that fill no batch are left out of that
     epoch.  ``batch_size`` counts all processes; ``rank`` takes rows ``rank::world_size`` of the global batch.
@@ -198,15 +183,7 @@ def train_batches(
             f"a batch of {rows} images cannot be shared out equally to {world_size} processes; set batch_size to a "
             f"multiple of {world_size}"
         )
-    steps = _TrainSteps(
-        dataset,
-        transform=transform,
-        batch_size=batch_size,
-        seed=seed,
-        phase=phase,
-        rank=rank,
-        world_size=world_size,
-    )
+    steps = _TrainSteps(dataset, transform, batch_size, seed, phase, rank, world_size)
     todo = range(start_step, max(start_step, num_steps))
     start = functools.partial(_run, steps, todo, workers=workers, pin_memory=pin_memory)
     return Batches(start, len(todo))
@@ -222,9 +199,9 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """The samples ``rank::world_size`` in order, each once; consecutive ones of equal size share a batch."""
+    """Return the samples ``rank::world_size`` in order, each once; consecutive ones of equal size share a batch."""
     assert 0 <= rank < world_size, (rank, world_size)
-    items = _EvalItems(dataset, transform=transform)
+    items = _EvalItems(dataset, transform)
     todo = range(rank, len(dataset), world_size)
 
     def start() -> Iterator[Batch]:
@@ -259,26 +236,24 @@ def _joined(held: list[Batch], *, pin_memory: bool) -> Batch:
 
 def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Yield ``items[i] for i in todo`` in this order, computed by ``workers`` processes (0: by this one)."""
+    workers = min(workers, len(todo))
+    context = ("fork" if sys.platform == "linux" else "spawn") if workers else None
     with warnings.catch_warnings():
         # How many workers pay depends on the files and the disk; the user's number stands.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         loader = DataLoader(
             items,
             batch_size=None,
             sampler=todo,
-            num_workers=min(workers, len(todo)),
+            num_workers=workers,
             pin_memory=pin_memory and torch.cuda.is_available(),
-            prefetch_factor=PREFETCH if min(workers, len(todo)) else None,
-            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
-            if min(workers, len(todo))
-            else None,
-            worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context=context,
+            worker_init_fn=functools.partial(_start_worker, limit=pixel_limit()),
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )
-    with warnings.catch_warnings():
-        # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         iterator = iter(loader)
     try:
         for batch in iterator:
@@ -296,5 +271,5 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
         del iterator  # ends the workers, also where the loop was left early
 
 
-def _start_worker(number: int) -> None:
-    start_worker()
+def _start_worker(number: int, *, limit: int) -> None:
+    start_worker(limit)

@@ -13,28 +13,16 @@ from omegaconf import OmegaConf
 
 from segkit.config.compose import config_dir
 from segkit.config.targets import instantiate
-from segkit.data.decode import image_size as size_of_image
-from segkit.data.decode import read_index_png, read_rgb
+from segkit.data import decode
 from segkit.data.labels import LabelTable
 from segkit.errors import InputError
-
-__all__ = [
-    "Item",
-    "Sample",
-    "SampleSet",
-    "first_label",
-    "open_dataset",
-    "read_index_png",
-    "read_rgb",
-    "rgb_image",
-]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One image and the file or files of its label (several are merged by the set's ``load_label``).
 
-    ``labels`` is empty in an unlabelled split.  ``name`` is unique in its split and carries no extension.
+    ``labels`` is empty in an unlabelled split. ``name`` is unique in its split and carries no extension.
     """
 
     name: str
@@ -52,22 +40,22 @@ class Item:
 
 
 def first_label(sample: Sample) -> np.ndarray:
-    """Raw label (H, W) of a sample with one index PNG."""
-    return read_index_png(sample.labels[0])
+    """Return the raw label (H, W) of a sample with one index PNG."""
+    return decode.read_index_png(sample.labels[0])
 
 
 def rgb_image(sample: Sample) -> np.ndarray:
-    """Image (H, W, 3) uint8 of a sample's image file."""
-    return read_rgb(sample.image)
+    """Return the image (H, W, 3) uint8 of a sample's image file."""
+    return decode.read_rgb(sample.image)
 
 
 class SampleSet(Sequence[Item]):
     """The samples of one split, read on access; cheap to build, picklable, without state.
 
-    ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as
-    uint8 (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them).
-    ``notes`` are sentences for the user (what was skipped and why).  ``labelled`` is worked out from the
-    samples unless given; an unlabelled set gives images, and items with a label of ``ignore_index`` only.
+    ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as uint8
+    (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them). ``notes`` are sentences
+    for the user (what was skipped and why). ``labelled`` is worked out from the samples unless given; an unlabelled set
+    gives images, and items with a label of ``ignore_index`` only.
 
     Raises InputError for an empty split, names that occur twice, and splits where only some have labels.
     """
@@ -136,7 +124,7 @@ class SampleSet(Sequence[Item]):
 
     @property
     def readers(self) -> tuple[Callable[[Sample], np.ndarray], Callable[[Sample], np.ndarray]]:
-        """``load_image`` and ``load_label``."""
+        """The functions ``load_image`` and ``load_label``."""
         return self._load_image, self._load_label
 
     def __len__(self) -> int:
@@ -158,25 +146,28 @@ class SampleSet(Sequence[Item]):
         return np.full(image.shape[:2], self.ignore_index, np.uint8)
 
     def shrinkable(self, index: int) -> bool:
-        """True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""
+        """Return True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""
         suffix = self.samples[index].image.suffix.lower()
         return self._load_image is rgb_image and suffix in (".jpg", ".jpeg")
 
     def image(self, index: int, *, shrink: int = 1) -> np.ndarray:
-        """The image (H, W, 3) uint8 RGB alone; where :meth:`shrinkable`, at 1/``shrink`` of its size."""
+        """Return the image (H, W, 3) uint8 RGB alone; where :meth:`shrinkable`, at 1/``shrink`` of its size."""
         sample = self.samples[index]
         shrunk = shrink > 1 and self.shrinkable(index)
-        image = read_rgb(sample.image, shrink=shrink) if shrunk else self._load_image(sample)
+        image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self._load_image(sample)
         assert image.shape[2:] == (3,), f"load_image must give (H, W, 3), got {image.shape}"
         assert image.dtype == np.uint8, f"load_image must give uint8, got {image.dtype}"
         return image
 
     def label(self, index: int) -> np.ndarray:
-        """The label (H, W) uint8 train ids alone; InputError in an unlabelled split."""
+        """Return the label (H, W) uint8 train ids alone; raises InputError in an unlabelled split."""
         return self.to_train(index, self.raw_label(index))
 
     def raw_label(self, index: int) -> np.ndarray:
-        """The label (H, W) as the reader gives it, before the label table; InputError in an unlabelled split."""
+        """Return the label (H, W) as the reader gives it, before the label table.
+
+        Raises InputError in an unlabelled split.
+        """
         sample = self.samples[index]
         if not self.labelled:
             raise InputError(
@@ -188,7 +179,7 @@ class SampleSet(Sequence[Item]):
         return raw
 
     def to_train(self, index: int, raw: np.ndarray) -> np.ndarray:
-        """Train ids (H, W) uint8 of the raw label of sample ``index``; InputError names its file."""
+        """Return train ids (H, W) uint8 of the raw label of sample ``index``; an InputError names its file."""
         sample = self.samples[index]
         return self.table.to_train(raw, file=sample.labels[0] if sample.labels else sample.name)
 
@@ -200,7 +191,7 @@ class SampleSet(Sequence[Item]):
         if tuple(image_size) in (tuple(label_size), shrunk):
             return
         sample = self.samples[index]
-        image_h, image_w = image_size if shrink == 1 else size_of_image(sample.image)
+        image_h, image_w = image_size if shrink == 1 else decode.image_size(sample.image)
         label_h, label_w = label_size
         label_file = sample.labels[0] if sample.labels else sample.name
         raise InputError(
@@ -209,7 +200,7 @@ class SampleSet(Sequence[Item]):
         )
 
     def subset(self, indices: Sequence[int]) -> SampleSet:
-        """The same set with these samples only."""
+        """Return the same set with these samples only."""
         return SampleSet(
             [self.samples[i] for i in indices],
             table=self.table,
@@ -225,8 +216,8 @@ class SampleSet(Sequence[Item]):
 def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:
     """Open ``split`` of data set ``name`` (as in configs/dataset/) under ``root``.
 
-    ``root`` defaults to the folder that the data set's config names.  ``options`` replace reader options of
-    that config.  Raises InputError for unknown names, splits and options, and for all that a reader refuses.
+    ``root`` defaults to the folder that the data set's config names. ``options`` replace reader options of that config.
+    Raises InputError for unknown names, splits and options, and for all that a reader refuses.
     """
     config = _dataset_config(name)
     reader = dict(config["reader"])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.decode import check_readable
+from segkit.data.files import check_readable
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
@@ -46,7 +47,7 @@ class LabelCounts:
             assert array.dtype == np.int64, array.dtype
 
     def to_json(self) -> str:
-        """JSON text with one row per class."""
+        """Return JSON text with one row per class."""
         rows = {
             name: {"pixels": int(pixels), "images": int(images)}
             for name, pixels, images in zip(self.classes, self.class_pixels, self.class_images, strict=True)
@@ -61,7 +62,7 @@ class LabelCounts:
 
     @classmethod
     def from_json(cls, text: str) -> LabelCounts:
-        """The inverse of :meth:`to_json`; raises ValueError, KeyError or TypeError for other text."""
+        """Read what :meth:`to_json` writes; raises ValueError, KeyError or TypeError for other text."""
         content = json.loads(text)
         rows = content["classes"]
         return cls(
@@ -75,10 +76,10 @@ class LabelCounts:
 
 
 def fingerprint(dataset: SampleSet) -> str:
-    """Hash (32 hex digits) of everything that the content of a split depends on, wherever it lies.
+    """Return a hash (32 hex digits) of everything that the content of a split depends on, wherever it lies.
 
-    Names, sizes and modification times of all its files, its order, the label table, and the two reading functions
-    with their options.  Raises InputError for a file that is missing.
+    Names, sizes and modification times of all its files, its order, the label table, and the two reading functions with
+    their options. Raises InputError for a file that is missing.
     """
     table = dataset.table
     head = {
@@ -101,6 +102,8 @@ def file_state(path: Path) -> str:
     text = os.fspath(path)  # strings, not Paths: there may be tens of thousands of files
     try:
         state = os.stat(text)
+        if not stat.S_ISREG(state.st_mode):
+            raise FileNotFoundError
     except OSError:
         check_readable(path, role="file")  # says in a sentence what is wrong
         raise
@@ -121,9 +124,9 @@ def count_labels(
 ) -> LabelCounts:
     """Count the labels of every sample, in ``workers`` processes (0 and 1: in this one).
 
-    The result is kept as JSON under ``cache_dir``/label_counts and taken from there as long as the
-    :func:`fingerprint` is the same.  Raises InputError for an unlabelled split, for any label that the reader
-    refuses, and for a ``cache_dir`` that cannot be written.
+    The result is kept as JSON under ``cache_dir``/label_counts and taken from there as long as the :func:`fingerprint`
+    is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
+    ``cache_dir`` that cannot be written.
     """
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
@@ -164,12 +167,12 @@ def _store(path: Path, counts: LabelCounts) -> None:
 def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> LabelCounts:
     pixels = np.zeros(256, np.int64)
     images = np.zeros(256, np.int64)
-    with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as each:
-        shown: Iterable[tuple[list[int], list[int]]] = each
+    with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as counted:
+        samples: Iterable[tuple[list[int], list[int]]] = counted
         if progress:
             description = f"Counting labels of {dataset.name} {dataset.split}"
-            shown = track(each, description=description, total=len(dataset), unit="images")
-        for present, counts in shown:
+            samples = track(counted, description=description, total=len(dataset), unit="images")
+        for present, counts in samples:
             pixels[present] += counts
             images[present] += 1
     num = dataset.num_classes
@@ -191,7 +194,7 @@ def _count_one(dataset: SampleSet, index: int) -> tuple[list[int], list[int]]:
 
 
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
-    """Pixels of each train id 0..255 in one label: int64 (256,).
+    """Count the pixels of each train id 0..255 in one label: int64 (256,).
 
     8-bit labels are counted by raw value and only the 256 counts are mapped, which spares a pass over the pixels.
     """
@@ -210,11 +213,11 @@ def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
 
 
 def byte_histogram(array: np.ndarray) -> np.ndarray:
-    """Number of each value 0..255 of a uint8 array: int64 (256,).
+    """Count each value 0..255 of a uint8 array: int64 (256,).
 
     Labels are mostly runs of one value, and counting a run pixel by pixel is slow, as each step waits for the one
-    before.  So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted
-    with the run's length as their weight (in float64, exact up to 2**53).
+    before. So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted with
+    the run's length as their weight (in float64, exact up to 2**53).
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     length = flat.size // 8 * 8

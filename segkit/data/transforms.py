@@ -1,8 +1,8 @@
 """What happens to a pair of image and label before it enters a batch.
 
-Training: scale, crop and flip are one transform that draws its window first and then resizes only that window;
-colour jitter runs on the crop.  All randomness comes from the generator that is passed in, in a fixed number of
-draws, so that a crop is a pure function of the generator's seed.
+Training: scale, crop and flip are one transform that draws its window first and then resizes only that window; colour
+jitter runs on the crop. All randomness comes from the generator that is passed in, in a fixed number of draws, so that
+a crop is a pure function of the generator's seed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Resize = Mapping[str, Any] | None
 
 
 def target_size(size: Size, resize: Resize) -> Size:
-    """(height, width) of an image of ``size`` after ``resize``.
+    """Return (height, width) of an image of ``size`` after ``resize``.
 
-    ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]};
-    a key whose value is None counts as absent.
+    ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]}; a
+    key whose value is None counts as absent.
     """
     given = {key: value for key, value in (resize or {}).items() if value is not None}
     if not given:
@@ -81,12 +81,12 @@ class Window:
     shrink: int
 
     def cut_image(self, image: np.ndarray, shrink: int) -> np.ndarray:
-        """The window's part of an image that was decoded at 1/``shrink`` of its size; a view."""
+        """Return the window's part of an image that was decoded at 1/``shrink`` of its size; a view."""
         rows = slice(self.top // shrink, -(-self.bottom // shrink))
         return image[rows, self.left // shrink : -(-self.right // shrink)]
 
     def cut_label(self, label: np.ndarray) -> np.ndarray:
-        """The window's part of a label of full size; a view."""
+        """Return the window's part of a label of full size; a view."""
         return label[self.top : self.bottom, self.left : self.right]
 
 
@@ -126,7 +126,7 @@ class TrainTransform:
         self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The crop: image uint8 (h, w, 3), label uint8 (h, w), new arrays of size ``crop``."""
+        """Return the crop: image uint8 (h, w, 3), label uint8 (h, w), new arrays of size ``crop``."""
         assert image.shape[:2] == label.shape, "image and label must have one size"
         return self.apply(image, label, self.draw((label.shape[0], label.shape[1]), rng))
 
@@ -163,7 +163,7 @@ class TrainTransform:
         return self.finish(window.cut_image(image, shrink), window.cut_label(label), window)
 
     def finish(self, image_cut: np.ndarray, label_cut: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """The crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip."""
+        """Return the crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip."""
         size = (window.height, window.width)
         # The colours are jittered at the smaller of the two sizes, and never in the padding.
         early = image_cut.shape[0] * image_cut.shape[1] < size[0] * size[1]
@@ -200,8 +200,8 @@ def _shrink(factor: float) -> int:
 def _span(size: int, scaled: int, crop: int, place: float, shrink: int) -> tuple[int, int, int]:
     """(start, stop, length after resizing) along one axis of ``size`` pixels that is scaled to ``scaled``.
 
-    Start and stop are whole source pixels, and multiples of ``shrink`` so that a shrunk image is cut at the same
-    lines as the label.
+    Start and stop are whole source pixels, and multiples of ``shrink`` so that a shrunk image is cut at the same lines
+    as the label.
     """
     length = min(crop, scaled)
     offset = math.floor(place * (scaled - length + 1))
@@ -211,7 +211,7 @@ def _span(size: int, scaled: int, crop: int, place: float, shrink: int) -> tuple
 
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
-    """Image (H, W, 3) at ``size`` (height, width): bilinear, or area-averaged where it shrinks below half."""
+    """Return image (H, W, 3) at ``size`` (height, width): bilinear, or area-averaged where it shrinks below half."""
     if image.shape[:2] == size:
         return image.copy()
     factor = min(size[0] / image.shape[0], size[1] / image.shape[1])
@@ -220,7 +220,7 @@ def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def resize_label(label: np.ndarray, size: Size) -> np.ndarray:
-    """Label (H, W) at ``size``: the pixel whose centre is nearest, at the same centres as the bilinear image.
+    """Return label (H, W) at ``size``: the pixel whose centre is nearest, at the same centres as the bilinear image.
 
     (OpenCV's plain INTER_NEAREST takes the pixel to the upper left instead: a shift by up to half a pixel.)
     """
@@ -232,8 +232,8 @@ def resize_label(label: np.ndarray, size: Size) -> np.ndarray:
 class EvalTransform:
     """Resize the image for evaluation; the label keeps its own size, or follows with ``labels="resized"``.
 
-    ``resize`` as in :func:`target_size`.  With "original" labels the prediction is scaled up to the label's size
-    before it is counted.
+    ``resize`` as in :func:`target_size`. With "original" labels the prediction is scaled up to the label's size before
+    it is counted.
     """
 
     def __init__(self, *, resize: Resize = None, labels: str = "original") -> None:
@@ -244,7 +244,7 @@ class EvalTransform:
         self.labels = labels
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 (h, w, 3), and label uint8 (H, W) or (h, w)."""
+        """Return image uint8 (h, w, 3), and label uint8 (H, W) or (h, w)."""
         size = target_size((image.shape[0], image.shape[1]), self.resize)
         image = resize_image(image, size)
         return image, resize_label(label, size) if self.labels == "resized" else label

@@ -1,4 +1,4 @@
-"""A function of every sample of a data set, in parallel processes, in order."""
+"""Worker processes: a function of every sample of a data set, in order, and what a worker sets up when it starts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from segkit.data.decode import MAX_PIXELS, pixel_limit, set_pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError
 
 Result = TypeVar("Result")
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
+KEEP_BYTES = 2**30
+"""Freed memory below this size is kept by a worker."""
+
+_work: tuple[Callable[..., Any], SampleSet] | None = None  # of a worker process
+
 
 def map_samples(
     function: Callable[[SampleSet, int], Result], dataset: SampleSet, indices: Sequence[int], *, workers: int
 ) -> Generator[Result, None, None]:
-    """``function(dataset, index)`` of every index; ``function`` belongs to a module and its results can be pickled.
+    """Yield ``function(dataset, index)`` of every index, in order.
 
-    InputError of ``function``, or if a process dies. Close the generator to end the processes early.
+    ``function`` belongs to a module, and its results can be pickled. Raises the InputErrors of ``function``, and one if
+    a process dies. Close the generator to end the processes early.
     """
     workers = min(workers, len(indices))
     if workers <= 1:
@@ -31,7 +39,7 @@ def map_samples(
         return
     # Forked processes start in milliseconds and share the list of samples.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, dataset))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, dataset, pixel_limit()))
     try:
         with warnings.catch_warnings():
             # Python 3.12 and later warn of any fork beside threads; decoding uses none (as in the loader).
@@ -48,13 +56,10 @@ def map_samples(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_work: tuple[Callable[..., Any], SampleSet] | None = None  # of a worker process
-
-
-def _start(function: Callable[..., Any], dataset: SampleSet) -> None:
+def _start(function: Callable[..., Any], dataset: SampleSet, limit: int) -> None:
     global _work
     _work = function, dataset
-    start_worker()
+    start_worker(limit)
 
 
 def _call(index: int) -> Any:
@@ -63,20 +68,20 @@ def _call(index: int) -> Any:
     return function(dataset, index)
 
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
-KEEP_BYTES = 2**30
+def start_worker(limit: int = MAX_PIXELS) -> None:
+    """Set up a forked or spawned worker: one thread, kept memory, and no part in the main process's signals.
 
-
-def start_worker() -> None:
-    """Set up a forked or spawned worker: one thread, kept memory, and no part in the main process's signals."""
+    ``limit`` is the main process's :func:`segkit.data.decode.pixel_limit`, which a spawned worker would not know.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_pixel_limit(limit)
     one_thread()
     keep_memory()
 
 
 def one_thread() -> None:
-    """Threads of OpenCV and torch would compete with the other workers, and do not survive a fork."""
+    """Keep OpenCV and torch to one thread: more would compete with the other workers, and do not survive a fork."""
     import cv2
 
     cv2.setNumThreads(0)
@@ -87,10 +92,10 @@ def one_thread() -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed image buffers instead of returning them to the system.
+    """Let glibc keep freed image buffers instead of returning them to the system; does nothing with other C libraries.
 
-    Every image is a fresh allocation of megabytes; mapping and clearing its pages anew costs as much time as the
-    crop and its colour jitter. Does nothing under another C library.
+    Every image is a fresh allocation of megabytes; mapping and clearing its pages anew costs as much time as the crop
+    and its colour jitter.
     """
     if sys.platform != "linux":
         return

@@ -17,7 +17,7 @@ _BLACK = (0, 0, 0)
 
 
 def palette_image(labels: Labels, palette: Bytes) -> Image.Image:
-    """``labels`` (H, W) as a palette image: the index of a pixel is its class, shown in the class's colour."""
+    """Return ``labels`` (H, W) as a palette image: the index of a pixel is its class, in the class's colour."""
     image = Image.fromarray(labels.astype(np.uint8))
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette
@@ -26,33 +26,33 @@ def palette_image(labels: Labels, palette: Bytes) -> Image.Image:
 
 
 def overlay(image: Bytes, labels: Labels, palette: Bytes, *, opacity: float = 0.5) -> Bytes:
-    """Class colours over ``image`` (H, W, 3) with white lines between the classes; uint8 (H, W, 3)."""
+    """Lay the colours of the classes over ``image`` (H, W, 3) with white lines between the classes; uint8 (H, W, 3)."""
     assert image.shape[:2] == labels.shape, (image.shape, labels.shape)
     # One table entry per class and colour channel keeps the mixture in integers.
     share = round(opacity * 256)
     mixed = image.astype(np.uint16) * (256 - share)
     mixed += palette.astype(np.uint16)[labels] * share
-    shown = (mixed >> 8).astype(np.uint8)
+    picture = (mixed >> 8).astype(np.uint8)
     line = np.zeros(labels.shape, bool)
     line[1:] |= labels[1:] != labels[:-1]
     line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    shown[line] = 255
-    return shown
+    picture[line] = 255
+    return picture
 
 
 def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: int) -> Bytes:
-    """A column that names the classes of ``labels`` by falling area, with their share; uint8 (height, width, 3).
+    """Draw a column that names the classes of ``labels`` by falling area, with their share; uint8 (height, width, 3).
 
-    Classes that find no room are counted in the last line.
+    Classes for which there is no space are counted in the last line.
     """
     pixels = np.bincount(labels.reshape(-1), minlength=len(classes))
     order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
     size = int(np.clip(height / 30, 10, 28))
     font = ImageFont.load_default(size)
-    room = max(1, (height - _MARGIN) // (size + _MARGIN))
-    shown = order if len(order) <= room else order[: room - 1]
-    lines = [(k, f"{classes[k]}  {100 * pixels[k] / labels.size:.1f} %") for k in shown]
-    more = len(order) - len(shown)
+    num_lines = max(1, (height - _MARGIN) // (size + _MARGIN))
+    named = order if len(order) <= num_lines else order[: num_lines - 1]
+    lines = [(k, f"{classes[k]}  {100 * pixels[k] / labels.size:.1f} %") for k in named]
+    more = len(order) - len(named)
     texts = [text for _, text in lines] + ([f"and {more} more"] if more else [])
     width = max(int(font.getlength(text)) for text in texts) + size + 3 * _MARGIN
     column = Image.new("RGB", (width, height), _WHITE)
@@ -67,15 +67,15 @@ def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: in
 
 
 def overlay_with_legend(image: Bytes, labels: Labels, classes: Sequence[str], palette: Bytes) -> Bytes:
-    """`overlay`, with the `legend` at its right."""
-    shown = overlay(image, labels, palette)
-    return np.concatenate([shown, legend(labels, classes, palette, height=len(shown))], axis=1)
+    """Draw `overlay` with the `legend` at its right."""
+    picture = overlay(image, labels, palette)
+    return np.concatenate([picture, legend(labels, classes, palette, height=len(picture))], axis=1)
 
 
 def side_by_side(
     image: Bytes, predictions: Sequence[tuple[str, Labels]], classes: Sequence[str], palette: Bytes
 ) -> Bytes:
-    """The image, the overlay of each ``(title, labels)``, and one legend of all classes that occur."""
+    """Draw the image, the overlay of each ``(title, labels)``, and one legend of all classes that occur."""
     size = int(np.clip(len(image) / 25, 12, 32))
     panels = [_titled(image, "image", size)]
     panels += [_titled(overlay(image, labels, palette), title, size) for title, labels in predictions]

@@ -1,14 +1,13 @@
 """Predictions for image files of any kind: label PNGs, overlays, probabilities.
 
-Files are decoded and written by threads while the model computes; a few images are in memory at a time. A file
-that cannot be read is reported and skipped.
+Files are decoded and written by threads while the model computes; a few images are in memory at a time. A file that
+cannot be read is reported and skipped.
 """
 
 from __future__ import annotations
 
-import glob
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from segkit.errors import InputError
@@ -25,8 +24,6 @@ from segkit.evaluation import overlay
 from segkit.evaluation.inference import Inference, Scorer
 from segkit.evaluation.loop import autocast
 from segkit.evaluation.views import argmax_channel, class_dtype
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,74 +59,12 @@ class _Done:
     probabilities: NDArray[np.float16] | None
 
 
-def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """Image files of a folder (with subfolders), of a pattern such as ``'shots/*.jpg'``, or a single file.
-
-    The keys are names for the results, without suffix unless two files would share it; folders are kept.
-    Files below ``output`` are left out, so that a second run does not predict the results of the first.
-    """
-    source = Path(source)
-    if source.is_dir():
-        root = source
-        files = sorted(p for p in source.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-    elif source.is_file():
-        root, files = source.parent, [source]
-    else:
-        files = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
-        root = Path(os.path.commonpath([p.parent for p in files])) if files else source
-    if output is not None:
-        results = Path(output).resolve()
-        files = [p for p in files if results not in p.resolve().parents]
-    if not files:
-        raise InputError(
-            f"no image matches {source}; give a file, a pattern in quotes, or a folder with "
-            f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))} files"
-        )
-    names = [p.relative_to(root) for p in files]
-    shared = Counter(name.with_suffix("") for name in names)
-    return {
-        (name if shared[name.with_suffix("")] > 1 else name.with_suffix("")).as_posix(): path
-        for name, path in zip(names, files, strict=True)
-    }
-
-
-def read_any_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Any image file as uint8 RGB (H, W, 3), upright.
-
-    The EXIF orientation is applied, 16-bit grey values are divided by 257, transparent pixels show white.
-    Raises `InputError` that names the file.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                return _from_16_bit(np.asarray(image), path)
-            if image.mode == "F":
-                raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits a channel")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
-    except InputError:
-        raise
-    except Exception as error:  # decoders of damaged files raise errors of many kinds
-        raise InputError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
-
-
-def _from_16_bit(values: NDArray[np.integer], path: object) -> NDArray[np.uint8]:
-    values = values.astype(np.int64)
-    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
-    grey = ((values + 128) // 257).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
-
-
 def predict_files(
     scorers: Scorer | Mapping[str, Scorer],
     images: Mapping[str, Path],
     output: str | os.PathLike[str],
     *,
+    read_image: Callable[[Path], NDArray[np.uint8]],
     classes: Sequence[str],
     palette: ArrayLike,
     device: torch.device | str = "cpu",
@@ -139,11 +74,12 @@ def predict_files(
     threads: int = 2,
     progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
 ) -> Report:
-    """Predict ``images`` (see `find_images`) and write the results below ``output``.
+    """Predict ``images``, paths by the names of their results, and write the results below ``output``.
 
-    ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
-    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report
-    lists the files that could not be read; see `Report.exit_code`.
+    ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
+    report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
+    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report lists
+    the files that could not be read; see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"
@@ -159,7 +95,7 @@ def predict_files(
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers, torch.inference_mode():
         written: deque[Future[None]] = deque()
         names = list(images) if progress is None else progress(list(images))
-        for name, image in _decoded_ahead(names, images, readers, num_ahead=2 * threads):
+        for name, image in _decoded_ahead(names, images, read_image, readers, num_ahead=2 * threads):
             if isinstance(image, InputError):
                 report.failed.append((images[name], str(image)))
                 continue
@@ -175,13 +111,18 @@ def predict_files(
 
 
 def _decoded_ahead(
-    names: Iterable[str], images: Mapping[str, Path], pool: ThreadPoolExecutor, *, num_ahead: int
+    names: Iterable[str],
+    images: Mapping[str, Path],
+    read_image: Callable[[Path], NDArray[np.uint8]],
+    pool: ThreadPoolExecutor,
+    *,
+    num_ahead: int,
 ) -> Iterator[tuple[str, NDArray[np.uint8] | InputError]]:
     """Names with their decoded image, or with the error, in order; ``num_ahead`` are decoded in advance."""
 
     def read(path: Path) -> NDArray[np.uint8] | InputError:
         try:
-            return read_any_image(path)
+            return read_image(path)
         except InputError as error:
             return error
 
@@ -258,11 +199,11 @@ class _Writer:
             if kind == "labels":
                 overlay.palette_image(first, self.palette).save(path)
             elif kind == "overlays":
-                shown = overlay.overlay_with_legend(image, first, self.classes, self.palette)
-                Image.fromarray(shown).save(path, compress_level=1)
+                picture = overlay.overlay_with_legend(image, first, self.classes, self.palette)
+                Image.fromarray(picture).save(path, compress_level=1)
             elif kind == "probabilities":
                 assert done.probabilities is not None
                 np.savez_compressed(path, probabilities=done.probabilities)
             else:
-                shown = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
-                Image.fromarray(shown).save(path, compress_level=1)
+                picture = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
+                Image.fromarray(picture).save(path, compress_level=1)

@@ -281,6 +281,25 @@ def test_raw_histogram_of_values_beyond_a_byte():
     assert raw_histogram(np.zeros((0, 4), np.int64)) == {}
 
 
+def test_images_with_an_orientation_tag_are_counted(root):
+    for number in (1, 4):
+        exif = Image.Exif()
+        exif[274] = 6
+        with Image.open(image_of(root, number)) as image:
+            image.load()
+        image.save(image_of(root, number), exif=exif)
+    found = audit(root)
+    assert found.turned == [1, 4]
+    assert found.broken == set()
+    (finding,) = [finding for finding in findings_of(found) if "orientation" in finding.text]
+    assert finding.level == NOTE
+    assert finding.text.startswith(
+        f"2 of {NUM_IMAGES} images of split train have an orientation tag, for example {image_of(root, 1)}: it is"
+    )
+    assert finding.files == (str(image_of(root, 1)), str(image_of(root, 4)))
+    assert summary(found, published=None)["num_with_orientation"] == 2
+
+
 def test_ranges():
     assert ranges([0, 1, 2, 5, 7, 8]) == "0..2, 5, 7..8"
     assert ranges([255]) == "255"

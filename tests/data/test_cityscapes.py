@@ -114,7 +114,9 @@ def test_image_without_label_and_the_reverse(tree):
     label = tree / "gtFine/train/zurich/zurich_000000_000019_gtFine_labelIds.png"
     kept = label.read_bytes()
     label.unlink()
-    expected = r"image .*zurich_000000_000019_leftImg8bit\.png of cityscapes has no label \(gtFine/train/<city>/zurich"
+    expected = (
+        r"image .*zurich_000000_000019_leftImg8bit\.png of cityscapes has no label \(.*gtFine/train/zurich/zurich"
+    )
     with pytest.raises(InputError, match=expected):
         open_dataset("cityscapes", root=tree, split="train")
     label.write_bytes(kept)

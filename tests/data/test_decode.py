@@ -152,7 +152,6 @@ def test_rgb_of_other_modes_equals_pillow(tmp_path):
         saved(tmp_path / "grey.png", PHOTO[..., 0]),
         saved(tmp_path / "grey.jpg", PHOTO[..., 0]),
         saved(tmp_path / "palette.png", MASK, palette=COLOURS),
-        saved(tmp_path / "alpha.png", np.dstack([PHOTO, PHOTO[..., :1]])),
         saved(tmp_path / "photo.jpg", PHOTO, quality=90),
     ]
     for path in paths:

@@ -101,6 +101,67 @@ def test_a_listed_image_without_label_is_named(listed):
         open_dataset("folder", root=listed, split="train")
 
 
+def test_a_list_with_a_byte_order_mark(listed):
+    (listed / "train.txt").write_text("day/a.jpg\r\nnight/a\r\n", encoding="utf-8-sig", newline="")
+    data = open_dataset("folder", root=listed, split="train")
+    assert [sample.name for sample in data.samples] == ["day/a", "night/a"]
+
+
+def test_a_list_named_test_may_be_without_labels(listed):
+    write(listed / "images" / "new.jpg", np.zeros((4, 5, 3)))
+    (listed / "test.txt").write_text("new.jpg\n")
+    assert not open_dataset("folder", root=listed, split="test").labelled
+    (listed / "test.txt").write_text("new.jpg\nday/b.PNG\n")
+    with pytest.raises(InputError, match=r"image .*new.jpg has no label \(.*labels/new.png is missing\).*test.txt"):
+        open_dataset("folder", root=listed, split="test")
+    (listed / "test.txt").write_text("day/b.PNG\n")
+    assert open_dataset("folder", root=listed, split="test").labelled
+    (listed / "other.txt").write_text("new.jpg\n")
+    with pytest.raises(InputError, match=r"image .*new.jpg has no label"):
+        open_dataset("folder", root=listed, split="other")
+
+
+def test_an_empty_folder_of_test_labels_counts_as_none(root):
+    write(root / "images" / "test" / "x.png", np.zeros((4, 4, 3)))
+    (root / "labels" / "test").mkdir()
+    assert not open_dataset("folder", root=root, split="test").labelled
+
+
+def test_near_misses_stand_in_the_sentences(root, listed):
+    folder = root / "labels" / "train"
+    for path in folder.iterdir():
+        path.rename(folder / f"{path.stem}_mask.png")
+    expected = r"0000.png is missing, but .*0000_mask.png is there, whose name differs by '_mask'\) and 2 more like it"
+    with pytest.raises(InputError, match=expected):
+        open_dataset("folder", root=root, split="train")
+    (listed / "train.txt").write_text("day/A.jpg\n")
+    with pytest.raises(
+        InputError, match=r"A.jpg does not exist, but .*a.jpg is there, whose name differs in upper and"
+    ):
+        open_dataset("folder", root=listed, split="train")
+    (listed / "labels" / "c.png").rename(listed / "labels" / "c.tif")
+    with pytest.raises(
+        InputError, match=r"c.png is missing, but .*c.tif is there, whose name differs in its extension"
+    ):
+        open_dataset("folder", root=listed, split="val")
+    with pytest.raises(
+        InputError, match=r"nor a list file .*Val.txt, but .*val.txt is there, whose name differs in upper"
+    ):
+        open_dataset("folder", root=listed, split="Val")
+
+
+def test_files_of_another_split_do_not_matter(root, listed):
+    write(root / "images" / "train" / "0000.bmp", np.zeros((4, 4, 3)))
+    (root / "labels" / "train" / "0001.png").unlink()
+    assert len(open_dataset("folder", root=root, split="val")) == 2
+    write(listed / "images" / "day" / "a.bmp", np.zeros((4, 5, 3)))
+    assert len(open_dataset("folder", root=listed, split="val")) == 1
+    assert open_dataset("folder", root=listed, split="train")[0].image.shape == (4, 5, 3), "the extension says which"
+    (listed / "train.txt").write_text("day/a\n")
+    with pytest.raises(InputError, match=r"a.bmp and .*a.jpg differ in their extension only"):
+        open_dataset("folder", root=listed, split="train")
+
+
 def test_two_images_of_one_name_are_refused(root):
     write(root / "images" / "train" / "0000.png", np.zeros((4, 4, 3)))
     with pytest.raises(InputError, match=r"0000.jpg and .*0000.png differ in their extension only"):
@@ -123,6 +184,23 @@ def test_two_images_of_one_name_are_refused(root):
         ("names: [a, b]\nids: [1, 1]", r"uses value 1 twice"),
         ("names: [a, b]\nignore: [1]", r"uses value 1 twice among ids and ignore"),
         ("names: [a, a]", r"names a class twice: a"),
+        (
+            "names: [a, no]",
+            r"has the class name no, which YAML reads as bool and not as text; put it in quotes: \"no\"",
+        ),
+        ("names: [a, 010]", r"has the class name 010, which YAML reads as int .* put it in quotes: \"010\""),
+        ("names: [a, 1.0]", r"has the class name 1\.0, which YAML reads as float .* in quotes: \"1\.0\""),
+        ("names: [a, 2026-01-01]", r"has the class name 2026-01-01, which YAML reads as timestamp .* in quotes"),
+        ("names: [a, null]", r"has an empty name \('null'\); give each class a name, in quotes"),
+        ("names: [a, ]\nids: [0]\nnames: [a, b]", r"has the key 'names' twice, of which YAML drops one; remove one"),
+        ("names: [a, '']", r"has an empty name \(''\)"),
+        ("names: [a, [b]]", r"has a list or mapping among its names; write one text for each class"),
+        (
+            "names: [a, b]\nids: [0, 255]",
+            r"gives class 'b' the id 255, .*: where 255 is a class, as in masks of 0 and 255",
+        ),
+        ("names: [a, b]\nids: [0, 255]", r"write these two lines: `ids: \[0, 255\]` and `ignore: \[\]`$"),
+        ("names: [a, b]\nids: [0, 255]\nignore: [255]", r"uses value 255 twice among ids and ignore"),
         ("names: [a, b]\ncolors: []", r"has an unknown key 'colors'; allowed are names, ids"),
     ],
 )
@@ -130,6 +208,30 @@ def test_classes_that_do_not_fit_together_are_refused(tmp_path, text, message):
     path = tmp_path / "classes.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
+        read_classes(path)
+
+
+@pytest.mark.parametrize("name", ["no", "010", "1.0", "null", "~", "Ampel: rot", "[x]", "ä"])
+def test_quoted_names_are_taken_as_they_are_spelled(tmp_path, name):
+    path = tmp_path / "classes.yaml"
+    path.write_text(f"names: ['{name}', other]\n", encoding="utf-8-sig")
+    assert read_classes(path).classes == (name, "other")
+
+
+def test_the_two_lines_for_masks_of_0_and_255_are_the_cure(root):
+    (root / "classes.yaml").write_text("names: [background, tool]\nids: [0, 255]\nignore: []\n")
+    path = root / "labels" / "train" / "0000.png"
+    write(path, np.array([[0, 255, 255]]))
+    data = open_dataset("folder", root=root, split="train")
+    assert data.label(0).tolist() == [[0, 1, 1]]
+
+
+def test_a_file_of_classes_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "classes.yaml"
+    path.write_bytes("names: [Gelände, b]".encode("latin-1"))
+    with pytest.raises(
+        InputError, match=r"file of classes .*classes\.yaml is no text in UTF-8 \(byte 0xe4 .*: save it as"
+    ):
         read_classes(path)
 
 

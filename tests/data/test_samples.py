@@ -13,7 +13,7 @@ from PIL import Image
 from segkit.config.compose import config_dir
 from segkit.data import Sample, SampleSet, open_dataset
 from segkit.data.labels import table_from_dict
-from segkit.data.layout import files_by_id, inside, pair, read_list, require_folder, require_root
+from segkit.data.layout import Layout, inside, near_miss
 from segkit.errors import InputError
 
 TABLE = table_from_dict(
@@ -147,7 +147,7 @@ def test_unknown_data_set_split_and_option():
 
 def test_a_root_is_needed():
     with pytest.raises(InputError, match=r"data set toy needs its folder; set dataset\.root=FOLDER"):
-        require_root(None, dataset="toy")
+        Layout("toy", None, archives="a.zip")
 
 
 def test_missing_folder_names_archives_and_guesses_the_level(tmp_path):
@@ -155,9 +155,9 @@ def test_missing_folder_names_archives_and_guesses_the_level(tmp_path):
     for root in (tmp_path, tmp_path / "top" / "images"):
         expected = rf"folder .*images does not exist; unpack a\.zip .*looks like dataset\.root={tmp_path / 'top'}\)"
         with pytest.raises(InputError, match=expected):
-            require_folder(root / "images", dataset="toy", root=root, archives="a.zip")
+            Layout("toy", root, archives="a.zip").folder(root / "images")
     with pytest.raises(InputError, match=r"set dataset\.root to it$"):
-        require_folder(tmp_path / "x" / "images", dataset="toy", root=tmp_path / "x", archives="a.zip")
+        Layout("toy", tmp_path / "x", archives="a.zip").folder(tmp_path / "x" / "images")
 
 
 @pytest.mark.parametrize("entry", ["../x.png", "a/../../x.png", "/etc/passwd"])
@@ -168,36 +168,90 @@ def test_list_entry_that_leaves_the_root(entry):
 
 
 def test_lists(tmp_path):
-    path = tmp_path / "l.txt"
+    path, layout = tmp_path / "l.txt", Layout("toy", tmp_path, archives="a.zip")
     with pytest.raises(InputError, match=r"toy lacks its list file .*l\.txt; unpack a\.zip"):
-        read_list(path, dataset="toy", archives="a.zip")
+        layout.lines(path)
     path.write_text("\n  \n")
     with pytest.raises(InputError, match=r"l\.txt has no entries, so the split is empty"):
-        read_list(path, dataset="toy", archives="a.zip")
+        layout.lines(path)
     path.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(InputError, match=r"l\.txt is not a text file"):
-        read_list(path, dataset="toy", archives="a.zip")
+    with pytest.raises(InputError, match=r"l\.txt is no text in UTF-8 \(byte 0xff at position 0; UTF-16\): save it"):
+        layout.lines(path)
     path.write_text("a \r\n\n b\n")
-    assert read_list(path, dataset="toy", archives="a.zip") == ["a", "b"]
+    assert layout.lines(path) == ["a", "b"]
+    path.write_bytes("\ufeffä\n".encode())
+    assert layout.entries(path, tmp_path) == ["ä"], "no byte order mark in the first name"
+    path.write_text("a\na\n")
+    with pytest.raises(InputError, match=r"l\.txt names 'a' twice; remove one of the two lines"):
+        layout.entries(path, tmp_path)
 
 
 def test_pairs():
     images = {name: Path(f"{name}.jpg") for name in "xyz"}
     labels = {name: Path(f"{name}.png") for name in "zyx"}
-    names = {"dataset": "toy", "expected_image": "images/{id}.jpg", "expected_label": "labels/{id}.png"}
-    assert [key for key, _, _ in pair(images, labels, **names)] == ["x", "y", "z"]
+    layout = Layout("toy", ".", archives="a.zip")
+
+    def pair(images, labels):
+        return layout.pair(images, labels, image="images/{id}.jpg", label="labels/{id}.png")
+
+    assert [(s.name, s.image, s.labels) for s in pair(images, labels)] == [
+        (name, Path(f"{name}.jpg"), (Path(f"{name}.png"),)) for name in "xyz"
+    ]
     with pytest.raises(InputError, match=r"image y\.jpg of toy has no label \(labels/y\.png is missing\); unpack"):
-        pair(images, {k: v for k, v in labels.items() if k != "y"}, **names)
+        pair(images, {k: v for k, v in labels.items() if k != "y"})
     with pytest.raises(InputError, match=r"image x\.jpg .* and 2 more like it"):
-        pair(images, {}, **names)
+        pair(images, {})
     with pytest.raises(InputError, match=r"label y\.png of toy has no image \(images/y\.jpg is missing\)"):
-        pair({k: v for k, v in images.items() if k != "y"}, labels, **names)
+        pair({k: v for k, v in images.items() if k != "y"}, labels)
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "how"),
+    [
+        ("a.png", "A.PNG", "in upper and lower case only"),
+        (f"{NFC}.png", f"{NFD}.png", "in the Unicode form of its letters only"),
+        ("a.png", "a.tif", "in its extension only"),
+        ("a.png", "a_mask.png", "by '_mask'"),
+        ("a.png", "label-a.png", "by 'label-'"),
+        ("a_rgb.png", "a.png", "by '_rgb'"),
+        ("frame1.png", "frame10.png", None),
+        ("a.png", "b.png", None),
+        ("a.png", "a.txt", None),
+    ],
+)
+def test_near_misses_are_named(tmp_path, wanted, there, how):
+    (tmp_path / there).touch()
+    expected = "" if how is None else f", but {tmp_path / there} is there, whose name differs {how}"
+    assert near_miss(tmp_path / wanted) == expected
+
+
+def test_the_nearest_miss_is_named_and_a_folder_of_another_case_is_looked_into(tmp_path):
+    (tmp_path / "Day").mkdir()
+    for name in ("a-1.png", "A.png"):
+        (tmp_path / "Day" / name).touch()
+    assert "A.png is there, whose name differs in upper and lower case only" in near_miss(tmp_path / "Day" / "a.png")
+    assert "Day/A.png is there, whose name differs in its folder's name" in near_miss(tmp_path / "day" / "A.png")
+    assert near_miss(tmp_path / "night" / "a.png") == ""
+
+
+def test_a_near_miss_stands_in_the_sentence_of_a_pair(tmp_path):
+    """A folder whose name holds braces, which are no place for an id."""
+    folder = tmp_path / "{x}"
+    folder.mkdir()
+    (folder / "a_mask.png").touch()
+    layout = Layout("toy", tmp_path, archives="a.zip")
+    expected = r"has no label \(.*/a\.png is missing, but .*/a_mask\.png is there, whose name differs by '_mask'\)"
+    with pytest.raises(InputError, match=expected):
+        layout.pair({"a": folder / "a.jpg"}, layout.files(folder, ".png"), image="", label=f"{folder}/{{id}}.png")
 
 
 def test_hidden_files_are_not_samples(tmp_path):
     for name in ("b.png", "a.png", "._a.png", "c.txt"):
         (tmp_path / name).touch()
-    assert list(files_by_id(tmp_path, suffix=".png")) == ["a", "b"]
+    assert list(Layout("toy", tmp_path, archives="a.zip").files(tmp_path, ".png")) == ["a", "b"]
 
 
 def refuse(monkeypatch, method, path):
@@ -217,12 +271,12 @@ def test_folder_without_permission(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=rf"folder {tmp_path} of toy may not be read by this user; run `chmod -R u\+rX"
     ):
-        require_folder(tmp_path, dataset="toy", root=tmp_path, archives="a.zip")
+        Layout("toy", tmp_path, archives="a.zip").folder(tmp_path)
 
 
 def test_list_without_permission(tmp_path, monkeypatch):
     path = tmp_path / "l.txt"
     path.write_text("a")
-    refuse(monkeypatch, "read_text", path)
-    with pytest.raises(InputError, match=r"list file .*l\.txt may not be read by this user; run `chmod u\+r"):
-        read_list(path, dataset="toy", archives="a.zip")
+    refuse(monkeypatch, "read_bytes", path)
+    with pytest.raises(InputError, match=r"list file .*l\.txt may not be read by this user; run `chmod -R u\+rX"):
+        Layout("toy", tmp_path, archives="a.zip").lines(path)

@@ -13,18 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segkit.data.labels import load_table
-from segkit.data.layout import (
-    base_folder,
-    check_split,
-    check_unique,
-    files_by_id,
-    inside,
-    missing_file,
-    pair,
-    read_list,
-    require_folder,
-    require_root,
-)
+from segkit.data.layout import Layout, check_split
 from segkit.data.samples import Sample, SampleSet
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -37,51 +26,26 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
 
     Raises InputError for missing folders, an image without a label and a label without an image.
     """
-    root = require_root(root, dataset="ade20k")
+    layout = Layout("ade20k", root, archives=TEST_ARCHIVE if split == "test" else ARCHIVES)
     check_split(split, (*FOLDERS, "test"), dataset="ade20k")
     if split == "test":
-        samples = _test_samples(root)
+        samples = _test_samples(layout)
     else:
-        top = base_folder(
-            root,
-            marker="images/training",
-            tops=("ADEChallengeData2016",),
-            dataset="ade20k",
-            archives=ARCHIVES,
+        top = layout.base(f"images/{FOLDERS[split]}", "ADEChallengeData2016")
+        images, labels = top / "images" / FOLDERS[split], top / "annotations" / FOLDERS[split]
+        samples = layout.pair(
+            layout.files(images, ".jpg"),
+            layout.files(labels, ".png"),
+            image=f"{images}/{{id}}.jpg",
+            label=f"{labels}/{{id}}.png",
         )
-        folders = []
-        for kind in ("images", "annotations"):
-            folder = top / kind / FOLDERS[split]
-            folders.append(require_folder(folder, dataset="ade20k", root=root, archives=ARCHIVES))
-        images, labels = folders
-        pairs = pair(
-            files_by_id(images, suffix=".jpg"),
-            files_by_id(labels, suffix=".png"),
-            dataset="ade20k",
-            expected_image=f"{images}/{{id}}.jpg",
-            expected_label=f"{labels}/{{id}}.png",
-        )
-        samples = [Sample(key, image, (label,)) for key, image, label in pairs]
     return SampleSet(samples, table=load_table("ade20k"), name="ade20k", split=split)
 
 
-def _test_samples(root: Path) -> list[Sample]:
-    top = base_folder(root, marker="testing", tops=("release_test",), dataset="ade20k", archives=TEST_ARCHIVE)
-    list_file = top / "list.txt"
-    names = read_list(list_file, dataset="ade20k", archives=TEST_ARCHIVE)
-    check_unique(names, file=list_file)
-    images = files_by_id(top / "testing", suffix=".jpg")
-    samples = []
-    for name in names:
-        inside(top / "testing", name, list_file=list_file)
-        key = Path(name).name.removesuffix(".jpg")
-        if key not in images:
-            raise missing_file(
-                top / "testing" / f"{key}.jpg",
-                list_file=list_file,
-                dataset="ade20k",
-                num_missing=1,
-                archives=TEST_ARCHIVE,
-            )
-        samples.append(Sample(key, images[key]))
-    return samples
+def _test_samples(layout: Layout) -> list[Sample]:
+    top = layout.base("testing", "release_test")
+    folder, list_file = top / "testing", top / "list.txt"
+    keys = [Path(name).name.removesuffix(".jpg") for name in layout.entries(list_file, folder)]
+    images = layout.files(folder, ".jpg")
+    keys = layout.listed(keys, images, wanted=f"{folder}/{{id}}.jpg", list_file=list_file)
+    return [Sample(key, images[key]) for key in keys]

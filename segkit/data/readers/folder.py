@@ -6,49 +6,54 @@ Layout below ``root``::
     images/<split>/.../<name>.jpg    labels/<split>/.../<name>.png    (splits as sub-folders), or
     images/.../<name>.jpg            labels/.../<name>.png            <split>.txt (splits as list files)
 
-``names`` are the classes in order. ``ids`` are their values in the label files (default 0, 1, 2, ...),
-``ignore`` the values that are no class (default [255]), ``colours`` their [red, green, blue]. A list file
-names one image a line, relative to images/, with or without its extension. Labels are 8-bit PNG, grey or
-palette.
+``names`` are the classes in order. ``ids`` are their values in the label files (default 0, 1, 2, ...), ``ignore`` the
+values that are no class (default [255]), ``colours`` their [red, green, blue]. A list file names one image a line,
+relative to images/, with or without its extension. Labels are 8-bit PNG, grey or palette.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from segkit.data.files import IMAGE_SUFFIXES, read_text, visible_entries, walk
 from segkit.data.labels import LabelTable
-from segkit.data.layout import base_folder, check_unique, inside, pair, read_list, refuse, require_root
+from segkit.data.layout import Layout, near_miss, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LABEL_SUFFIXES = frozenset({".png"})
 CLASS_KEYS = ("names", "ids", "ignore", "colours")
 WANTED = "images/, labels/ and classes.yaml"
+TEXT, NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+
+Files = Mapping[str, list[Path]]
+"""{path below a folder without extension: files of that name}."""
 
 
 def read(root: Path | str | None, *, split: str, classes: str = "classes.yaml") -> SampleSet:
     """Open ``split``: what lies in images/<split> and labels/<split>, or what <split>.txt lists.
 
-    ``classes`` is the file of classes, relative to ``root`` or absolute. A split without any label file is
-    unlabelled if it is named test; in every other split each image needs its label, and each label its image.
+    ``classes`` is the file of classes, relative to ``root`` or absolute. A split named test without any label file is
+    unlabelled; in every other split each image needs its label, and each label its image.
     """
-    root = require_root(root, dataset="folder")
-    top = base_folder(root, marker="images", dataset="folder", archives=WANTED)
+    layout = Layout("folder", root, archives=WANTED)
+    top = layout.base("images")
     table = read_classes(top / classes)
     list_file = top / f"{split}.txt"
     if os.path.isfile(list_file):
-        samples = _listed(top, list_file, labelled=split != "test" or os.path.isdir(top / "labels"))
+        samples = _listed(layout, top, list_file, may_be_unlabelled=split == "test")
     elif os.path.isdir(top / "images" / split):
-        samples = _in_folders(top, split)
+        samples = _in_folders(layout, top, split)
     else:
         raise InputError(
-            f"split {split!r} of {top} does not exist: there is neither a folder {top / 'images' / split} "
-            f"nor a list file {list_file}; add one of the two, or set dataset.train_split and "
+            f"split {split!r} of {top} does not exist: there is neither a folder {top / 'images' / split} nor a list "
+            f"file {list_file}{near_miss(list_file)}; add one of the two, or set dataset.train_split and "
             f"dataset.val_split to {_splits(top)}"
         )
     return SampleSet(samples, table=table, name="folder", split=split)
@@ -56,56 +61,48 @@ def read(root: Path | str | None, *, split: str, classes: str = "classes.yaml") 
 
 def _splits(top: Path) -> str:
     """The splits that are there, for a message."""
-    folders = [entry.name for entry in os.scandir(top / "images") if entry.is_dir()]
-    lists = [entry.name.removesuffix(".txt") for entry in os.scandir(top) if entry.name.endswith(".txt")]
+    folders = [entry.name for entry in visible_entries(top / "images") if entry.is_dir()]
+    lists = [entry.name.removesuffix(".txt") for entry in visible_entries(top) if entry.name.endswith(".txt")]
     return ", ".join(sorted({*folders, *lists})) or "splits that you make"
 
 
-def _in_folders(top: Path, split: str) -> list[Sample]:
+def _in_folders(layout: Layout, top: Path, split: str) -> list[Sample]:
     folder, labels_folder = top / "images" / split, top / "labels" / split
-    images = _files(folder, IMAGE_SUFFIXES)
-    if not os.path.isdir(labels_folder):
-        if split == "test":
-            return [Sample(key, image) for key, image in images.items()]
+    images = {key: _only(files) for key, files in _files(folder, IMAGE_SUFFIXES).items()}
+    exists = os.path.isdir(labels_folder)
+    labels = {key: _only(files) for key, files in _files(labels_folder, LABEL_SUFFIXES).items()} if exists else {}
+    if not labels and split == "test":
+        return [Sample(key, image) for key, image in images.items()]
+    if not exists:
         raise InputError(
-            f"split {split!r} of {top} has images but no labels: folder {labels_folder} does not exist; put "
-            "one 8-bit PNG of class ids there for every image"
+            f"split {split!r} of {top} has images but no labels: folder {labels_folder} does not exist; put one 8-bit "
+            "PNG of class ids there for every image"
         )
-    pairs = pair(
-        images,
-        _files(labels_folder, (".png",)),
-        dataset="folder",
-        expected_image=f"{folder}/{{id}}.jpg",
-        expected_label=f"{labels_folder}/{{id}}.png",
-    )
-    return [Sample(key, image, (label,)) for key, image, label in pairs]
+    return layout.pair(images, labels, image=f"{folder}/{{id}}.jpg", label=f"{labels_folder}/{{id}}.png")
 
 
-def _listed(top: Path, list_file: Path, *, labelled: bool) -> list[Sample]:
+def _listed(layout: Layout, top: Path, list_file: Path, *, may_be_unlabelled: bool) -> list[Sample]:
+    entries = layout.entries(list_file, top / "images")
     images = _files(top / "images", IMAGE_SUFFIXES)
-    labels = _files(top / "labels", (".png",)) if labelled else {}
-    entries = read_list(list_file, dataset="folder", archives=WANTED)
-    check_unique(entries, file=list_file)
+    labels = _files(top / "labels", LABEL_SUFFIXES) if os.path.isdir(top / "labels") else {}
+    labelled = not may_be_unlabelled or any(_key(entry) in labels for entry in entries)
     samples = []
     for entry in entries:
-        inside(top / "images", entry, list_file=list_file)
-        key = _key(entry)
-        if key not in images:
+        key, path = _key(entry), top / "images" / entry
+        found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
+        label = top / "labels" / f"{key}.png"
+        if not found:
             refuse(
-                InputError(
-                    f"{list_file} names {entry!r}, but {top / 'images' / entry} does not exist; correct the line "
-                    "or add the image"
-                )
+                f"{list_file} names {entry!r}, but {path} does not exist{near_miss(path)}; correct the line or add the "
+                "image"
             )
         elif labelled and key not in labels:
             refuse(
-                InputError(
-                    f"image {images[key]} has no label ({top / 'labels' / key}.png is missing); add it or remove "
-                    f"the line from {list_file}"
-                )
+                f"image {found[0]} has no label ({label} is missing{near_miss(label)}); add it or remove the line from "
+                f"{list_file}"
             )
         else:
-            samples.append(Sample(key, images[key], (labels[key],) if labelled else ()))
+            samples.append(Sample(key, _only(found), (_only(labels[key]),) if labelled else ()))
     return samples
 
 
@@ -115,27 +112,22 @@ def _key(relative: str) -> str:
     return (path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path).as_posix()
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """{path below ``folder`` without extension: path} of all files with one of ``suffixes``, sorted."""
-    if not os.path.isdir(folder):
-        raise InputError(f"folder {folder} does not exist; a data set of one's own has {WANTED} (dataset.root)")
-    found: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in suffixes or name.startswith("."):
-                continue
-            key = (Path(parent).relative_to(folder) / stem).as_posix()
-            path = Path(parent) / name
-            if key in found:
-                raise InputError(f"{found[key]} and {path} differ in their extension only; remove one of the two")
-            found[key] = path
+def _files(folder: Path, suffixes: frozenset[str]) -> Files:
+    """The files of a folder, sorted by their keys; two of one key are no error here, as another split may hold them."""
+    found: dict[str, list[Path]] = {}
+    for path in walk(folder, suffixes):
+        found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
     return dict(sorted(found.items()))
 
 
+def _only(files: list[Path]) -> Path:
+    if len(files) > 1:
+        raise InputError(f"{files[0]} and {files[1]} differ in their extension only; remove one of the two")
+    return files[0]
+
+
 def read_classes(path: Path) -> LabelTable:
-    """The label table that a file of classes describes; InputError for all that does not fit together."""
+    """Return the label table that a file of classes describes; raises InputError for all that does not fit together."""
     content = _load_yaml(path)
     names = content.get("names")
     if not isinstance(names, list) or not names:
@@ -149,13 +141,18 @@ def read_classes(path: Path) -> LabelTable:
     if colours is not None and (not isinstance(colours, list) or len(colours) != num):
         length = len(colours) if isinstance(colours, list) else "no list of"
         raise InputError(f"{path} has {num} names but {length} colours; give [red, green, blue] for each name")
+    if content.get("ignore") is None and 255 in ids:
+        raise InputError(
+            f"{path} gives class {names[ids.index(255)]!r} the id 255, which is void unless the file says otherwise: "
+            f"where 255 is a class, as in masks of 0 and 255, write these two lines: `ids: {ids}` and `ignore: []`"
+        )
     twice = sorted({value for value in [*ids, *ignore] if [*ids, *ignore].count(value) > 1})
     if twice:
         raise InputError(f"{path} uses value {twice[0]} twice among ids and ignore; each value has one meaning")
     raw_to_train = {**dict(zip(ids, range(num), strict=True)), **dict.fromkeys(ignore, 255)}
     return LabelTable(
         name=str(path),
-        classes=tuple(str(name) for name in names),
+        classes=tuple(names),
         palette=default_palette(num) if colours is None else _colours(colours, path),
         raw_to_train=raw_to_train,
         train_to_raw=dict(enumerate(ids)),
@@ -164,25 +161,48 @@ def read_classes(path: Path) -> LabelTable:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    text = read_text(
+        path,
+        role="file of classes",
+        missing=f"{path} does not exist; write one with `names: [background, tool]`, the classes of the label files in "
+        "order, or name another file in dataset.reader.classes",
+    )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; write one with `names: [background, tool]`, the classes of the label "
-            "files in order, or name another file in dataset.reader.classes"
-        ) from None
-    except PermissionError:
-        raise InputError(f"{path} may not be read by this user; run `chmod u+r {path}`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid YAML ({str(error).splitlines()[0]}); correct it") from None
+        node = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is no valid YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no mapping; write for example `names: [background, tool]`")
     unknown = sorted(str(key) for key in content if key not in CLASS_KEYS)
     if unknown:
         raise InputError(f"{path} has an unknown key {unknown[0]!r}; allowed are {', '.join(CLASS_KEYS)}")
+    _check_spelling(node, path)
     return content
+
+
+def _check_spelling(node: Any, path: Path) -> None:
+    """Raise InputError for a key that is there twice, and for a class name that YAML does not read as text.
+
+    ``node`` is the file as it is spelled: {key: value} as a list of pairs, in which `no` is not yet False.
+    """
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise InputError(f"{path} has the key {key.value!r} twice, of which YAML drops one; remove one")
+        seen.add(key.value)
+        for name in value.value if key.value == "names" and isinstance(value, yaml.SequenceNode) else ():
+            if not isinstance(name, yaml.ScalarNode):
+                raise InputError(f"{path} has a list or mapping among its names; write one text for each class")
+            if name.tag == NULL or not name.value.strip():
+                raise InputError(f"{path} has an empty name ({name.value!r}); give each class a name, in quotes")
+            if name.tag != TEXT:
+                kind = name.tag.rpartition(":")[2]
+                raise InputError(
+                    f"{path} has the class name {name.value}, which YAML reads as {kind} and not as text; put it in "
+                    f'quotes: "{name.value}"'
+                )
 
 
 def _integers(value: Any, path: Path, *, key: str, default: list[int]) -> list[int]:
@@ -205,7 +225,7 @@ def _colours(colours: list[Any], path: Path) -> np.ndarray:
 
 
 def default_palette(num_classes: int) -> np.ndarray:
-    """Colours uint8 (num_classes, 3) that differ: bit i goes to channel i mod 3, high bits first."""
+    """Return colours uint8 (num_classes, 3) that differ: bit i goes to channel i mod 3, high bits first."""
     colours = np.zeros((num_classes, 3), np.uint8)
     for k in range(num_classes):
         for bit in range(8):

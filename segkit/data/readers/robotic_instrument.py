@@ -5,8 +5,8 @@ Folders below ``root`` (the archives' own top folders, or a folder ``training``,
     instrument_dataset_{1..8}/left_frames/frame%03d.png
     instrument_dataset_{1..8}/ground_truth/<instrument folder>/frame%03d.png        one mask per instrument
 
-The masks of a frame are merged when it is read; nothing is written into the data. The names of the
-instrument folders follow no rule, so they are found by the frames in them.
+The masks of a frame are merged when it is read; nothing is written into the data. The names of the instrument folders
+follow no rule, so they are found by the frames in them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from segkit.data.decode import check_readable, read_index_png, read_rgb
+from segkit.data.decode import read_index_png
+from segkit.data.files import visible_entries
 from segkit.data.labels import LabelTable, load_table
-from segkit.data.layout import base_folder, check_option, check_split, refuse, require_folder, require_root, table_file
+from segkit.data.layout import Layout, check_option, check_split, refuse, table_file
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -47,12 +47,12 @@ _FRAME = re.compile(r"frame(\d{3})\.png")
 
 
 def mask_folders() -> dict[str, list[str]]:
-    """{sequence: instrument folders} of the official archives, sorted."""
+    """Return {sequence: instrument folders} of the official archives, sorted."""
     return table_file("robotic_instrument_parts")["mask_folders"]
 
 
 def instrument_types() -> dict[str, int]:
-    """{part of a folder's name: code of the instrument type}."""
+    """Return {part of a folder's name: code of the instrument type}."""
     return table_file("robotic_instrument_type")["type_mapping"]
 
 
@@ -80,20 +80,22 @@ def read(
     Raises InputError for missing folders, frames and masks; ``notes`` names sequences that are not there.
     """
     name = "robotic_instrument"
-    root = require_root(root, dataset=name)
+    layout = Layout(name, root, archives=ARCHIVES)
     check_option("task", task, TASKS, dataset=name)
     check_option("splits", splits, ("paper", "sequence"), dataset=name)
     check_option("fold", fold, range(len(FOLDS)), dataset=name)
     check_option("overlap", overlap, ("paper", "ignore"), dataset=name)
     check_option("odd_values", odd_values, ("error", "floor"), dataset=name)
     check_split(split, PAPER_FRAMES if splits == "paper" else ("train", "val"), dataset=f"{name} (splits={splits})")
-    found = _sequences(root)
+    wanted = [n for n in SEQUENCES if splits == "paper" or (n in FOLDS[fold]) == (split == "val")]
+    found = _sequences(layout)
     samples = []
-    for number in SEQUENCES:
-        if number in found and (splits == "paper" or (number in FOLDS[fold]) == (split == "val")):
+    for number in wanted:
+        if number in found:
             samples += _samples(found[number], frames=PAPER_FRAMES[split] if splits == "paper" else range(225))
-    missing = [str(number) for number in SEQUENCES if number not in found]
-    notes = [f"sequences {', '.join(missing)} of 1..8 are not under {root}: unpack {ARCHIVES}"] if missing else []
+    missing = ", ".join(str(number) for number in wanted if number not in found)
+    of = "1..8" if splits == "paper" else f"split {split}"
+    notes = [f"sequences {missing} of {of} are not under {layout.root}: unpack {ARCHIVES}"] if missing else []
     return SampleSet(
         samples,
         table=_table(task, overlap),
@@ -111,8 +113,9 @@ def _table(task: str, overlap: str) -> LabelTable:
     return table
 
 
-def _sequences(root: Path) -> dict[int, Path]:
+def _sequences(layout: Layout) -> dict[int, Path]:
     """{number: folder} of the training sequences: in ``root``, ``root/training`` or the archives' tops."""
+    root = layout.root
     found: dict[int, Path] = {}
     for base in (root, root / "training", *(root / f"instrument_{part}_training" for part in ("1_4", "5_8"))):
         for number in SEQUENCES:
@@ -124,13 +127,7 @@ def _sequences(root: Path) -> dict[int, Path]:
                     )
                 found[number] = folder
     if not found:
-        base_folder(
-            root,
-            marker="instrument_dataset_1/left_frames",
-            tops=("training", "instrument_1_4_training"),
-            dataset="robotic_instrument",
-            archives=ARCHIVES,
-        )
+        layout.base("instrument_dataset_1/left_frames", "training", "instrument_1_4_training")
     return found
 
 
@@ -142,12 +139,9 @@ def _frames(folder: Path) -> dict[int, Path]:
 
 
 def instrument_folders(sequence: Path) -> list[Path]:
-    """The folders of ``sequence``/ground_truth that hold frames, without the paper's merged ones, by name."""
-    truth = require_folder(
-        sequence / "ground_truth", dataset="robotic_instrument", root=sequence.parent, archives=ARCHIVES
-    )
-    with os.scandir(truth) as entries:
-        folders = sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name not in MERGED)
+    """Return the folders of ``sequence``/ground_truth that hold frames, without the paper's merged ones, by name."""
+    truth = Layout("robotic_instrument", sequence.parent, archives=ARCHIVES).folder(sequence / "ground_truth")
+    folders = [Path(entry.path) for entry in visible_entries(truth) if entry.is_dir() and entry.name not in MERGED]
     return [folder for folder in folders if _frames(folder)]
 
 
@@ -165,19 +159,15 @@ def _samples(sequence: Path, *, frames: range) -> list[Sample]:
         if number not in images:
             folder = next(folder for folder, found in zip(folders, masks, strict=True) if number in found)
             refuse(
-                InputError(
-                    f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks "
-                    f"it); unpack {ARCHIVES} again"
-                )
+                f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks it); unpack "
+                f"{ARCHIVES} again"
             )
             continue
         lacking = [folder for folder, found in zip(folders, masks, strict=True) if number not in found]
         if lacking:
             refuse(
-                InputError(
-                    f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); "
-                    f"unpack {ARCHIVES} again"
-                )
+                f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); unpack "
+                f"{ARCHIVES} again"
             )
             continue
         labels = tuple(found[number] for found in masks)
@@ -186,18 +176,12 @@ def _samples(sequence: Path, *, frames: range) -> list[Sample]:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """One instrument's mask (H, W) uint8; of a colour file (sequence 7) its first channel."""
-    check_readable(path, role="label")
-    try:
-        with Image.open(path) as image:
-            colour = image.mode in ("RGB", "RGBA")
-    except (OSError, SyntaxError, ValueError):
-        colour = False  # damaged: the reader below says so
-    return np.ascontiguousarray(read_rgb(path)[..., 0]) if colour else read_index_png(path)
+    """Return one instrument's mask (H, W) uint8; of a colour file (sequence 7) its first channel."""
+    return read_index_png(path, first_channel=True)
 
 
 def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> np.ndarray:
-    """Raw label (H, W) uint8 of a frame: part codes, 0/1 for binary, type codes; 255 for ignored overlaps."""
+    """Return the raw label (H, W) uint8 of a frame: part codes, 0/1 for binary, type codes; 255 where ignored."""
     masks = [read_mask(path) for path in sample.labels]
     for path, mask in zip(sample.labels, masks, strict=True):
         if mask.shape != masks[0].shape:

@@ -6,34 +6,21 @@ Folders below ``root``, as the archives unpack them::
     benchmark_RELEASE/dataset/train.txt     val.txt   cls/<id>.mat   img/<id>.jpg
     VOCdevkit/VOC2012/SegmentationClassAug/<id>.png                   (the community's conversion of SBD)
 
-``trainaug`` = (VOC train U SBD train U SBD val) minus VOC val: SBD's own lists overlap VOC's validation
-images. The VOC training images keep their official masks, whose objects have a border of 255; SBD's masks
-have none.
+``trainaug`` = (VOC train U SBD train U SBD val) minus VOC val: SBD's own lists overlap VOC's validation images. The VOC
+training images keep their official masks, whose objects have a border of 255; SBD's masks have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from segkit.data.decode import read_index_png
 from segkit.data.labels import load_table
-from segkit.data.layout import (
-    base_folder,
-    check_option,
-    check_split,
-    check_unique,
-    files_by_id,
-    inside,
-    missing_file,
-    read_list,
-    refuse,
-    require_folder,
-    require_root,
-)
+from segkit.data.layout import Layout, and_more, check_option, check_split, near_miss, refuse
 from segkit.data.matlab import read_mat
-from segkit.data.samples import Sample, SampleSet, read_index_png
+from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
 SPLITS = ("train", "val", "trainaug", "trainval", "test")
@@ -41,6 +28,8 @@ ARCHIVES = "VOCtrainval_11-May-2012.tar"
 SBD_ARCHIVE = "benchmark.tgz (SBD)"
 WHOLE = {"train": 1464, "val": 1449, "sbd_train": 8498, "sbd_val": 2857, "trainaug": 10582}
 """Entries of the official lists, and what follows from them."""
+
+LISTS = Path("ImageSets", "Segmentation")
 
 
 def read(
@@ -52,42 +41,35 @@ def read(
 ) -> SampleSet:
     """Open ``split`` (train, val, trainaug, trainval or test, which has no labels).
 
-    ``augmentation`` says where ``trainaug`` has its other masks from: ``sbd``, the .mat files of
-    benchmark_RELEASE below ``sbd_root`` (default: ``root``), or ``folder``, the PNGs of SegmentationClassAug.
-    Raises InputError for missing folders, files and list entries, and where the official lists are whole but
-    do not give the 10582 images of trainaug.
+    ``augmentation`` says where ``trainaug`` has its other masks from: ``sbd``, the .mat files of benchmark_RELEASE
+    below ``sbd_root`` (default: ``root``), or ``folder``, the PNGs of SegmentationClassAug. Raises InputError for
+    missing folders, files and list entries, and where the official lists are whole but do not give the 10582 images of
+    trainaug.
     """
-    root = require_root(root, dataset="voc")
+    layout = Layout("voc", root, archives="VOC2012test.tar" if split == "test" else ARCHIVES)
     check_split(split, SPLITS, dataset="voc")
     check_option("augmentation", augmentation, ("sbd", "folder"), dataset="voc")
-    voc = base_folder(
-        root, marker="JPEGImages", tops=("VOCdevkit/VOC2012", "VOC2012"), dataset="voc", archives=ARCHIVES
-    )
-    images = files_by_id(voc / "JPEGImages", suffix=".jpg")
+    voc = layout.base("JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
+    images = layout.files(voc / "JPEGImages", ".jpg")
     notes: list[str] = []
     if split == "trainaug":
-        pairs, notes = _augmented(voc, root, images, augmentation, sbd_root)
+        samples, notes = _augmented(layout, voc, images, augmentation, sbd_root)
     elif split == "test":
-        list_file = _list_file(voc, "test")
-        keys = _with_image(_ids(list_file, "VOC2012test.tar"), images, list_file, voc)
-        pairs = [(key, images[key], None) for key in keys]
+        keys = _with_image(layout, voc, split, _entries(layout, voc, split), images)
+        samples = [Sample(key, images[key]) for key in keys]
     else:
-        pairs = _official(voc, split, images)
-    samples = [Sample(key, image, (label,) if label else ()) for key, image, label in pairs]
+        samples = _official(layout, voc, split, images)
     return SampleSet(samples, table=load_table("voc"), name="voc", split=split, load_label=read_label, notes=notes)
 
 
-Pairs = list[tuple[str, Path, Path | None]]
-
-
 def read_label(sample: Sample) -> np.ndarray:
-    """Raw label (H, W): the indices of a palette PNG, or the segmentation in an SBD .mat file."""
+    """Return the raw label (H, W): the indices of a palette PNG, or the segmentation in an SBD .mat file."""
     path = sample.labels[0]
     return read_sbd_mask(path) if path.suffix == ".mat" else read_index_png(path)
 
 
 def read_sbd_mask(path: Path) -> np.ndarray:
-    """The segmentation (H, W) of an SBD file ``cls/<id>.mat``, values 0..20; InputError if it is not one."""
+    """Return the segmentation (H, W) of an SBD file ``cls/<id>.mat``, values 0..20; raises InputError for others."""
     content = read_mat(path, ["GTcls"])
     try:
         mask = content["GTcls"][0]["Segmentation"][0]
@@ -103,90 +85,63 @@ def read_sbd_mask(path: Path) -> np.ndarray:
     return mask
 
 
-def _list_file(voc: Path, split: str) -> Path:
-    return voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+def _entries(layout: Layout, voc: Path, split: str) -> list[str]:
+    return layout.entries(voc / LISTS / f"{split}.txt", voc / LISTS)
 
 
-def _ids(list_file: Path, archives: str = ARCHIVES) -> list[str]:
-    entries = read_list(list_file, dataset="voc", archives=archives)
-    for entry in entries:
-        inside(list_file.parent, entry, list_file=list_file)
-    check_unique(entries, file=list_file)
-    return entries
-
-
-def _with_image(keys: list[str], images: dict[str, Path], list_file: Path, voc: Path) -> list[str]:
+def _with_image(layout: Layout, voc: Path, split: str, keys: list[str], images: dict[str, Path]) -> list[str]:
     """The keys whose image is there: all of them, or those without one are refused."""
-    missing = [key for key in keys if key not in images]
-    if missing:
-        refuse(
-            missing_file(
-                voc / "JPEGImages" / f"{missing[0]}.jpg",
-                list_file=list_file,
-                dataset="voc",
-                num_missing=len(missing),
-                archives=ARCHIVES,
-            )
-        )
-    return [key for key in keys if key in images]
+    wanted = f"{voc}/JPEGImages/{{id}}.jpg"
+    return layout.listed(keys, images, wanted=wanted, list_file=voc / LISTS / f"{split}.txt")
 
 
-def _official(voc: Path, split: str, images: dict[str, Path]) -> Pairs:
+def _official(layout: Layout, voc: Path, split: str, images: dict[str, Path]) -> list[Sample]:
     """The pairs of train, val or trainval with their palette PNGs."""
-    folder = require_folder(voc / "SegmentationClass", dataset="voc", root=voc, archives=ARCHIVES)
-    masks = files_by_id(folder, suffix=".png")
-    list_file = _list_file(voc, split)
-    keys = _ids(list_file)
+    folder = voc / "SegmentationClass"
+    masks = layout.files(folder, ".png")
+    keys = _entries(layout, voc, split)
     missing = [key for key in keys if key not in masks]
     if missing:
+        path = folder / f"{missing[0]}.png"
         refuse(
-            InputError(
-                f"image {missing[0]} of list {list_file} has no label ({folder / missing[0]}.png is missing)"
-                f"{_more(missing)}; unpack {ARCHIVES} again"
-            )
+            f"image {missing[0]} of list {voc / LISTS / split}.txt has no label ({path} is missing{near_miss(path)})"
+            f"{and_more(missing)}; unpack {ARCHIVES} again"
         )
-    return [(key, images[key], masks[key]) for key in _with_image(keys, images, list_file, voc) if key in masks]
-
-
-def _more(missing: list[str]) -> str:
-    return f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+    keys = _with_image(layout, voc, split, keys, images)
+    return [Sample(key, images[key], (masks[key],)) for key in keys if key in masks]
 
 
 def _augmented(
-    voc: Path, root: Path, images: dict[str, Path], augmentation: str, sbd_root: Path | str | None
-) -> tuple[Pairs, list[str]]:
+    layout: Layout, voc: Path, images: dict[str, Path], augmentation: str, sbd_root: Path | str | None
+) -> tuple[list[Sample], list[str]]:
     """The pairs of trainaug, sorted by id, and a note that says how many masks come from where."""
-    official = {key: (image, mask) for key, image, mask in _official(voc, "train", images)}
-    val = _ids(_list_file(voc, "val"))
+    official = {sample.name: sample for sample in _official(layout, voc, "train", images)}
+    val = _entries(layout, voc, "val")
     lists: dict[str, int] = {}
     if augmentation == "folder":
-        masks, source = _community_masks(voc), "SegmentationClassAug"
+        community = Layout("voc", voc, archives="SegmentationClassAug.zip")
+        masks, source = community.files(voc / "SegmentationClassAug", ".png"), "SegmentationClassAug"
     else:
-        masks, lists, images = _sbd_masks(_sbd_folder(root, voc, sbd_root), images)
+        masks, lists, images = _sbd_masks(_sbd_folder(layout, voc, sbd_root), images)
         source = "SBD"
-    overlap = set(official) & set(val)
+    overlap = sorted(set(official) & set(val))
     if overlap:
         raise InputError(
-            f"{min(overlap)} is in train.txt and in val.txt of {voc / 'ImageSets' / 'Segmentation'}"
-            f"{_more(sorted(overlap))}; unpack {ARCHIVES} again"
+            f"{overlap[0]} is in train.txt and in val.txt of {voc / LISTS}{and_more(overlap)}; unpack {ARCHIVES} again"
         )
     keys = sorted((set(official) | set(masks)) - set(val))
     _check_count(keys, {"train": len(official), "val": len(val), **lists}, num_masks=len(masks), source=source)
-    pairs: Pairs = []
+    samples = []
     for key in keys:
         if key in official:
-            pairs.append((key, *official[key]))
+            samples.append(official[key])
         elif key in images:
-            pairs.append((key, images[key], masks[key]))
+            samples.append(Sample(key, images[key], (masks[key],)))
         else:
-            refuse(
-                InputError(
-                    f"label {masks[key]} has no image ({voc / 'JPEGImages' / key}.jpg is missing); "
-                    f"unpack {ARCHIVES} again"
-                )
-            )
+            path = voc / "JPEGImages" / f"{key}.jpg"
+            refuse(f"label {masks[key]} has no image ({path} is missing{near_miss(path)}); unpack {ARCHIVES} again")
     note = f"trainaug: {len(official)} masks of VOC, {len(keys) - len(official)} of {source}"
-    return pairs, [note]
+    return samples, [note]
 
 
 def _check_count(keys: list[str], found: dict[str, int], *, num_masks: int, source: str) -> None:
@@ -202,58 +157,34 @@ def _check_count(keys: list[str], found: dict[str, int], *, num_masks: int, sour
         )
 
 
-def _community_masks(voc: Path) -> dict[str, Path]:
-    folder = require_folder(voc / "SegmentationClassAug", dataset="voc", root=voc, archives="SegmentationClassAug.zip")
-    return files_by_id(folder, suffix=".png")
-
-
-def _sbd_folder(root: Path, voc: Path, sbd_root: Path | str | None) -> Path:
+def _sbd_folder(layout: Layout, voc: Path, sbd_root: Path | str | None) -> Path:
     """The folder ``dataset`` of benchmark_RELEASE."""
     if sbd_root is not None:
-        return base_folder(
-            Path(sbd_root),
-            marker="cls",
-            tops=("benchmark_RELEASE/dataset", "dataset"),
-            dataset="SBD",
-            archives=SBD_ARCHIVE,
-        )
+        return Layout("SBD", sbd_root, archives=SBD_ARCHIVE).base("cls", "benchmark_RELEASE/dataset", "dataset")
     wanted = Path("benchmark_RELEASE", "dataset")
-    for base in (root, voc.parent.parent, voc.parent):
+    for base in (layout.root, voc.parent.parent, voc.parent):
         if (base / wanted / "cls").is_dir():
             return base / wanted
     hint = ""
     if (voc / "SegmentationClassAug").is_dir():
         hint = ", or set dataset.reader.augmentation=folder to use SegmentationClassAug, which is there"
     raise InputError(
-        f"split trainaug of voc needs SBD, but {root / wanted / 'cls'} does not exist; unpack {SBD_ARCHIVE} "
-        f"into {root} or name its folder in dataset.reader.sbd_root{hint}"
+        f"split trainaug of voc needs SBD, but {layout.root / wanted / 'cls'} does not exist; unpack {SBD_ARCHIVE} "
+        f"into {layout.root} or name its folder in dataset.reader.sbd_root{hint}"
     )
 
 
-def _sbd_masks(sbd: Path, images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, int], dict[str, Path]]:
+def _sbd_masks(folder: Path, images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, int], dict[str, Path]]:
     """Masks of SBD's two lists, the lengths of these, and the images of VOC completed by those of SBD."""
-    masks = files_by_id(sbd / "cls", suffix=".mat")
-    extra = files_by_id(sbd / "img", suffix=".jpg") if (sbd / "img").is_dir() else {}
+    sbd = Layout("SBD", folder, archives=SBD_ARCHIVE)
+    masks = sbd.files(folder / "cls", ".mat")
+    extra = sbd.files(folder / "img", ".jpg") if (folder / "img").is_dir() else {}
     chosen: dict[str, Path] = {}
     lengths = {}
     for name in ("train", "val"):
-        list_file = sbd / f"{name}.txt"
-        keys = _ids(list_file, SBD_ARCHIVE)
+        list_file = folder / f"{name}.txt"
+        keys = sbd.entries(list_file, folder)
         lengths[f"sbd_{name}"] = len(keys)
-        _check_masks(keys, masks, sbd, list_file)
-        chosen.update((key, masks[key]) for key in keys if key in masks)
+        keys = sbd.listed(keys, masks, wanted=f"{folder}/cls/{{id}}.mat", list_file=list_file)
+        chosen.update((key, masks[key]) for key in keys)
     return chosen, lengths, {**extra, **images}
-
-
-def _check_masks(keys: Iterable[str], masks: dict[str, Path], sbd: Path, list_file: Path) -> None:
-    missing = [key for key in keys if key not in masks]
-    if missing:
-        refuse(
-            missing_file(
-                sbd / "cls" / f"{missing[0]}.mat",
-                list_file=list_file,
-                dataset="SBD",
-                num_missing=len(missing),
-                archives=SBD_ARCHIVE,
-            )
-        )

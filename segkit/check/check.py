@@ -11,6 +11,7 @@ from typing import Any
 from segkit.check.audit import SplitAudit, audit_split
 from segkit.check.findings import DataAudit, Report, overlap_findings, published_count, split_findings
 from segkit.config.schema import Config, DatasetConfig, check_targets
+from segkit.data.decode import set_pixel_limit
 from segkit.data.layout import collecting
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError
@@ -33,6 +34,7 @@ def check(config: Config, *, sample: int | None = None, rehearses: bool = True) 
     ``config``.
     """
     check_targets(config)
+    set_pixel_limit(config.max_pixels)
     report = Report(config, sample)
     look_at_data(report)
     if rehearses:

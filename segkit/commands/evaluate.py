@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, check_writable, dataset_of, inference, verb_parser
+from segkit.commands.options import (
+    INFERENCE,
+    add_shared,
+    check_writable,
+    dataset_of,
+    inference,
+    limit_pixels,
+    verb_parser,
+)
 
 PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
@@ -28,13 +36,24 @@ def parser() -> ArgumentParser:
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
     verb.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
-    add_shared(verb, "--calibrated", "--root", "--batch-size", "--workers", "--precision", "--device", *INFERENCE)
+    add_shared(
+        verb,
+        "--calibrated",
+        "--root",
+        "--batch-size",
+        "--workers",
+        "--precision",
+        "--device",
+        "--max-pixels",
+        *INFERENCE,
+    )
     return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Evaluate, print the table, write the results."""
     arguments = parser().parse_args(argv)
+    limit_pixels(arguments)
     check_writable(arguments, "output")
     from segkit.commands import decision
     from segkit.files import write_atomically, write_json

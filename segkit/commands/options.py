@@ -25,6 +25,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
     "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
     "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},
+    "--max-pixels": {"type": int, "metavar": "N", "help": "refuse images of more pixels (default: 200 million)"},
     "--calibrated": {"action": "store_true", "help": "use the bias that segkit evaluate --calibrate has tuned"},
     "--tta": {"default": "", "metavar": "flip,ms", "help": "views to average: flip, ms (scales), both (default: none)"},
     "--scales": {"metavar": "S,S,...", "help": "scales of --tta ms (default: 0.5 to 1.75 in quarters)"},
@@ -71,6 +72,16 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str
     for name in names:
         changed = changes.get(name.lstrip("-").replace("-", "_"), {})
         parser.add_argument(name, **{**SHARED[name], **changed})
+
+
+def limit_pixels(arguments: argparse.Namespace) -> None:
+    """Refuse images of more than ``--max-pixels`` pixels from now on, if that is given."""
+    if arguments.max_pixels is not None:
+        from segkit.data.decode import set_pixel_limit
+
+        if arguments.max_pixels < 1:
+            raise InputError(f"--max-pixels is {arguments.max_pixels}, but must be at least 1")
+        set_pixel_limit(arguments.max_pixels)
 
 
 def check_writable(arguments: argparse.Namespace, *options: str) -> None:

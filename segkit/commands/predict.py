@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import INFERENCE, add_shared, inference, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
 from segkit.errors import InputError
 
 
@@ -24,13 +24,16 @@ def parser() -> ArgumentParser:
     verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
     verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
     precision = {"default": "fp32", "help": "of the forward pass"}
-    add_shared(verb, "--checkpoint", "--calibrated", "--precision", "--device", *INFERENCE, precision=precision)
+    add_shared(
+        verb, "--checkpoint", "--calibrated", "--precision", "--device", "--max-pixels", *INFERENCE, precision=precision
+    )
     return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     arguments = parser().parse_args(argv)
+    limit_pixels(arguments)
     from segkit.commands.scorers import load
     from segkit.data.decode import read_rgb
     from segkit.data.files import find_images

@@ -40,9 +40,11 @@ def run(argv: Sequence[str]) -> None:
     if arguments.plot and arguments.plot.suffix.lower() not in PLOT_SUFFIXES:
         raise InputError(f"--plot is {arguments.plot}, but must end with {', '.join(PLOT_SUFFIXES)}")
     from segkit.config.compose import compose
+    from segkit.data.decode import set_pixel_limit
     from segkit.run.splits import open_split
 
     config = compose(arguments.overrides)
+    set_pixel_limit(config.max_pixels)
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)
     print(table(rows, summary))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, dataset_of, inference, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, dataset_of, inference, limit_pixels, verb_parser
 
 
 def parser() -> ArgumentParser:
@@ -21,13 +21,14 @@ def parser() -> ArgumentParser:
     verb.add_argument("--output", type=Path, required=True, metavar="FILE.zip", help="a .zip, .tar, .tar.gz or .tgz")
     verb.add_argument("--split", default="test", help="split to predict; a labelled one is scored again from the files")
     verb.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")
-    add_shared(verb, "--checkpoint", "--root", "--precision", "--device", "--workers", *INFERENCE)
+    add_shared(verb, "--checkpoint", "--root", "--precision", "--device", "--workers", "--max-pixels", *INFERENCE)
     return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     arguments = parser().parse_args(argv)
+    limit_pixels(arguments)
     from segkit.data.decode import image_size
     from segkit.evaluation.submission import check_images, write_submission
     from segkit.run.saved import open_run

@@ -30,6 +30,7 @@ FREE_KEYS = (
     "profile_steps",
     "sweep",
     "trust",
+    "max_pixels",
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
@@ -264,6 +265,7 @@ class Config:
     resume: bool = True
     ignore_config_change: bool = False
     trust: list[str] = field(default_factory=list)
+    max_pixels: int = 200_000_000
 
     def __post_init__(self) -> None:
         _require(
@@ -276,7 +278,8 @@ class Config:
                 "'checkpoints' nor 'tensorboard': rename the phase",
             )
             phase.check(name)
-        for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps"):
+        positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
+        for key in (*positive, "max_pixels"):
             _at_least(key, getattr(self, key), 1)
         for key in ("workers", "profile_steps", "seed"):
             _at_least(key, getattr(self, key), 0)

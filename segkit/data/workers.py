@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from segkit.data.decode import MAX_PIXELS, pixel_limit, set_pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError
+from segkit.runtime import die_with_parent
 
 Result = TypeVar("Result")
 
@@ -75,6 +76,7 @@ def start_worker(limit: int = MAX_PIXELS) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(signal.SIGKILL)
     set_pixel_limit(limit)
     one_thread()
     keep_memory()

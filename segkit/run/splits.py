@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from segkit.config.schema import Config, DatasetConfig
 from segkit.config.targets import instantiate
 from segkit.data import SampleSet
+from segkit.data.decode import set_pixel_limit
 from segkit.errors import InputError
 
 
@@ -26,6 +27,7 @@ def open_split(dataset: DatasetConfig, split: str) -> SampleSet:
 
 def open_phases(config: Config) -> dict[str, Splits]:
     """The splits of every phase. InputError if data are missing, or if two phases have different classes."""
+    set_pixel_limit(config.max_pixels)
     opened: dict[str, Splits] = {}
     known: list[tuple[DatasetConfig, Splits]] = []
     for name in config.schedule:

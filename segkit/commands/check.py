@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import OVERRIDES, check_writable, verb_parser
+from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
 from segkit.errors import InputError
 
 EXIT_ERRORS = 1
@@ -22,6 +22,8 @@ def parser() -> ArgumentParser:
         example="dataset=cityscapes dataset.root=/data/cityscapes loss=margin_calibration",
     )
     verb.add_argument("overrides", **OVERRIDES)
+    verb.add_argument("--config-dir", **CONFIG_DIR)
+    verb.add_argument("--config-dir", **CONFIG_DIR)
     verb.add_argument("--sample", type=int, metavar="N", help="look at N random samples of each split (default: all)")
     verb.add_argument("--skip-step", action="store_true", help="look at the data only")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")
@@ -39,7 +41,11 @@ def run(argv: Sequence[str]) -> None:
     from segkit.config.compose import compose
     from segkit.files import write_json
 
-    report = check(compose(arguments.overrides), sample=arguments.sample, rehearses=not arguments.skip_step)
+    report = check(
+        compose(arguments.overrides, config_dirs=arguments.config_dir),
+        sample=arguments.sample,
+        rehearses=not arguments.skip_step,
+    )
     content = to_json(report)
     print(as_text(content))
     if arguments.json:

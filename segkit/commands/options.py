@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 OVERRIDES: dict[str, Any] = {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for train.py: dataset=..., loss.tau=..."}
 
+CONFIG_DIR: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "DIR",
+    "help": "a folder of options of your own, as for train.py",
+}
+
 SHARED: dict[str, dict[str, Any]] = {
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
     "--phase": {"help": "a phase of the run (default: the last)"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import OVERRIDES, check_writable, verb_parser
+from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
 from segkit.config.schema import Config
 from segkit.errors import InputError
 from segkit.files import write_atomically, write_json
@@ -26,6 +26,8 @@ def parser() -> ArgumentParser:
         example="dataset=camvid dataset.root=data/CamVid loss.tau=5 --plot shares.png",
     )
     verb.add_argument("overrides", **OVERRIDES)
+    verb.add_argument("--config-dir", **CONFIG_DIR)
+    verb.add_argument("--config-dir", **CONFIG_DIR)
     verb.add_argument("--split", help="split to count (default: dataset.train_split)")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
@@ -43,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.decode import set_pixel_limit
     from segkit.run.splits import open_split
 
-    config = compose(arguments.overrides)
+    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
     set_pixel_limit(config.max_pixels)
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)

@@ -11,8 +11,8 @@ point:
     y = argmax_k ((1 + I_k) p_k - I_k) / U_k                                                          (*)
 
 Against "not k" its threshold is I_k / (1 + I_k), at most one half: the harder a class, the more readily it is
-predicted. The same follows for any ratio of counts: the best classifier for it solves a cost-sensitive problem (Koyejo et al.,
-NeurIPS 2014; Narasimhan et al., ICML 2015; for F1, Lipton et al., 2014).
+predicted. The same follows for any ratio of counts: the best classifier for it solves a cost-sensitive problem (Koyejo
+et al., NeurIPS 2014; Narasimhan et al., ICML 2015; for F1, Lipton et al., 2014).
 
 The rule needs calibrated probabilities, so a factor and an offset per class (vector scaling; Guo et al., ICML 2017) are
 fitted by likelihood first. What is fitted must not be scored: use `dataset.holdout`, or other images.

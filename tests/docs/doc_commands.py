@@ -88,6 +88,7 @@ class Runner:
         """``python train.py WORDS``: composed, checked, data opened; carried out only if ``trains``."""
         if words in (["--help"], ["--cfg", "job"]):
             return  # tests/test_config.py runs both
+        words = without_config_dir(words)
         if words[:1] in (["-m"], ["--multirun"]):
             self.sweep(corners(words[1:]), value_of("hydra.sweep.dir", words))
             return
@@ -122,6 +123,7 @@ class Runner:
 
     def completed(self, verb: str, words: list[str]) -> list[str]:
         """The arguments with those that make the verb fast, and that its data are samples."""
+        words = without_config_dir(words)
         if verb == "check":
             overrides, options = options_last(words)
             return [*self.space.small(overrides), *options, *([] if self.trains else ["--skip-step"])]
@@ -191,6 +193,15 @@ class Runner:
 
     def shell(self, words: list[str]) -> None:
         subprocess.run(words, check=True, cwd=self.space.root, capture_output=True)
+
+
+def without_config_dir(words: list[str]) -> list[str]:
+    """``words`` without the folder of options whose files a page has shown: the workspace has them (add_yaml)."""
+    if "--config-dir" not in words:
+        return words
+    place = words.index("--config-dir")
+    assert words[place + 1] == "mine/configs", words
+    return words[:place] + words[place + 2 :]
 
 
 def without_hydra(words: list[str]) -> list[str]:

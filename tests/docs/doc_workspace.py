@@ -190,7 +190,9 @@ class Workspace:
     def add_module(self, title: str, source: str) -> None:
         """Make the code of a block importable under the path that is its title."""
         name = title.removesuffix(".py").replace("/", ".")
-        assert name.startswith("segkit."), f"{title}: a module of one's own lies in segkit/"
+        package = name.partition(".")[0]
+        assert package == "mine", f"{title}: a module of one's own lies in mine/"
+        sys.modules.setdefault(package, types.ModuleType(package))
         module = types.ModuleType(name)
         exec(compile(source, title, "exec"), module.__dict__)
         sys.modules[name] = module
@@ -200,8 +202,8 @@ class Workspace:
         from segkit.data.readers.folder import read_classes
 
         assert isinstance(yaml.safe_load(source), dict)
-        if title and title.startswith("configs/"):
-            (self.root / title).write_text(source, encoding="utf-8")
+        if title and title.startswith("mine/configs/"):  # as `--config-dir mine/configs`
+            (self.root / title.removeprefix("mine/")).write_text(source, encoding="utf-8")
         elif title and title.endswith("classes.yaml"):
             file = self.root / "tmp" / "classes.yaml"
             file.write_text(source, encoding="utf-8")

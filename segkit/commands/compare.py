@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
+from segkit.report.text import for_terminal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     """Read the runs, print the table and write the files that were asked for."""
     arguments = parser().parse_args(argv)
     from segkit.report.comparison import compare
-    from segkit.report.export import EXPORTS, screen
+    from segkit.report.tables import EXPORTS, screen
 
     if arguments.samples < 100:
         raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
@@ -57,9 +58,9 @@ def run(argv: Sequence[str]) -> None:
         allow_mixed_protocols=arguments.allow_mixed_protocols,
     )
     for note in comparison.notes:
-        print(f"note: {note}")
+        print(f"note: {for_terminal(note)}")
     for phrase in comparison.mixed:
-        print(f"warning: not evaluated alike: {phrase}")
+        print(f"warning: not evaluated alike: {for_terminal(phrase)}")
     print(screen(comparison.table))
     asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
     for kind, path in asked.items():
@@ -77,5 +78,5 @@ def write(name: str, text: str) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"written: {path}")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {for_terminal(str(path))}")

@@ -112,24 +112,23 @@ def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     for name in dict.fromkeys(names):
         alike = [index for index, other in enumerate(names) if other == name]
         differing = differences([settings(firsts[index]) for index in alike])
-        # Phases that only some of them have are told by the name of the phase.
-        shown_keys = {key: values for key, values in differing.items() if not _of_one_phase(key, values)}
+        # Keys of phases that only some of them have are left out: the name of the phase tells those apart.
+        named = {
+            key: values for key, values in differing.items() if not (key.startswith("schedule.") and MISSING in values)
+        }
         for position, index in enumerate(alike):
-            own = {key: values[position] for key, values in shown_keys.items() if _short(values[position])}
+            own = {key: values[position] for key, values in named.items()}
+            own = {key: one for key, one in own.items() if isinstance(one, int | float | str) and len(str(one)) <= 24}
             if len({firsts[other].phase for other in alike}) > 1:
                 own = {"phase": firsts[index].phase} | own
-            shown = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
-            names[index] = ", ".join([name, *shown[:5]])
+            written = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
+            names[index] = ", ".join([name, *written[:5]])
     models = [settings(run)["model._target_"] for run in firsts]
     if len(set(models)) > 1:
         prefixes = [model.rpartition(".")[2] for model in models]
         names = [f"{prefix}: {name}" for prefix, name in zip(prefixes, names, strict=True)]
     repeated = {name for name in names if names.count(name) > 1}
     return [f"{name} [{run.path}]" if name in repeated else name for name, run in zip(names, firsts, strict=True)]
-
-
-def _of_one_phase(key: str, values: Sequence[Any]) -> bool:
-    return key.startswith("schedule.") and any(value is MISSING for value in values)
 
 
 def _method(loss: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +141,6 @@ def _setting(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
     name = SYMBOLS.get(last, last if key.startswith("loss.") else key)
     return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-
-
-def _short(value: Any) -> bool:
-    return isinstance(value, int | float | str) and len(str(value)) <= 24
 
 
 # -- grids ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import numpy as np
 
 from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
 from segkit.evaluation.per_image import PerImageCounts
+from segkit.report.comparison import comparable
 from segkit.report.groups import Group
-from segkit.report.protocols import comparable
 from segkit.report.runs import RunRecord
 
 
@@ -33,15 +33,11 @@ def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
     number = {name: index for index, name in enumerate(known[0].names)}
     image = np.concatenate([np.array([number[name] for name in one.names], np.int64)[one.image] for one in known])
     rest = [np.concatenate([getattr(one, part) for one in known]) for part in ("target", "prediction", "count")]
-    return PerImageCounts(*_summed(image, *rest), known[0].names, known[0].num_classes)
-
-
-def _summed(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Entries with one (image, target, prediction) made one: the readers of sparse counts expect each once."""
-    keys, position = np.unique(np.stack(columns[:3]), axis=1, return_inverse=True)
+    # Every (image, target, prediction) stands once in sparse counts.
+    keys, position = np.unique(np.stack([image, *rest[:2]]), axis=1, return_inverse=True)
     count = np.zeros(keys.shape[1], np.int64)
-    np.add.at(count, position.reshape(-1), columns[3])
-    return keys[0], keys[1], keys[2], count
+    np.add.at(count, position.reshape(-1), rest[2])
+    return PerImageCounts(keys[0], keys[1], keys[2], count, known[0].names, known[0].num_classes)
 
 
 def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:

@@ -11,7 +11,7 @@ from segkit.report.text import for_terminal
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the verb."""
+    """Return the parser of the verb's arguments."""
     made = argparse.ArgumentParser(
         prog="segkit compare",
         description="Compare finished runs: one HTML file that works offline, and tables. "
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run folder, the folder of one of its phases, or a sweep's folder"
     )
-    made.add_argument("--baseline", metavar="RUN", help="the run that the others are held against (default: the first)")
+    made.add_argument("--baseline", metavar="RUN", help="the run that others are compared with (default: the first)")
     made.add_argument(
         "--evaluation",
         metavar="NAME",
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--allow-mixed-protocols",
         action="store_true",
-        help="show runs together although they were not evaluated alike; the report says in what",
+        help="show runs together although they were not evaluated alike; the report lists what differs",
     )
     return made
 
@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def write(name: str, text: str) -> None:
-    """Write ``text`` to the file ``name`` and say so; missing folders are created."""
+    """Write ``text`` to the file ``name``, creating missing folders, and print its path."""
     path = Path(name)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Runs made ready for comparison: read, checked against each other, grouped over seeds.
+"""Read runs, check that they may be compared, and group those that differ in their seed alone.
 
 Scores may stand in one table if they are of the same data and classes, measured in the same way.
 """
@@ -19,7 +19,7 @@ from segkit.report.tables import ScoreTable, score_table
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report is made of. ``mixed`` says in which ways the runs were not evaluated alike (normally empty)."""
+    """What a report is made of. ``mixed`` lists in what the runs were not evaluated alike (normally nothing)."""
 
     groups: tuple[Group, ...]
     baseline: Group
@@ -33,22 +33,22 @@ class Comparison:
 
     @cached_property
     def table(self) -> ScoreTable:
-        """The scores."""
+        """The table of scores."""
         return score_table(self.groups)
 
     def mean_iou(self, group: Group) -> float:
-        """Mean IoU of a group, averaged over its runs; -1 where it has none, so that it sorts last."""
+        """Return the mean IoU of a group, averaged over its runs; -1 if it has none, so that it sorts last."""
         mean = self.table.rows[self.groups.index(group)][self.table.keys.index("mean_iou")].mean
         return -1.0 if mean is None else mean
 
     @property
     def best(self) -> Group:
-        """The group of the largest mean IoU."""
+        """The group with the largest mean IoU."""
         return max(self.groups, key=self.mean_iou)
 
     @property
     def contender(self) -> Group | None:
-        """The group of the largest mean IoU but for the baseline; None if there is no other."""
+        """The group with the largest mean IoU apart from the baseline; None if there is no other group."""
         return max((group for group in self.groups if group is not self.baseline), key=self.mean_iou, default=None)
 
 
@@ -81,7 +81,7 @@ def compare(
 
 
 def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
-    """A phrase for everything in which the evaluations of ``runs`` differ from the first one's; empty if nothing."""
+    """Return one phrase for every way in which the evaluations of ``runs`` differ from that of the first run."""
     phrases = []
     measured = [{**flatten(run.protocol), "number of images": run.results["num_images"]} for run in runs]
     for key, values in differences(measured).items():
@@ -101,7 +101,7 @@ def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def check_comparable(runs: Sequence[RunRecord]) -> None:
-    """InputError that names what differs, if the runs were not evaluated alike."""
+    """Raise InputError, which names what differs, if the runs were not evaluated alike."""
     phrases = differing_protocols(runs)
     if phrases:
         raise InputError(
@@ -111,7 +111,7 @@ def check_comparable(runs: Sequence[RunRecord]) -> None:
 
 
 def comparable(one: RunRecord, other: RunRecord) -> bool:
-    """True if a paired test between the two makes sense: the same classes, and the same images by name."""
+    """Return True if a paired test of the two makes sense: same protocol, same classes, same images by name."""
     if one.per_image is None or other.per_image is None:
         return False
     return not differing_protocols([one, other])

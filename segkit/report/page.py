@@ -1,6 +1,6 @@
-"""The report as one HTML file that asks nobody for anything: style, script and pictures are inside.
+"""The report as one HTML file that needs no network: style, script and pictures are inside.
 
-The functions here gather what each section shows; ``page.html.j2`` says it, and escapes all text (Jinja2's autoescape).
+The functions here gather what the sections show, and ``page.html.j2`` lays it out and escapes all text (autoescape).
 A section that has nothing to show is None.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ Part = dict[str, Any] | list[Any] | None
 
 
 def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
-    """The report on ``c``. The same runs give the same bytes.
+    """Return the report on ``c``. The same runs give the same bytes.
 
     ``num_samples`` is the number of bootstrap resamples, ``pictures`` the most images shown side by side.
     """
@@ -59,6 +59,7 @@ def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
     )  # fmt: skip
 
 
+@cache
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -79,7 +80,7 @@ def _asset(name: str) -> Markup:
 
 
 def _highlights(c: Comparison) -> list[tuple[str, str, str]]:
-    """The three figures that a reader looks for first: what they are, the figure, and what it is of."""
+    """Return the three figures that a reader looks for first, as (name, figure, what it belongs to)."""
     best = c.table.rows[c.groups.index(c.best)][c.table.keys.index("mean_iou")]
     spread = f" ± {best.spread_text}" if best.spread_text else ""
     tiles = [("best mean IoU", f"{best.mean_text}{spread} %", c.best.name)]
@@ -95,12 +96,12 @@ def _highlights(c: Comparison) -> list[tuple[str, str, str]]:
 
 
 def _ordered(c: Comparison) -> list[Group]:
-    """The baseline, the best of the others, and the rest in their order."""
+    """Return the baseline, the best of the others, and the rest in their order."""
     return sorted(c.groups, key=lambda group: 0 if group is c.baseline else 1 if group is c.contender else 2)
 
 
 def scores(c: Comparison) -> Part:
-    """Over how many classes is averaged, and which are absent; the table itself is ``c.table``."""
+    """Return the number of classes averaged, and those that are absent; the table itself is ``c.table``."""
     return {
         "num_averaged": sorted({run.results["num_classes_averaged"] for run in c.runs}),
         "absent": sorted({name for run in c.runs for name in run.results.get("absent_classes", ())}),
@@ -108,7 +109,7 @@ def scores(c: Comparison) -> Part:
 
 
 def certainty(c: Comparison, *, num_samples: int) -> Part:
-    """Bootstrap intervals, and paired tests against the baseline."""
+    """Return bootstrap intervals, and paired tests against the baseline."""
     found = uncertainty.intervals(c.groups, num_samples=num_samples)
     if not found:
         return None
@@ -129,7 +130,7 @@ def certainty(c: Comparison, *, num_samples: int) -> Part:
 
 
 def grids(c: Comparison) -> Part:
-    """Every grid of two numbers: the grid, its heat map and the name of its best group."""
+    """Return every grid of two numbers as (grid, heat map, name of its best group)."""
     found = []
     for grid in find_grids(c.groups):
         cells = [cell for row in grid.cells for cell in row if cell]
@@ -139,20 +140,20 @@ def grids(c: Comparison) -> Part:
 
 
 def training(c: Comparison) -> Part:
-    """Mean IoU and loss over the steps, and how many kinds of loss there are."""
+    """Return mean IoU and loss over the steps, and the number of kinds of loss."""
     curves = {key: plots.training_curve(c.groups, key) for key in ("mean_iou", "loss")}
     names = {str(group.runs[0].loss.get("_target_")) for group in c.groups}
     return {**curves, "num_losses": len(names)} if any(curves.values()) else None
 
 
 def classes(c: Comparison) -> Part:
-    """Gain per class against the baseline, a chart per group, the largest mean IoU first."""
+    """Return the gain per class against the baseline, one chart per group, the largest mean IoU first."""
     charts = sorted(plots.gain_charts(c.groups, c.baseline), key=lambda item: -c.mean_iou(item[0]))
     return {"charts": charts, "is_ordered": bool(plots.class_order(c.groups)[1])} if charts else None
 
 
 def labels(c: Comparison) -> Part:
-    """Label distribution and margins per class, and the numbers of the groups that have margins."""
+    """Return label distribution and margins per class, and the numbers of the groups that have margins."""
     margins = {key: plots.margin_chart(c.groups, key) for key in ("rho_0k", "rho_k0")}
     charts = {**margins, "share": plots.share_chart(c.groups)}
     numbers = [index for index, group in enumerate(c.groups) if group.runs[0].margins]
@@ -160,7 +161,7 @@ def labels(c: Comparison) -> Part:
 
 
 def confusions(c: Comparison) -> Part:
-    """Confusion matrices: those of the baseline and of the best other row first, and how many these are."""
+    """Return confusion matrices, and how many of them (baseline, best other group) are not folded away."""
     matrices, num_open = [], 0
     for group in _ordered(c):
         counts = plots.confusion(group)
@@ -190,7 +191,7 @@ class ImageScore(NamedTuple):
 
 
 def image_scores(run: RunRecord) -> dict[str, float]:
-    """Mean IoU of every image over the classes in its label or prediction; images without labelled pixels left out."""
+    """Return the mean IoU of every image with labelled pixels, over the classes in its label or prediction."""
     if run.per_image is None:
         return {}
     tp, target, predicted = run.per_image.class_totals()
@@ -199,7 +200,7 @@ def image_scores(run: RunRecord) -> dict[str, float]:
 
 
 def image_gains(baseline: RunRecord, other: RunRecord) -> list[ImageScore]:
-    """The images of both runs from largest gain to largest loss; empty where the runs cannot be paired."""
+    """Return the images of both runs from largest gain to largest loss; empty if the runs cannot be paired."""
     if not comparable(baseline, other):
         return []
     ours, theirs = image_scores(baseline), image_scores(other)
@@ -208,7 +209,7 @@ def image_gains(baseline: RunRecord, other: RunRecord) -> list[ImageScore]:
 
 
 def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) -> list[str]:
-    """At most ``most`` images that all ``runs`` stored: half from the front of ``ranked``, half from its end."""
+    """Return at most ``most`` images that all ``runs`` stored, half from the front of ``ranked``, half from its end."""
     common = [name for name in runs[0].pictures if all(name in run.pictures for run in runs)]
     ordered = [name for name in ranked if name in common] + [name for name in common if name not in ranked]
     if len(ordered) <= most:
@@ -217,7 +218,7 @@ def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) ->
 
 
 def images(c: Comparison, *, most: int) -> Part:
-    """Images with the largest gains and losses: their scores, and their predictions where run folders hold pictures."""
+    """Return images with the largest gains and losses: their scores, and their predictions where runs stored them."""
     ranked = image_gains(c.baseline.runs[0], c.contender.runs[0]) if c.contender is not None else []
     listed = ranked if len(ranked) <= 2 * NUM_LISTED else ranked[:NUM_LISTED] + ranked[-NUM_LISTED:]
     first = [(group, next((run for run in group.runs if run.pictures), None)) for group in _ordered(c)]
@@ -234,7 +235,7 @@ def images(c: Comparison, *, most: int) -> Part:
 def _panels(
     stored: Sequence[tuple[Group, RunRecord]], scored: Sequence[dict[str, float]], name: str
 ) -> list[tuple[str, str]]:
-    """(address, caption) of the image ``name``, of its label and of each group's prediction."""
+    """Return (address, caption) of the image ``name``, of its label and of each group's prediction."""
     picture = stored[0][1].pictures[name]
     image, label, _ = picture.read()
     panels = [(panel(image), "image"), (panel(overlay(image, label, picture.palette)), "label")]
@@ -249,7 +250,7 @@ def _panels(
 
 
 def origin(c: Comparison) -> Part:
-    """Code, versions, machine and data fingerprints, as every run noted them."""
+    """Return code, versions, machine and data fingerprints, as every run noted them."""
     known = [run for run in c.runs if run.provenance]
     if not known:
         return None
@@ -258,7 +259,7 @@ def origin(c: Comparison) -> Part:
 
 
 def _compared(all_facts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Facts in which rows or runs differ, and those that they share."""
+    """Return the facts in which groups or runs differ, and those that they share."""
     differing = differences(all_facts)
     common = {key: value for key, value in all_facts[0].items() if key not in differing}
     return {"differing": differing, "common": common}

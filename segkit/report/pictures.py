@@ -32,11 +32,11 @@ VOID = 255
 LONGEST = 1024
 PARTS = ("image", "label", "prediction")
 GAP, TEXT, ROW = 4, 0.4, 16
-"""Pixels between panels, size of the legend's letters, and height of one line of it."""
+"""Pixels between panels, size of the legend's letters, and height of one of its lines."""
 
 
 def colours(palette: Any) -> NDArray[np.uint8]:
-    """A look-up table (256, 3) from class number to RGB; white where no class is."""
+    """Return a look-up table (256, 3) from class number to RGB; numbers without a class are white."""
     table = np.full((256, 3), 255, np.uint8)
     palette = np.asarray(palette, np.uint8)
     table[: len(palette)] = palette
@@ -44,7 +44,7 @@ def colours(palette: Any) -> NDArray[np.uint8]:
 
 
 def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """A strip of ``width`` pixels that names every class beside its colour."""
+    """Return a strip of ``width`` pixels that names every class beside its colour."""
     widest = max(cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)[0][0] for name in classes)
     column = widest + 26
     per_row = max(1, width // column)
@@ -59,10 +59,10 @@ def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8
 def picture_grid(
     pictures: Sequence[Any], palette: Any, classes: Sequence[str], *, panel_width: int = 320
 ) -> NDArray[np.uint8]:
-    """Rows of image, label and prediction, uint8 (H, W, 3), with a legend below.
+    """Return rows of image, label and prediction, uint8 (H, W, 3), with a legend below.
 
     A picture has ``image`` (H, W, 3), ``label`` and ``prediction`` (H, W). Where the label is void (255) the
-    prediction is shown in half its strength, because it does not count there.
+    prediction has half its strength, because it does not count there.
     """
     table = colours(palette)
     rows = []
@@ -96,7 +96,7 @@ class StoredPicture:
     palette: tuple[tuple[int, int, int], ...]
 
     def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-        """Image (H, W, 3), label (H, W) and prediction (H, W), uint8; InputError if a file cannot be read."""
+        """Return image (H, W, 3), label (H, W) and prediction (H, W), uint8; InputError if a file cannot be read."""
         arrays = []
         for path in (self.image, self.label, self.prediction):
             try:
@@ -139,7 +139,7 @@ def write_pictures(folder: Path, pictures: Sequence[Any], *, palette: Any, class
 
 
 def read_pictures(folder: Path) -> dict[str, StoredPicture]:
-    """The pictures in ``folder`` by the name of their image; empty if there are none."""
+    """Return the pictures in ``folder`` by the name of their image; empty if there are none."""
     path = folder / "index.json"
     if not path.is_file():
         return {}
@@ -159,20 +159,20 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
 # -- pictures in a page --------------------------------------------------------------------------------------------
 
 PANEL = 440
-"""Width of a picture in pixels: twice what a phone shows side by side."""
+"""Width of a picture in pixels: sharp on a phone, where two stand side by side."""
 STRENGTH = 0.6
 """Share of the class colour in an overlay."""
 
 
 def overlay(image: NDArray[np.uint8], indices: NDArray[np.uint8], palette: Any) -> NDArray[np.uint8]:
-    """Class colours over a paled image (H, W, 3); where there is no class, the image alone."""
+    """Return class colours over a paled image (H, W, 3); where there is no class, the image alone."""
     known = (indices < len(palette)) & (indices != VOID)
     mixed = np.where(known[..., None], (1 - STRENGTH) * image + STRENGTH * colours(palette)[indices], image)
     return np.rint(mixed).astype(np.uint8)
 
 
 def panel(pixels: NDArray[np.uint8]) -> str:
-    """The address (data URI) of ``pixels`` (H, W, 3) as JPEG of at most :data:`PANEL` pixels width."""
+    """Return the address (data URI) of ``pixels`` (H, W, 3) as JPEG of at most :data:`PANEL` pixels width."""
     picture = Image.fromarray(pixels)
     if picture.width > PANEL:
         height = max(1, round(picture.height * PANEL / picture.width))
@@ -181,7 +181,7 @@ def panel(pixels: NDArray[np.uint8]) -> str:
 
 
 def data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
-    """An address that holds ``picture`` itself, written as ``kind`` (JPEG, PNG)."""
+    """Return an address that holds ``picture`` itself, written as ``kind`` (JPEG, PNG)."""
     out = io.BytesIO()
     picture.save(out, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"

@@ -34,7 +34,7 @@ INK = (44, 110, 200)
 
 
 def points(value: float, digits: int = 2) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     return f"{100 * value:+.{digits}f}"
 
 
@@ -74,7 +74,7 @@ class LineChart(NamedTuple):
 
 
 def phase_offsets(run: RunRecord) -> dict[str, int]:
-    """Step of the whole run at which each phase starts: the sum of the last steps of the phases before it."""
+    """Return the step of the whole run at which each phase starts: the last steps of the phases before it, added."""
     offsets, start = {}, 0
     for phase in run.config["schedule"]:
         offsets[phase] = start
@@ -83,7 +83,7 @@ def phase_offsets(run: RunRecord) -> dict[str, int]:
 
 
 def recorded(run: RunRecord, split: str, key: str) -> dict[int, float]:
-    """Step of the whole run -> value, for the records of ``split`` that have a number under ``key``."""
+    """Return step of the whole run -> value, for the records of ``split`` that have a number under ``key``."""
     offsets = phase_offsets(run)
     return {
         offsets[record["phase"]] + record["step"]: float(record[key])
@@ -93,7 +93,7 @@ def recorded(run: RunRecord, split: str, key: str) -> dict[int, float]:
 
 
 def series(groups: Sequence[Group], split: str, key: str) -> list[Series]:
-    """One series per group: the mean over its runs at the steps that all have, with a band from least to most."""
+    """Return one series per group: the mean over its runs at the steps that all have, and the band of its runs."""
     found = []
     for index, group in enumerate(groups):
         known = [values for run in group.runs if (values := recorded(run, split, key))]
@@ -114,7 +114,7 @@ def _thin(values: list[float], window: int) -> list[float]:
 
 
 def marks(groups: Sequence[Group]) -> list[tuple[float, str]]:
-    """Where phases start (except the first), with their names; at most six."""
+    """Return where phases start (except the first), with their names; at most :data:`MOST_MARKS`."""
     found = {
         (float(step), phase)
         for group in groups
@@ -130,7 +130,7 @@ def line_chart(
     drawn: Sequence[Series], *, label: str, y_label: str, y_text: Callable[[float], str] = compact,
     log: bool = False, marks: Sequence[tuple[float, str]] = (),
 ) -> LineChart:  # fmt: skip
-    """The chart of ``drawn`` over the steps; ``marks`` are (step, word)."""
+    """Return the chart of ``drawn`` over the steps; ``marks`` are (step, word)."""
     x = scale([value for one in drawn for value in one.x], zero=True)
     y = scale([value for one in drawn for value in (*one.y, *one.low, *one.high)], log=log)
     curves = []
@@ -144,7 +144,7 @@ def line_chart(
 
 
 def training_curve(groups: Sequence[Group], key: str) -> LineChart | None:
-    """``mean_iou`` on the validation split, or the training ``loss``, over the steps; None without records."""
+    """Return ``mean_iou`` on the validation split or the training ``loss`` over the steps; None without records."""
     is_loss = key == "loss"
     drawn = series(groups, "train" if is_loss else "val", key)
     values = [value for one in drawn for value in one.y]
@@ -212,7 +212,7 @@ def interval_chart(
     rows: Sequence[tuple[int, str, float, float, float]], *, label: str, x_label: str, text: Callable[[float], str],
     zero: bool = False,
 ) -> AxisChart:  # fmt: skip
-    """The chart of rows (series, name, low, value, high); ``zero`` puts 0 on the axis."""
+    """Return the chart of rows (series, name, low, value, high); ``zero`` puts 0 on the axis."""
     axis = scale([value for row in rows for value in row[2:]], zero=zero)
     drawn = [
         Interval(number, name, axis(low), axis(value), axis(high), f"{text(value)} [{text(low)}, {text(high)}]")
@@ -222,7 +222,7 @@ def interval_chart(
 
 
 def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
-    """All classes from most to fewest training pixels, and their shares where the label counts are known."""
+    """Return all classes from most to fewest training pixels, and their shares if the label counts are known."""
     names = list(dict.fromkeys(name for group in groups for name in group.classes))
     for group in groups:
         counts = group.runs[0].counts
@@ -233,7 +233,7 @@ def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
 
 
 def class_gains(group: Group, baseline: Group, order: Sequence[str]) -> list[tuple[str, float | None]]:
-    """IoU of ``group`` less that of ``baseline``, class by class, means over runs; None where one has no score."""
+    """Return IoU of ``group`` less that of ``baseline`` by class, means over runs; None where one has no score."""
     rows: list[tuple[str, float | None]] = []
     for name in order:
         own, other = group.scores(f"iou/{name}"), baseline.scores(f"iou/{name}")
@@ -242,7 +242,7 @@ def class_gains(group: Group, baseline: Group, order: Sequence[str]) -> list[tup
 
 
 def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, BarChart]]:
-    """For each group except the baseline, bars of its gain in IoU per class, all on one scale."""
+    """Return, for each group except the baseline, bars of its gain in IoU per class, all on one scale."""
     order, _ = class_order(groups)
     gains = [(group, class_gains(group, baseline, order)) for group in groups if group is not baseline]
     values = [0.0, *(value for _, rows in gains for _, value in rows if value is not None)]
@@ -262,7 +262,7 @@ def _gain_bar(name: str, value: float | None, axis: Scale) -> Bar:
 
 
 def share_chart(groups: Sequence[Group]) -> BarChart | None:
-    """Share of every class in the training labels, on a logarithmic axis; None without label counts."""
+    """Return the share of every class in the training labels on a logarithmic axis; None without label counts."""
     order, shares = class_order(groups)
     known = [share for share in shares.values() if share > 0]
     if not shares:
@@ -278,7 +278,7 @@ def share_chart(groups: Sequence[Group]) -> BarChart | None:
 
 
 def margin_chart(groups: Sequence[Group], key: str) -> AxisChart | None:
-    """Margins ``key`` (``rho_0k`` or ``rho_k0``) per class, one colour per group; None if no group has any.
+    """Return margins ``key`` (``rho_0k`` or ``rho_k0``) per class, one colour per group; None if there are none.
 
     The axis is logarithmic where a margin is larger than 0, and those that are 0 have no dot there.
     """
@@ -327,7 +327,7 @@ def _heat_cell(value: float | None, low: float, high: float, text: Callable[[flo
 
 
 def grid_chart(grid: Grid) -> HeatMap:
-    """Mean IoU over the two numbers of a grid."""
+    """Return the mean IoU over the two numbers of a grid."""
     means = [
         [statistics.fmean(scores) if cell and (scores := cell.scores("mean_iou")) else None for cell in row]
         for row in grid.cells
@@ -344,19 +344,19 @@ def grid_chart(grid: Grid) -> HeatMap:
 
 
 def confusion(group: Group) -> NDArray[np.int64] | None:
-    """Pixel counts (K, K) summed over images and runs, rows the target; None without per-image counts."""
+    """Return pixel counts (K, K) summed over images and runs, rows the target; None without per-image counts."""
     known = [run.per_image.total() for run in group.runs if run.per_image is not None]
     return np.sum(known, axis=0) if known else None
 
 
 def row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each row divided by its sum; nan for a class without target pixels."""
+    """Return each row divided by its sum; nan for a class without target pixels."""
     totals = counts.sum(1, keepdims=True)
     return np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
 
 
 def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> HeatMap | str:
-    """Share of each target class (row) predicted as each class (column).
+    """Return the share of each target class (row) predicted as each class (column).
 
     For many classes the address of a picture: one pixel per cell, ink on nothing, so that it suits any background.
     """
@@ -374,7 +374,7 @@ def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> HeatMa
 
 
 def top_confusions(counts: NDArray[np.int64], classes: Sequence[str], most: int = 6) -> list[tuple[str, str, float]]:
-    """The largest (label, prediction, share of the label's pixels) off the diagonal, largest first."""
+    """Return the largest (label, prediction, share of the label's pixels) off the diagonal, largest first."""
     shares = np.nan_to_num(row_shares(counts))
     np.fill_diagonal(shares, 0.0)
     flat = np.argsort(-shares, axis=None, kind="stable")[:most]

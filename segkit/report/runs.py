@@ -1,4 +1,4 @@
-"""A finished run as a report reads it: the files of its folder, checked, and nothing computed anew."""
+"""Read finished runs for a report: the files of a run folder, checked; nothing is computed anew."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunRecord:
     """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results; ``counts`` are
     the training pixels of every class.
 
-    Files that a run can do without are None or empty where they are not there, with a sentence in ``notes``.
+    Optional files that are missing are None or empty here, with a sentence in ``notes``.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> tuple[list[RunRecord], list[str]]:
-    """The runs that ``paths`` name, and what there is to say about files and folders that are left out.
+    """Return the runs that ``paths`` name, and a note for every file or folder that is left out.
 
     A path is a run folder, the folder of one phase in it, or a folder whose sub-folders are runs (a sweep).
     ``evaluation`` names an evaluation that ``segkit evaluate`` wrote into RUN/evaluations; without it the results
@@ -119,13 +119,13 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
 
 
 def _sweep_ends(path: Path) -> dict[str, str]:
-    """Folder name -> how its job ended, for the jobs that the sweep noted as failed."""
+    """Return how each failed job of a sweep ended, by the name of its folder."""
     try:
         jobs = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
         failed = [job for job in jobs if job["state"] == "failed"]
         reasons = [str(job.get("error") or "its log says why").strip().removeprefix("error: ") for job in failed]
         return {Path(job["folder"]).name: f"failed: {why}" for job, why in zip(failed, reasons, strict=True)}
-    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has none; the folders say enough
+    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has no sweep.json; its folders suffice
         return {}
 
 
@@ -134,7 +134,7 @@ def _natural(path: Path) -> tuple[int, int, str]:
 
 
 def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
-    """The record of a run folder, or of the folder of one of its phases; InputError says what is wrong with it."""
+    """Return the record of a run folder, or of the folder of one of its phases; InputError names what is wrong."""
     top = path if (path / "config.yaml").is_file() else path.resolve().parent
     config = _read_config(top / "config.yaml")
     names = list(config["schedule"])
@@ -172,7 +172,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
 
 
 def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
-    """The files of scores and of per-image counts; InputError if there are no such scores."""
+    """Return the files of scores and of per-image counts; InputError if there are no such scores."""
     if evaluation is None:
         if not (path / "results.json").is_file():
             raise InputError(
@@ -188,7 +188,7 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
 
 
 class _OptionalFiles:
-    """Reads a file where it is there; otherwise notes what the report then does not show."""
+    """Reads a file if it exists; otherwise notes what the report cannot show without it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.notes = path, list[str]()
@@ -271,7 +271,7 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> None:
-    """The per-image counts must be of the evaluation that wrote the results."""
+    """Raise InputError unless the per-image counts are of the evaluation that wrote the results."""
     from segkit.evaluation import metrics
 
     if run.per_image is None:

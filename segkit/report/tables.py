@@ -18,7 +18,7 @@ DIGITS = 2
 
 
 def percent(value: float | None, missing: str = "-") -> str:
-    """A share in percent with two digits; ``missing`` where it has no meaning."""
+    """Return a share in percent with two digits; ``missing`` where it has no meaning."""
     return missing if value is None or value != value else f"{100 * value:.{DIGITS}f}"
 
 
@@ -26,7 +26,7 @@ def screen_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: Collection[str] = (),
     foot: Iterable[Sequence[str]] = (), width: int | None = None,
 ) -> str:  # fmt: skip
-    """A table as text for a terminal of ``width`` columns; all cells are shown as they are written.
+    """Return a table as text for a terminal of ``width`` columns; every cell shows its text as it is written.
 
     The columns named in ``left`` are aligned to the left, the others to the right. ``foot`` are rows below a line.
     """
@@ -49,7 +49,7 @@ def screen_table(
 
 
 def class_table(results: dict[str, Any]) -> str:
-    """The per-class table of a ``results.json``: IoU, precision and recall in percent, pixels of the label."""
+    """Return the per-class table of a ``results.json``: IoU, precision and recall in percent, pixels of the label."""
     protocol = results.get("protocol", {})
     rows = [
         [name, *(percent(scores[key]) for key in ("iou", "precision", "recall")), f"{scores['target_pixels']:,}"]
@@ -80,7 +80,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """Mean over the runs; None where no run has the score."""
+        """Mean over the runs; None if no run has the score."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
@@ -123,7 +123,7 @@ class ScoreTable:
 
 
 def score_table(groups: Sequence[Group]) -> ScoreTable:
-    """The table of ``groups``: pixel accuracy, mean IoU and the IoU of every class, the best two of each marked."""
+    """Return pixel accuracy, mean IoU and the IoU of every class for ``groups``, the best two of a column marked."""
     classes = dict.fromkeys(name for group in groups for name in group.classes)
     keys = ("pixel_accuracy", "mean_iou", *(f"iou/{name}" for name in classes))
     columns = [_ranked([Cell(tuple(group.scores(key))) for group in groups]) for key in keys]
@@ -132,7 +132,7 @@ def score_table(groups: Sequence[Group]) -> ScoreTable:
 
 
 def _ranked(cells: Sequence[Cell]) -> list[Cell]:
-    """Mark the best where there are two different scores, the second best where there are three."""
+    """Return the cells with the best marked if two scores differ, and the second best if three do."""
     levels = sorted({float(cell.mean_text) for cell in cells if cell.mean is not None}, reverse=True)
     ranks = {level: rank for rank, level in enumerate(levels[: min(2, len(levels) - 1)], start=1)}
     return [replace(cell, rank=ranks.get(float(cell.mean_text))) if cell.mean is not None else cell for cell in cells]
@@ -146,7 +146,7 @@ def _marked(cell: Cell, best: str, second: str, plus_minus: str) -> str:
 def _written(
     table: ScoreTable, escape: Callable[[str], str], best: str, second: str, plus_minus: str
 ) -> Iterable[list[str]]:
-    """The head and the rows of the table as a text format takes them."""
+    """Yield the head and the rows of the table in the marks of a text format."""
     runs = ["runs"] if table.has_seeds else []
     yield ["", *runs, *map(escape, table.titles)]
     for group, cells in zip(table.groups, table.rows, strict=True):
@@ -155,14 +155,14 @@ def _written(
 
 
 def markdown(table: ScoreTable) -> str:
-    """A table for a README: in percent, the best in bold, the second best underlined."""
+    """Return a table for a README: in percent, the best in bold, the second best underlined."""
     head, *rows = _written(table, for_markdown, "**{}**", "<u>{}</u>", " ± ")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     return "\n".join([*lines, "", for_markdown(table.caption), ""])
 
 
 def latex(table: ScoreTable) -> str:
-    """A tabular with the rules of booktabs: in percent, the best in bold, the second best underlined."""
+    """Return a tabular with the rules of booktabs: in percent, the best in bold, the second best underlined."""
     head, *rows = _written(table, for_latex, r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ")
     head[0] = r"\textbf{Loss}"
     head_line, *lines = [" & ".join(cells).replace("–", "--") + r" \\" for cells in (head, *rows)]
@@ -171,7 +171,7 @@ def latex(table: ScoreTable) -> str:
 
 
 def csv_text(table: ScoreTable) -> str:
-    """One row per run, scores from 0 to 1 with every digit of ``results.json``; a missing score is empty."""
+    """Return one row per run, scores from 0 to 1 with every digit of ``results.json``; a missing score is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["group", "run", "phase", "seed", *map(for_csv, table.keys)])
@@ -184,7 +184,7 @@ def csv_text(table: ScoreTable) -> str:
 
 
 def screen(table: ScoreTable) -> str:
-    """The table for a terminal: pixel accuracy and mean IoU only, the best marked with a star."""
+    """Return the table for a terminal: pixel accuracy and mean IoU only, the best marked with a star."""
     rows = [
         [group.name, str(len(group.runs)), *(_marked(cell, "{} *", "{}  ", " ± ") for cell in cells[:2])]
         for group, cells in zip(table.groups, table.rows, strict=True)

@@ -1,4 +1,4 @@
-"""How sure the scores of a comparison are: intervals over images, and paired tests against the baseline."""
+"""How certain the scores of a comparison are: intervals over images, and paired tests against the baseline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PairedTest:
 
 
 def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
-    """The counts of several runs on the same images added image by image, in the order of the first run's images."""
+    """Return the counts of several runs on the same images, added image by image, in the first run's order."""
     known = [run.per_image for run in runs if run.per_image is not None]
     assert len(known) == len(runs) > 0
     if len(known) == 1:
@@ -41,7 +41,7 @@ def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
 
 
 def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:
-    """(number of the group, interval of its mean IoU) for the groups with per-image counts of at least two images."""
+    """Return (number of the group, interval of its mean IoU) for groups with counts of at least two images."""
     found = []
     for index, group in enumerate(groups):
         runs = [run for run in group.runs if run.per_image is not None]
@@ -52,7 +52,7 @@ def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, M
 
 
 def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) -> list[PairedTest]:
-    """Every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
+    """Test every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
     found = []
     for group in groups:
         if group is baseline:
@@ -66,7 +66,7 @@ def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) 
 
 
 def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
-    """Equally many runs of both, those of one seed paired; only runs that share images, classes and protocol."""
+    """Return pairs of runs with the same seed (else in their order) that share images, classes and protocol."""
     ours = [run for run in baseline.runs if run.per_image is not None]
     theirs = [run for run in group.runs if run.per_image is not None]
     by_seed = {run.seed: run for run in ours}
@@ -82,7 +82,7 @@ def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: p-values that may be read together, in the given order."""
+    """Return p-values with Holm's correction, which may be read together, in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

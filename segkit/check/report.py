@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from segkit.check.findings import LEVELS, Report, published_count, summary
-from segkit.report.tables import percent, render
+from segkit.report.tables import percent, screen_table
+from segkit.report.text import for_terminal
 
 MOST_ROWS = 45
 """Raw values in the table at most; of more, it has the rarest and those that are missing or unknown."""
@@ -53,17 +54,12 @@ def _verdict(content: dict[str, Any]) -> str:
 
 
 def _split_table(content: dict[str, Any]) -> str:
-    from rich import box
-    from rich.table import Column, Table
-
     part = f", {content['sample']} random samples of each split" if content["sample"] else ""
-    numbers = ("images", "published", "read", "broken", "classes", "ignored %")
-    columns: list[Column | str] = ["split", *(Column(name, justify="right") for name in numbers), "width x height"]
-    table = Table(*columns, box=box.SIMPLE_HEAD)
+    rows = []
     for split in content["splits"]:
         pixels = [row["pixels"] for row in split["raw_values"]]
         present = sum(row["pixels"] > 0 for row in split["classes"].values())
-        table.add_row(
+        rows.append([
             split["split"],
             f"{split['num_images']:,}",
             "-" if split["num_published"] is None else f"{split['num_published']:,}",
@@ -72,9 +68,11 @@ def _split_table(content: dict[str, Any]) -> str:
             f"{present} of {len(split['classes'])}",
             percent(split["ignored_pixels"] / sum(pixels)) if sum(pixels) else "-",
             _sizes(split["sizes"]),
-        )
+        ])  # fmt: skip
+    head = ["split", "images", "published", "read", "broken", "classes", "ignored %", "width x height"]
+    table = screen_table(head, rows, left=["split", "width x height"])
     place = f" in {content['root']}" if content["root"] else ""
-    return f"{content['dataset']}{place}{part}\n{render(table)}"
+    return f"{for_terminal(content['dataset'] + place)}{part}\n{table}"
 
 
 def _sizes(sizes: list[dict[str, int]]) -> str:
@@ -87,9 +85,6 @@ def _sizes(sizes: list[dict[str, int]]) -> str:
 
 def _value_table(splits: list[dict[str, Any]]) -> str:
     """Return a table with the share of each raw label value in the pixels of each split."""
-    from rich import box
-    from rich.table import Column, Table
-
     meaning: dict[int, str] = {}
     for split in splits:
         names = list(split["classes"])
@@ -105,12 +100,12 @@ def _value_table(splits: list[dict[str, Any]]) -> str:
         missing = [v for v in values if meaning[v] == "unknown" or any(not p.get(v, 0) for p in pixels)]
         title += f"; the {RAREST} rarest of {len(values)}, missing and unknown ones (--json has all)"
         values = sorted({*rarest, *missing[:MOST_ROWS]})
-    shares_of = [Column(split["split"], justify="right") for split in splits]
-    table = Table(Column("value", justify="right"), "class", *shares_of, box=box.SIMPLE_HEAD)
+    rows = []
     for value in values:
         shares = [f"{100 * p.get(value, 0) / max(total, 1):.4f}" for p, total in zip(pixels, totals, strict=True)]
-        table.add_row(str(value), meaning[value], *shares)
-    return f"{title}\n{render(table)}"
+        rows.append([str(value), meaning[value], *shares])
+    head = ["value", "class", *(split["split"] for split in splits)]
+    return f"{title}\n{screen_table(head, rows, left=['class'])}"
 
 
 def _rehearsal_text(measured: dict[str, Any]) -> str:

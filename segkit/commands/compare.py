@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
+from segkit.report.text import for_terminal
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the verb."""
+    """Return the parser of the verb's arguments."""
     made = argparse.ArgumentParser(
         prog="segkit compare",
         description="Compare finished runs: one HTML file that works offline, and tables. "
@@ -19,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run folder, the folder of one of its phases, or a sweep's folder"
     )
-    made.add_argument("--baseline", metavar="RUN", help="the run that the others are held against (default: the first)")
+    made.add_argument("--baseline", metavar="RUN", help="the run that others are compared with (default: the first)")
     made.add_argument(
         "--evaluation",
         metavar="NAME",
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--allow-mixed-protocols",
         action="store_true",
-        help="show runs together although they were not evaluated alike; the report says in what",
+        help="show runs together although they were not evaluated alike; the report lists what differs",
     )
     return made
 
@@ -44,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     """Read the runs, print the table and write the files that were asked for."""
     arguments = parser().parse_args(argv)
     from segkit.report.comparison import compare
-    from segkit.report.export import EXPORTS, screen
+    from segkit.report.tables import EXPORTS, screen
 
     if arguments.samples < 100:
         raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
@@ -57,9 +58,9 @@ def run(argv: Sequence[str]) -> None:
         allow_mixed_protocols=arguments.allow_mixed_protocols,
     )
     for note in comparison.notes:
-        print(f"note: {note}")
+        print(f"note: {for_terminal(note)}")
     for phrase in comparison.mixed:
-        print(f"warning: not evaluated alike: {phrase}")
+        print(f"warning: not evaluated alike: {for_terminal(phrase)}")
     print(screen(comparison.table))
     asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
     for kind, path in asked.items():
@@ -72,10 +73,10 @@ def run(argv: Sequence[str]) -> None:
 
 
 def write(name: str, text: str) -> None:
-    """Write ``text`` to the file ``name`` and say so; missing folders are created."""
+    """Write ``text`` to the file ``name``, creating missing folders, and print its path."""
     path = Path(name)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"written: {path}")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {for_terminal(str(path))}")

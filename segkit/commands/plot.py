@@ -18,7 +18,7 @@ RHOS = (0.0, 0.5, 1.0, 2.0)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the verb."""
+    """Return the parser of the verb's arguments."""
     made = argparse.ArgumentParser(prog="segkit plot", description="Draw the losses of margin calibration.")
     made.add_argument("what", choices=["losses"], help="losses: rho-margin loss and rho-calibrated log-loss")
     made.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def margin_loss(lam: Any, rho: float) -> Any:
-    """phi_rho of an array (P,) of margins, as :func:`segkit.losses.diagnostics.rho_margin_loss` gives it."""
+    """Return phi_rho of an array (P,) of margins, as ``rho_margin_loss`` of the diagnostics computes it."""
     import torch
 
     from segkit.losses.diagnostics import rho_margin_loss
@@ -58,7 +58,7 @@ def margin_loss(lam: Any, rho: float) -> Any:
 
 
 def calibrated_log_loss(lam: Any, rho: float) -> Any:
-    """log2(1 + 2^(rho - lambda)) of an array (P,) of margins, as :class:`segkit.losses.MarginCalibrationLoss` gives it.
+    """Return log2(1 + 2^(rho - lambda)) of an array (P,) of margins, as ``MarginCalibrationLoss`` computes it.
 
     The scores (lambda, 0) of two classes with the label 0 have the margin lambda, and both terms of the loss are
     then this function: the loss with both margins rho is twice what is wanted.
@@ -76,7 +76,7 @@ def calibrated_log_loss(lam: Any, rho: float) -> Any:
 
 
 def draw(rhos: list[float], reach: float) -> Any:
-    """The figure: one panel per loss, one curve per margin."""
+    """Return the figure: one panel per loss, one curve per margin."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def draw(rhos: list[float], reach: float) -> Any:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    lam = np.sort(np.append(np.linspace(-reach, reach, 401), 1e-9))  # so that the step of rho = 0 stands at 0
+    lam = np.sort(np.append(np.linspace(-reach, reach, 401), 1e-9))  # so that the curve of rho = 0 has its step at 0
     shades = [(0.09, 0.29, 0.61, 0.25 + 0.75 * (i + 1) / len(rhos)) for i in range(len(rhos))]
     for rho, shade in zip(rhos, shades, strict=True):
         panels[0].plot(lam, margin_loss(lam, rho), color=shade, label=rf"$\rho = {rho:g}$")

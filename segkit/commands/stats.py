@@ -111,38 +111,29 @@ def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str,
 
 def table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     """The rows as a table for the screen."""
-    from rich import box
-    from rich.table import Table
-
-    from segkit.report.tables import render
+    from segkit.report.tables import screen_table
+    from segkit.report.text import for_terminal
 
     margins = ", ".join(f"{key}={value}" for key, value in summary["margins"].items() if value is not None)
     title = f"{summary['dataset']} {summary['split']}, {summary['num_images']:,} images; margins in logits: {margins}"
-    out = Table(box=box.SIMPLE_HEAD)
-    for name, justify in (("#", "right"), ("class", "left"), ("pixels", "right"), ("share %", "right")):
-        out.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("images", "rho_0k", "rho_k0"):
-        out.add_column(name, justify="right")
-    for number, row in enumerate(rows):
-        out.add_row(
-            str(number),
-            row["class"],
-            f"{row['pixels']:,}",
-            f"{100 * row['share']:.4f}",
-            f"{row['images']:,}",
-            f"{row['rho_0k']:.4g}",
-            f"{row['rho_k0']:.3g}",
-        )
+    cells = [
+        [str(number), row["class"], f"{row['pixels']:,}", f"{100 * row['share']:.4f}", f"{row['images']:,}",
+         f"{row['rho_0k']:.4g}", f"{row['rho_k0']:.3g}"]
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+    head = ["#", "class", "pixels", "share %", "images", "rho_0k", "rho_k0"]
     ignored = f"ignored: {summary['ignored_pixels']:,} pixels, {100 * summary['ignored_share']:.2f} % of all"
-    return f"{title}\n{render(out)}\n{ignored}"
+    return f"{for_terminal(title)}\n{screen_table(head, cells, left=['class'])}\n{ignored}"
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV with a header."""
+    from segkit.report.text import for_csv
+
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row | {"class": for_csv(row["class"])} for row in rows)
     write_atomically(path, text.getvalue())
 
 
@@ -156,8 +147,10 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from segkit.report.text import for_matplotlib
+
     ordered = sorted(rows, key=lambda row: row["share"])
-    names = [row["class"] for row in ordered]
+    names = [for_matplotlib(row["class"]) for row in ordered]
     height = max(2.5, 0.22 * len(rows) + 1.2)
     figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(10, height), layout="constrained")
     shares = [100 * row["share"] for row in ordered]
@@ -173,6 +166,6 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", labelsize=8 if len(rows) < 60 else 5)
-    figure.suptitle(f"{summary['dataset']} {summary['split']}: {summary['num_images']:,} images")
+    figure.suptitle(for_matplotlib(f"{summary['dataset']} {summary['split']}: {summary['num_images']:,} images"))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

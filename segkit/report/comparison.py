@@ -1,4 +1,7 @@
-"""Runs made ready for comparison: read, checked against each other, grouped over seeds."""
+"""Read runs, check that they may be compared, and group those that differ in their seed alone.
+
+Scores may stand in one table if they are of the same data and classes, measured in the same way.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from segkit.report.groups import Group, group_runs
-from segkit.report.protocols import check_comparable, differing_protocols
+from segkit.errors import InputError
+from segkit.report.groups import Group, differences, flatten, group_runs
 from segkit.report.runs import RunRecord, find_runs
-from segkit.report.scores import ScoreTable, score_table
+from segkit.report.tables import ScoreTable, score_table
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report is made of. ``mixed`` says in which ways the runs were not evaluated alike (normally empty)."""
+    """What a report is made of. ``mixed`` lists in what the runs were not evaluated alike (normally nothing)."""
 
     groups: tuple[Group, ...]
     baseline: Group
@@ -29,22 +33,22 @@ class Comparison:
 
     @cached_property
     def table(self) -> ScoreTable:
-        """The scores."""
+        """The table of scores."""
         return score_table(self.groups)
 
     def mean_iou(self, group: Group) -> float:
-        """Mean IoU of a group, averaged over its runs; -1 where it has none, so that it sorts last."""
+        """Return the mean IoU of a group, averaged over its runs; -1 if it has none, so that it sorts last."""
         mean = self.table.rows[self.groups.index(group)][self.table.keys.index("mean_iou")].mean
         return -1.0 if mean is None else mean
 
     @property
     def best(self) -> Group:
-        """The group of the largest mean IoU."""
+        """The group with the largest mean IoU."""
         return max(self.groups, key=self.mean_iou)
 
     @property
     def contender(self) -> Group | None:
-        """The group of the largest mean IoU but for the baseline; None if there is no other."""
+        """The group with the largest mean IoU apart from the baseline; None if there is no other group."""
         return max((group for group in self.groups if group is not self.baseline), key=self.mean_iou, default=None)
 
 
@@ -71,3 +75,52 @@ def compare(
         check_comparable(runs)
     groups = tuple(group_runs(runs))
     return Comparison(groups, groups[0], tuple(dict.fromkeys(notes)), tuple(mixed))
+
+
+# -- protocols -----------------------------------------------------------------------------------------------------
+
+
+def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
+    """Return one phrase for every way in which the evaluations of ``runs`` differ from that of the first run."""
+    phrases = []
+    measured = [{**flatten(run.protocol), "number of images": run.results["num_images"]} for run in runs]
+    for key, values in differences(measured).items():
+        at = next(index for index, value in enumerate(values) if value != values[0])
+        phrases.append(
+            f"{key} is {_written(values[0])} in {runs[0].path} and {_written(values[at])} in {runs[at].path}"
+        )
+    differing = next((run for run in runs if run.classes != runs[0].classes), None)
+    if differing is not None:
+        classes = [f"{_classes(run)} in {run.path}" for run in (runs[0], differing)]
+        phrases.append(f"the classes are {' and '.join(classes)}")
+    images = [(run.path, sorted(run.per_image.names)) for run in runs if run.per_image is not None]
+    other = next((path for path, names in images if names != images[0][1]), None)
+    if not phrases and other is not None:
+        phrases.append(f"the images of {images[0][0]} and of {other} have different names")
+    return phrases
+
+
+def check_comparable(runs: Sequence[RunRecord]) -> None:
+    """Raise InputError, which names what differs, if the runs were not evaluated alike."""
+    phrases = differing_protocols(runs)
+    if phrases:
+        raise InputError(
+            f"these runs were not evaluated alike: {'; '.join(phrases)}. Compare runs of one protocol, evaluate them "
+            "alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side all the same"
+        )
+
+
+def comparable(one: RunRecord, other: RunRecord) -> bool:
+    """Return True if a paired test of the two makes sense: same protocol, same classes, same images by name."""
+    if one.per_image is None or other.per_image is None:
+        return False
+    return not differing_protocols([one, other])
+
+
+def _classes(run: RunRecord) -> str:
+    first = ", ".join(run.classes[:4])
+    return f"{len(run.classes)} ({first}{', ...' if len(run.classes) > 4 else ''})"
+
+
+def _written(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str | list | type(None)) else "not given"

@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed, under names that tell them from the others."""
+"""Groups of runs that differ only in their seed, each with a name that tells it from the others."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Group:
         return self.runs[0].classes
 
     def scores(self, key: str) -> list[float]:
-        """A score (see :func:`score`) run by run; runs that do not have it are left out."""
+        """Return a score (see :func:`score`) of every run that has it."""
         return [value for run in self.runs if (value := score(run.results, key)) is not None]
 
 
 def score(results: dict[str, Any], key: str) -> float | None:
-    """One score of a ``results.json``: ``mean_iou``, ``pixel_accuracy``, or ``iou/CLASS``; None where it has none."""
+    """Return one score of a ``results.json``: ``mean_iou``, ``pixel_accuracy`` or ``iou/CLASS``; None if missing."""
     if key.startswith("iou/"):
         return results["classes"].get(key.removeprefix("iou/"), {}).get("iou")
     return results[key]
 
 
 def settings(run: RunRecord) -> dict[str, Any]:
-    """The settings of ``run`` by dotted key: all but the seed and the keys that do not change what is computed.
+    """Return the settings of ``run`` by dotted key, without the seed and the keys that do not change what is computed.
 
     ``loss`` is the loss of the phase whose results are compared.
     """
@@ -57,7 +57,7 @@ def settings(run: RunRecord) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     if isinstance(tree, dict) and tree:
         flat: dict[str, Any] = {}
         for name, value in tree.items():
@@ -67,7 +67,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups in the order in which their first runs were given; runs of a group by seed."""
+    """Return the groups in the order in which their first runs were given; runs of a group are sorted by seed."""
     members: dict[str, list[RunRecord]] = {}
     for run in runs:
         # A run given twice with one seed (trained again, or on another machine) is a row of its own.
@@ -80,7 +80,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def differences(all_settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each of ``all_settings``, for the keys whose values differ; MISSING where absent."""
+    """Return the keys whose values differ, with their values in all of ``all_settings``; MISSING where absent."""
     keys = dict.fromkeys(key for one in all_settings for key in one)
     columns = {key: [one.get(key, MISSING) for one in all_settings] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values[1:])}
@@ -90,7 +90,7 @@ def differences(all_settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def loss_name(node: dict[str, Any]) -> str:
-    """A loss in words: ``margin calibration (paper)``, ``cross-entropy``, ``cross-entropy + dice``."""
+    """Return a loss in words: ``margin calibration (paper)``, ``cross-entropy``, ``cross-entropy + dice``."""
     target = node.get("_target_")
     terms = node.get("terms")
     if isinstance(terms, dict) and terms:
@@ -106,20 +106,23 @@ def loss_name(node: dict[str, Any]) -> str:
 
 
 def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
-    """One name per group: its loss, then the settings in which it differs from others of that loss."""
+    """Return one name per group: its loss, then the settings in which it differs from others with that loss."""
     firsts = [group[0] for group in grouped]
     names = [loss_name(run.loss) for run in firsts]
     for name in dict.fromkeys(names):
         alike = [index for index, other in enumerate(names) if other == name]
         differing = differences([settings(firsts[index]) for index in alike])
-        # Phases that only some of them have are told by the name of the phase.
-        shown_keys = {key: values for key, values in differing.items() if not _of_one_phase(key, values)}
+        # Keys of phases that only some of them have are left out: the name of the phase tells those apart.
+        named = {
+            key: values for key, values in differing.items() if not (key.startswith("schedule.") and MISSING in values)
+        }
         for position, index in enumerate(alike):
-            own = {key: values[position] for key, values in shown_keys.items() if _short(values[position])}
+            own = {key: values[position] for key, values in named.items()}
+            own = {key: one for key, one in own.items() if isinstance(one, int | float | str) and len(str(one)) <= 24}
             if len({firsts[other].phase for other in alike}) > 1:
                 own = {"phase": firsts[index].phase} | own
-            shown = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
-            names[index] = ", ".join([name, *shown[:5]])
+            written = [_setting(key, value) for key, value in (_method(firsts[index].loss) | own).items()]
+            names[index] = ", ".join([name, *written[:5]])
     models = [settings(run)["model._target_"] for run in firsts]
     if len(set(models)) > 1:
         prefixes = [model.rpartition(".")[2] for model in models]
@@ -128,12 +131,8 @@ def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     return [f"{name} [{run.path}]" if name in repeated else name for name, run in zip(names, firsts, strict=True)]
 
 
-def _of_one_phase(key: str, values: Sequence[Any]) -> bool:
-    return key.startswith("schedule.") and any(value is MISSING for value in values)
-
-
 def _method(loss: dict[str, Any]) -> dict[str, Any]:
-    """The settings of margin calibration without which a result says little."""
+    """Return the settings of margin calibration without which a result says little."""
     keys = ("mean_margin", "upsilon") if loss.get("scale") == "mean" else ("tau", "upsilon")
     return {f"loss.{key}": loss[key] for key in keys if loss.get(key) is not None}
 
@@ -142,10 +141,6 @@ def _setting(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
     name = SYMBOLS.get(last, last if key.startswith("loss.") else key)
     return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-
-
-def _short(value: Any) -> bool:
-    return isinstance(value, int | float | str) and len(str(value)) <= 24
 
 
 # -- grids ---------------------------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ class Grid:
 
 
 def find_grids(groups: Sequence[Group]) -> list[Grid]:
-    """Every grid, such as tau by upsilon, among ``groups``: at least two values of each number, three cells."""
+    """Return every grid, such as tau by upsilon, among ``groups``: two numbers differ, and three cells or more."""
     by_loss: dict[str, list[Group]] = {}
     for group in groups:
         by_loss.setdefault(loss_name(group.runs[0].loss), []).append(group)

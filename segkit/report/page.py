@@ -1,114 +1,272 @@
-"""The report as one HTML file that asks nobody for anything: style, script and pictures are inside."""
+"""The report as one HTML file that needs no network: style, script and pictures are inside.
+
+The functions here gather what the sections show, and ``page.html.j2`` lays it out and escapes all text (autoescape).
+A section that has nothing to show is None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from html import escape
+import json
+import statistics
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from segkit.report import html, records, sections
-from segkit.report.comparison import Comparison
-from segkit.report.groups import flatten
-from segkit.report.svg import tag
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from segkit.evaluation import metrics
+from segkit.report import plots, uncertainty
+from segkit.report.comparison import Comparison, comparable
+from segkit.report.groups import MISSING, Group, differences, find_grids, flatten
+from segkit.report.pictures import overlay, panel
+from segkit.report.runs import RunRecord
+from segkit.report.tables import percent
 
 HERE = Path(__file__).resolve().parent
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The page itself forbids every request to elsewhere."""
+MOST_OVERLAYS = 4
+"""Rows of the table whose predictions stand side by side: the baseline, the best, then in their order."""
+NUM_LISTED = 5
+
+Part = dict[str, Any] | list[Any] | None
 
 
 def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
-    """The report on ``c``. The same runs give the same bytes.
+    """Return the report on ``c``. The same runs give the same bytes.
 
     ``num_samples`` is the number of bootstrap resamples, ``pictures`` the most images shown side by side.
     """
-    parts: list[tuple[str, str, Callable[[Comparison], str]]] = [
-        ("scores", "Scores", sections.scores),
-        ("certainty", "Certainty", partial(sections.certainty, num_samples=num_samples)),
-        ("grid", "Grid", sections.grids),
-        ("training", "Training", sections.training),
-        ("classes", "Classes", sections.classes),
-        ("labels", "Labels and margins", sections.labels),
-        ("confusion", "Confusion", sections.confusions),
-        ("pictures", "Images", partial(records.pictures, most=pictures)),
-        ("configuration", "Configuration", records.configuration),
-        ("origin", "Origin", records.origin),
-    ]
-    made = [(anchor, title, content) for anchor, title, make in parts if (content := make(c))]
-    body = "".join(tag("section", tag("h2", title) + content, id=anchor) for anchor, title, content in made)
-    links = "".join(tag("a", title, href=f"#{anchor}") for anchor, title, _ in made)
-    button = '<button type="button" id="theme" aria-label="Switch between light and dark">◐</button>'
-    nav = tag("nav", tag("div", links, class_="links") + button)
-    return (
-        "<!doctype html>\n"
-        + '<html lang="en"><head><meta charset="utf-8">'
-        + f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        + '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        + '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        + tag("title", escape(_title(c)))
-        + f"<style>{_asset('page.css')}</style></head><body>{nav}"
-        + tag("main", _head(c) + body)
-        + f"<script>{_asset('page.js')}</script></body></html>\n"
+    parts: dict[str, tuple[str, Part]] = {
+        "scores": ("Scores", scores(c)),
+        "certainty": ("Certainty", certainty(c, num_samples=num_samples)),
+        "grid": ("Grid", grids(c)),
+        "training": ("Training", training(c)),
+        "classes": ("Classes", classes(c)),
+        "labels": ("Labels and margins", labels(c)),
+        "confusion": ("Confusion", confusions(c)),
+        "pictures": ("Images", images(c, most=pictures)),
+        "configuration": ("Configuration", _compared([group.settings for group in c.groups])),
+        "origin": ("Origin", origin(c)),
+    }
+    first = c.runs[0]
+    title = " ".join(str(first.protocol[key]) for key in ("dataset", "split") if key in first.protocol)
+    measured = {**flatten(first.protocol), "images": first.results["num_images"], "classes": len(first.classes)}
+    return _environment().get_template("page.html.j2").render(
+        c=c, parts=parts, title=title or "Comparison", num_samples=num_samples,
+        measured={key: value for key, value in measured.items() if value is not None and value is not False},
+        tiles=_highlights(c), style=_asset("page.css"), script=_asset("page.js"),
+    )  # fmt: skip
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.filters |= {
+        "percent": partial(percent, missing="–"),
+        "points": plots.points,
+        "zip": lambda one, other: zip(one, other, strict=True),
+        "fact": lambda value: value if isinstance(value, str) else json.dumps(value, default=str),
+        "call": lambda value, function: function(value),
+    }
+    made.tests["missing"] = lambda value: value is MISSING
+    return made
 
 
-def _asset(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
+def _asset(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))
 
 
-def _title(c: Comparison) -> str:
-    protocol = c.groups[0].runs[0].protocol
-    return " ".join(str(protocol[key]) for key in ("dataset", "split") if key in protocol) or "Comparison"
-
-
-def _head(c: Comparison) -> str:
-    runs = c.runs
-    measured = {**flatten(runs[0].protocol), "images": runs[0].results["num_images"], "classes": len(runs[0].classes)}
-    chips = "".join(
-        tag("li", f"{escape(key.replace('_', ' '))} <b>{escape(_plain(value))}</b>")
-        for key, value in measured.items()
-        if value is not None and value is not False
-    )
-    parts = [
-        tag("p", "segkit compare", class_="kicker"),
-        tag("h1", escape(_title(c))),
-        tag("ul", chips, class_="chips"),
-    ]
-    if c.mixed:
-        words = f"These runs were not evaluated alike: {'; '.join(c.mixed)}. Their scores are not comparable."
-        parts.append(html.paragraph(words, "banner"))
-    if c.notes:
-        parts.append(
-            html.details(f"Notes ({len(c.notes)})", "".join(html.paragraph(note) for note in c.notes), opened=True)
-        )
-    return tag("header", "".join(parts) + _highlights(c))
-
-
-def _highlights(c: Comparison) -> str:
-    """The three figures that a reader looks for first."""
-    at = c.table.keys.index("mean_iou")
-    best = c.table.rows[c.groups.index(c.best)][at]
-    spread = f" ± {best.shown_spread}" if best.shown_spread else ""
-    tiles = [("best mean IoU", f"{best.shown}{spread} %", c.best.name)]
+def _highlights(c: Comparison) -> list[tuple[str, str, str]]:
+    """Return the three figures that a reader looks for first, as (name, figure, what it belongs to)."""
+    best = c.table.rows[c.groups.index(c.best)][c.table.keys.index("mean_iou")]
+    spread = f" ± {best.spread_text}" if best.spread_text else ""
+    tiles = [("best mean IoU", f"{best.mean_text}{spread} %", c.best.name)]
     if c.contender is not None and min(c.mean_iou(c.contender), c.mean_iou(c.baseline)) >= 0:
-        gain = 100 * (c.mean_iou(c.contender) - c.mean_iou(c.baseline))
-        tiles.append(("against the baseline", f"{gain:+.2f} points", f"{c.contender.name}, less {c.baseline.name}"))
+        gain = c.mean_iou(c.contender) - c.mean_iou(c.baseline)
+        names = f"{c.contender.name}, less {c.baseline.name}"
+        tiles.append(("against the baseline", f"{plots.points(gain)} points", names))
     num_seeds = sorted({len(group.runs) for group in c.groups})
-    seeds = (
-        "one seed each" if num_seeds == [1] else f"{'–'.join(map(str, {num_seeds[0]: 0, num_seeds[-1]: 0}))} seeds each"
-    )
-    runs = f"{len(c.runs)} run{'s' if len(c.runs) != 1 else ''}"
-    tiles.append(("compared", runs, f"{len(c.groups)} row{'s' if len(c.groups) != 1 else ''}, {seeds}"))
-    drawn = "".join(
-        tag(
-            "div",
-            tag("span", label, class_="small") + tag("strong", escape(value)) + tag("span", escape(more)),
-            class_="tile",
-        )
-        for label, value, more in tiles
-    )
-    return tag("div", drawn, class_="tiles")
+    span = "–".join(map(str, dict.fromkeys((num_seeds[0], num_seeds[-1]))))
+    seeds = "one seed each" if num_seeds == [1] else f"{span} seeds each"
+    runs, rows = (f"{len(of)} {word}{'s' * (len(of) != 1)}" for of, word in ((c.runs, "run"), (c.groups, "row")))
+    return [*tiles, ("compared", runs, f"{rows}, {seeds}")]
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _ordered(c: Comparison) -> list[Group]:
+    """Return the baseline, the best of the others, and the rest in their order."""
+    return sorted(c.groups, key=lambda group: 0 if group is c.baseline else 1 if group is c.contender else 2)
+
+
+def scores(c: Comparison) -> Part:
+    """Return the number of classes averaged, and those that are absent; the table itself is ``c.table``."""
+    return {
+        "num_averaged": sorted({run.results["num_classes_averaged"] for run in c.runs}),
+        "absent": sorted({name for run in c.runs for name in run.results.get("absent_classes", ())}),
+    }
+
+
+def certainty(c: Comparison, *, num_samples: int) -> Part:
+    """Return bootstrap intervals, and paired tests against the baseline."""
+    found = uncertainty.intervals(c.groups, num_samples=num_samples)
+    if not found:
+        return None
+    tests = uncertainty.paired_tests(c.groups, c.baseline, num_samples=num_samples)
+    numbers = [c.groups.index(test.group) for test in tests]
+    scored = [(at, c.groups[at].name, one.low, one.mean_iou, one.high) for at, one in found]
+    gained = [
+        (at, test.group.name, test.result.low, test.result.difference, test.result.high)
+        for at, test in zip(numbers, tests, strict=True)
+    ]
+    label, x_label = f"Mean IoU less that of {c.baseline.name}", "difference in mean IoU, points"
+    return {
+        "intervals": plots.interval_chart(scored, label="Mean IoU with intervals", x_label="mean IoU, %", text=percent),
+        "num_images": found[0][1].num_images,
+        "gains": plots.interval_chart(gained, label=label, x_label=x_label, text=plots.points, zero=True),
+        "tests": list(zip(numbers, tests, strict=True)),
+    }
+
+
+def grids(c: Comparison) -> Part:
+    """Return every grid of two numbers as (grid, heat map, name of its best group)."""
+    found = []
+    for grid in find_grids(c.groups):
+        cells = [cell for row in grid.cells for cell in row if cell]
+        means = {cell.name: statistics.fmean(values) for cell in cells if (values := cell.scores("mean_iou"))}
+        found.append((grid, plots.grid_chart(grid), max(means, key=lambda name: means[name]) if means else "none"))
+    return found
+
+
+def training(c: Comparison) -> Part:
+    """Return mean IoU and loss over the steps, and the number of kinds of loss."""
+    curves = {key: plots.training_curve(c.groups, key) for key in ("mean_iou", "loss")}
+    names = {str(group.runs[0].loss.get("_target_")) for group in c.groups}
+    return {**curves, "num_losses": len(names)} if any(curves.values()) else None
+
+
+def classes(c: Comparison) -> Part:
+    """Return the gain per class against the baseline, one chart per group, the largest mean IoU first."""
+    charts = sorted(plots.gain_charts(c.groups, c.baseline), key=lambda item: -c.mean_iou(item[0]))
+    return {"charts": charts, "is_ordered": bool(plots.class_order(c.groups)[1])} if charts else None
+
+
+def labels(c: Comparison) -> Part:
+    """Return label distribution and margins per class, and the numbers of the groups that have margins."""
+    margins = {key: plots.margin_chart(c.groups, key) for key in ("rho_0k", "rho_k0")}
+    charts = {**margins, "share": plots.share_chart(c.groups)}
+    numbers = [index for index, group in enumerate(c.groups) if group.runs[0].margins]
+    return {**charts, "numbers": numbers} if any(charts.values()) else None
+
+
+def confusions(c: Comparison) -> Part:
+    """Return confusion matrices, and how many of them (baseline, best other group) are not folded away."""
+    matrices, num_open = [], 0
+    for group in _ordered(c):
+        counts = plots.confusion(group)
+        if counts is None:
+            continue
+        num_open += group is c.baseline or group is c.contender
+        worst = plots.top_confusions(counts, group.classes)[:5]
+        errors = "; ".join(f"{a} taken for {b} {100 * share:.1f} %" for a, b, share in worst)
+        matrices.append({"name": group.name, "chart": plots.confusion_chart(counts, group.classes), "errors": errors})
+    return {"matrices": matrices, "num_open": num_open} if matrices else None
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+class ImageScore(NamedTuple):
+    """Mean IoU of one image over the classes that it has, with the baseline and with another run."""
+
+    name: str
+    baseline: float
+    other: float
+
+    @property
+    def gain(self) -> float:
+        """How much better the other run is."""
+        return self.other - self.baseline
+
+
+def image_scores(run: RunRecord) -> dict[str, float]:
+    """Return the mean IoU of every image with labelled pixels, over the classes in its label or prediction."""
+    if run.per_image is None:
+        return {}
+    tp, target, predicted = run.per_image.class_totals()
+    means = [metrics.mean_of_present(row) for row in metrics.divide(tp, target + predicted - tp)]
+    return {name: mean for name, mean in zip(run.per_image.names, means, strict=True) if mean == mean}
+
+
+def image_gains(baseline: RunRecord, other: RunRecord) -> list[ImageScore]:
+    """Return the images of both runs from largest gain to largest loss; empty if the runs cannot be paired."""
+    if not comparable(baseline, other):
+        return []
+    ours, theirs = image_scores(baseline), image_scores(other)
+    both = [ImageScore(name, ours[name], theirs[name]) for name in ours if name in theirs]
+    return sorted(both, key=lambda one: -one.gain)
+
+
+def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) -> list[str]:
+    """Return at most ``most`` images that all ``runs`` stored, half from the front of ``ranked``, half from its end."""
+    common = [name for name in runs[0].pictures if all(name in run.pictures for run in runs)]
+    ordered = [name for name in ranked if name in common] + [name for name in common if name not in ranked]
+    if len(ordered) <= most:
+        return ordered
+    return ordered[: -(-most // 2)] + ordered[len(ordered) - most // 2 :]
+
+
+def images(c: Comparison, *, most: int) -> Part:
+    """Return images with the largest gains and losses: their scores, and their predictions where runs stored them."""
+    ranked = image_gains(c.baseline.runs[0], c.contender.runs[0]) if c.contender is not None else []
+    listed = ranked if len(ranked) <= 2 * NUM_LISTED else ranked[:NUM_LISTED] + ranked[-NUM_LISTED:]
+    first = [(group, next((run for run in group.runs if run.pictures), None)) for group in _ordered(c)]
+    stored = [(group, run) for group, run in first if run is not None][:MOST_OVERLAYS]
+    names = chosen_names([run for _, run in stored], [one.name for one in ranked], most) if stored and most else []
+    if not ranked and not names:
+        return None
+    scored = [image_scores(run) for _, run in stored]
+    gallery = [(name, _panels(stored, scored, name)) for name in names]
+    key = [pair for _, run in stored[:1] for pair in zip(run.classes, run.palette, strict=False)]
+    return {"ranked": listed, "key": key, "gallery": gallery}
+
+
+def _panels(
+    stored: Sequence[tuple[Group, RunRecord]], scored: Sequence[dict[str, float]], name: str
+) -> list[tuple[str, str]]:
+    """Return (address, caption) of the image ``name``, of its label and of each group's prediction."""
+    picture = stored[0][1].pictures[name]
+    image, label, _ = picture.read()
+    panels = [(panel(image), "image"), (panel(overlay(image, label, picture.palette)), "label")]
+    for (group, run), known in zip(stored, scored, strict=True):
+        own_image, _, prediction = run.pictures[name].read()
+        caption = group.name + (f", {100 * known[name]:.1f} %" if name in known else "")
+        panels.append((panel(overlay(own_image, prediction, run.pictures[name].palette)), caption))
+    return panels
+
+
+# -- configuration and origin --------------------------------------------------------------------------------------
+
+
+def origin(c: Comparison) -> Part:
+    """Return code, versions, machine and data fingerprints, as every run noted them."""
+    known = [run for run in c.runs if run.provenance]
+    if not known:
+        return None
+    facts = _compared([flatten(_tidy(run)) for run in known])
+    return {**facts, "runs": known, "data_differs": any(key.startswith("data.") for key in facts["differing"])}
+
+
+def _compared(all_facts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the facts in which groups or runs differ, and those that they share."""
+    differing = differences(all_facts)
+    common = {key: value for key, value in all_facts[0].items() if key not in differing}
+    return {"differing": differing, "common": common}
+
+
+def _tidy(run: RunRecord) -> dict[str, Any]:
+    facts = {key: value for key, value in run.provenance.items() if key not in ("seed", "starts")}
+    if isinstance(facts.get("command"), list):
+        facts["command"] = " ".join(map(str, facts["command"]))
+    return facts

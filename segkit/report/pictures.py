@@ -1,20 +1,42 @@
-"""Labels as colours, and grids of image, label and prediction."""
+"""Evaluated images: grids of image, label and prediction, and the few that a run folder keeps.
+
+A report shows the stored ones without data or model:
+
+    RUN/pictures/index.json     {"classes": [...], "palette": [[r, g, b], ...], "pictures": [{"name", "image", "label",
+                                 "prediction"}, ...]}, the last three being file names beside it
+    RUN/pictures/0000_image.jpg 0000_label.png 0000_prediction.png     the PNGs hold class numbers (255: void) and
+                                 the palette, so that any viewer shows them in colour
+
+They have at most :data:`LONGEST` pixels on their longer side: they are for looking at, not for scores.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from segkit.errors import InputError
+from segkit.files import write_json
+
+VOID = 255
+LONGEST = 1024
+PARTS = ("image", "label", "prediction")
 GAP, TEXT, ROW = 4, 0.4, 16
-"""Pixels between panels, size of the legend's letters, and height of one line of it."""
+"""Pixels between panels, size of the legend's letters, and height of one of its lines."""
 
 
 def colours(palette: Any) -> NDArray[np.uint8]:
-    """A look-up table (256, 3) from class number to RGB; white where no class is."""
+    """Return a look-up table (256, 3) from class number to RGB; numbers without a class are white."""
     table = np.full((256, 3), 255, np.uint8)
     palette = np.asarray(palette, np.uint8)
     table[: len(palette)] = palette
@@ -22,7 +44,7 @@ def colours(palette: Any) -> NDArray[np.uint8]:
 
 
 def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """A strip of ``width`` pixels that names every class beside its colour."""
+    """Return a strip of ``width`` pixels that names every class beside its colour."""
     widest = max(cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)[0][0] for name in classes)
     column = widest + 26
     per_row = max(1, width // column)
@@ -37,15 +59,15 @@ def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8
 def picture_grid(
     pictures: Sequence[Any], palette: Any, classes: Sequence[str], *, panel_width: int = 320
 ) -> NDArray[np.uint8]:
-    """Rows of image, label and prediction, uint8 (H, W, 3), with a legend below.
+    """Return rows of image, label and prediction, uint8 (H, W, 3), with a legend below.
 
     A picture has ``image`` (H, W, 3), ``label`` and ``prediction`` (H, W). Where the label is void (255) the
-    prediction is shown in half its strength, because it does not count there.
+    prediction has half its strength, because it does not count there.
     """
     table = colours(palette)
     rows = []
     for picture in pictures:
-        void = picture.label == 255
+        void = picture.label == VOID
         prediction = table[picture.prediction]
         prediction[void] = prediction[void] // 2 + 127
         panels = [picture.image, table[picture.label], prediction]
@@ -58,3 +80,108 @@ def picture_grid(
         rows.append(row)
     rows.append(legend(palette, classes, rows[0].shape[1]))
     return np.concatenate(rows)
+
+
+# -- pictures in a run folder ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """Files of one evaluated image."""
+
+    name: str
+    image: Path
+    label: Path
+    prediction: Path
+    palette: tuple[tuple[int, int, int], ...]
+
+    def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return image (H, W, 3), label (H, W) and prediction (H, W), uint8; InputError if a file cannot be read."""
+        arrays = []
+        for path in (self.image, self.label, self.prediction):
+            try:
+                with Image.open(path) as file:
+                    arrays.append(np.asarray(file.convert("RGB") if path == self.image else file))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} cannot be read ({error}): delete the folder {path.parent}") from None
+        image, label, prediction = arrays
+        if not image.shape[:2] == label.shape == prediction.shape:
+            raise InputError(
+                f"{self.image}, its label and its prediction have sizes {image.shape[:2]}, {label.shape} and "
+                f"{prediction.shape}, but must have one: delete the folder {self.image.parent}"
+            )
+        return image, label, prediction
+
+
+def write_pictures(folder: Path, pictures: Sequence[Any], *, palette: Any, classes: Sequence[str]) -> None:
+    """Write ``pictures`` (with ``name``, ``image`` (H, W, 3), ``label`` and ``prediction`` (H, W)) to ``folder``.
+
+    ``palette`` is (K, 3) uint8. The index is written last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = colours(palette)
+    entries = []
+    for number, picture in enumerate(pictures):
+        height, width = picture.label.shape
+        factor = min(1.0, LONGEST / max(height, width))
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        files = {part: f"{number:04d}_{part}.{'jpg' if part == 'image' else 'png'}" for part in PARTS}
+        resized = Image.fromarray(picture.image).resize(size, Image.Resampling.BOX)
+        resized.save(folder / files["image"], quality=88)
+        for part in ("label", "prediction"):
+            indices = Image.fromarray(np.asarray(getattr(picture, part)).astype(np.uint8))
+            indices = indices.resize(size, Image.Resampling.NEAREST)
+            indices.putpalette(table.ravel().tolist())
+            indices.save(folder / files[part], optimize=True)
+        entries.append({"name": picture.name, **files})
+    index = {"classes": list(classes), "palette": np.asarray(palette).tolist(), "pictures": entries}
+    write_json(folder / "index.json", index)
+
+
+def read_pictures(folder: Path) -> dict[str, StoredPicture]:
+    """Return the pictures in ``folder`` by the name of their image; empty if there are none."""
+    path = folder / "index.json"
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
+        # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
+        stored = {}
+        for entry in index["pictures"]:
+            image, label, prediction = (folder / Path(entry[part]).name for part in PARTS)
+            stored[str(entry["name"])] = StoredPicture(str(entry["name"]), image, label, prediction, palette)
+        return stored
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no index of pictures ({error!r}): delete the folder {folder}") from None
+
+
+# -- pictures in a page --------------------------------------------------------------------------------------------
+
+PANEL = 440
+"""Width of a picture in pixels: sharp on a phone, where two stand side by side."""
+STRENGTH = 0.6
+"""Share of the class colour in an overlay."""
+
+
+def overlay(image: NDArray[np.uint8], indices: NDArray[np.uint8], palette: Any) -> NDArray[np.uint8]:
+    """Return class colours over a paled image (H, W, 3); where there is no class, the image alone."""
+    known = (indices < len(palette)) & (indices != VOID)
+    mixed = np.where(known[..., None], (1 - STRENGTH) * image + STRENGTH * colours(palette)[indices], image)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def panel(pixels: NDArray[np.uint8]) -> str:
+    """Return the address (data URI) of ``pixels`` (H, W, 3) as JPEG of at most :data:`PANEL` pixels width."""
+    picture = Image.fromarray(pixels)
+    if picture.width > PANEL:
+        height = max(1, round(picture.height * PANEL / picture.width))
+        picture = picture.resize((PANEL, height), Image.Resampling.BOX)
+    return data_uri(picture, "JPEG", quality=82)
+
+
+def data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
+    """Return an address that holds ``picture`` itself, written as ``kind`` (JPEG, PNG)."""
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode('ascii')}"

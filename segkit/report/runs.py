@@ -1,4 +1,4 @@
-"""A finished run as a report reads it: the files of its folder, checked, and nothing computed anew."""
+"""Read finished runs for a report: the files of a run folder, checked; nothing is computed anew."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.report.stored_pictures import StoredPicture, read_pictures
+from segkit.files import read_json
+from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
+OLD = "it was written by another version of segkit"
 AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or train it again"
 
 
@@ -24,7 +26,7 @@ class RunRecord:
     """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results; ``counts`` are
     the training pixels of every class.
 
-    Files that a run can do without are None or empty where they are not there, with a sentence in ``notes``.
+    Optional files that are missing are None or empty here, with a sentence in ``notes``.
     """
 
     path: Path
@@ -56,13 +58,18 @@ class RunRecord:
         return self.config["schedule"][self.phase].get("loss") or self.config["loss"]
 
     @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """Colours of the classes in the stored pictures; empty if there are none."""
+        return next((picture.palette for picture in self.pictures.values()), ())
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """How the results were measured."""
         return self.results["protocol"]
 
 
 def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> tuple[list[RunRecord], list[str]]:
-    """The runs that ``paths`` name, and what there is to say about files and folders that are left out.
+    """Return the runs that ``paths`` name, and a note for every file or folder that is left out.
 
     A path is a run folder, the folder of one phase in it, or a folder whose sub-folders are runs (a sweep).
     ``evaluation`` names an evaluation that ``segkit evaluate`` wrote into RUN/evaluations; without it the results
@@ -74,28 +81,23 @@ def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> 
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"{path} is not a folder: name run folders such as outputs/DATA/MODEL/TIME, or a sweep's")
-        if (path / "config.yaml").is_file() or _is_phase(path):
+        is_phase = (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
+        if is_phase or (path / "config.yaml").is_file():
             runs.append(read_run(path, evaluation=evaluation))
         else:
             found, left_out = _read_sweep(path, evaluation)
             runs += found
             notes += left_out
-    seen: dict[Path, RunRecord] = {}
+    once: dict[Path, RunRecord] = {}
     for run in runs:
-        key = (run.path / "results.json").resolve()
-        if key not in seen:
-            seen[key] = run
-    notes += [note for run in seen.values() for note in run.notes]
-    return list(seen.values()), notes
-
-
-def _is_phase(path: Path) -> bool:
-    return (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
+        once.setdefault((run.path / "results.json").resolve(), run)
+    return list(once.values()), [*notes, *(note for run in once.values() for note in run.notes)]
 
 
 def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], list[str]]:
     ends = _sweep_ends(path)
-    folders = sorted((item for item in path.iterdir() if _may_be_run(item)), key=_natural)
+    folders = [item for item in path.iterdir() if item.is_dir() and not item.name.startswith((".", "_"))]
+    folders.sort(key=_natural)
     runs, notes = [], []
     for folder in folders:
         if not (folder / "config.yaml").is_file():
@@ -117,21 +119,14 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
 
 
 def _sweep_ends(path: Path) -> dict[str, str]:
-    """Folder name -> how its job ended, for the jobs that the sweep noted as failed."""
+    """Return how each failed job of a sweep ended, by the name of its folder."""
     try:
         jobs = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
         failed = [job for job in jobs if job["state"] == "failed"]
-        return {Path(job["folder"]).name: f"failed: {_clause(job.get('error'))}" for job in failed}
-    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has none; the folders say enough
+        reasons = [str(job.get("error") or "its log says why").strip().removeprefix("error: ") for job in failed]
+        return {Path(job["folder"]).name: f"failed: {why}" for job, why in zip(failed, reasons, strict=True)}
+    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has no sweep.json; its folders suffice
         return {}
-
-
-def _clause(error: Any) -> str:
-    return str(error).strip().removeprefix("error: ") if error else "its log says why"
-
-
-def _may_be_run(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith((".", "_"))
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
@@ -139,7 +134,7 @@ def _natural(path: Path) -> tuple[int, int, str]:
 
 
 def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
-    """The record of a run folder, or of the folder of one of its phases; InputError says what is wrong with it."""
+    """Return the record of a run folder, or of the folder of one of its phases; InputError names what is wrong."""
     top = path if (path / "config.yaml").is_file() else path.resolve().parent
     config = _read_config(top / "config.yaml")
     names = list(config["schedule"])
@@ -147,7 +142,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
     results_file, counts_file = _result_files(path, evaluation)
-    results = _check_results(_read_json(results_file), results_file)
+    results = _check_results(read_json(results_file), results_file)
     if top == path and results.get("phase") in names:
         phase = results["phase"]
     until = names[: names.index(phase) + 1]
@@ -164,7 +159,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         is_last=phase == names[-1],
         config=config,
         results=results,
-        provenance=read(top / "provenance.json", _read_json, "origin") or {},
+        provenance=read(top / "provenance.json", read_json, "origin") or {},
         counts=read(path / "label_counts.json", _read_counts, "label distribution"),
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
         metrics=tuple(metrics or ()),
@@ -177,7 +172,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
 
 
 def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
-    """The files of scores and of per-image counts; InputError if there are no such scores."""
+    """Return the files of scores and of per-image counts; InputError if there are no such scores."""
     if evaluation is None:
         if not (path / "results.json").is_file():
             raise InputError(
@@ -193,7 +188,7 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
 
 
 class _OptionalFiles:
-    """Reads a file where it is there; otherwise notes what the report then does not show."""
+    """Reads a file if it exists; otherwise notes what the report cannot show without it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.notes = path, list[str]()
@@ -213,55 +208,38 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))  # interpolations are not resolved: untrusted input
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({_first_line(error)}): the run folder is damaged") from None
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read ({said}): the run folder is damaged") from None
     missing = [key for key in CONFIG_KEYS if not isinstance(config, dict) or key not in config]
     if missing or not isinstance(config, dict):
-        raise InputError(f"{path} has no {_listed(missing)}, it was written by another version of segkit: run it again")
+        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: run it again")
     schedule = config["schedule"]
     if not isinstance(schedule, dict) or not schedule or not all(isinstance(item, dict) for item in schedule.values()):
-        raise InputError(f"{path} has no phases in schedule, it was written by another version of segkit: run it again")
+        raise InputError(f"{path} has no phases in schedule, {OLD}: run it again")
     for node, name in ((config["loss"], "loss"), (config["model"], "model")):
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise InputError(
-                f"{path} has no {name}._target_, it was written by another version of segkit: run it again"
-            )
+            raise InputError(f"{path} has no {name}._target_, {OLD}: run it again")
     return {str(key): value for key, value in config.items()}
 
 
 def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     missing = [key for key in RESULT_KEYS if key not in results]
     if missing:
-        raise InputError(f"{path} has no {_listed(missing)}, it was written by another version of segkit: {AGAIN}")
+        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: {AGAIN}")
     classes = results["classes"]
     rows = list(classes.values()) if isinstance(classes, dict) else []
-    scores = [
-        results["mean_iou"],
-        results["pixel_accuracy"],
-        *(row.get("iou") for row in rows if isinstance(row, dict)),
-    ]
-    if len(scores) != len(rows) + 2 or not rows or not all(_is_share(value) for value in scores):
+    ious = [row.get("iou") for row in rows if isinstance(row, dict)]
+    scores = [results["mean_iou"], results["pixel_accuracy"], *ious]
+    are_shares = all(value is None or (isinstance(value, int | float) and 0 <= value <= 1) for value in scores)
+    if len(ious) != len(rows) or not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
     if not isinstance(results["protocol"], dict):
         raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {AGAIN}")
     return results
 
 
-def _is_share(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({_first_line(error)}): the run folder is damaged") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
-    return content
-
-
 def _read_counts(path: Path) -> dict[str, int]:
-    rows = _read_json(path).get("classes")
+    rows = read_json(path).get("classes")
     try:
         counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -270,7 +248,7 @@ def _read_counts(path: Path) -> dict[str, int]:
 
 
 def _read_margins(path: Path) -> dict[str, Any]:
-    margins = _read_json(path)
+    margins = read_json(path)
     sizes = {len(margins.get(key) or ()) for key in ("classes", "rho_0k", "rho_k0")}
     if len(sizes) != 1 or sizes == {0}:
         raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")
@@ -293,7 +271,7 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> None:
-    """The per-image counts must be of the evaluation that wrote the results."""
+    """Raise InputError unless the per-image counts are of the evaluation that wrote the results."""
     from segkit.evaluation import metrics
 
     if run.per_image is None:
@@ -301,20 +279,9 @@ def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> N
     counts = run.per_image.total()
     again = metrics.mean_iou(counts) if run.per_image.num_classes == len(run.classes) else math.nan
     given = run.results["mean_iou"]
-    if run.per_image.num_images != run.results["num_images"] or not math.isclose(
-        again, math.nan if given is None else given, rel_tol=1e-9, abs_tol=1e-12
-    ):
-        if given is None and again != again and run.per_image.num_images == run.results["num_images"]:
-            return
+    same = again != again if given is None else math.isclose(again, given, rel_tol=1e-9, abs_tol=1e-12)
+    if not same or run.per_image.num_images != run.results["num_images"]:
         raise InputError(
             f"{results_file} (mean IoU {given}, {run.results['num_images']} images) and {counts_file.name} "
             f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: {AGAIN}"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and no ".join(names)

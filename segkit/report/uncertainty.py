@@ -1,4 +1,4 @@
-"""How sure the scores of a comparison are: intervals over images, and paired tests against the baseline."""
+"""How certain the scores of a comparison are: intervals over images, and paired tests against the baseline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
 from segkit.evaluation.per_image import PerImageCounts
+from segkit.report.comparison import comparable
 from segkit.report.groups import Group
-from segkit.report.protocols import comparable
 from segkit.report.runs import RunRecord
 
 
@@ -25,7 +25,7 @@ class PairedTest:
 
 
 def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
-    """The counts of several runs on the same images added image by image, in the order of the first run's images."""
+    """Return the counts of several runs on the same images, added image by image, in the first run's order."""
     known = [run.per_image for run in runs if run.per_image is not None]
     assert len(known) == len(runs) > 0
     if len(known) == 1:
@@ -33,19 +33,15 @@ def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
     number = {name: index for index, name in enumerate(known[0].names)}
     image = np.concatenate([np.array([number[name] for name in one.names], np.int64)[one.image] for one in known])
     rest = [np.concatenate([getattr(one, part) for one in known]) for part in ("target", "prediction", "count")]
-    return PerImageCounts(*_summed(image, *rest), known[0].names, known[0].num_classes)
-
-
-def _summed(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Entries with one (image, target, prediction) made one: the readers of sparse counts expect each once."""
-    keys, position = np.unique(np.stack(columns[:3]), axis=1, return_inverse=True)
+    # Every (image, target, prediction) stands once in sparse counts.
+    keys, position = np.unique(np.stack([image, *rest[:2]]), axis=1, return_inverse=True)
     count = np.zeros(keys.shape[1], np.int64)
-    np.add.at(count, position.reshape(-1), columns[3])
-    return keys[0], keys[1], keys[2], count
+    np.add.at(count, position.reshape(-1), rest[2])
+    return PerImageCounts(keys[0], keys[1], keys[2], count, known[0].names, known[0].num_classes)
 
 
 def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:
-    """(number of the group, interval of its mean IoU) for the groups with per-image counts of at least two images."""
+    """Return (number of the group, interval of its mean IoU) for groups with counts of at least two images."""
     found = []
     for index, group in enumerate(groups):
         runs = [run for run in group.runs if run.per_image is not None]
@@ -56,7 +52,7 @@ def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, M
 
 
 def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) -> list[PairedTest]:
-    """Every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
+    """Test every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
     found = []
     for group in groups:
         if group is baseline:
@@ -70,7 +66,7 @@ def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) 
 
 
 def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
-    """Equally many runs of both, those of one seed paired; only runs that share images, classes and protocol."""
+    """Return pairs of runs with the same seed (else in their order) that share images, classes and protocol."""
     ours = [run for run in baseline.runs if run.per_image is not None]
     theirs = [run for run in group.runs if run.per_image is not None]
     by_seed = {run.seed: run for run in ours}
@@ -86,7 +82,7 @@ def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction: p-values that may be read together, in the given order."""
+    """Return p-values with Holm's correction, which may be read together, in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

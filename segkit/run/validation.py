@@ -19,8 +19,7 @@ from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
 from segkit.files import write_atomically
 from segkit.losses import ObservedLoss, add_sums
-from segkit.report.pictures import picture_grid
-from segkit.report.stored_pictures import write_pictures
+from segkit.report.pictures import picture_grid, write_pictures
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import evaluation_protocol

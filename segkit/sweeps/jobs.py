@@ -145,17 +145,13 @@ class LocalSweep:
 
     def table(self) -> str:
         """Every job with its state and score, the best first."""
-        from rich import box
-        from rich.table import Table
+        from segkit.report.tables import percent, screen_table
 
-        from segkit.report.tables import percent, render
-
-        table = Table(title=f"{len(self.jobs)} jobs in {self.folder}", box=box.SIMPLE_HEAD)
-        for column in ("job", "overrides", "state", "mean IoU %", "seconds"):
-            table.add_column(column, justify="left" if column in ("overrides", "state") else "right")
         order = sorted(self.jobs, key=lambda job: (job.mean_iou is None, -(job.mean_iou or 0.0), job.number))
-        for job in order:
-            table.add_row(
-                str(job.number), self._label(job), job.state, percent(job.mean_iou), f"{job.seconds or 0:.0f}"
-            )
-        return render(table)
+        rows = [
+            [str(job.number), self._label(job), job.state, percent(job.mean_iou), f"{job.seconds or 0:.0f}"]
+            for job in order
+        ]
+        head = ["job", "overrides", "state", "mean IoU %", "seconds"]
+        title = f"{len(self.jobs)} jobs in {self.folder}"
+        return screen_table(head, rows, title=title, left=["overrides", "state"])

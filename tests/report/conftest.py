@@ -21,7 +21,7 @@ from segkit.data.statistics import LabelCounts
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts, sparse
 from segkit.losses import MarginCalibrationLoss
-from segkit.report.stored_pictures import write_pictures
+from segkit.report.pictures import write_pictures
 from segkit.run.folder import RunFolder
 from segkit.run.phase import write_margins
 

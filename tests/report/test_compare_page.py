@@ -58,7 +58,7 @@ class Reader(HTMLParser):
             self.current = None
 
     def handle_data(self, data):
-        if self.current and self.current[-1] and self.open[-1] not in ("title",):
+        if self.current and self.current[-1] and {"td", "th"} & set(self.open):
             self.current[-1][-1].text += data
 
 

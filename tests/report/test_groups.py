@@ -8,9 +8,8 @@ import statistics
 import pytest
 
 from segkit.report.comparison import compare
-from segkit.report.export import csv_text, latex, latex_text, markdown, screen
 from segkit.report.groups import Group, differences, find_grids, flatten, loss_name
-from segkit.report.scores import Cell, _ranked
+from segkit.report.tables import Cell, _ranked, csv_text, latex, markdown, screen
 
 RECIPE = "schedule=pretrain_finetune"
 
@@ -114,7 +113,7 @@ def test_cells_have_mean_and_sample_deviation():
     assert cell.mean == pytest.approx(1.9 / 3)
     assert cell.spread == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
     assert Cell((0.5,)).spread is None
-    assert (Cell(()).mean, Cell(()).shown) == (None, "–")
+    assert (Cell(()).mean, Cell(()).mean_text) == (None, "–")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +171,6 @@ def test_latex(table):
     assert r"$\tau$=10, $\upsilon$=1" in body[2]
     assert r"\textbf{" in body[2]
     assert r" $\pm$ " in body[1]
-
-
-def test_latex_letters():
-    assert latex_text(r"50%_a&b\c{}") == r"50\%\_a\&b\textbackslash{}c\{\}"
 
 
 def test_screen(table):

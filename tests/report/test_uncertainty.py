@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from segkit.report import images, uncertainty
+from segkit.report import page, pictures, uncertainty
 from segkit.report.comparison import compare
 
 
@@ -62,7 +62,7 @@ def test_other_protocols_are_never_paired(make_run):
     comparison = compare(runs, allow_mixed_protocols=True)
     assert len(comparison.groups) == 2
     assert uncertainty.paired_tests(comparison.groups, comparison.baseline, num_samples=100) == []
-    assert images.gains(*comparison.runs) == []
+    assert page.image_gains(*comparison.runs) == []
 
 
 def test_holm_by_hand():
@@ -76,7 +76,7 @@ def test_holm_by_hand():
 
 def test_image_scores_are_means_over_the_classes_of_the_image(make_run):
     (group,) = compare([make_run("a")]).groups
-    scores = images.image_scores(group.runs[0])
+    scores = page.image_scores(group.runs[0])
     matrix = group.runs[0].per_image.matrix(4).astype(float)
     union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
     assert scores["val_0004"] == pytest.approx(np.mean([m / u for m, u in zip(np.diag(matrix), union) if u]))  # noqa: B905
@@ -84,7 +84,7 @@ def test_image_scores_are_means_over_the_classes_of_the_image(make_run):
 
 def test_gains_are_sorted(make_run):
     runs = compare([make_run("a"), make_run("b", "loss=dice", skill=0.82)]).runs
-    gains = images.gains(*runs)
+    gains = page.image_gains(*runs)
     assert len(gains) == 30
     assert [one.gain for one in gains] == sorted((one.gain for one in gains), reverse=True)
 
@@ -92,14 +92,14 @@ def test_gains_are_sorted(make_run):
 def test_best_and_worst_stored_images_are_chosen(make_run):
     (run,) = compare([make_run("a", num_pictures=6)]).runs
     ranked = ["val_0005", "val_0029", "val_0003", "val_0000", "val_0001", "val_0002", "val_0004"]
-    assert images.chosen_names([run], ranked, 3) == ["val_0005", "val_0003", "val_0004"]
-    assert images.chosen_names([run], ranked, 1) == ["val_0005"]
-    assert len(images.chosen_names([run], [], 10)) == 6
+    assert page.chosen_names([run], ranked, 3) == ["val_0005", "val_0003", "val_0004"]
+    assert page.chosen_names([run], ranked, 1) == ["val_0005"]
+    assert len(page.chosen_names([run], [], 10)) == 6
 
 
 def test_overlay_keeps_the_image_where_there_is_no_class():
     image = np.full((1, 3, 3), 100, np.uint8)
-    mixed = images.overlay(image, np.array([[0, 1, 255]], np.uint8), [(200, 0, 50), (0, 0, 0)])
+    mixed = pictures.overlay(image, np.array([[0, 1, 255]], np.uint8), [(200, 0, 50), (0, 0, 0)])
     np.testing.assert_array_equal(mixed[0], [[160, 40, 70], [40, 40, 40], [100, 100, 100]])
 
 
@@ -116,7 +116,7 @@ def test_stored_pictures_come_back(make_run):
 def test_stored_pictures_are_small_and_keep_their_classes(tmp_path):
     from types import SimpleNamespace
 
-    from segkit.report.stored_pictures import LONGEST, read_pictures, write_pictures
+    from segkit.report.pictures import LONGEST, read_pictures, write_pictures
 
     label = np.zeros((600, 3000), np.uint8)
     label[:, 1500:] = 149

@@ -1,0 +1,229 @@
+"""What the charts show: the numbers that they are drawn from, and the elements that a browser lays out."""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ET
+from base64 import b64decode
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.report import plots, scales
+from segkit.report.comparison import compare
+from segkit.report.page import _environment
+
+
+def drawn(macro, chart):
+    """The root of the elements that the macro ``macro`` of plots.html.j2 makes from ``chart``."""
+    module = _environment().get_template("plots.html.j2").module
+    return ET.fromstring(str(getattr(module, macro)(chart)).strip())
+
+
+def having(root, name):
+    """All elements of the class ``name``, in their order."""
+    return [item for item in root.iter() if name in item.get("class", "").split()]
+
+
+def style(item):
+    """The inline style of ``item`` as a dictionary."""
+    return dict(pair.split(":") for pair in item.get("style").split(";"))
+
+
+def percent(item, key):
+    return float(style(item)[key].removesuffix("%"))
+
+
+# -- scales and charts ---------------------------------------------------------------------------------------------
+
+
+def test_scales_meet_their_ends():
+    linear = scales.Scale(0.0, 10.0)
+    assert (linear(0.0), linear(5.0), linear(10.0)) == (0.0, 50.0, 100.0)
+    log = scales.Scale(0.01, 100.0, log=True)
+    assert [log(value) for value in (0.01, 1.0, 100.0)] == pytest.approx([0.0, 50.0, 100.0])
+    assert log.values() == pytest.approx([0.01, 0.1, 1, 10, 100])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (22.0, 47.0, [25, 30, 35, 40, 45]), (-3.0, 2.0, [-3, -2, -1, 0, 1, 2])],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert scales.linear_ticks(low, high, 5) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.008, 0.11, [0.01, 0.03, 0.1]), (0.9, 6.0, [1, 2, 5]), (0.024, 0.0375, [0.025, 0.03, 0.035])],
+)
+def test_a_logarithmic_axis_has_few_ticks_and_at_least_one(low, high, ticks):
+    assert scales.Scale(low, high, log=True).values() == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.05, "0.05"), (20.0, "20"), (30_000, "30k"), (1e-6, "1e-6"), (0, "0")])
+def test_tick_text(value, text):
+    assert scales.compact(value) == text
+
+
+def test_a_constant_has_a_scale():
+    assert scales.scale([3.0, 3.0])(3.0) == 50.0
+
+
+def test_bars_are_as_long_as_their_values():
+    axis = scales.Scale(-0.1, 0.2)
+    rows = [plots._gain_bar(name, value, axis) for name, value in (("a", 0.2), ("b", -0.1), ("c", None))]
+    root = drawn("bar_chart", plots.BarChart("x", axis(0.0), rows))
+    bars = having(root, "bar")
+    widths = [percent(item, "width") for item in bars]
+    assert widths[0] == pytest.approx(2 * widths[1], abs=0.02)
+    assert [item.get("class") for item in bars] == ["bar gain", "bar loss"]
+    # the loss ends where the gain begins
+    assert percent(bars[1], "left") + widths[1] == pytest.approx(percent(bars[0], "left"), abs=0.02)
+    assert percent(having(root, "axis")[0], "left") == percent(bars[0], "left")
+    assert [item.text for item in having(root, "value")] == ["+20.0", "-10.0", "none"]
+
+
+def test_heat_cells_have_shares_of_the_colour():
+    cells = [plots._heat_cell(value, 1.0, 3.0, str, "not run") for value in (1.0, None, 3.0)]
+    root = drawn("heat_map", plots.HeatMap("x", "", "", ["a", "b", "c"], [("r", cells)]))
+    assert [item.get("style") for item in having(root, "cell")] == ["--t:0%", None, "--t:100%"]
+    assert [item.get("title") for item in having(root, "cell")] == ["r, a: 1.0", "r, b: not run", "r, c: 3.0"]
+
+
+def test_a_curve_goes_through_its_points():
+    chart = plots.line_chart([plots.Series("s", 0, [0, 10], [1.0, 2.0])], label="x", y_label="")
+    (line,) = drawn("line_chart", chart).iter("polyline")
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.get("points").split())
+    assert x0 < x1
+    assert y0 > y1  # upwards
+    height = {text: at for at, text in chart.y_ticks}  # the ticks lie on the curve's scale
+    assert (height["1"], height["2"]) == pytest.approx((y0, y1))
+
+
+def test_a_single_point_is_a_dot():
+    chart = plots.line_chart([plots.Series("s", 3, [10], [1.0])], label="x", y_label="")
+    root = drawn("line_chart", chart)
+    (dot,) = having(root, "dot")
+    assert (dot.get("data-series"), percent(dot, "top")) == ("3", 50.0)
+    assert list(root.iter("polyline")) == []
+
+
+def test_names_are_whole_whatever_their_length():
+    """Nothing is cut here: the browser alone knows how much fits."""
+    name = "a very long name of a class, longer than any chart is wide: " + "x" * 100
+    bars = plots.BarChart("x", 0.0, [plots.Bar(name, "1", 0.0, 5.0, "s7")])
+    dots = plots.AxisChart("x", "", [], [(name, [])])
+    cells = plots.HeatMap("x", "", "", [name], [(name, [("1", 5)])], is_matrix=True)
+    intervals = plots.AxisChart("x", "", [], [plots.Interval(0, name, 1.0, 2.0, 3.0, "")])
+    for macro, chart in (("bar_chart", bars), ("dot_chart", dots), ("heat_map", cells), ("interval_chart", intervals)):
+        assert name in {item.text for item in drawn(macro, chart).iter()}
+
+
+def test_intervals_lie_about_their_values():
+    chart = plots.interval_chart([(2, "a", 0.4, 0.5, 0.7)], label="x", x_label="", text=str, zero=True)
+    root = drawn("interval_chart", chart)
+    (span,), (dot,) = having(root, "interval"), having(root, "dot")
+    low, width, at = percent(span, "left"), percent(span, "width"), percent(dot, "left")
+    assert (at - low) / width == pytest.approx(1 / 3, abs=1e-3)
+    assert percent(having(root, "axis")[0], "left") == 0.0
+    assert having(root, "above")[0][1].text == "0.5 [0.4, 0.7]"
+
+
+# -- curves --------------------------------------------------------------------------------------------------------
+
+
+def test_phases_follow_one_another(make_run):
+    group = compare([make_run("a", "schedule=pretrain_finetune")]).groups[0]
+    run = group.runs[0]
+    assert plots.phase_offsets(run) == {"pretrain": 0, "finetune": 200}
+    found = plots.recorded(run, "val", "mean_iou")
+    assert list(found) == [50, 100, 150, 200, 250, 300, 350, 400]
+    assert found[400] == run.results["mean_iou"]
+    assert plots.marks([group]) == [(200.0, "finetune")]
+
+
+def test_a_band_spans_the_seeds(make_run):
+    groups = compare([make_run(f"a{s}", seed=s, skill=0.7 + 0.1 * s) for s in (0, 1)]).groups
+    (curve,) = plots.series(groups, "val", "mean_iou")
+    one, other = (plots.recorded(run, "val", "mean_iou") for run in groups[0].runs)
+    at = curve.x.index(100.0)
+    assert curve.low[at] == min(one[100], other[100])
+    assert curve.high[at] == max(one[100], other[100])
+    assert curve.y[at] == pytest.approx((one[100] + other[100]) / 2)
+
+
+def test_long_curves_are_averaged():
+    assert plots._thin([1.0, 3.0, 5.0, 7.0, 9.0], 2) == [2.0, 6.0, 9.0]
+
+
+# -- classes, labels, margins --------------------------------------------------------------------------------------
+
+
+def test_classes_are_ordered_by_their_pixels(make_run):
+    groups = compare([make_run("a")]).groups
+    order, shares = plots.class_order(groups)
+    assert order == ["road", "building", "sky", "vegetation", "sidewalk", "car", "person", "sign"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["sign"] == pytest.approx(0.002)
+
+
+def test_gains_per_class(make_run):
+    comparison = compare([make_run("a", "loss=dice"), make_run("b", skill=0.9), make_run("c", skill=0.7, seed=1)])
+    base, group = comparison.groups
+    rows = dict(plots.class_gains(group, base, base.classes))
+    iou = [[run.results["classes"]["car"]["iou"] for run in one.runs] for one in (base, group)]
+    assert rows["car"] == pytest.approx((iou[1][0] + iou[1][1]) / 2 - iou[0][0])
+
+
+def test_margins_are_those_of_the_run_folder(make_run):
+    groups = compare([make_run("a", margins=True), make_run("b", "loss=dice")]).groups
+    titles = [item.get("title") for item in having(drawn("dot_chart", plots.margin_chart(groups, "rho_0k")), "dot")]
+    assert f"road, {groups[0].name}: 0.01" in titles
+    assert len(titles) == 8
+    assert plots.margin_chart(groups[1:], "rho_0k") is None
+
+
+def test_a_margin_of_zero_has_no_dot_on_a_logarithmic_axis(make_run):
+    groups = compare([make_run("a", margins=True)]).groups
+    groups[0].runs[0].margins["rho_0k"][0] = 0.0
+    dots = dict(plots.margin_chart(groups, "rho_0k").rows)
+    assert dots["road"] == []
+    assert len(dots["sign"]) == 1
+
+
+def test_a_share_of_zero_is_said(make_run):
+    groups = compare([make_run("a")]).groups
+    groups[0].runs[0].counts["sign"] = 0
+    assert {row.name: row.text for row in plots.share_chart(groups).rows}["sign"] == "none"
+
+
+# -- confusion -----------------------------------------------------------------------------------------------------
+
+
+def test_confusion_rows_are_shares_of_the_label():
+    counts = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
+    shares = plots.row_shares(counts)
+    np.testing.assert_allclose(shares[:2], [[0.8, 0.2, 0], [0.5, 0.5, 0]])
+    assert np.isnan(shares[2]).all()
+    assert plots.top_confusions(counts, ["a", "b", "c"]) == [("b", "a", 0.5), ("a", "b", 0.2)]
+    root = drawn("heat_map", plots.confusion_chart(counts, ["a", "b", "c"]))
+    titles = [item.get("title") for item in having(root, "cell")]
+    assert "b, a: 50.0" in titles
+    assert "c, a: no pixels" in titles
+
+
+def test_confusion_adds_the_runs_of_a_group(make_run):
+    (group,) = compare([make_run(f"a{s}", seed=s) for s in (0, 1)]).groups
+    assert plots.confusion(group).sum() == 2 * 30 * 20_000
+
+
+def test_a_confusion_matrix_of_many_classes_is_ink_of_its_strength():
+    counts = np.diag(np.full(50, 9)).astype(np.int64)
+    counts[0, 1] = 3
+    kind, content = plots.confusion_chart(counts, [str(k) for k in range(50)]).split(",")
+    assert kind == "data:image/png;base64"
+    alpha = np.asarray(Image.open(io.BytesIO(b64decode(content))))[..., 3]
+    assert alpha[0, :3].tolist() == [int(255 * 0.75**0.5), int(255 * 0.25**0.5), 0]
+    assert (alpha[1:].diagonal(1) == 255).all()

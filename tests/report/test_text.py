@@ -1,0 +1,149 @@
+"""Names that would be commands elsewhere: they show as they are written, in every table that segkit makes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+
+from segkit.report.comparison import compare
+from segkit.report.page import page
+from segkit.report.tables import class_table, csv_text, latex, markdown, screen_table
+from segkit.report.text import for_csv, for_latex, for_markdown, for_matplotlib, for_terminal
+
+NAMES = ("car [rare]", "tool [/x]", "[bold]loud[/bold]", ":smile:", r"back\slash", "50 % of $x$ & {y_1} #~^")
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("car [rare] τ=10", "car [rare] τ=10"),
+        ("a\x1b[31mred\x1b[0m", r"a\x1b[31mred\x1b[0m"),
+        ("a\nb\tc\rd\0", r"a\nb\tc\rd\x00"),
+        ("\x9b31m", r"\x9b31m"),
+        ("left \u202egnp.exe", r"left \u202egnp.exe"),
+        ("line\u2028break", r"line\u2028break"),
+        ("lone \udcff surrogate", r"lone \udcff surrogate"),
+        ("Straße 道路 🚗", "Straße 道路 🚗"),
+    ],
+)
+def test_a_terminal_sees_what_has_a_form_and_escapes_for_the_rest(text, seen):
+    assert for_terminal(text) == seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_on_the_screen_shows_names_as_they_are_written(name):
+    text = screen_table([name, "b"], [[name, "1"]], title=name, left=[name], foot=[[name, "2"]], width=90)
+    assert text.count(name) == 4
+    assert "\x1b" not in text
+
+
+def test_a_name_cannot_write_to_the_terminal():
+    text = screen_table(["class"], [["a\x1b]0;title\x07"], ["b\nc"]], title="t\x1b[2J", width=90)
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert r"b\nc" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        (r"50%_a&b\c{}", r"50\%\_a\&b\textbackslash{}c\{\}"),
+        ("car [rare] *", "car {[}rare{]} {*}"),
+        ("a\n\\input{x}", r"a\textbackslash{}n\textbackslash{}input\{x\}"),
+        ("$x^2$ ~ #1 <|>", r"\$x\textasciicircum{}2\$ \textasciitilde{} \#1 \textless{}\textbar{}\textgreater{}"),
+        ("τ=10, υ=1", r"$\tau$=10, $\upsilon$=1"),
+    ],
+)
+def test_latex_letters(text, written):
+    assert for_latex(text) == written
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("a|b", r"a\|b"),
+        ("a\n| b", r"a\\n\| b"),
+        ("[x](http://y)", r"\[x\](http://y)"),
+        ("<b>*_`~", r"&lt;b&gt;\*\_\`\~"),
+        ("&amp;", "&amp;amp;"),
+    ],
+)
+def test_markdown_letters(text, written):
+    assert for_markdown(text) == written
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+def test_a_spreadsheet_runs_no_name(text):
+    assert for_csv(text) == "'" + text
+
+
+def test_an_ordinary_name_stays_as_it_is_in_csv():
+    assert for_csv("car [rare], 1=1") == "car [rare], 1=1"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "$", r"\$", "$$x", "a\nb"])
+def test_matplotlib_draws_names_and_no_formulas(name):
+    from matplotlib.cbook import is_math_text
+    from matplotlib.figure import Figure
+
+    if "\\" not in name:
+        assert not is_math_text(for_matplotlib(name))
+    figure = Figure()
+    figure.text(0, 0, for_matplotlib(name))
+    figure.draw_without_rendering()
+
+
+# -- all tables ----------------------------------------------------------------------------------------------------
+
+EVIL = ("car [rare]", "tool [/x]", "=cmd()|x", "a\n| b | c |", "&\\input{x}\n%", "<img src=x>", "\x1b[2Jz", "\udcff")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, make_run_at):
+    root = tmp_path_factory.mktemp("runs")
+    first = make_run_at(root / "a", "loss=cross_entropy", classes=EVIL, protocol={"dataset": "=d\n[/x]"})
+    second = make_run_at(root / "b [bold]", classes=EVIL, protocol={"dataset": "=d\n[/x]"})
+    return compare([first, second])
+
+
+def test_markdown_has_one_line_per_row(table):
+    lines = markdown(table.table).splitlines()
+    assert len(lines) == 2 + 2 + 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:4]} == {len(EVIL) + 2 + 2}
+    assert r"car \[rare\]" in lines[0]
+
+
+def test_latex_has_one_line_per_row(table):
+    lines = latex(table.table).splitlines()
+    assert len(lines) == 2 + 1 + 1 + 1 + 2 + 2
+    body = [line for line in lines if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(EVIL) + 2}
+    commands = set(re.findall(r"\\[a-z]+", "\n".join(lines[1:])))
+    assert commands <= {
+        r"\begin", r"\end", r"\toprule", r"\midrule", r"\bottomrule", r"\textbf", r"\underline",
+        r"\textbackslash", r"\textbar", r"\textless", r"\textgreater", r"\tau", r"\upsilon",
+    }  # fmt: skip
+
+
+def test_csv_reads_back(table):
+    head, *rows = csv.reader(io.StringIO(csv_text(table.table)))
+    assert head[6:] == [f"iou/{name}" for name in EVIL]
+    assert [row[1] for row in rows] == [str(run.path) for run in table.runs]
+
+
+def test_class_table_shows_names(table):
+    results = json.loads(json.dumps(table.runs[0].results)) | {"absent_classes": ["gone\x1b[2J"]}
+    text = class_table(results)
+    assert all(name in text for name in ("car [rare]", "tool [/x]", r"a\n| b | c |", r"\x1b[2Jz", r"gone\x1b[2J"))
+    assert "\x1b" not in text
+
+
+def test_the_page_shows_names(table):
+    text = page(table, num_samples=100)
+    assert "<img src=x>" not in text
+    assert "&lt;img src=x&gt;" in text
+    assert "car [rare]" in text

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.bilinear import bilinear_matrix
+from segkit.bilinear import spans
 from segkit.errors import InputError, check_number
 from segkit.losses.checks import check_inputs
 from segkit.losses.tiles import compute_dtype
@@ -68,8 +68,7 @@ def margin_sums(
     histogram    (K, 60): pixels of class k by lambda_ik, in bins (low, high] of LAMBDA_EDGES; the outer two are open
     """
     num_classes = logits.shape[1]
-    stand_in = logits.new_empty(()).expand(len(target), num_classes, *target.shape[1:])
-    check_inputs(stand_in, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
+    check_inputs(logits, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
     offset = min(stride // 2, target.shape[1] - 1, target.shape[2] - 1)
     label = target[:, offset::stride, offset::stride].reshape(-1).long()
     scores = _scores_at(logits, target.shape[1:], offset, stride)
@@ -111,13 +110,17 @@ def _scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Te
     if logits.shape[2:] == size:
         chosen = logits[:, :, offset::stride, offset::stride].to(dtype)
     else:
-        rows, columns = (
-            bilinear_matrix(num_in, num_out)[offset::stride].to(logits.device, dtype)
-            for num_in, num_out in zip(logits.shape[2:], size, strict=True)
-        )
+        (rows,), (columns,) = (spans(num_in, out, out) for num_in, out in zip(logits.shape[2:], size, strict=True))
+        r, c = (span.matrix[offset::stride].to(logits.device, dtype) for span in (rows, columns))
         with torch.autocast(logits.device.type, enabled=False):
-            chosen = rows @ logits.to(dtype) @ columns.T
+            chosen = r @ logits[:, :, rows.first : rows.last, columns.first : columns.last].to(dtype) @ c.T
     return chosen.movedim(1, 0).flatten(1)
+
+
+def add_sums(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add ``part`` to ``sums``, key by key."""
+    for name, value in part.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def summarise(sums: dict[str, Tensor], *, class_pixels: Any = None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ and in every other exact implementation. What is left of all classes is sorted a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from segkit.errors import check_choice
 from segkit.losses.checks import check_inputs
-from segkit.losses.tiles import KeptGradient, compute_dtype, divides_early, fill_columns, read_labels
+from segkit.losses.pixel_loss import KeptGradient, at_label_size, divides_early
+from segkit.losses.tiles import compute_dtype, fill_columns, read_labels
 
 
 class LovaszSoftmaxLoss(nn.Module):
@@ -44,13 +45,13 @@ class LovaszSoftmaxLoss(nn.Module):
         self.ignore_index = int(ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        return KeptGradient.apply(logits, lambda given, wanted: self._compute(given, target, wanted))
+        return _LovaszGradient.apply(at_label_size(logits, target), target, self)
 
-    def _compute(self, logits: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What ``KeptGradient`` wants."""
+    def compute(self, logits: Tensor, target: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Value (), gradient where ``wanted`` and its divisor for logits at label size; see ``KeptGradient``."""
         whole = slice(0, len(logits))
         groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [whole]
         groups = [group for group in groups if bool((target[group] != self.ignore_index).any())]
@@ -64,12 +65,24 @@ class LovaszSoftmaxLoss(nn.Module):
             value += loss / len(groups)
             if gradient is not None and slope is not None:
                 factor = (1.0 if late is None else float(target.numel())) / len(groups)
-                slope = through_softmax(part.p, slope).mul_(factor)
+                # dL/ds = p (v - sum_k p_k v_k) of the slope v = dL/dp
+                slope.mul_(part.p)
+                slope.sub_(part.p.mul_(slope.sum(1, keepdim=True))).mul_(factor)
                 gradient[group] = slope.view(gradient[group].shape)
         return value, gradient, late
 
     def extra_repr(self) -> str:
         return f"classes={self.classes!r}, per_image={self.per_image}, ignore_index={self.ignore_index}"
+
+
+class _LovaszGradient(KeptGradient):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, loss: LovaszSoftmaxLoss) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(logits)
+        ctx.again = lambda leaf: _LovaszGradient.apply(leaf, target, loss)
+        with torch.autocast(logits.device.type, enabled=False):
+            value, ctx.gradient, ctx.divisor = loss.compute(logits, target, wanted=ctx.needs_input_grad[0])
+        return value
 
 
 class Probabilities(NamedTuple):
@@ -158,10 +171,3 @@ def growth_of(num_entries: Tensor, is_own: Tensor, size: Tensor, dtype: torch.dt
     whole = spread(size)
     union = (whole + b).to(dtype)
     return torch.where(is_own, 1 / union, (whole - f) / (union * (union + 1)))
-
-
-def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
-    """dL/ds (N,K,P) = p (v - sum_k p_k v_k) of ``slope`` v = dL/dp; both are overwritten."""
-    slope.mul_(p)
-    mean = slope.sum(1, keepdim=True)
-    return slope.sub_(p.mul_(mean))

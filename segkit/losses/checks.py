@@ -70,8 +70,8 @@ def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None
         values = torch.unique(wrong)
         examples = ", ".join(str(int(v)) for v in values[:5]) + (", ..." if values.numel() > 5 else "")
         raise InputError(
-            f"target holds label {examples} ({wrong.numel()} pixels), allowed are 0 to {num_classes - 1} and the ignore "
-            f"index {ignore_index}; mend the label table of the data set or the number of classes of the model"
+            f"target holds label {examples} ({wrong.numel()} pixels), allowed are 0 to {num_classes - 1} and the "
+            f"ignore index {ignore_index}; mend the label table of the data set or the number of classes of the model"
         )
 
 

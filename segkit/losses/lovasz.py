@@ -50,26 +50,24 @@ class LovaszSoftmaxLoss(nn.Module):
         check_inputs(logits, target, ignore_index=self.ignore_index)
         return _LovaszGradient.apply(at_label_size(logits, target), target, self)
 
-    def compute(self, logits: Tensor, target: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Value (), gradient where ``wanted`` and its divisor for logits at label size; see ``KeptGradient``."""
-        whole = slice(0, len(logits))
-        groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [whole]
+    def value_and_gradient(
+        self, logits: Tensor, target: Tensor, *, wanted: bool, factor: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss (), and ``factor`` times its gradient where that is ``wanted``, of logits at label size."""
+        groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [slice(0, len(logits))]
         groups = [group for group in groups if bool((target[group] != self.ignore_index).any())]
         value = torch.zeros((), dtype=compute_dtype(logits), device=logits.device)
         gradient = torch.zeros_like(logits) if wanted else None
-        # gradients shrink as 1 / pixels: in half precision that is left to the backward pass
-        late = None if divides_early(logits) else value.new_tensor(target.numel())
         for group in groups:
             part = probabilities(logits[group], target[group], self.ignore_index)
             loss, slope = lovasz_of_probabilities(part, all_classes=self.classes == "all", wanted=wanted)
             value += loss / len(groups)
             if gradient is not None and slope is not None:
-                factor = (1.0 if late is None else float(target.numel())) / len(groups)
                 # dL/ds = p (v - sum_k p_k v_k) of the slope v = dL/dp
                 slope.mul_(part.p)
-                slope.sub_(part.p.mul_(slope.sum(1, keepdim=True))).mul_(factor)
+                slope.sub_(part.p.mul_(slope.sum(1, keepdim=True))).mul_(factor / len(groups))
                 gradient[group] = slope.view(gradient[group].shape)
-        return value, gradient, late
+        return value, gradient
 
     def extra_repr(self) -> str:
         return f"classes={self.classes!r}, per_image={self.per_image}, ignore_index={self.ignore_index}"
@@ -80,8 +78,11 @@ class _LovaszGradient(KeptGradient):
     def forward(ctx: Any, logits: Tensor, target: Tensor, loss: LovaszSoftmaxLoss) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(logits)
         ctx.again = lambda leaf: _LovaszGradient.apply(leaf, target, loss)
+        # gradients shrink as 1 / pixels: in half precision that is left to the backward pass
+        ctx.divisor = None if divides_early(logits) else target.numel()
+        wanted, factor = ctx.needs_input_grad[0], 1.0 if ctx.divisor is None else float(ctx.divisor)
         with torch.autocast(logits.device.type, enabled=False):
-            value, ctx.gradient, ctx.divisor = loss.compute(logits, target, wanted=ctx.needs_input_grad[0])
+            value, ctx.gradient = loss.value_and_gradient(logits, target, wanted=wanted, factor=factor)
         return value
 
 

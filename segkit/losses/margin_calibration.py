@@ -11,7 +11,7 @@ y, largest score s_m1 and runner-up s_m2:
     paper        ln 2  1       valid pixels        Eqs. 16-18, log2(1 + 2^x)
     reference    1     K       valid pixels * K    the authors' released code
 
-The two differ for real. With K >= 5 the paper form raises a wrong top score where scores are nearly uniform,
+The two are different losses. With K >= 5 the paper form raises a wrong top score where scores are nearly uniform,
 so it wants a cross-entropy model to start from; the reference form trains from scratch.
 A large rho_0k makes the model more reluctant to predict class k: precision up, recall down.
 """
@@ -47,7 +47,7 @@ class MarginOffsets:
 
 
 def margin_offsets(class_pixels: Any, **options: Any) -> MarginOffsets:
-    """The margins of ``class_pixels`` (K,) as tensors; the options are those of ``segkit.margins.compute_margins``."""
+    """Return the margins for ``class_pixels`` (K,); the options are those of ``segkit.margins.compute_margins``."""
     if isinstance(class_pixels, Tensor):
         class_pixels = class_pixels.detach().cpu().numpy()
     margins = compute_margins(class_pixels, **options)
@@ -116,7 +116,7 @@ def margin_calibration(
     ignore_index: int = 255,
     compile_tiles: bool | None = None,
 ) -> MarginCalibrationLoss:
-    """The loss with the margins of ``class_pixels`` (K,); the arguments are those of ``margin_offsets``."""
+    """Return the loss with the margins for ``class_pixels`` (K,); see ``margin_offsets`` for the other arguments."""
     options = {"tau": tau, "upsilon": upsilon, "scale": scale, "mean_margin": mean_margin, "absent": absent}
     offsets = margin_offsets(class_pixels, **options, rho_max=rho_max, class_names=class_names)
     margins = {"rho_k0": offsets.rho_k0, "rho_0k": offsets.rho_0k}

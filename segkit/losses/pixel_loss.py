@@ -71,11 +71,10 @@ class PixelLoss(nn.Module):
 class KeptGradient(torch.autograd.Function):
     """A loss whose gradient is computed together with its value, and kept until the backward pass asks for it.
 
-    This is the one of ``PixelLoss``; a subclass for another loss has a ``forward`` of its own that sets these:
-    ``ctx.gradient`` (None if none is wanted), ``ctx.divisor`` (() or None) and ``ctx.again``, the function of the
-    logits (saved for backward) that ``apply`` was. The gradient of the value is gradient / divisor. A divisor is for
-    gradients kept in half precision: g / n would underflow to zero there, g times the incoming (loss-scaled) gradient
-    does not.
+    ``forward`` is that of ``PixelLoss``. A subclass for another loss saves its logits for the backward pass and sets
+    ``ctx.gradient`` (None if none is wanted), ``ctx.divisor`` (() or None) and ``ctx.again``, which applies it to
+    other logits. The gradient of the value is gradient / divisor. A divisor is for gradients kept in half precision:
+    g / n would underflow to zero there, g times the incoming (loss-scaled) gradient does not.
     """
 
     @staticmethod
@@ -91,8 +90,8 @@ class KeptGradient(torch.autograd.Function):
             found = rule.at_once(logits, target, ignore_index=loss.ignore_index, factor=factor)
         if found is None:
             sums = _Sums(logits, target, factor=factor, wanted=wanted)
+            function = rule.function(compile=compile)
             for blocks in tiles.cut(logits, target):
-                function = rule.function(compile=compile)
                 # a compiled call has threads of its own
                 parts = tiles.run(blocks, function, sums.write, ignore_index=loss.ignore_index, split=not compile)
                 sums.add(blocks, parts)
@@ -169,8 +168,7 @@ class _PixelMap(torch.autograd.Function):
             sums.write(block, labels, loss, gradient)
 
         for blocks in tiles.cut(logits, target):
-            function = rule.function(compile=compile)
-            tiles.run(blocks, function, write, ignore_index=loss.ignore_index, split=not compile)
+            tiles.run(blocks, rule.function(compile=compile), write, ignore_index=loss.ignore_index, split=not compile)
         ctx.save_for_backward(sums.gradient)
         return losses
 

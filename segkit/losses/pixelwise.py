@@ -18,7 +18,7 @@ WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
 
 
 def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
-    """(K,) float32 weights from ``class_pixels`` (K,) label counts, with P_k the share of class k.
+    """Return (K,) float32 weights for the label counts ``class_pixels`` (K,), with P_k the share of class k.
 
     "inverse": 1 / P_k; "inverse_sqrt": 1 / sqrt(P_k); "median_frequency": median(P) / P_k (Eigen & Fergus,
     ICCV 2015, with dataset-wide shares); "enet": 1 / ln(1.02 + P_k) (Paszke et al., 2016), which never
@@ -46,7 +46,7 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
 
 
 def softmax_parts(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(s - max s) (K,P), its sum over classes (P,), log p_y (P,)) with p = softmax(s), ``s`` (K,P), ``y`` (P,)."""
+    """Return exp(s - max s) (K,P), its sum over classes (P,) and log p_y (P,), p = softmax(s), of s (K,P), y (P,)."""
     s = torch.sub(s, s.amax(0), out=work.buffer("exponentials", s))
     label_s = s.gather(0, y.unsqueeze(0))[0]
     total = s.exp_().sum(0)
@@ -61,7 +61,7 @@ def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, T
 
 
 def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[k = y] (..,K,P), log p (..,K,P), log p_y (..,1,P) and p_y - 1 (..,1,P) of ``s`` (..,K,P), ``y`` (..,P)."""
+    """Return [k = y] (..,K,P), log p (..,K,P), log p_y (..,1,P) and p_y - 1 (..,1,P) of s (..,K,P) and y (..,P)."""
     is_label = torch.arange(s.shape[-2], device=s.device, dtype=y.dtype)[:, None] == y.unsqueeze(-2)
     s = s - s.amax(-2, keepdim=True)
     log_p = s - s.exp().sum(-2, keepdim=True).log()
@@ -237,8 +237,7 @@ def cross_entropy(
     ignore_index: int = 255,
     compile_tiles: bool | None = None,
 ) -> CrossEntropyLoss:
-    """Cross-entropy with class weights from ``class_pixels`` (K,): see ``class_weights``; None weighs all
-    alike."""
+    """Return cross-entropy, with the ``class_weights`` of ``class_pixels`` (K,) where a ``weighting`` is given."""
     check_choice(weighting, "weighting", WEIGHTINGS)
     weight = None
     if weighting is not None:

@@ -6,8 +6,7 @@ probabilities p and one-hot labels t:
     hits_k = sum p_k t_k        mass_k = sum p_k        size_k = sum t_k
     false positives FP_k = mass_k - hits_k              false negatives FN_k = size_k - hits_k
 
-A class without a valid pixel in the batch is left out of the mean, so an empty class neither costs nor
-rewards.
+A class without a valid pixel in the batch is left out of the mean: it neither costs nor rewards anything.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]
 
 
 def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(hits, mass, size), each (K,), of ``logits`` (N,K,H,W) and ``target`` (N,H,W): the head of this file."""
+    """Return hits, mass and size, (K,) each, of ``logits`` (N,K,H,W) at label size; see the head of this file."""
     return _SoftCounts.apply(logits, target, ignore_index)
 
 

@@ -3,7 +3,7 @@
     python scripts/bench_losses.py [--md] [--repeats 7] [--threads 2] [--reference FILE] [--only margin lovasz]
 
 Three cases (N,K,H,W): logits at label size, with 19 and with 150 classes, and logits at a quarter of the label size
-that every row up-samples by 4: segkit block by block where the loss allows it, torch all at once.
+that every row up-samples by 4: segkit block by block for losses that are sums over pixels, torch all at once.
 
 Time: each loss takes turns with torch's cross-entropy, at least --repeats times and for --seconds; median of its wall
 time, and the ratio of that to the median of the cross-entropies between.
@@ -31,7 +31,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,9 @@ def rows(num_classes: int, reference: str | None) -> dict[str, Loss]:
     counts = torch.randint(10**6, 10**8, (num_classes,), generator=generator)
     offsets = losses.margin_offsets(counts, scale="mean", mean_margin=0.5)
     margins = {"rho_k0": offsets.rho_k0, "rho_0k": offsets.rho_0k}
-    modules: dict[str, Any] = {
+    cross_entropy = functools.partial(F.cross_entropy, ignore_index=VOID)
+    found: dict[str, Loss] = {
+        BASE: upsampled_by_torch(cross_entropy),
         "margin calibration": losses.MarginCalibrationLoss(**margins),
         "margin calibration, compiled": losses.MarginCalibrationLoss(**margins, compile_tiles=True),
         "margin calibration, reference form": losses.MarginCalibrationLoss(**margins, form="reference"),
@@ -104,12 +105,9 @@ def rows(num_classes: int, reference: str | None) -> dict[str, Loss]:
         "generalised Dice": losses.GeneralizedDiceLoss(),
         "Tversky": losses.TverskyLoss(),
         "Jaccard metric loss": losses.JaccardMetricLoss(),
+        "margin calibration, autograd": upsampled_by_torch(functools.partial(margin_autograd, **margins)),
+        "Lovasz-softmax, textbook": upsampled_by_torch(lovasz_textbook),
     }
-    found: dict[str, Loss] = {name: losses.UpsampledLoss(module) for name, module in modules.items()}
-    cross_entropy = functools.partial(F.cross_entropy, ignore_index=VOID)
-    found = {BASE: upsampled_by_torch(cross_entropy)} | found
-    found["margin calibration, autograd"] = upsampled_by_torch(functools.partial(margin_autograd, **margins))
-    found["Lovasz-softmax, textbook"] = upsampled_by_torch(lovasz_textbook)
     if reference is not None:
         found[f"reference: {reference}"] = upsampled_by_torch(load_reference(reference)(num_classes))
     return found

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from segkit.config.compose import compose
 from segkit.data.loader import Batch
-from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss, ObservedLoss, UpsampledLoss
+from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss
 from segkit.run import build
+from segkit.run.charts import LossObserver
 from segkit.training.optim import parameter_groups
 from segkit.training.precision import Mixed
 from segkit.training.step import split, train_step
@@ -97,11 +98,12 @@ def checkpoint_stall(model, loss, optimizer, batches, *, mixed: Mixed, interval:
 def diagnostics_cost(model, batches, *, mixed: Mixed, every: int, steps: int) -> str:
     """Seconds of a step with the margin loss, with and without its diagnostics in turns."""
     margins = torch.full((NUM_CLASSES,), 0.1)
-    plain = UpsampledLoss(MarginCalibrationLoss(rho_k0=margins, rho_0k=margins)).to(mixed.device)
+    plain, watched = (MarginCalibrationLoss(rho_k0=margins, rho_0k=margins).to(mixed.device) for _ in range(2))
+    LossObserver(watched)  # a hook of the loss
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
     seconds: dict[str, list[float]] = {"without": [], "with": []}
     for step in range(2 * steps + 4):
-        name, loss = (("without", plain), ("with", ObservedLoss(plain)))[step % 2]
+        name, loss = (("without", plain), ("with", watched))[step % 2]
         parts = split(batches[step // 2 % len(batches)], 1)  # the same batch for both
         start = time.perf_counter()
         train_step(model, loss, optimizer, parts, mixed=mixed, scaler=mixed.scaler())  # waits for the loss's value
@@ -146,7 +148,7 @@ def main() -> None:
     config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
     device = torch.device(arguments.device)
     model = build.build_model(config, NUM_CLASSES).to(device)
-    loss = UpsampledLoss(CrossEntropyLoss()).to(device)
+    loss = CrossEntropyLoss().to(device)
     mixed = Mixed(arguments.precision, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4)
     batches = make_batches(arguments)

@@ -76,14 +76,6 @@ def _span(num_in: int, num_out: int, outputs: slice) -> Span:
     return Span(outputs, first, last, matrix)
 
 
-def bilinear_matrix(num_in: int, num_out: int) -> Tensor:
-    """(num_out, num_in) float64: the whole axis."""
-    span = spans(num_in, num_out, num_out)[0]
-    matrix = torch.zeros(num_out, num_in, dtype=torch.float64)
-    matrix[:, span.first : span.last] = span.matrix
-    return matrix
-
-
 def source_rows(rows: slice, *, height: int, extent: float, num_rows: int) -> slice:
     """Rows of a map that `resized_rows` mixes for the rows ``rows`` of ``height``; ``extent`` is the vertical one."""
     if extent == height:

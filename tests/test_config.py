@@ -158,7 +158,7 @@ def test_a_target_where_none_has_its_place(node):
 
 def test_facts_go_where_they_are_asked_for():
     function, arguments = bind(
-        {"_target_": "segkit.losses.cross_entropy", "weighting": "inverse", "class_pixels": None, "banded": True},
+        {"_target_": "segkit.losses.cross_entropy", "weighting": "inverse", "class_pixels": None, "diagnostics": True},
         {"class_pixels": [1, 2], "num_classes": 2, "ignore_index": 255},
         key="loss",
     )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from segkit.errors import InputError
 
-LOSS_OPTIONS = ("banded", "diagnostics")
+LOSS_OPTIONS = ("diagnostics",)
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
 
 

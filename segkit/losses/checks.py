@@ -1,4 +1,4 @@
-"""What every loss accepts, said in one sentence when it gets something else."""
+"""What every loss accepts, and one sentence for whatever else it is given."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from segkit.errors import InputError
 
 
 def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_classes: int | None = None) -> None:
-    """Raise InputError unless ``logits`` (N,K,H,W) float and ``target`` (N,H,W) integer belong together.
+    """Raise InputError unless ``logits`` (N,K,h,w) float and ``target`` (N,H,W) integer belong together.
 
-    Every label must lie in [0, K) or equal ``ignore_index``; ``num_classes`` is the K that the loss was built
-    for, where it was built for one. The range of the labels costs two reductions over them: about 0.05 ms
-    for a batch on a CPU; on an accelerator it also waits for the forward pass once per call, which buys a
-    message with the value instead of a device-side assertion that kills the process.
+    The two may differ in height and width. Every label must lie in [0, K) or equal ``ignore_index``; ``num_classes``
+    is the K that the loss was built for, if it was built for one. The range of the labels costs two reductions over
+    them: about 0.05 ms for a batch on a CPU; on an accelerator it also waits for the forward pass once per call, which
+    buys a message with the value instead of a device-side assertion that kills the process.
     """
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
         raise InputError(f"logits and target must be tensors, got {type(logits).__name__} and {type(target).__name__}")
@@ -26,22 +26,21 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
         raise InputError(
             f"target must hold integer labels (int64, shape (N, H, W)), got {target.dtype}; convert it with .long()"
         )
-    if target.dim() != 3 or target.shape != (logits.shape[0], *logits.shape[2:]):
+    if target.dim() != 3 or len(target) != len(logits):
         raise InputError(
-            f"target must have shape {(logits.shape[0], *logits.shape[2:])} for logits of shape "
-            f"{shape(logits)}, "
-            f"got {shape(target)}; for logits at another resolution use segkit.losses.UpsampledLoss"
+            f"target must have shape (N, H, W) with the N = {len(logits)} images of the logits of shape "
+            f"{shape(logits)}, got {shape(target)}; pass logits and labels of the same images"
+        )
+    if 0 in logits.shape[2:] and logits.shape[2:] != target.shape[1:]:
+        raise InputError(
+            f"logits of shape {shape(logits)} hold no pixel to up-sample to a target of shape {shape(target)}; "
+            "pass logits of at least one row and one column"
         )
     if logits.device != target.device:
         raise InputError(
             f"logits are on {logits.device} but target is on {target.device}; move one of them with .to(device)"
         )
-    check_classes(logits.shape[1], num_classes)
-    check_labels(target, num_classes=logits.shape[1], ignore_index=ignore_index)
-
-
-def check_classes(channels: int, num_classes: int | None) -> None:
-    """Raise InputError for logits of one class, or of another number than the loss was built for."""
+    channels = logits.shape[1]
     if channels < 2:
         raise InputError(
             f"logits have K = {channels} class but a segmentation loss needs at least 2; "
@@ -52,6 +51,7 @@ def check_classes(channels: int, num_classes: int | None) -> None:
             f"logits have {channels} classes but this loss was built for {num_classes} "
             "(its margins or class weights); count labels and build the model with the same label table"
         )
+    check_labels(target, num_classes=channels, ignore_index=ignore_index)
 
 
 def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None:
@@ -68,12 +68,10 @@ def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None
     wrong = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if wrong.numel():
         values = torch.unique(wrong)
-        shown = ", ".join(str(int(v)) for v in values[:5]) + (", ..." if values.numel() > 5 else "")
+        examples = ", ".join(str(int(v)) for v in values[:5]) + (", ..." if values.numel() > 5 else "")
         raise InputError(
-            f"target holds label {shown} ({wrong.numel()} pixels), allowed are 0 to {num_classes - 1} and "
-            "the "
-            f"ignore index {ignore_index}; mend the label table of the data set or the number of classes of "
-            "the model"
+            f"target holds label {examples} ({wrong.numel()} pixels), allowed are 0 to {num_classes - 1} and the "
+            f"ignore index {ignore_index}; mend the label table of the data set or the number of classes of the model"
         )
 
 

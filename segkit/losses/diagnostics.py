@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.bilinear import bilinear_matrix
+from segkit.bilinear import spans
 from segkit.errors import InputError, check_number
 from segkit.losses.checks import check_inputs
 from segkit.losses.tiles import compute_dtype
@@ -33,7 +33,7 @@ LAMBDA_EDGES = np.sinh(np.arange(-30, 31) / 6)
 
 
 def rho_margin_loss(margin: Tensor, rho: Tensor) -> Tensor:
-    """phi_rho of ``margin`` (..): 1 where it is 0 or less, 0 from ``rho`` on, linear between; broadcasts."""
+    """Return phi_rho of ``margin`` (..): 1 where it is 0 or less, 0 from ``rho`` on, linear between; broadcasts."""
     inside = torch.where(rho > 0, rho, 1)
     return torch.where(rho > 0, (1 - margin / inside).clamp(0, 1), (margin <= 0).to(margin.dtype))
 
@@ -55,7 +55,7 @@ def margin_sums(
     ignore_index: int = 255,
     stride: int = STRIDE,
 ) -> dict[str, Tensor]:
-    """Sums over every ``stride``-th row and column of a batch, float64; add them over batches and ranks.
+    """Return sums over every ``stride``-th row and column of a batch, float64, to be added over batches and ranks.
 
     ``logits`` (N,K,h,w) may be below the resolution of ``target`` (N,H,W): they are interpolated at the chosen
     pixels only. Without margins (None) the margins are 0. The keys, each (K,) but the last:
@@ -68,8 +68,7 @@ def margin_sums(
     histogram    (K, 60): pixels of class k by lambda_ik, in bins (low, high] of LAMBDA_EDGES; the outer two are open
     """
     num_classes = logits.shape[1]
-    stand_in = logits.new_empty(()).expand(len(target), num_classes, *target.shape[1:])
-    check_inputs(stand_in, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
+    check_inputs(logits, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
     offset = min(stride // 2, target.shape[1] - 1, target.shape[2] - 1)
     label = target[:, offset::stride, offset::stride].reshape(-1).long()
     scores = _scores_at(logits, target.shape[1:], offset, stride)
@@ -111,17 +110,21 @@ def _scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Te
     if logits.shape[2:] == size:
         chosen = logits[:, :, offset::stride, offset::stride].to(dtype)
     else:
-        rows, columns = (
-            bilinear_matrix(num_in, num_out)[offset::stride].to(logits.device, dtype)
-            for num_in, num_out in zip(logits.shape[2:], size, strict=True)
-        )
+        (rows,), (columns,) = (spans(num_in, out, out) for num_in, out in zip(logits.shape[2:], size, strict=True))
+        r, c = (span.matrix[offset::stride].to(logits.device, dtype) for span in (rows, columns))
         with torch.autocast(logits.device.type, enabled=False):
-            chosen = rows @ logits.to(dtype) @ columns.T
+            chosen = r @ logits[:, :, rows.first : rows.last, columns.first : columns.last].to(dtype) @ c.T
     return chosen.movedim(1, 0).flatten(1)
 
 
+def add_sums(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add ``part`` to ``sums``, key by key."""
+    for name, value in part.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
 def summarise(sums: dict[str, Tensor], *, class_pixels: Any = None) -> dict[str, Tensor]:
-    """Figures of summed ``margin_sums``: (K,) float64, nan for a class without pixels, and () for the means.
+    """Return the figures of summed ``margin_sums``: (K,) float64, nan for a class without pixels, () for the means.
 
     iou_bound (K,) and mean_iou_bound () at the margins of the loss, iou_bound_fixed and mean_iou_bound_fixed at
     FIXED_MARGIN; mean_margin (K,): mean lambda_y of a class; inside_k0, inside_0k (K,): shares of the pixels of
@@ -150,10 +153,11 @@ def summarise(sums: dict[str, Tensor], *, class_pixels: Any = None) -> dict[str,
 
 
 def epsilon(class_pixels: Any, *, rho_0k: Any, ratios: Any, complexity: float) -> float:
-    """The epsilon of Theorem 1 for margins ``rho_0k`` (K,) and ratios mu_k = rho_k0 / rho_0k (``margin_ratios``).
+    """Return the epsilon of Theorem 1 for margins ``rho_0k`` (K,) and ratios mu_k = rho_k0 / rho_0k.
 
-    (1/K) sum_k [sqrt(N - N_k) + sqrt(N_k) / mu_k] / [N_k rho_0k / (4 K C) - sqrt(N - N_k)], C = ``complexity``, which
-    nobody knows. inf where a bracket below is not positive: the margins are too small for the theorem to say anything.
+    (1/K) sum_k [sqrt(N - N_k) + sqrt(N_k) / mu_k] / [N_k rho_0k / (4 K C) - sqrt(N - N_k)], with the unknown constant
+    C = ``complexity``. inf if a denominator is not positive: the theorem says nothing about margins so small. The
+    ratios are those of ``margin_ratios``.
     """
     counts = np.asarray(class_pixels, dtype=np.float64)
     rho, mu = np.asarray(rho_0k, dtype=np.float64), np.asarray(ratios, dtype=np.float64)

@@ -15,7 +15,7 @@ and in every other exact implementation. What is left of all classes is sorted a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from segkit.errors import check_choice
 from segkit.losses.checks import check_inputs
-from segkit.losses.tiles import KeptGradient, compute_dtype, divides_early, fill_columns, read_labels
+from segkit.losses.pixel_loss import KeptGradient, at_label_size, divides_early
+from segkit.losses.tiles import compute_dtype, fill_columns, read_labels
 
 
 class LovaszSoftmaxLoss(nn.Module):
@@ -44,32 +45,45 @@ class LovaszSoftmaxLoss(nn.Module):
         self.ignore_index = int(ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        return KeptGradient.apply(logits, lambda given, wanted: self._compute(given, target, wanted))
+        return _LovaszGradient.apply(at_label_size(logits, target), target, self)
 
-    def _compute(self, logits: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What ``KeptGradient`` wants."""
-        whole = slice(0, len(logits))
-        groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [whole]
+    def value_and_gradient(
+        self, logits: Tensor, target: Tensor, *, wanted: bool, factor: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss (), and ``factor`` times its gradient where that is ``wanted``, of logits at label size."""
+        groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [slice(0, len(logits))]
         groups = [group for group in groups if bool((target[group] != self.ignore_index).any())]
         value = torch.zeros((), dtype=compute_dtype(logits), device=logits.device)
         gradient = torch.zeros_like(logits) if wanted else None
-        # gradients shrink as 1 / pixels: in half precision that is left to the backward pass
-        late = None if divides_early(logits) else value.new_tensor(target.numel())
         for group in groups:
             part = probabilities(logits[group], target[group], self.ignore_index)
             loss, slope = lovasz_of_probabilities(part, all_classes=self.classes == "all", wanted=wanted)
             value += loss / len(groups)
             if gradient is not None and slope is not None:
-                factor = (1.0 if late is None else float(target.numel())) / len(groups)
-                slope = through_softmax(part.p, slope).mul_(factor)
+                # dL/ds = p (v - sum_k p_k v_k) of the slope v = dL/dp
+                slope.mul_(part.p)
+                slope.sub_(part.p.mul_(slope.sum(1, keepdim=True))).mul_(factor / len(groups))
                 gradient[group] = slope.view(gradient[group].shape)
-        return value, gradient, late
+        return value, gradient
 
     def extra_repr(self) -> str:
         return f"classes={self.classes!r}, per_image={self.per_image}, ignore_index={self.ignore_index}"
+
+
+class _LovaszGradient(KeptGradient):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, loss: LovaszSoftmaxLoss) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(logits)
+        ctx.again = lambda leaf: _LovaszGradient.apply(leaf, target, loss)
+        # gradients shrink as 1 / pixels: in half precision that is left to the backward pass
+        ctx.divisor = None if divides_early(logits) else target.numel()
+        wanted, factor = ctx.needs_input_grad[0], 1.0 if ctx.divisor is None else float(ctx.divisor)
+        with torch.autocast(logits.device.type, enabled=False):
+            value, ctx.gradient = loss.value_and_gradient(logits, target, wanted=wanted, factor=factor)
+        return value
 
 
 class Probabilities(NamedTuple):
@@ -158,10 +172,3 @@ def growth_of(num_entries: Tensor, is_own: Tensor, size: Tensor, dtype: torch.dt
     whole = spread(size)
     union = (whole + b).to(dtype)
     return torch.where(is_own, 1 / union, (whole - f) / (union * (union + 1)))
-
-
-def through_softmax(p: Tensor, slope: Tensor) -> Tensor:
-    """dL/ds (N,K,P) = p (v - sum_k p_k v_k) of ``slope`` v = dL/dp; both are overwritten."""
-    slope.mul_(p)
-    mean = slope.sum(1, keepdim=True)
-    return slope.sub_(p.mul_(mean))

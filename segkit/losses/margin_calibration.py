@@ -11,7 +11,7 @@ y, largest score s_m1 and runner-up s_m2:
     paper        ln 2  1       valid pixels        Eqs. 16-18, log2(1 + 2^x)
     reference    1     K       valid pixels * K    the authors' released code
 
-The two differ for real. With K >= 5 the paper form raises a wrong top score where scores are nearly uniform,
+The two are different losses. With K >= 5 the paper form raises a wrong top score where scores are nearly uniform,
 so it wants a cross-entropy model to start from; the reference form trains from scratch.
 A large rho_0k makes the model more reluctant to predict class k: precision up, recall down.
 """
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from segkit.errors import InputError, check_choice
-from segkit.losses.diagnostics import margin_sums
-from segkit.losses.margin_tile import SMALL_MARGIN, margin_dense, margin_tile
-from segkit.losses.tiles import PixelLoss, TileRule
+from segkit.losses.compiling import TileRule
+from segkit.losses.margin_tile import margin_dense, margin_tile
+from segkit.losses.pixel_loss import PixelLoss
 from segkit.margins import DEFAULT_TAU, compute_margins
 
 __all__ = ["MarginCalibrationLoss", "MarginOffsets", "margin_calibration", "margin_offsets"]
@@ -47,7 +47,7 @@ class MarginOffsets:
 
 
 def margin_offsets(class_pixels: Any, **options: Any) -> MarginOffsets:
-    """The margins of ``class_pixels`` (K,) as tensors; the options are those of ``segkit.margins.compute_margins``."""
+    """Return the margins for ``class_pixels`` (K,); the options are those of ``segkit.margins.compute_margins``."""
     if isinstance(class_pixels, Tensor):
         class_pixels = class_pixels.detach().cpu().numpy()
     margins = compute_margins(class_pixels, **options)
@@ -60,7 +60,7 @@ margin_offsets.__signature__ = inspect.signature(compute_margins)  # type: ignor
 class MarginCalibrationLoss(PixelLoss):
     """Margin calibration with margins ``rho_k0``, ``rho_0k``, each (K,) in logits and not negative.
 
-    ``form``: "paper" or "reference", see the head of this file. Call: loss(logits (N,K,H,W), target (N,H,W)).
+    ``form``: "paper" or "reference", see the head of this file. Call: loss(logits (N,K,h,w), target (N,H,W)).
     """
 
     rho_k0: Tensor
@@ -76,13 +76,12 @@ class MarginCalibrationLoss(PixelLoss):
         compile_tiles: bool | None = None,
     ) -> None:
         check_choice(form, "form", FORMS)
-        rho_k0, rho_0k = (torch.as_tensor(r, dtype=torch.float32).clone() for r in (rho_k0, rho_0k))
+        rho_k0, rho_0k = (torch.as_tensor(rho, dtype=torch.float32).clone() for rho in (rho_k0, rho_0k))
         for name, rho in (("rho_k0", rho_k0), ("rho_0k", rho_0k)):
             if rho.dim() != 1 or len(rho) < 2 or rho.shape != rho_k0.shape:
                 raise InputError(
                     "margins must be two vectors of one length K >= 2, got rho_k0 of shape "
-                    f"{tuple(rho_k0.shape)} "
-                    f"and rho_0k of shape {tuple(rho_0k.shape)}; take both from margin_offsets"
+                    f"{tuple(rho_k0.shape)} and rho_0k of shape {tuple(rho_0k.shape)}; take both from margin_offsets"
                 )
             if not bool(torch.isfinite(rho).all()) or bool((rho < 0).any()):
                 raise InputError(
@@ -91,18 +90,13 @@ class MarginCalibrationLoss(PixelLoss):
                 )
         super().__init__(ignore_index=ignore_index, num_classes=len(rho_k0), compile_tiles=compile_tiles)
         self.form = form
-        self.small = float(rho_0k.max()) * (math.log(2.0) if form == "paper" else 1.0) <= SMALL_MARGIN
         self.register_buffer("rho_k0", rho_k0)
         self.register_buffer("rho_0k", rho_0k)
 
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
         c, w_pos, divisor = (math.log(2.0), 1, 1) if self.form == "paper" else (1.0, num_classes, num_classes)
-        parameters = (c * self.rho_k0.to(dtype), c * self.rho_0k.to(dtype), c, float(w_pos), self.small)
-        return TileRule(margin_tile, margin_dense, parameters, scale=1 / divisor)
-
-    def diagnostics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Sums (K,) of ``segkit.losses.diagnostics.margin_sums`` at the margins of this loss."""
-        return margin_sums(logits, target, rho_k0=self.rho_k0, rho_0k=self.rho_0k, ignore_index=self.ignore_index)
+        margins = {"rho_k0": c * self.rho_k0.to(dtype), "rho_0k": c * self.rho_0k.to(dtype)}
+        return TileRule(margin_tile, margin_dense, {**margins, "c": c, "w_pos": float(w_pos)}, scale=1 / divisor)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, form={self.form!r}, ignore_index={self.ignore_index}"
@@ -122,21 +116,8 @@ def margin_calibration(
     ignore_index: int = 255,
     compile_tiles: bool | None = None,
 ) -> MarginCalibrationLoss:
-    """The loss with the margins of ``class_pixels`` (K,); the arguments are those of ``margin_offsets``."""
-    offsets = margin_offsets(
-        class_pixels,
-        tau=tau,
-        upsilon=upsilon,
-        scale=scale,
-        mean_margin=mean_margin,
-        absent=absent,
-        rho_max=rho_max,
-        class_names=class_names,
-    )
-    return MarginCalibrationLoss(
-        rho_k0=offsets.rho_k0,
-        rho_0k=offsets.rho_0k,
-        form=form,
-        ignore_index=ignore_index,
-        compile_tiles=compile_tiles,
-    )
+    """Return the loss with the margins for ``class_pixels`` (K,); see ``margin_offsets`` for the other arguments."""
+    options = {"tau": tau, "upsilon": upsilon, "scale": scale, "mean_margin": mean_margin, "absent": absent}
+    offsets = margin_offsets(class_pixels, **options, rho_max=rho_max, class_names=class_names)
+    margins = {"rho_k0": offsets.rho_k0, "rho_0k": offsets.rho_0k}
+    return MarginCalibrationLoss(**margins, form=form, ignore_index=ignore_index, compile_tiles=compile_tiles)

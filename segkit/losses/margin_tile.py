@@ -17,50 +17,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segkit.losses.tiles import Workspace, mask_of, not_on_cpu, room
-
-SMALL_MARGIN = 4.0
-"""Margins (times c) up to which exp(x) = g / (1 - g) is exact to float32 for g = sigmoid(x), x <= margin."""
+from segkit.losses.tiles import Workspace
 
 BIG = 1e30
+PRODUCT_LIMIT = 4.0
+"""Up to this x, exp(x) = g / (1 - g) is exact to float32 for g = sigmoid(x), and a product of eight cannot overflow."""
 
 
 def margin_tile(
-    s: Tensor, y: Tensor, work: Workspace | None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+    s: Tensor, y: Tensor, work: Workspace, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss (P,) and gradient (K,P): the head of this file. ``small``: no rho_0k exceeds SMALL_MARGIN.
+    """Loss (P,) and gradient (K,P): the head of this file.
 
     Written for few passes over (K,P): every class is first treated as if it were neither label nor maximum; these two
     are then put right pixel by pixel.
     """
-    if not_on_cpu(s):
-        return tied_margin_tile(s, y, work, rho_k0, rho_0k, c, w_pos, small)
-    original, s = s, torch.sub(s, s.amax(0), out=room(work, 0, s))
-    is_top = mask_of(s, 0, room(work, 1, s))
+    if torch.compiler.is_compiling() or s.device.type != "cpu":  # asking for a value is impossible or slow
+        return tied_margin_tile(s, y, work, rho_k0, rho_0k, c, w_pos)
+    original, s = s, torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
+    is_top = torch.eq(s, 0, out=work.buffer("is top", s))
     count_and_place = torch.stack([torch.ones_like(rho_0k), torch.arange(len(s), dtype=s.dtype)])
     ties, top = count_and_place @ is_top
     if float(ties.amax()) > 1:
-        return tied_margin_tile(original, y, work, rho_k0, rho_0k, c, w_pos, small)
+        return tied_margin_tile(original, y, work, rho_k0, rho_0k, c, w_pos)
     top = top.long()
     second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=is_top).amax(0)
-    is_second = mask_of(s, second, is_top)
+    is_second = torch.eq(s, second, out=is_top)
     label = y.unsqueeze(0)
     label_s = s.gather(0, label)[0]
-    hit = mask_of(label_s, 0)  # the label is the maximum; lambda there is -second
+    hit = (label_s == 0).to(s.dtype)  # the label is the maximum; lambda there is -second
     label_x = torch.addcmul(rho_k0[y], label_s - hit * second, hit.new_tensor(-c))
     top_x = torch.sub(rho_0k[top], second, alpha=c)
     loss, label_g, top_g = w_pos * softplus(label_x), -w_pos * torch.sigmoid(label_x), torch.sigmoid(top_x)
     loss = loss.addcmul_(softplus(top_x), 1 - hit)
 
-    x = torch.add(rho_0k[:, None], s, alpha=c, out=s)
-    both = torch.stack([y, top])
-    if small:
-        g = torch.sigmoid(x, out=room(work, 2, s)).scatter_(0, both, 0.0)
-        loss += small_softplus_sum(g, x, work)
-    else:
-        x.scatter_(0, both, -BIG)
-        g = torch.sigmoid(x, out=room(work, 2, s))
-        loss += softplus(x).sum(0)
+    x = torch.add(rho_0k[:, None], s, alpha=c, out=s).scatter_(0, torch.stack([y, top]), -BIG)
+    g = torch.sigmoid(x, out=work.buffer("gradient", s))
+    loss += softplus_sum(x, g, work, limit=float(rho_0k.amax()))
     at_top = torch.lerp(top_g, label_g, hit)
     elsewhere = g.sum(0).addcmul_(label_g, 1 - hit)
     g.scatter_(0, label, label_g[None]).scatter_(0, top[None], (at_top - elsewhere)[None])
@@ -69,30 +62,27 @@ def margin_tile(
 
 
 def tied_margin_tile(
-    s: Tensor, y: Tensor, work: Workspace | None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
+    s: Tensor, y: Tensor, work: Workspace, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float
 ) -> tuple[Tensor, Tensor]:
     """``margin_tile`` for pixels where any number of scores may tie for the maximum."""
-    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
-    is_top = mask_of(s, 0, room(work, 1, s))
+    s = torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
+    is_top = torch.eq(s, 0, out=work.buffer("is top", s))
     ties = is_top.sum(0)
-    alone = mask_of(ties, 1)  # the maximum is unique
-    spare = room(work, 2, s)
+    alone = (ties == 1).to(s.dtype)  # the maximum is unique
+    spare = work.buffer("gradient", s)
     second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=spare).amax(0)
-    is_second = mask_of(s, second, room(work, 3, s))
+    is_second = torch.eq(s, second, out=work.buffer("is second", s))
     gap = -second * alone  # lambda at the maximum
     label_s = s.gather(0, y.unsqueeze(0))[0]
-    hit = mask_of(label_s, 0) * alone  # the label is the unique maximum
+    hit = (label_s == 0) * alone  # the label is the unique maximum
     label_x = rho_k0[y] - c * (label_s + hit * gap)
     top_x = torch.addcmul(rho_0k @ is_top, gap, alone, value=c)
     x = torch.add(rho_0k[:, None], s, alpha=c, out=s).addcmul_(is_top, gap, value=c)
     g = torch.sigmoid(x, out=spare)
 
     # The sum over all classes but a unique maximum, then put right, pixel by pixel, at maximum and label.
-    if small:
-        loss = small_softplus_sum(g * (1 - is_top * alone), x, work)
-    else:
-        loss = softplus(x.addcmul_(is_top, alone, value=-BIG)).sum(0)
-    loss = loss - (1 - hit) * softplus(torch.addcmul(rho_0k[y], label_s, 1 - hit, value=c))
+    loss = softplus(x.addcmul_(is_top, alone, value=-BIG)).sum(0)
+    loss -= (1 - hit) * softplus(torch.addcmul(rho_0k[y], label_s, 1 - hit, value=c))
     loss += w_pos * softplus(label_x) + (alone - hit) * softplus(top_x)
 
     label_g = -w_pos * torch.sigmoid(label_x)
@@ -112,27 +102,27 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=60.0)
 
 
-def small_softplus_sum(g: Tensor, spare: Tensor, work: Workspace | None) -> Tensor:
-    """(P,): sum over classes of softplus(x) with g = sigmoid(x) (K,P); 0 for a class with g = 0. Small margins only.
+def softplus_sum(x: Tensor, g: Tensor, work: Workspace, *, limit: float) -> Tensor:
+    """(P,): sum over classes of softplus(x) with x (K,P) at most ``limit`` and g = sigmoid(x); x is overwritten.
 
-    exp(x) = g / (1 - g), and one logarithm for eight classes: sum log(1 + e) = log1p(prod(1 + e) - 1), with
-    q = prod(1 + e) - 1 built up as q + e + q e: nothing cancels. ``spare`` (K,P) is overwritten.
+    A logarithm costs as much as eight products: up to PRODUCT_LIMIT there is one for eight classes, with
+    sum log(1 + e) = log1p(prod(1 + e) - 1) and q = prod(1 + e) - 1 built up as q + e + q e, so that nothing cancels.
     """
-    q = torch.sub(1, g, out=spare)
+    if limit > PRODUCT_LIMIT:
+        return softplus(x).sum(0)
+    q = torch.sub(1, g, out=x)
     q = torch.div(g, q, out=q)
     for _ in range(3):
         half = len(q) // 2
         if half:
             lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
-            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=room(work, 4, upper)), out=lower)
+            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=work.buffer("factor", upper)), out=lower)
             if len(odd):
                 q[:1].addcmul_(q[:1], odd).add_(odd)
     return torch.log1p(q).sum(0)
 
 
-def margin_dense(
-    s: Tensor, y: Tensor, work: None, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float, small: bool
-) -> tuple[Tensor, Tensor]:
+def margin_dense(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float) -> tuple[Tensor, Tensor]:
     """``margin_tile`` of s (..,K,P) and y (..,P), without indices and buffers: a compiler fuses it into four loops."""
     is_label = torch.arange(s.shape[-2], device=s.device, dtype=y.dtype)[:, None] == y.unsqueeze(-2)
     top = s.amax(-2, keepdim=True)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from segkit.errors import InputError, check_choice, check_number
 from segkit.losses.checks import check_inputs, check_labels
-from segkit.losses.tiles import PixelLoss, TileRule, Workspace, room
+from segkit.losses.compiling import TileRule
+from segkit.losses.pixel_loss import PixelLoss, at_label_size
+from segkit.losses.tiles import Workspace
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
 
 
 def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
-    """(K,) float32 weights from ``class_pixels`` (K,) label counts, with P_k the share of class k.
+    """Return (K,) float32 weights for the label counts ``class_pixels`` (K,), with P_k the share of class k.
 
     "inverse": 1 / P_k; "inverse_sqrt": 1 / sqrt(P_k); "median_frequency": median(P) / P_k (Eigen & Fergus,
     ICCV 2015, with dataset-wide shares); "enet": 1 / ln(1.02 + P_k) (Paszke et al., 2016), which never
@@ -27,8 +29,7 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     counts = np.asarray(class_pixels.cpu() if isinstance(class_pixels, Tensor) else class_pixels)
     if counts.ndim != 1 or (counts < 0).any() or counts.sum() == 0:
         raise InputError(
-            "class_pixels must be pixel counts of shape (K,) with at least one pixel, got "
-            f"{counts.tolist()}; "
+            f"class_pixels must be pixel counts of shape (K,) with at least one pixel, got {counts.tolist()}; "
             "count the labels again with `segkit stats`"
         )
     present = counts > 0
@@ -44,15 +45,15 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     return torch.from_numpy(weights / weights[present].mean()).float()
 
 
-def softmax_parts(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(s - max s) (K,P), its sum over classes (P,), log p_y (P,)) with p = softmax(s), ``s`` (K,P), ``y`` (P,)."""
-    s = torch.sub(s, s.amax(0), out=room(work, 0, s))
+def softmax_parts(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return exp(s - max s) (K,P), its sum over classes (P,) and log p_y (P,), p = softmax(s), of s (K,P), y (P,)."""
+    s = torch.sub(s, s.amax(0), out=work.buffer("exponentials", s))
     label_s = s.gather(0, y.unsqueeze(0))[0]
     total = s.exp_().sum(0)
     return s, total, label_s - total.log()
 
 
-def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Tensor, Tensor]:
+def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s); the gradient is p_k - [k = y]."""
     exps, total, log_py = softmax_parts(s, y, work)
     gradient = exps.mul_(1 / total)
@@ -60,7 +61,7 @@ def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace | None) -> tuple[Te
 
 
 def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[k = y] (..,K,P), log p (..,K,P), log p_y (..,1,P) and p_y - 1 (..,1,P) of ``s`` (..,K,P), ``y`` (..,P)."""
+    """Return [k = y] (..,K,P), log p (..,K,P), log p_y (..,1,P) and p_y - 1 (..,1,P) of s (..,K,P) and y (..,P)."""
     is_label = torch.arange(s.shape[-2], device=s.device, dtype=y.dtype)[:, None] == y.unsqueeze(-2)
     s = s - s.amax(-2, keepdim=True)
     log_p = s - s.exp().sum(-2, keepdim=True).log()
@@ -68,14 +69,14 @@ def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return is_label, log_p, log_py, torch.expm1(log_py)
 
 
-def cross_entropy_dense(s: Tensor, y: Tensor, work: None) -> tuple[Tensor, Tensor]:
+def cross_entropy_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """``cross_entropy_tile`` without indices, for a compiler."""
     is_label, log_p, log_py, off = softmax_dense(s, y)
     return -log_py.squeeze(-2), torch.where(is_label, off, log_p.exp())
 
 
 def weighted_cross_entropy_tile(
-    s: Tensor, y: Tensor, work: Workspace | None, weight: Tensor, smoothing: float
+    s: Tensor, y: Tensor, work: Workspace, weight: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -sum_k q_k log p_k with p = softmax(s).
 
@@ -92,9 +93,7 @@ def weighted_cross_entropy_tile(
     return loss, gradient.scatter_(0, at_label, gradient.gather(0, at_label) - on_label)
 
 
-def weighted_cross_entropy_dense(
-    s: Tensor, y: Tensor, work: None, weight: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
+def weighted_cross_entropy_dense(s: Tensor, y: Tensor, weight: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """``weighted_cross_entropy_tile`` without indices, for a compiler."""
     is_label, log_p, _, _ = softmax_dense(s, y)
     q = torch.where(is_label, (1 - smoothing) * weight[:, None], 0.0) + (smoothing / s.shape[-2] * weight)[:, None]
@@ -133,9 +132,8 @@ class CrossEntropyLoss(PixelLoss):
         if self.weight is None and self.label_smoothing == 0.0:
             return TileRule(cross_entropy_tile, cross_entropy_dense)
         weight = torch.ones(num_classes) if self.weight is None else self.weight
-        return TileRule(
-            weighted_cross_entropy_tile, weighted_cross_entropy_dense, (weight.to(dtype), self.label_smoothing)
-        )
+        parameters = {"weight": weight.to(dtype), "smoothing": self.label_smoothing}
+        return TileRule(weighted_cross_entropy_tile, weighted_cross_entropy_dense, parameters)
 
     def denominator(self, target: Tensor) -> Tensor:
         """() float: valid pixels of ``target`` (N,H,W), or the sum of their class weights."""
@@ -152,7 +150,7 @@ class CrossEntropyLoss(PixelLoss):
         )
 
 
-def focal_tile(s: Tensor, y: Tensor, work: Workspace | None, gamma: float) -> tuple[Tensor, Tensor]:
+def focal_tile(s: Tensor, y: Tensor, work: Workspace, gamma: float) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
 
     With q = 1 - p_y and r = log(p_y) / q (-1 at q = 0) the gradient is q^gamma (gamma p_y r - 1) ([k = y] - p_k):
@@ -172,7 +170,7 @@ def focal_slope(log_py: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale, scale * (gamma * (1 - q) * r - 1)
 
 
-def focal_dense(s: Tensor, y: Tensor, work: None, gamma: float) -> tuple[Tensor, Tensor]:
+def focal_dense(s: Tensor, y: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """``focal_tile`` without indices, for a compiler."""
     is_label, log_p, log_py, _ = softmax_dense(s, y)
     q, scale, slope = focal_slope(log_py, gamma)
@@ -190,7 +188,7 @@ class FocalLoss(PixelLoss):
         self.gamma = check_number(gamma, "gamma", low=0.0)
 
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
-        return TileRule(focal_tile, focal_dense, (self.gamma,))
+        return TileRule(focal_tile, focal_dense, {"gamma": self.gamma})
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, ignore_index={self.ignore_index}"
@@ -214,10 +212,10 @@ class OhemCrossEntropyLoss(nn.Module):
         self.cross_entropy = CrossEntropyLoss(ignore_index=ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W)."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W)."""
         assert denominator is None, "a choice among all pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        losses = self.cross_entropy.pixel_map(logits, target)
+        losses = self.cross_entropy.pixel_map(at_label_size(logits, target), target)
         with torch.no_grad():
             valid = target != self.ignore_index
             py = torch.where(valid, torch.exp(-losses), torch.inf)
@@ -239,8 +237,7 @@ def cross_entropy(
     ignore_index: int = 255,
     compile_tiles: bool | None = None,
 ) -> CrossEntropyLoss:
-    """Cross-entropy with class weights from ``class_pixels`` (K,): see ``class_weights``; None weighs all
-    alike."""
+    """Return cross-entropy, with the ``class_weights`` of ``class_pixels`` (K,) where a ``weighting`` is given."""
     check_choice(weighting, "weighting", WEIGHTINGS)
     weight = None
     if weighting is not None:

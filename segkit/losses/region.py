@@ -6,53 +6,37 @@ probabilities p and one-hot labels t:
     hits_k = sum p_k t_k        mass_k = sum p_k        size_k = sum t_k
     false positives FP_k = mass_k - hits_k              false negatives FN_k = size_k - hits_k
 
-A class without a valid pixel in the batch is left out of the mean, so an empty class neither costs nor
-rewards.
+A class without a valid pixel in the batch is left out of the mean: it neither costs nor rewards anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from segkit.errors import check_number
+from segkit.losses import tiles
 from segkit.losses.checks import check_inputs
-from segkit.losses.parallel import each
+from segkit.losses.pixel_loss import at_label_size
 from segkit.losses.pixelwise import CrossEntropyLoss
-from segkit.losses.tiles import (
-    Workspace,
-    compute_dtype,
-    fill_columns,
-    read_labels,
-    room,
-    row_tiles,
-    sum_dtype,
-    tile_logits,
-)
+from segkit.losses.tiles import Block, Labels, Workspace, compute_dtype, fill_columns, sum_dtype
+
+
+def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+    """p_y (P,) and p (K,P), p = softmax(s): a tile function whose results are no loss and no gradient.
+
+    Not torch.softmax, whose last bits depend on the number of threads.
+    """
+    p = torch.sub(s, s.amax(0), out=work.buffer("probabilities", s)).exp_()
+    p.mul_(1 / p.sum(0))
+    return p.gather(0, y[None])[0], p
 
 
 def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(hits, mass, size), each (K,), of ``logits`` (N,K,H,W) and ``target`` (N,H,W): the head of this file."""
+    """Return hits, mass and size, (K,) each, of ``logits`` (N,K,H,W) at label size; see the head of this file."""
     return _SoftCounts.apply(logits, target, ignore_index)
-
-
-def _over_tiles(logits: Tensor, target: Tensor, ignore_index: int, do: Callable[..., Any]) -> list[Any]:
-    """``do(index of the tile, probabilities (K,P), labels (P,), void pixels)`` of every tile, in order."""
-
-    def tile(place: tuple[int, slice], work: Workspace) -> Any:
-        n, band = place
-        label, void = read_labels(target[n, band], ignore_index)
-        s = tile_logits(logits[n, :, band], void, work)
-        # not torch.softmax, whose last bits depend on the number of threads
-        p = torch.sub(s, s.amax(0), out=room(work, 0, s)).exp_()
-        p.mul_(1 / p.sum(0))
-        return do((n, slice(None), band), fill_columns(p, void), label, void)
-
-    with torch.autocast(logits.device.type, enabled=False):
-        return each(row_tiles(logits), tile, lambda: Workspace(logits), split=logits.device.type == "cpu")
 
 
 class _SoftCounts(torch.autograd.Function):
@@ -62,18 +46,20 @@ class _SoftCounts(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, target)
         ctx.ignore_index = ignore_index
-        kind = sum_dtype(logits)
+        found = torch.zeros(3, logits.shape[1], dtype=sum_dtype(logits), device=logits.device)
 
-        def count(_: Any, p: Tensor, label: Tensor, void: Tensor | None) -> Tensor:
-            found = torch.zeros(3, logits.shape[1], dtype=kind, device=logits.device)
-            found[0].scatter_add_(0, label, p.gather(0, label[None])[0].to(kind))
-            found[1] = p.sum(1)  # void columns of p are 0
-            valid = fill_columns(torch.ones(label.shape, dtype=kind, device=logits.device), void)
-            found[2].scatter_add_(0, label, valid)
-            return found
+        def count(_: Block, labels: Labels, p_label: Tensor, p: Tensor) -> Tensor:
+            part = torch.zeros_like(found)
+            part[0].scatter_add_(0, labels.classes, p_label.to(part.dtype))
+            part[1] = p.sum(1)
+            part[2].scatter_add_(
+                0, labels.classes, fill_columns(torch.ones_like(p_label, dtype=part.dtype), labels.void)
+            )
+            return part
 
-        parts = _over_tiles(logits, target, ignore_index, count)
-        hits, mass, size = torch.stack(parts).sum(0).to(compute_dtype(logits))
+        for blocks in tiles.cut(logits, target):
+            found += sum(tiles.run(blocks, softmax_tile, count, ignore_index=ignore_index))
+        hits, mass, size = found.to(compute_dtype(logits))
         ctx.mark_non_differentiable(size)
         return hits, mass, size
 
@@ -83,31 +69,19 @@ class _SoftCounts(torch.autograd.Function):
         logits, target = ctx.saved_tensors
         gradient = torch.empty_like(logits)
 
-        def write(where: Any, p: Tensor, label: Tensor, _void: Tensor | None) -> None:
+        def write(block: Block, labels: Labels, p_label: Tensor, p: Tensor) -> None:
             # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
-            at_label = label[None]
-            label_slope = p.gather(0, at_label) * d_hits[at_label]
+            at_label = labels.classes[None]
+            label_slope = p_label * d_hits[labels.classes]
             slope = p * d_mass[:, None]
             # a sum, not a matrix-vector product: the latter may round differently from one call to the next
-            mean = slope.sum(0) + label_slope[0]
-            slope.scatter_add_(0, at_label, label_slope).addcmul_(p, mean, value=-1)
-            gradient[where] = slope.view_as(gradient[where])
+            mean = slope.sum(0) + label_slope
+            slope.scatter_add_(0, at_label, label_slope[None]).addcmul_(p, mean, value=-1)
+            gradient[block.place] = slope.view(block.logits.shape)
 
-        _over_tiles(logits, target, ctx.ignore_index, write)
+        for blocks in tiles.cut(logits, target):
+            tiles.run(blocks, softmax_tile, write, ignore_index=ctx.ignore_index)
         return gradient, None, None
-
-
-def tversky_index(hits: Tensor, mass: Tensor, size: Tensor, *, alpha: float, beta: float, smooth: float) -> Tensor:
-    """(K,): (hits + smooth) / (hits + alpha FP + beta FN + smooth); 1 where that is 0 / 0."""
-    top = hits + smooth
-    bottom = top + alpha * (mass - hits) + beta * (size - hits)
-    return torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1), 1)
-
-
-def mean_over_present(per_class: Tensor, size: Tensor) -> Tensor:
-    """() mean of ``per_class`` (K,) over classes with ``size`` > 0; 0 where there is none."""
-    present = size > 0
-    return torch.where(present, per_class, 0).sum() / present.sum().clamp(min=1)
 
 
 class RegionLoss(nn.Module):
@@ -124,10 +98,10 @@ class RegionLoss(nn.Module):
         raise NotImplementedError
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        return self.of_counts(*soft_counts(logits, target, ignore_index=self.ignore_index))
+        return self.of_counts(*soft_counts(at_label_size(logits, target), target, ignore_index=self.ignore_index))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
@@ -148,11 +122,14 @@ class TverskyLoss(RegionLoss):
         self.smooth = check_number(smooth, "smooth", low=0.0)
 
     def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
-        index = tversky_index(hits, mass, size, alpha=self.alpha, beta=self.beta, smooth=self.smooth)
-        return mean_over_present(1 - index, size)
+        top = hits + self.smooth
+        bottom = top + self.alpha * (mass - hits) + self.beta * (size - hits)
+        index = torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1), 1)  # 1 where it is 0 / 0
+        present = size > 0
+        return torch.where(present, 1 - index, 0).sum() / present.sum().clamp(min=1)
 
 
-class DiceLoss(RegionLoss):
+class DiceLoss(TverskyLoss):
     """1 - mean over present classes of 2 (hits + smooth) / (mass + size + 2 smooth), ``smooth`` in pixels.
 
     ``smooth`` counts as so many more hits (2 smooth on both sides), which keeps Dice = Tversky(0.5, 0.5) and
@@ -160,12 +137,7 @@ class DiceLoss(RegionLoss):
     """
 
     def __init__(self, *, smooth: float = 1.0, ignore_index: int = 255) -> None:
-        super().__init__(ignore_index=ignore_index)
-        self.smooth = check_number(smooth, "smooth", low=0.0)
-
-    def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
-        index = tversky_index(hits, mass, size, alpha=0.5, beta=0.5, smooth=self.smooth)
-        return mean_over_present(1 - index, size)
+        super().__init__(alpha=0.5, beta=0.5, smooth=smooth, ignore_index=ignore_index)
 
 
 class GeneralizedDiceLoss(RegionLoss):
@@ -203,6 +175,8 @@ class JaccardMetricLoss(nn.Module):
         self.jaccard = TverskyLoss(alpha=1.0, beta=1.0, smooth=0.0, ignore_index=ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W); 0 if every pixel is ignored."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
+        check_inputs(logits, target, ignore_index=self.ignore_index)
+        logits = at_label_size(logits, target)  # once for both
         return self.ce_weight * self.cross_entropy(logits, target) + self.jaccard_weight * self.jaccard(logits, target)

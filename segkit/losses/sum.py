@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import InputError, check_number
-from segkit.losses.tiles import PixelLoss
+from segkit.losses.checks import check_inputs
+from segkit.losses.pixel_loss import at_label_size
 
 
 class SumLoss(nn.Module):
-    """sum_i weight_i loss_i of ``terms``: {name: {"loss": loss, "weight": number}}.
+    """sum_i weight_i loss_i of ``terms``: {name: {"loss": loss, "weight": number}}; no term is itself a sum.
 
     Pixel-decomposable if every term is; ``denominator`` then holds one number per term, shape (T,): class
     weights may differ between the terms.
@@ -29,46 +30,34 @@ class SumLoss(nn.Module):
             if not isinstance(term, Mapping) or set(term) != {"loss", "weight"}:
                 got = sorted(term) if isinstance(term, Mapping) else type(term).__name__
                 raise InputError(f"term {name} of a weighted sum needs the keys loss and weight, got {got}")
+            if isinstance(term["loss"], SumLoss):
+                raise InputError(
+                    f"term {name} of a weighted sum is itself a weighted sum, but a term must be a single loss; "
+                    "list its terms in loss.terms, with their weights multiplied out"
+                )
             self.losses[name] = term["loss"]
             self.weights[name] = check_number(term["weight"], f"terms.{name}.weight", low=0.0)
-        self.ignore_index: int = self._terms()[0].ignore_index
+        first: Any = next(iter(self.losses.values()))
+        self.ignore_index: int = first.ignore_index
         self.pixel_decomposable = all(loss.pixel_decomposable for loss in self.losses.values())
 
     def denominator(self, target: Tensor) -> Tensor:
-        """(T,) float: the denominators of the terms, nested sums flattened."""
+        """(T,) float: the denominators of the terms."""
         assert self.pixel_decomposable, "a term is not a sum over pixels"
-        return torch.cat([loss.denominator(target).reshape(-1) for loss in self._terms()])
+        losses: list[Any] = list(self.losses.values())
+        return torch.stack([loss.denominator(target) for loss in losses])
 
     def forward(self, logits: Tensor, target: Tensor, *, denominator: Tensor | None = None) -> Tensor:
-        """() loss of ``logits`` (N,K,H,W) against ``target`` (N,H,W)."""
+        """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); ``denominator``: (T,)."""
         assert denominator is None or self.pixel_decomposable, "a term is not a sum over pixels"
+        if not self.pixel_decomposable:  # some term needs all pixels at once: up-sample for all of them
+            check_inputs(logits, target, ignore_index=self.ignore_index)
+            logits = at_label_size(logits, target)
         total: Any = 0.0
-        first = 0
-        for name, loss in self.losses.items():
-            part = None
-            if denominator is not None:
-                count = loss.num_denominators if isinstance(loss, SumLoss) else 1
-                part = denominator[first : first + count].reshape(() if count == 1 else (count,))
-                first += count
+        for i, (name, loss) in enumerate(self.losses.items()):
+            part = None if denominator is None else denominator[i]
             total = total + self.weights[name] * loss(logits, target, denominator=part)
         return total
-
-    def pixel_terms(self) -> list[tuple[PixelLoss, float]]:
-        """The terms with their weights, nested sums flattened, in the order of ``denominator``."""
-        assert self.pixel_decomposable, "a term is not a sum over pixels"
-        terms: list[tuple[Any, float]] = []
-        for name, loss in self.losses.items():
-            inner = loss.pixel_terms() if isinstance(loss, SumLoss) else [(loss, 1.0)]
-            terms += [(pixel_loss, self.weights[name] * weight) for pixel_loss, weight in inner]
-        return terms
-
-    def _terms(self) -> list[Any]:
-        return list(self.losses.values())
-
-    @property
-    def num_denominators(self) -> int:
-        """T: the number of denominators of this sum, nested sums counted through."""
-        return sum(loss.num_denominators if isinstance(loss, SumLoss) else 1 for loss in self._terms())
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"

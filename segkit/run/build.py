@@ -16,7 +16,6 @@ from segkit.data.statistics import LabelCounts
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
-from segkit.losses import ObservedLoss, UpsampledLoss
 from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.run.splits import Splits
 from segkit.training.optim import parameter_groups
@@ -31,22 +30,15 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     return Segmenter(net)
 
 
-def build_loss(
-    node: dict[str, Any], counts: LabelCounts, *, ignore_index: int, observe_every: int = 1
-) -> UpsampledLoss | ObservedLoss:
-    """The loss of ``node`` with margins or weights from ``counts``, up-sampling logits to the labels' size.
-
-    With ``diagnostics`` in ``node`` it also sums what the margins do in one call of ``observe_every``
-    (:class:`segkit.losses.ObservedLoss`).
-    """
+def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> nn.Module:
+    """The loss of ``node`` with margins or weights from ``counts``."""
     facts = {
         "class_pixels": counts.class_pixels,
         "class_names": list(counts.classes),
         "num_classes": len(counts.classes),
         "ignore_index": ignore_index,
     }
-    loss = UpsampledLoss(instantiate(node, facts, key="loss"), banded=node.get("banded"))
-    return ObservedLoss(loss, every=observe_every) if node.get("diagnostics") else loss
+    return instantiate(node, facts, key="loss")
 
 
 def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.config.schema import Config
 from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
-from segkit.losses import LAMBDA_EDGES, ObservedLoss, add_sums, summarise
+from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
 from segkit.training.tracking import Tracker
 
 LAYOUT = {
@@ -136,11 +136,43 @@ def show_diagnosis(
         tracker.histogram(step, f"lambda_of_class/{label}", counts, LAMBDA_EDGES)
 
 
+class LossObserver:
+    """A forward hook of ``loss`` that keeps the margin sums of its calls: value and gradient stay as they are.
+
+    One call in ``every`` enters the sums, and the first after each :meth:`take`.
+    """
+
+    def __init__(self, loss: nn.Module, *, every: int = 1) -> None:
+        assert every >= 1, every
+        self.loss, self.every = loss, every
+        self._sums: dict[str, Tensor] = {}
+        self._calls = 0
+        loss.register_forward_hook(self._hook)
+
+    def _hook(self, _: nn.Module, inputs: tuple[Tensor, Tensor], __: Tensor) -> None:
+        if self._calls % self.every == 0:
+            logits, target = inputs
+            add_sums(self._sums, self.sums_of(logits.detach(), target))
+        self._calls += 1
+
+    def sums_of(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The sums of :func:`margin_sums` for one batch, at the margins of the loss or of a term; else at 0."""
+        part: Any = next((part for part in self.loss.modules() if hasattr(part, "rho_0k")), None)
+        if part is None:
+            return margin_sums(logits, target, ignore_index=self.loss.ignore_index)  # type: ignore[arg-type]
+        return margin_sums(logits, target, rho_k0=part.rho_k0, rho_0k=part.rho_0k, ignore_index=part.ignore_index)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums since the last call of this method; empty if there was no step."""
+        sums, self._sums, self._calls = self._sums, {}, 0
+        return sums
+
+
 class ObservedEvaluation:
     """Margin sums of an evaluation: give :meth:`predict` and :meth:`batches` to ``evaluate``, then read ``sums``."""
 
-    def __init__(self, loss: ObservedLoss) -> None:
-        self.loss = loss.loss
+    def __init__(self, observer: LossObserver) -> None:
+        self.observer = observer
         self.sums: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
@@ -159,7 +191,7 @@ class ObservedEvaluation:
             yield batch
             assert self._logits is not None
             labels = batch.labels.to(self._logits.device).long()
-            add_sums(self.sums, self.loss.diagnostics(self._logits, labels))
+            add_sums(self.sums, self.observer.sums_of(self._logits, labels))
             self._logits = None
 
 

@@ -16,7 +16,6 @@ from segkit.config.schema import Config, plain
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.files import write_json
-from segkit.losses import ObservedLoss
 from segkit.models import Segmenter
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
@@ -42,6 +41,7 @@ class Phase:
     counts: LabelCounts
     model: Segmenter
     loss: nn.Module
+    observer: charts.LossObserver | None
     optimizer: torch.optim.Optimizer
     device: torch.device
 
@@ -61,7 +61,7 @@ class Phase:
             config=self.config,
             batches=self.batches,
             counts=self.counts,
-            loss=self.loss,
+            observer=self.observer,
             tracker=tracker,
             device=self.device,
             stop=stop,
@@ -78,12 +78,8 @@ def prepare_phase(
 
     counts = LabelCounts.from_json(distributed.on_main(count))
     plan = plan_phase(config, name, len(splits.train))
-    loss = build_loss(
-        config.phase_loss(name),
-        counts,
-        ignore_index=splits.train.ignore_index,
-        observe_every=config.log_every * config.accumulate,
-    )
+    loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
+    observed = config.phase_loss(name).get("diagnostics")
     return Phase(
         name=name,
         config=config,
@@ -92,6 +88,7 @@ def prepare_phase(
         counts=counts,
         model=model,
         loss=loss.to(device),
+        observer=charts.LossObserver(loss, every=config.log_every * config.accumulate) if observed else None,
         optimizer=build_optimizer(config, model, config.schedule[name].lr),
         device=device,
     )
@@ -197,8 +194,7 @@ def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequen
 def _open_charts(phase: Phase, tracker: Tracker) -> None:
     """Write what TensorBoard shows once a phase; a run that goes on has it already."""
     config, counts = phase.config, phase.counts
-    observed = isinstance(phase.loss, ObservedLoss)
-    tracker.layout(charts.LAYOUT | charts.MARGIN_LAYOUT if observed else charts.LAYOUT)
+    tracker.layout(charts.LAYOUT if phase.observer is None else charts.LAYOUT | charts.MARGIN_LAYOUT)
     charts.show_margins(tracker, charts.margin_buffers(phase.loss), classes=counts.classes, pixels=counts.class_pixels)
     if phase.is_last:
         own = config.schedule[phase.name].lr

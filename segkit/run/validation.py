@@ -18,7 +18,7 @@ from segkit.errors import Interrupted
 from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
 from segkit.files import write_atomically
-from segkit.losses import ObservedLoss, add_sums
+from segkit.losses import add_sums
 from segkit.report.pictures import picture_grid, write_pictures
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
@@ -40,19 +40,19 @@ class Validation:
         config: Config,
         batches: PhaseBatches,
         counts: LabelCounts,
-        loss: nn.Module,
+        observer: charts.LossObserver | None,
         tracker: Tracker,
         device: torch.device,
         stop: Callable[[], bool],
     ) -> None:
-        self.config, self.batches, self.counts, self.loss = config, batches, counts, loss
+        self.config, self.batches, self.counts, self.observer = config, batches, counts, observer
         self.tracker, self.device, self.stop = tracker, device, stop
         self.split = batches.splits.val
         self.last: Evaluation | None = None
 
     def evaluate(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Results of ``model`` in the form of results.json, and the sums of an observed loss (else empty)."""
-        observed = charts.ObservedEvaluation(self.loss) if isinstance(self.loss, ObservedLoss) else None
+        observed = None if self.observer is None else charts.ObservedEvaluation(self.observer)
         batches = self._until_stopped(self.batches.evaluation())
         config = self.config
         self.last = evaluate(
@@ -115,11 +115,11 @@ class Validation:
 
     def _show_margins(self, step: int, sums: dict[str, torch.Tensor]) -> None:
         """Chart what the margins did in this evaluation, and in training before it, where the loss observes that."""
-        if not isinstance(self.loss, ObservedLoss):
+        if self.observer is None:
             return
         if sums:
             self.tracker.scalars(step, charts.bounds(sums))
-        trained = _over_ranks(self.loss.take())
+        trained = _over_ranks(self.observer.take())
         if trained:
             pixels = self.counts.class_pixels
             charts.show_diagnosis(self.tracker, step, trained, classes=self.counts.classes, pixels=pixels)

@@ -128,18 +128,7 @@ def _first_non_finite(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _terms(loss: Any, logits: Tensor, target: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of each term of a weighted sum, without its weight; of the loss itself if it is no sum.
-
-    ``loss`` may up-sample for an inner ``loss.loss``; that is put aside for one term after the other.
-    """
-    inner = getattr(loss, "loss", loss)
-    terms = getattr(inner, "losses", None)
-    if terms is None or inner is loss:
-        yield type(inner).__name__, loss(logits, target)
-        return
-    try:
-        for name, term in terms.items():
-            loss.loss = term
-            yield name, loss(logits, target)
-    finally:
-        loss.loss = inner
+    """(name, value) of each term of a weighted sum, without its weight; of the loss itself if it is no sum."""
+    terms = getattr(loss, "losses", None) or {type(loss).__name__: loss}
+    for name, term in terms.items():
+        yield name, term(logits, target)

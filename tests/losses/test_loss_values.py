@@ -25,6 +25,7 @@ from segkit.losses import (
 )
 
 VOID = 255
+TERM = {"loss": FocalLoss(), "weight": 1.0}
 
 
 def example(num_classes=4, size=(2, 5, 6), seed=0, dtype=torch.float64):
@@ -256,23 +257,21 @@ def test_lovasz_per_image_is_the_mean_over_images_with_valid_pixels():
 # sums, denominators, options
 
 
-def test_sum_is_the_weighted_sum_and_nests():
+def test_sum_is_the_weighted_sum():
     logits, target = example()
     weight = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    inner = SumLoss(
-        terms={
-            "ce": {"loss": CrossEntropyLoss(weight=weight), "weight": 2.0},
-            "focal": {"loss": FocalLoss(), "weight": 0.5},
-        }
-    )
-    outer = SumLoss(terms={"inner": {"loss": inner, "weight": 3.0}, "ce": {"loss": CrossEntropyLoss(), "weight": 1}})
+    terms = {
+        "weighted": {"loss": CrossEntropyLoss(weight=weight), "weight": 2.0},
+        "focal": {"loss": FocalLoss(), "weight": 0.5},
+        "plain": {"loss": CrossEntropyLoss(), "weight": 1},
+    }
+    loss = SumLoss(terms=terms)
     first, second = CrossEntropyLoss(weight=weight)(logits, target), FocalLoss()(logits, target)
-    third = CrossEntropyLoss()(logits, target)
-    torch.testing.assert_close(outer(logits, target), 3 * (2 * first + 0.5 * second) + third)
-    assert outer.pixel_decomposable
-    denominator = outer.denominator(target)
+    torch.testing.assert_close(loss(logits, target), 2 * first + 0.5 * second + CrossEntropyLoss()(logits, target))
+    assert loss.pixel_decomposable
+    denominator = loss.denominator(target)
     assert denominator.shape == (3,)
-    torch.testing.assert_close(outer(logits, target, denominator=denominator), outer(logits, target))
+    torch.testing.assert_close(loss(logits, target, denominator=denominator), loss(logits, target))
     assert not SumLoss(terms={"dice": {"loss": DiceLoss(), "weight": 1.0}}).pixel_decomposable
 
 
@@ -315,6 +314,10 @@ def test_parts_with_the_common_denominator_add_up(loss):
         (lambda: SumLoss(terms={}), "needs at least one term"),
         (lambda: SumLoss(terms={"a": {"loss": FocalLoss()}}), "term a .* needs the keys loss and weight, got"),
         (lambda: SumLoss(terms={"a": 3}), "term a .* got int"),
+        (
+            lambda: SumLoss(terms={"a": {"loss": SumLoss(terms={"b": TERM}), "weight": 1.0}}),
+            "term a of a weighted sum is itself a weighted sum, .*list its terms in loss.terms",
+        ),
         (lambda: SumLoss(terms={"a": {"loss": FocalLoss(), "weight": -1}}), "terms.a.weight must be a finite number"),
     ],
 )

@@ -15,7 +15,7 @@ from segkit.config.compose import compose, config_dir
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.loader import Batch
 from segkit.evaluation import evaluate
-from segkit.losses import MarginCalibrationLoss, ObservedLoss, UpsampledLoss, margin_sums
+from segkit.losses import MarginCalibrationLoss, margin_sums
 from segkit.run import charts
 from segkit.run.splits import open_phases
 
@@ -60,7 +60,7 @@ def test_an_observed_evaluation_sums_over_all_its_images():
     """The same predictions as without, and the margins of all images at the labels' size."""
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, 3, 4, stride=4)
-    loss = ObservedLoss(UpsampledLoss(MarginCalibrationLoss(**RHO)))
+    observer = charts.LossObserver(MarginCalibrationLoss(**RHO))
     images = torch.randint(0, 256, (3, 3, 32, 24), dtype=torch.uint8)
     labels = torch.randint(0, 3, (3, 64, 48), dtype=torch.uint8)
     labels[1, :9] = 255
@@ -74,7 +74,7 @@ def test_an_observed_evaluation_sums_over_all_its_images():
 
     model.training, model.eval, model.train = False, lambda: None, lambda mode: None
     plain = evaluate(model, batches, num_classes=3)
-    observed = charts.ObservedEvaluation(loss)
+    observed = charts.ObservedEvaluation(observer)
     watched = evaluate(model, observed.batches(batches), num_classes=3, predict=observed.predict)
     assert np.array_equal(plain.counts, watched.counts)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_an_observed_evaluation_sums_over_all_its_images():
     assert observed.sums.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(observed.sums[name].clone(), value, rtol=1e-5, atol=1e-5)
-    assert loss.take() == {}  # an evaluation is no training
+    assert observer.take() == {}  # an evaluation is no training
 
 
 @pytest.mark.slow

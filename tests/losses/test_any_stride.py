@@ -1,4 +1,4 @@
-"""The loss on low-resolution logits: block by block it is what up-sampling first and then taking the loss is."""
+"""Losses of low-resolution logits equal those of logits that were up-sampled first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from segkit.errors import InputError
-from segkit.losses import CrossEntropyLoss, DiceLoss, FocalLoss, MarginCalibrationLoss, SumLoss, UpsampledLoss, tiles
+from segkit.losses import (
+    CrossEntropyLoss,
+    DiceLoss,
+    FocalLoss,
+    JaccardMetricLoss,
+    LovaszSoftmaxLoss,
+    MarginCalibrationLoss,
+    OhemCrossEntropyLoss,
+    SumLoss,
+    at_label_size,
+    tiles,
+)
 
 LOSSES = {
     "cross-entropy": lambda: CrossEntropyLoss(),
@@ -23,6 +34,15 @@ LOSSES = {
     ),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
+WHOLE_LOSSES = {
+    "Dice": lambda: DiceLoss(),
+    "Jaccard": lambda: JaccardMetricLoss(),
+    "Lovasz": lambda: LovaszSoftmaxLoss(),
+    "OHEM": lambda: OhemCrossEntropyLoss(min_kept=50),
+    "sum with Dice": lambda: SumLoss(
+        terms={"a": {"loss": CrossEntropyLoss(), "weight": 1.0}, "b": {"loss": DiceLoss(), "weight": 0.5}}
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,47 +75,45 @@ def plain(loss, logits, target):
     return value.detach(), leaf.grad
 
 
-@every_loss
+@pytest.mark.parametrize("name", [*LOSSES, *WHOLE_LOSSES])
 @pytest.mark.parametrize(
     ("low", "high"), [((5, 4), (19, 17)), ((4, 4), (16, 16)), ((3, 7), (6, 28)), ((6, 5), (4, 5)), ((1, 1), (3, 2))]
 )
-def test_banded_is_plain(name, low, high):
-    loss = LOSSES[name]()
+def test_equals_up_sampling_first(name, low, high):
+    loss = (LOSSES | WHOLE_LOSSES)[name]()
     logits, target = example(low, high)
     expected = plain(loss, logits, target)
-    for banded in (None, True, False):
-        value, gradient = value_and_gradient(UpsampledLoss(loss, banded=banded), logits, target)
-        torch.testing.assert_close(value, expected[0], rtol=1e-10, atol=0)
-        torch.testing.assert_close(gradient, expected[1], rtol=1e-8, atol=1e-14)
+    value, gradient = value_and_gradient(loss, logits, target)
+    torch.testing.assert_close(value, expected[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-8, atol=1e-14)
 
 
 @every_loss
-def test_banded_gradcheck(name):
-    loss = UpsampledLoss(LOSSES[name](), banded=True)
+def test_gradcheck(name):
+    loss = LOSSES[name]()
     logits, target = example((2, 2), (5, 4))
     assert torch.autograd.gradcheck(lambda s: loss(s, target), (logits.requires_grad_(),), atol=1e-6)
 
 
-@every_loss
+@pytest.mark.parametrize("name", [*LOSSES, *WHOLE_LOSSES])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-def test_banded_in_low_precision(name, dtype, bound):
+def test_low_precision(name, dtype, bound):
     """Also under a loss scale, as GradScaler applies it."""
-    loss = LOSSES[name]()
+    loss = (LOSSES | WHOLE_LOSSES)[name]()
     logits, target = example(dtype=dtype)
     value, gradient = plain(loss, logits.double(), target)
     for scale in (1.0, 1024.0):
-        for banded in (True, False):
-            low_value, low_gradient = value_and_gradient(UpsampledLoss(loss, banded=banded), logits, target, scale)
-            assert low_value.dtype == torch.float32
-            assert low_gradient.dtype == dtype
-            assert abs(low_value - value) < bound * value
-            assert (low_gradient.double() / scale - gradient).norm() < bound * gradient.norm()
+        low_value, low_gradient = value_and_gradient(loss, logits, target, scale)
+        assert low_value.dtype == torch.float32
+        assert low_gradient.dtype == dtype
+        assert abs(low_value - value) < bound * value
+        assert (low_gradient.double() / scale - gradient).norm() < bound * gradient.norm()
 
 
 @every_loss
 def test_under_autocast(name):
     """Autocast would run the matrix products in bfloat16."""
-    loss = UpsampledLoss(LOSSES[name](), banded=True)
+    loss = LOSSES[name]()
     logits, target = example(dtype=torch.float32)
     expected = value_and_gradient(loss, logits, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -107,7 +125,7 @@ def test_under_autocast(name):
 @every_loss
 def test_accumulation(name):
     """Parts with a common denominator add up to the whole batch."""
-    loss = UpsampledLoss(LOSSES[name]())
+    loss = LOSSES[name]()
     logits, target = example()
     target[0, :9] = 255
     value, gradient = value_and_gradient(loss, logits, target)
@@ -121,7 +139,7 @@ def test_accumulation(name):
 
 def test_checkpointed_and_twice_backward():
     """A retained graph gives the same gradient again; checkpointing recomputes the forward pass."""
-    loss = UpsampledLoss(LOSSES["margin calibration"]())
+    loss = LOSSES["margin calibration"]()
     logits, target = example()
     expected = value_and_gradient(loss, logits, target)[1]
     leaf = logits.clone().requires_grad_()
@@ -139,39 +157,36 @@ def test_void_hides_whatever_stands_there(wild):
     logits, target = example((4, 4), (16, 16))
     logits[1] = wild
     target[1] = 255
-    value, gradient = value_and_gradient(UpsampledLoss(CrossEntropyLoss(), banded=True), logits, target)
-    alone = value_and_gradient(UpsampledLoss(CrossEntropyLoss()), logits[:1], target[:1])
+    value, gradient = value_and_gradient(CrossEntropyLoss(), logits, target)
+    alone = value_and_gradient(CrossEntropyLoss(), logits[:1], target[:1])
     torch.testing.assert_close(value, alone[0])
     torch.testing.assert_close(gradient, torch.cat([alone[1], torch.zeros_like(alone[1])]))
 
 
-def test_full_resolution_goes_straight_to_the_loss():
-    logits, target = example((19, 17))
-    loss = CrossEntropyLoss()
-    assert torch.equal(UpsampledLoss(loss)(logits, target), loss(logits, target))
+def test_at_label_size():
+    logits, target = example((5, 4), (19, 17), torch.bfloat16)
+    full = at_label_size(logits, target)
+    assert full.dtype == torch.float32
+    expected = F.interpolate(logits.float(), size=(19, 17), mode="bilinear", align_corners=False)
+    assert torch.equal(full, expected)
+    assert at_label_size(full, target) is full
 
 
-def test_non_decomposable_loss_is_upsampled_at_once():
+@pytest.mark.parametrize("name", [*LOSSES, *WHOLE_LOSSES])
+def test_bad_input(name):
     logits, target = example()
-    wrapped = UpsampledLoss(DiceLoss())
-    assert not wrapped.banded
-    value, gradient = value_and_gradient(wrapped, logits, target)
-    expected = plain(DiceLoss(), logits, target)
-    torch.testing.assert_close(value, expected[0])
-    torch.testing.assert_close(gradient, expected[1])
-
-
-@pytest.mark.parametrize("banded", [True, False])
-def test_bad_input(banded):
-    logits, target = example()
-    loss = UpsampledLoss(CrossEntropyLoss(weight=torch.ones(5)), banded=banded)
-    with pytest.raises(InputError, match="different numbers of images"):
+    loss = (LOSSES | WHOLE_LOSSES)[name]()
+    with pytest.raises(InputError, match=r"target must have shape .* with the N = 2 images"):
         loss(logits, target[:1])
     with pytest.raises(InputError, match="target holds label 9"):
         loss(logits, torch.full_like(target, 9))
-    with pytest.raises(InputError, match="logits have 4 classes but this loss was built for 5"):
-        loss(logits[:, :4], target.clamp(max=3))
     with pytest.raises(InputError, match="integer labels"):
         loss(logits, target.float())
-    with pytest.raises(InputError, match=r"cannot be computed in bands; set loss\.banded=null"):
-        UpsampledLoss(DiceLoss(), banded=True)
+    with pytest.raises(InputError, match="hold no pixel to up-sample to a target of shape"):
+        loss(logits[:, :, :0], target)
+
+
+def test_classes_are_counted_at_any_stride():
+    logits, target = example()
+    with pytest.raises(InputError, match="logits have 4 classes but this loss was built for 5"):
+        CrossEntropyLoss(weight=torch.ones(5))(logits[:, :4], target.clamp(max=3))

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     arguments = parser().parse_args(argv)
     from segkit.commands.scorers import load
-    from segkit.data.decode import read_rgb
+    from segkit.data.decode import orientation, read_rgb
     from segkit.data.files import find_images
     from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
@@ -66,6 +66,13 @@ def run(argv: Sequence[str]) -> None:
     for _, reason in report.failed:
         print(f"skipped: {reason}", file=sys.stderr)
     print(f"written: {report.num_written} predictions in {arguments.output}")
+    turned = sum(orientation(path) != 1 for path in images.values())
+    if turned:
+        print(
+            f"note: {turned} of the images have an orientation tag, which is ignored as in training: the results match "
+            "the pixels as they are stored",
+            file=sys.stderr,
+        )
     sys.exit(report.exit_code)
 
 

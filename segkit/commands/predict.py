@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     limit_pixels(arguments)
     from segkit.commands.scorers import load
-    from segkit.data.decode import read_rgb
+    from segkit.data.decode import orientation, read_rgb
     from segkit.data.files import find_images
     from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
@@ -69,6 +69,13 @@ def run(argv: Sequence[str]) -> None:
     for _, reason in report.failed:
         print(f"skipped: {reason}", file=sys.stderr)
     print(f"written: {report.num_written} predictions in {arguments.output}")
+    turned = sum(orientation(path) != 1 for path in images.values())
+    if turned:
+        print(
+            f"note: {turned} of the images have an orientation tag, which is ignored as in training: the results match "
+            "the pixels as they are stored",
+            file=sys.stderr,
+        )
     sys.exit(report.exit_code)
 
 

@@ -225,6 +225,7 @@ def open_dataset(name: str, *, root: Path | str | None = None, split: str, **opt
     if unknown:
         allowed = ", ".join(sorted(set(reader) - {"_target_"})) or "none"
         raise InputError(f"data set {name} has no option {unknown[0]!r}; its options are: {allowed}")
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     facts = {"root": root if root is not None else config.get("root"), "split": split}
     return instantiate({**reader, **options}, facts, key="dataset.reader")
 

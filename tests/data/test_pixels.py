@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from segkit.check.audit import _digest, look_at
-from segkit.commands import predict
+from segkit.commands import predict, scorers
 from segkit.data import Sample, SampleSet
 from segkit.data.decode import image_size, orientation, read_index_png, read_rgb
 from segkit.data.labels import table_from_dict
@@ -170,7 +170,8 @@ def predicted_on(data, folder, monkeypatch):
         seen.append(images)
         return images.float()
 
-    monkeypatch.setattr(predict, "load", lambda *_: (scorer, SIZE, ("a", "b", "c"), np.zeros((3, 3))))
+    model = scorers.Loaded(score=scorer, window=[*SIZE], classes=("a", "b", "c"), palette=np.zeros((3, 3), np.uint8))
+    monkeypatch.setattr(scorers, "load", lambda *_: model)
     arguments = ["RUN", "--input", f"{data.samples[0].image}", "--output", f"{folder}", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
         predict.run(arguments)
@@ -195,6 +196,13 @@ def test_all_ways_see_the_same_pixels(pair, tmp_path, monkeypatch):
     assert (look.image_error, look.label_error, look.image_size) == (None, None, SIZE)
     assert look.digest == _digest(expected)
     np.testing.assert_array_equal(predicted_on(data, tmp_path / "out", monkeypatch), expected)
+
+
+@pytest.mark.parametrize("pair", ["turned.jpg", "photo.jpg"], indirect=True)
+def test_prediction_says_that_orientation_tags_are_ignored(pair, tmp_path, monkeypatch, capsys):
+    predicted_on(pair[0], tmp_path / "out", monkeypatch)
+    said = "note: 1 of the images have an orientation tag, which is ignored as in training" in capsys.readouterr().err
+    assert said == (pair[0].samples[0].image.name == "turned.jpg")
 
 
 @pytest.mark.parametrize(

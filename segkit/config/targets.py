@@ -256,6 +256,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
+    if hint is Path:
+        return isinstance(value, str | Path)
     if origin is tuple and inner and inner[-1] is not ...:
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(fits, value, inner))
     if origin in (list, tuple, collections.abc.Sequence):
@@ -278,7 +280,14 @@ def described(hint: Any) -> str:
         return f"a list of {len(inner)} values, each {described(inner[0])}"
     if origin in (list, tuple, collections.abc.Sequence):
         return f"a list of values, each {described(inner[0])}"
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+        Path: "a path",
+    }
     return names.get(hint, "a list of numbers" if _is_tensor(hint) else getattr(hint, "__name__", str(hint)).lower())
 
 
@@ -288,5 +297,5 @@ def _is_tensor(hint: Any) -> bool:
 
 def _plain(options: tuple[Any, ...]) -> list[Any]:
     """The ``options`` of a union that a plain value may have: a tensor only where nothing else is left."""
-    plain = [option for option in options if not _is_tensor(option) and option is not Path]
+    plain = [option for option in options if not _is_tensor(option)]
     return plain if any(option is not type(None) for option in plain) else list(options)

@@ -23,7 +23,6 @@ def parser() -> ArgumentParser:
     )
     verb.add_argument("overrides", **OVERRIDES)
     verb.add_argument("--config-dir", **CONFIG_DIR)
-    verb.add_argument("--config-dir", **CONFIG_DIR)
     verb.add_argument("--sample", type=int, metavar="N", help="look at N random samples of each split (default: all)")
     verb.add_argument("--skip-step", action="store_true", help="look at the data only")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")

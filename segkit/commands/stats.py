@@ -27,7 +27,6 @@ def parser() -> ArgumentParser:
     )
     verb.add_argument("overrides", **OVERRIDES)
     verb.add_argument("--config-dir", **CONFIG_DIR)
-    verb.add_argument("--config-dir", **CONFIG_DIR)
     verb.add_argument("--split", help="split to count (default: dataset.train_split)")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")

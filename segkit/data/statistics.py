@@ -23,6 +23,7 @@ from segkit.data.files import check_readable
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
+from segkit.files import write_atomically
 from segkit.progress import track
 
 
@@ -151,12 +152,9 @@ def _from_cache(path: Path, dataset: SampleSet, mark: str) -> LabelCounts | None
 
 
 def _store(path: Path, counts: LabelCounts) -> None:
-    """Write under another name, then rename: a reader never sees half a file."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(counts.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, counts.to_json())
     except OSError as error:
         raise InputError(
             f"label counts cannot be kept in {path.parent} ({error.strerror}); set cache_dir to a folder that may be "

@@ -249,3 +249,46 @@ def test_start_up_is_fast():
     base = min(timed("-c", bare, "--help")[2] for _ in range(3))
     for arguments in (["--help"], ["schedle=1"], ["--cfg", "job"]):
         assert min(train(*arguments)[2] for _ in range(3)) < 3 * base
+
+
+@pytest.mark.parametrize(
+    "text", ["/a=b", "/a,b[0](1)", 'say "x"', "a\\b", 'a\\"', "/dätä", "C:\\dir\\", "", "it's", "#~{"]
+)
+def test_a_quoted_value_is_read_as_it_was(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from segkit.config.compose import quoted
+
+    assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "dataset.root=/data/d=1",
+            r"the override 'dataset.root=/data/d=1' cannot be read: .*'dataset.root=\"/data/d=1\"'",
+        ),
+        ("dataset.root=~/data", "the override 'dataset.root=~/data' cannot be read"),
+        ("dataset.root=(1)", r"the override 'dataset.root=\(1\)' cannot be read"),
+        ("dataset.root=/dätä", "the override 'dataset.root=/dätä' cannot be read"),
+        ("dataset.root=/a#b", "the override 'dataset.root=/a#b' cannot be read"),
+        (
+            "dataset.root=/a,b",
+            "gives several values: add -m for a sweep over them, or put one value with a comma",
+        ),
+        ("dataset.root=", "dataset.root is empty: set dataset.root=DIR"),
+        ("=3", "the override '=3' has no key"),
+        ("+early_stopping=5", r"there is no key early_stopping: a run has dataset, model"),
+        ("++dataset.foo=1", r"there is no key dataset.foo: dataset has name, reader"),
+        ("++evaluation.batchsize=1", "there is no key evaluation.batchsize: did you mean evaluation.batch_size"),
+        ("schedule.train.lr=nan", "schedule.train.lr is nan, but must be at least 0"),
+        ("ema_decay=nan", "ema_decay is nan"),
+        ("max_pixels=0", "max_pixels is 0, but must be at least 1"),
+    ],
+)
+def test_overrides_that_are_refused(override, message):
+    from segkit.config.compose import compose
+
+    with pytest.raises(InputError, match=message):
+        compose(["schedule=single", override])

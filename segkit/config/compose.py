@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,12 @@ def config_dir() -> Path:
         if (folder / "train.yaml").is_file():
             return folder
     raise InputError(f"no configs folder with train.yaml lies beside {package}: install segkit again")
+
+
+def quoted(value: object) -> str:
+    """``value`` as it stands in an override that is built from it: in quotes, whatever signs it has."""
+    text = re.sub(r'(\\*)("|$)', r"\1\1\2", str(value))  # Hydra takes a backslash as it is, but before a quote
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

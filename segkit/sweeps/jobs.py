@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from segkit.config.compose import quoted
 from segkit.errors import Interrupted
 from segkit.files import write_json
 
@@ -60,7 +61,7 @@ class LocalSweep:
             self._collect()
 
     def _command(self, job: Job) -> list[str]:
-        return [sys.executable, "-m", "segkit.train", *job.overrides, f"hydra.run.dir={job.folder}"]
+        return [sys.executable, "-m", "segkit.train", *job.overrides, f"hydra.run.dir={quoted(job.folder)}"]
 
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from segkit.config.compose import quoted
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
 from segkit.runtime import derive_seed
@@ -278,7 +279,6 @@ def written(item: tuple[str, Any]) -> str:
     """``key=value`` as Hydra reads it."""
     key, value = item
     if isinstance(value, str):
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         plain_word = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in NO_WORDS
-        return f"{key}={value}" if plain_word else f"{key}='{quoted}'"
+        return f"{key}={value}" if plain_word else f"{key}={quoted(value)}"
     return f"{key}={json.dumps(value)}"

@@ -1,6 +1,6 @@
 """Train a segmentation model: ``python train.py dataset=cityscapes loss=margin_calibration``; see README.md."""
 
-from segkit.train import main
+from segkit.launch import main
 
 if __name__ == "__main__":
     main()

@@ -63,7 +63,7 @@ COMPARED = (
 PRELOADED = [
     "segkit.run.pipeline",
     "segkit.check.rehearsal",
-    "segkit.train",
+    "segkit.launch",
     "hydra",
     "torch.utils.tensorboard",
     "timm",
@@ -77,7 +77,7 @@ def _train(overrides: Sequence[str], log: str) -> None:
     os.dup2(descriptor, 2)
     os.setsid()
     sys.argv = ["train.py", *overrides]
-    from segkit.train import main
+    from segkit.launch import main
 
     main()
 

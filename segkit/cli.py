@@ -36,7 +36,7 @@ def usage() -> str:
 
 def verb_function(verb: str) -> Callable[[Sequence[str]], None]:
     """Return the function of ``verb``, which takes the arguments behind it."""
-    return import_module("segkit.train" if verb == "train" else f"segkit.commands.{verb}").run
+    return import_module("segkit.launch" if verb == "train" else f"segkit.commands.{verb}").run
 
 
 def main() -> None:

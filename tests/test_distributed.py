@@ -162,7 +162,7 @@ def test_an_exception_of_one_rank_shows_its_traceback(tmp_path):
         "        raise KeyError('a defect of rank 1')\n"
         "    return step(*arguments, **options)\n"
         "trainer.train_step = broken\n"
-        "from segkit.train import main\n"
+        "from segkit.launch import main\n"
         "main()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]

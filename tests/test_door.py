@@ -42,6 +42,15 @@ def test_the_same_numbers_as_the_command_twice_in_one_process(tmp_path):
         assert (tmp_path / name / "metrics.jsonl").read_bytes() == (tmp_path / "command/metrics.jsonl").read_bytes()
 
 
+def test_the_function_stays_one_whatever_is_imported():
+    """A module of the name would take its place as soon as something imports it."""
+    from segkit import cli
+
+    for verb in cli.VERBS:
+        cli.verb_function(verb)
+    assert callable(segkit.train)
+
+
 def test_a_mistake_is_an_exception(tmp_path):
     with pytest.raises(InputError, match="seed is -1"):
         segkit.train(["seed=-1"], folder=tmp_path / "run")

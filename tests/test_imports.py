@@ -17,7 +17,7 @@ FLOORS = [
     {"config", "evaluation", "files", "margins", "memory", "models", "runtime"},
     {"data", "losses", "report", "training"},
     {"guard", "run", "sweeps", "synthetic"},
-    {"check", "cli", "train"},
+    {"check", "cli", "launch"},
     {"commands"},
 ]
 """Folders of segkit, and modules beside them, from the ground up: whatever one imports stands on a lower floor."""
@@ -129,7 +129,7 @@ def test_config_knows_nothing_of_segkit_but_errors():
 
 
 @pytest.mark.parametrize(
-    "module", ["segkit", "segkit.config.compose", "segkit.cli", "segkit.train", "segkit.run.splits"]
+    "module", ["segkit", "segkit.config.compose", "segkit.cli", "segkit.launch", "segkit.run.splits"]
 )
 def test_start_up_is_light(module):
     code = f"import sys, {module}; print(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"

@@ -61,7 +61,7 @@ class LocalSweep:
             self._collect()
 
     def _command(self, job: Job) -> list[str]:
-        return [sys.executable, "-m", "segkit.train", *job.overrides, f"hydra.run.dir={quoted(job.folder)}"]
+        return [sys.executable, "-m", "segkit.launch", *job.overrides, f"hydra.run.dir={quoted(job.folder)}"]
 
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)

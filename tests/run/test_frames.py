@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import segkit
-from segkit import train
+from segkit import launch
 from segkit.run import phase
 
 PACKAGE = Path(segkit.__file__).parent
@@ -44,7 +44,7 @@ def test_eight_frames_stand_between_the_command_and_the_loss(monkeypatch, tmp_pa
     overrides += ["dataset.reader.num_images=4", "dataset.reader.size=[64,64]", "dataset.crop=[64,64]", "workers=0"]
     overrides += [f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run", "model=deeplabv3plus_tiny"]
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
-    train.main()
+    launch.main()
     assert loss.frames == FRAMES
 
 

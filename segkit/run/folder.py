@@ -112,6 +112,7 @@ class RunFolder:
         """Record the configuration, and how the run was started; a later start is added to the first one."""
         from omegaconf import OmegaConf
 
+        self.path.mkdir(parents=True, exist_ok=True)
         recorded = self.path / "provenance.json"
         begun = recorded.is_file() and self.has_begun()
         first = read_json(recorded) if begun else {**provenance, "starts": []}

@@ -37,7 +37,7 @@ def compute_margins(
     scale: str = "tau",
     mean_margin: float | None = None,
     absent: str = "max",
-    rho_max: float | None = None,
+    rho_max: float | str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Margins:
     """Margin-offsets of ``class_pixels`` (K,) integer counts, as Algorithm 1 gives them.
@@ -46,8 +46,8 @@ def compute_margins(
     mean(d), the same proportions with a mean of r = ``mean_margin`` logits over the classes that occur; r =
     0 is the control without margins. A class that does not occur follows ``absent``: "max" (the largest
     rho_0k of the others, with a warning), "zero", or "error"; its rho_k0 is 0. rho_0k is capped at
-    ``rho_max`` (None: 10 times the median over the classes that occur), with a warning that names the class.
-    A class that covers every pixel has no margins.
+    ``rho_max`` (None: 10 times the median over the classes that occur), with a warning that names the class;
+    "none" or infinity: no cap, as in Algorithm 1. A class that covers every pixel has no margins.
 
     Raises InputError for counts that are no counts, K = 1, an ``upsilon`` too small for some mu_k > 0.
     """
@@ -56,8 +56,6 @@ def compute_margins(
     check_choice(scale, "scale", ("tau", "mean"))
     check_choice(absent, "absent", ("max", "zero", "error"))
     upsilon = check_number(upsilon, "upsilon", low=0.0, open_low=True)
-    if rho_max is not None:
-        rho_max = check_number(rho_max, "rho_max", low=0.0)
     total = int(counts.sum())
     present = counts > 0
     missing = [name for name, here in zip(names, present, strict=True) if not here]
@@ -69,7 +67,7 @@ def compute_margins(
     d = np.where(present, np.sqrt(np.float64(total - counts)) / np.maximum(counts, 1), 0.0)
     mu = margin_ratios(counts, upsilon=upsilon, class_names=names)
     rho_0k = d * _factor(d[present], scale, tau, mean_margin)
-    rho_0k = _cap(rho_0k, present & (counts < total), rho_max, names)
+    rho_0k = _cap(rho_0k, present & (counts < total), _largest(rho_max), names)
     if missing and absent == "max":
         rho_0k = np.where(present, rho_0k, rho_0k[present].max())
         warnings.warn(
@@ -146,6 +144,18 @@ def _factor(d: np.ndarray, scale: str, tau: float, mean_margin: float | None) ->
         raise InputError(f"tau = {tau:g} has no effect with scale = mean; set loss.mean_margin, or loss.scale=tau")
     mean = d.mean()
     return check_number(mean_margin, "mean_margin", low=0.0) / mean if mean > 0 else 0.0
+
+
+def _largest(rho_max: float | str | None) -> float | None:
+    """``rho_max`` as a number, infinity for "none"; None stays."""
+    if rho_max is None or rho_max == "none" or rho_max == np.inf:
+        return None if rho_max is None else float("inf")
+    if isinstance(rho_max, str):
+        raise InputError(
+            f"rho_max is {rho_max!r}, but must be a number of logits, none (no cap), or null (ten medians): set "
+            "loss.rho_max"
+        )
+    return check_number(rho_max, "rho_max", low=0.0)
 
 
 def _cap(rho: np.ndarray, inner: np.ndarray, rho_max: float | None, names: list[str]) -> np.ndarray:

@@ -205,7 +205,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _last_phase(config: Config, phases: dict[str, Splits], device: torch.device) -> Phase:
     """Return the last phase of the run once more, at its start."""
     *_, name = config.schedule
-    model = pipeline.initial_model(config, phases[name].train.num_classes, device)
+    model = pipeline.initial_model(config, phases[name].train.classes, device)
     return prepare_phase(config, name, splits=phases[name], model=model, device=device, cache_dir=cache_dir_of(config))
 
 

@@ -1,7 +1,15 @@
-"""The bias per class of ``segkit evaluate --calibrate``: tuned on training images, kept in the run folder."""
+"""``--decision``: how scores become a class. ``segkit evaluate`` fits it and keeps it in the run folder.
+
+argmax   the most probable class
+bias     the same after a number per class is added to the logits, tuned for the mean IoU
+miou     the rule that maximises the mean IoU of a data set, on calibrated probabilities
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segkit.config.schema import DatasetConfig, plain
@@ -9,22 +17,147 @@ from segkit.errors import InputError
 from segkit.files import read_json, write_json
 from segkit.run.saved import SavedRun
 
-FILE = "calibration.json"
+FILE = "decision.json"
 MAX_IMAGES = 500
-"""Training images that the bias is tuned on at most; more hardly move it."""
+"""Images that a decision is fitted on at most; more hardly move it."""
 
 
-def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, workers: int) -> None:
-    """Tune the bias on up to :data:`MAX_IMAGES` evenly chosen images of the training split, and write :data:`FILE`."""
+@dataclass(frozen=True)
+class Decision:
+    """A rule by name, with its numbers and ``fitted_on``: data set, split, held-out share, number of images, images."""
+
+    name: str = "argmax"
+    bias: Any = None
+    rule: Any = None
+    fitted_on: Mapping[str, Any] | None = None
+
+    def around(self, model: Any) -> Any:
+        """Return ``model`` with the part of the decision that is linear in the logits."""
+        from segkit.evaluation.decision import BiasedModel
+        from segkit.evaluation.miou_rule import ScaledModel
+
+        if self.name == "argmax":
+            return model
+        wrapped = BiasedModel(model, self.bias) if self.name == "bias" else ScaledModel(model, self.rule)
+        return wrapped.to(next(model.parameters()).device).eval()
+
+    @property
+    def decide(self) -> Callable[[Any], Any] | None:
+        """The part that is applied to probabilities at the size of the label (``Inference.decide``)."""
+        return self.rule.scores if self.name == "miou" else None
+
+    def protocol(self) -> dict[str, Any]:
+        """Return what a protocol says of it: the name, and on what it was fitted, without the list of images."""
+        if self.fitted_on is None:
+            return {"decision": self.name}
+        return {
+            "decision": self.name,
+            "decision_fitted_on": {key: value for key, value in self.fitted_on.items() if key != "images"},
+        }
+
+
+def check_unseen(fitted_on: Mapping[str, Any] | None, scored: Any, dataset: DatasetConfig) -> None:
+    """Raise InputError if an image of the split ``scored`` is one that a decision is fitted on."""
+    if fitted_on is None or fitted_on["dataset"] != dataset.name:
+        return
+    images = fitted_on["images"]
+    same = [
+        sample.name
+        for sample in scored.samples
+        if sample.name in images and _same_file(str(images[sample.name]), _place(sample.image, dataset))
+    ]
+    if same:
+        raise InputError(
+            f"the decision is fitted on {fitted_on['num_images']} images of the split {fitted_on['split']}, and "
+            f"{len(same)} of them are in the split {scored.split} (first: {same[0]}), whose score would be flattered: "
+            "score another --split, or use --decision argmax"
+        )
+
+
+def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
+    """Return the stored decision ``name`` of the run; InputError if none was fitted for this checkpoint and classes."""
+    from segkit.training.checkpoint import digest_of
+
+    if name == "argmax":
+        return Decision()
+    path = saved.folder / FILE
+    command = _command(saved, name, checkpoint)
+    if not path.is_file():
+        raise InputError(
+            f"{path} is not there, so --decision {name} has nothing to decide with: fit it with `{command}`"
+        )
+    content = read_json(path)
+    classes = list(saved.label_counts()["classes"])
+    try:
+        digest, fitted_on, bias, miou = content["digest"], content["fitted_on"], content["bias"], content["miou"]
+        known = content["classes"] == classes
+        whole = {"dataset", "split", "holdout", "num_images", "images"} <= set(fitted_on)
+        whole = whole and isinstance(fitted_on["images"], dict) and isinstance(content["classes"], list)
+        values, rule = bias["bias"], miou["rule"]
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged, or of another version: fit the decision again with `{command} --refit`")
+    if not known:
+        raise InputError(
+            f"{path} was fitted for {len(content['classes'])} classes that are not those of the run, or not in their "
+            f"order: fit it again with `{command} --refit`"
+        )
+    if digest != digest_of(saved.checkpoint(checkpoint)):
+        raise InputError(
+            f"{path} was fitted for another checkpoint than {saved.checkpoint(checkpoint)}: fit it again with "
+            f"`{command} --refit`"
+        )
+    from segkit.evaluation.decision import bias_from_json
+    from segkit.evaluation.miou_rule import rule_from_json
+
+    if name == "bias":
+        return Decision(name, bias=bias_from_json({"bias": values}, classes), fitted_on=fitted_on)
+    return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
+
+
+def to_fit_on(dataset: DatasetConfig) -> tuple[Any, dict[str, Any]]:
+    """Return the images that a decision is fitted on, and what ``fitted_on`` says of them.
+
+    Up to :data:`MAX_IMAGES`, evenly chosen from those held out of training (``dataset.holdout``), or from the training
+    images where none were held out.
+    """
+    from segkit.run.splits import open_holdout, open_split
+
+    split = open_holdout(dataset) if dataset.holdout else open_split(dataset, dataset.train_split)
+    num_images = min(MAX_IMAGES, len(split))
+    split = split.subset([number * len(split) // num_images for number in range(num_images)])
+    return split, {
+        "dataset": dataset.name,
+        "split": split.split,
+        "holdout": dataset.holdout,
+        "num_images": num_images,
+        "images": {sample.name: _place(sample.image, dataset) for sample in split.samples},
+    }
+
+
+def fit(
+    saved: SavedRun,
+    model: Any,
+    dataset: DatasetConfig,
+    *,
+    scored: Any,
+    checkpoint: str,
+    device: Any,
+    workers: int,
+) -> None:
+    """Fit bias and rule together, and write :data:`FILE`; InputError if an image of the split ``scored`` is used."""
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.decision import collect_logits, tune_bias
+    from segkit.evaluation.miou_rule import fit_miou_rule
     from segkit.progress import track
-    from segkit.run.splits import open_split
+    from segkit.run.saved import check_classes
+    from segkit.training.checkpoint import digest_of
 
-    split = open_split(dataset, dataset.train_split)
-    step = max(1, len(split) // MAX_IMAGES)
-    split = split[: step * MAX_IMAGES : step]
+    split, fitted_on = to_fit_on(dataset)
+    check_classes(saved, split.classes)
+    check_unseen(fitted_on, scored, dataset)
     transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
     sample = collect_logits(
         model,
@@ -32,41 +165,67 @@ def tune(saved: SavedRun, model: Any, dataset: DatasetConfig, *, device: Any, wo
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
         device=device,
-        progress=lambda items: track(items, description="calibrating", total=len(split), unit="images"),
+        progress=lambda items: track(items, description="fitting the decision", total=len(split), unit="images"),
     )
-    calibration = tune_bias(sample)
+    bias, miou = tune_bias(sample), fit_miou_rule(sample)
     path = saved.folder / FILE
-    write_json(path, {**calibration.to_json(split.classes), "split": split.split})
+    content = {
+        "classes": list(split.classes),
+        "checkpoint": checkpoint,
+        "digest": digest_of(saved.checkpoint(checkpoint)),
+        "fitted_on": fitted_on | {"num_pixels": len(sample.target)},
+        "bias": bias.to_json(split.classes),
+        "miou": {
+            "rule": miou.rule.to_json(split.classes),
+            "mean_iou_before": miou.mean_iou_before,
+            "mean_iou_after": miou.mean_iou_after,
+        },
+    }
+    write_json(path, content)
+    before, by_bias, by_rule = (
+        100 * value for value in (bias.mean_iou_before, bias.mean_iou_after, miou.mean_iou_after)
+    )
     print(
-        f"calibrated on {calibration.num_images} training images: mean IoU there "
-        f"{100 * calibration.mean_iou_before:.2f} -> {100 * calibration.mean_iou_after:.2f} %; kept in {path}"
+        f"fitted on {len(split)} images of the split {split.split}: mean IoU there {before:.2f} % by argmax, "
+        f"{by_bias:.2f} % by bias, {by_rule:.2f} % by miou; kept in {path}"
     )
 
 
-def with_bias(saved: SavedRun, model: Any) -> Any:
-    """Return ``model`` with the run's bias; InputError if none was tuned."""
-    from segkit.evaluation.decision import BiasedModel, bias_from_json
-
-    path = saved.folder / FILE
-    if not path.is_file():
-        raise InputError(f"{path} is not there: tune the bias first, segkit evaluate {saved.path} --calibrate")
-    bias = bias_from_json(read_json(path), saved.label_counts()["classes"])
-    return BiasedModel(model, bias).to(next(model.parameters()).device).eval()
-
-
-def add_bias(saved: SavedRun, model: Any) -> None:
-    """Add the run's bias to the last layer of ``model``, in place; InputError unless an image of noise confirms it."""
+def add_bias(saved: SavedRun, model: Any, bias: Any) -> None:
+    """Add ``bias`` (K,) to the last layer of ``model``, in place; InputError unless an image of noise confirms it."""
     import torch
     from torch import nn
 
-    biased = with_bias(saved, model)
-    bias = biased.bias.flatten()
+    from segkit.evaluation.decision import BiasedModel
+
+    biased = BiasedModel(model, bias)
     layers = [part for part in model.modules() if isinstance(part, nn.Conv2d) and part.out_channels == len(bias)]
     images = torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     if not layers or layers[-1].bias is None:
-        raise InputError(f"the model of {saved.path} has no last layer with a bias: export it without --calibrated")
+        raise InputError(f"the model of {saved.path} has no last layer with a bias: export it with --decision argmax")
     with torch.no_grad():
         expected = biased(images)
-        layers[-1].bias += bias
+        layers[-1].bias += torch.from_numpy(bias)
         if not torch.allclose(model(images), expected, atol=1e-3):
-            raise InputError(f"the logits of {saved.path} change after its last layer: export without --calibrated")
+            raise InputError(
+                f"the logits of {saved.path} change after its last layer: export it with --decision argmax"
+            )
+
+
+def _command(saved: SavedRun, name: str, checkpoint: str) -> str:
+    phase = f" --phase {saved.phase}" if saved.phase else ""
+    which = f" --checkpoint {checkpoint}" if checkpoint != "last" else ""
+    return f"segkit evaluate {saved.path}{phase}{which} --decision {name}"
+
+
+def _place(image: Path, dataset: DatasetConfig) -> str:
+    """The path of an image below the folder of the data set, where it lies there."""
+    root = Path(dataset.root).absolute() if dataset.root else None
+    path = image.absolute() if root is not None else image
+    return (path.relative_to(root) if root is not None and path.is_relative_to(root) else image).as_posix()
+
+
+def _same_file(one: str, other: str) -> bool:
+    """True if one path ends with the other: ``dataset.root`` may have been a level higher for one of them."""
+    shorter, longer = sorted((PurePosixPath(one).parts, PurePosixPath(other).parts), key=len)
+    return longer[len(longer) - len(shorter) :] == shorter

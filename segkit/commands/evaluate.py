@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from segkit.commands.options import (
     limit_pixels,
     verb_parser,
 )
+from segkit.errors import InputError
 
 PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
@@ -26,19 +30,21 @@ def parser() -> ArgumentParser:
     """Return the parser of the verb's arguments."""
     verb = verb_parser(
         "evaluate",
-        "Evaluate a trained run. Writes results.json beside the checkpoint, and into RUN/evaluations.",
-        example="outputs/cityscapes/RUN --tta flip,ms --slide 800x800",
+        "Evaluate a trained run. Writes RUN/evaluations/NAME.json, with a name for every way of evaluating.",
+        example="outputs/cityscapes/RUN --tta flip,ms --slide 800x800 --decision miou",
     )
     add_shared(verb, "run", "--phase", "--checkpoint")
-    verb.add_argument("--split", help="split to score (default: dataset.val_split of the run)")
+    verb.add_argument(
+        "--split", help="split to score, or holdout for the images of dataset.holdout (default: dataset.val_split)"
+    )
     verb.add_argument("--max-images", type=int, metavar="N", help="score only the first N images (default: all)")
     verb.add_argument("--protocol", default="standard", choices=PROTOCOLS, help="figures of a benchmark to add")
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
-    verb.add_argument("--calibrate", action="store_true", help="tune a bias per class on training images; keep it")
+    verb.add_argument("--refit", action="store_true", help="fit --decision bias or miou again, though one is stored")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
     add_shared(
         verb,
-        "--calibrated",
+        "--decision",
         "--root",
         "--batch-size",
         "--workers",
@@ -55,24 +61,21 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     limit_pixels(arguments)
     check_writable(arguments, "output")
-    from segkit.commands import decision
     from segkit.files import write_atomically, write_json
     from segkit.report.tables import class_table
-    from segkit.run.saved import open_run
+    from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
     saved = open_run(arguments.run, phase=arguments.phase)
-    checkpoint = saved.checkpoint(arguments.checkpoint)
+    _check_output(arguments.output, saved)
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split or dataset.val_split)
+    check_classes(saved, split.classes)
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
-    if arguments.calibrate:
-        decision.tune(saved, model, dataset, device=device, workers=arguments.workers)
-    if arguments.calibrate or arguments.calibrated:
-        model = decision.with_bias(saved, model)
-    results, per_image = evaluate_split(arguments, saved, dataset, split, model, device)
+    chosen = decide(arguments, saved, dataset, split, model, device)
+    results, per_image = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
     print(class_table(results))
     for name in ("benchmark", "boundary"):
@@ -81,24 +84,54 @@ def run(argv: Sequence[str]) -> None:
                 print(f"{name} {key}: {100 * value:.2f} %")
     folder = saved.folder / "evaluations"
     folder.mkdir(exist_ok=True)
-    name = evaluation_name(arguments, split.split)
+    name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", per_image.to_bytes())
-    for path in (folder / f"{name}.json", checkpoint.parent / "results.json", arguments.output):
+    for path in (folder / f"{name}.json", arguments.output):
         if path is not None:
             write_json(path, results)
             print(f"written: {path}")
 
 
-def evaluation_name(arguments: Namespace, split: str) -> str:
-    """Return a file name that tells evaluations of one run apart."""
-    parts = [split, arguments.checkpoint]
+def _check_output(output: Path | None, saved: Any) -> None:
+    """Raise InputError if ``output`` is the score of the training, which no evaluation replaces."""
+    trained = {(folder / "results.json").resolve() for folder in (saved.path, saved.folder)}
+    if output is not None and output.resolve() in trained:
+        raise InputError(f"--output is {output}, the score of the training, which stays as it is: name another file")
+
+
+def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any) -> Any:
+    """Return the decision of ``--decision``, fitted before if it is not stored or ``--refit`` is given."""
+    from segkit.commands import decision
+
+    if arguments.decision == "argmax":
+        if arguments.refit:
+            raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
+        return decision.Decision()
+    if arguments.refit or not (saved.folder / decision.FILE).is_file():
+        which = {"checkpoint": arguments.checkpoint, "device": device, "workers": arguments.workers}
+        decision.fit(saved, model, dataset, scored=split, **which)
+    chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    decision.check_unseen(chosen.fitted_on, split, dataset)
+    return chosen
+
+
+def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
+    """Return a file name: what one would ask for in words, and a hash of the checkpoint and the whole protocol."""
+    parts = [protocol["split"], arguments.checkpoint]
     parts += [mode for mode in arguments.tta.split(",") if mode]
-    parts += ["slide"] * bool(arguments.slide) + ["calibrated"] * (arguments.calibrate or arguments.calibrated)
-    return "-".join(parts)
+    if protocol["window"]:
+        parts.append("slide{}x{}".format(*protocol["window"]))
+    parts += [arguments.decision] * (arguments.decision != "argmax")
+    parts += [arguments.protocol] * (arguments.protocol != "standard")
+    parts += ["boundary"] * arguments.boundary
+    if arguments.max_images:
+        parts.append(f"first{arguments.max_images}")
+    whole = json.dumps([protocol, arguments.checkpoint, arguments.boundary], sort_keys=True)
+    return "-".join([*parts, hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()])
 
 
 def evaluate_split(
-    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any
+    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any, decision: Any
 ) -> tuple[dict[str, Any], Any]:
     """Return the results in the form of results.json, and the sparse matrices of the images."""
     from segkit.config.schema import plain
@@ -108,13 +141,13 @@ def evaluate_split(
     from segkit.progress import track
     from segkit.run.build import evaluation_protocol
 
-    predict = inference(arguments, dataset.crop)
+    predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
     if arguments.max_images:
         split = split[: arguments.max_images]
     transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
     evaluation = evaluate(
-        model,
+        decision.around(model),
         eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
@@ -127,10 +160,9 @@ def evaluate_split(
     protocol = evaluation_protocol(
         dataset, predict, split=split.split, max_images=arguments.max_images, precision=precision
     )
+    protocol |= decision.protocol()
     if arguments.protocol != "standard":
         protocol["benchmark"] = arguments.protocol
-    if arguments.calibrate or arguments.calibrated:
-        protocol["calibrated"] = True
     results = to_results(evaluation, class_names=split.classes, protocol=protocol)
     if arguments.protocol != "standard":
         results["benchmark"] = benchmark_scores(arguments.protocol, evaluation.counts, split.classes)

@@ -24,56 +24,100 @@ def parser() -> ArgumentParser:
     add_shared(verb, "run")
     verb.add_argument("--format", default="onnx", choices=["onnx", "torch_export"], help="kind of file")
     verb.add_argument("--output", type=Path, metavar="FILE", help="(default: RUN/model.onnx or RUN/model.pt2)")
-    calibrated = {"help": "put the bias of segkit evaluate --calibrate into the model"}
+    decision = {"help": "put the decision that segkit evaluate has fitted into the graph"}
     root = {"help": "folder of the data set, on whose images the file is checked (default: where it was in training)"}
-    add_shared(verb, "--checkpoint", "--calibrated", "--root", calibrated=calibrated, root=root)
+    add_shared(verb, "--checkpoint", "--decision", "--root", decision=decision, root=root)
     return verb
 
 
 def run(argv: Sequence[str]) -> None:
     """Write the file, and print how well it agrees with the model."""
     arguments = parser().parse_args(argv)
-    from segkit.commands.decision import add_bias
+    from segkit.commands.decision import add_bias, decision_of
     from segkit.config.schema import plain
-    from segkit.models.export import export
-    from segkit.run.saved import open_run
-    from segkit.run.splits import open_split
+    from segkit.models.export import agreement, export
+    from segkit.run.saved import check_classes, open_run
 
     saved = open_run(arguments.run)
     dataset = dataset_of(saved, arguments)
-    model = saved.model(arguments.checkpoint)
-    if arguments.calibrated:
-        add_bias(saved, model)
+    split, unreachable = validation_split(dataset)
+    if split is not None:
+        check_classes(saved, split.classes)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    model, evaluated = (saved.model(arguments.checkpoint) for _ in range(2))
+    if decision.name == "bias":
+        add_bias(saved, model, decision.bias)
+    head = decision.rule.decide if decision.name == "miou" else None
     counts, resize = saved.label_counts(), plain(dataset.eval_resize)
     metadata = {
         "classes": list(counts["classes"]),
         "palette": counts.get("palette"),
         "dataset": dataset.name,
         "resize": resize,
-        "calibrated": arguments.calibrated,
+        **decision.protocol(),
     }
     output = arguments.output or saved.path / f"model.{'onnx' if arguments.format == 'onnx' else 'pt2'}"
-    images, unreachable = iter(()), ""
-    try:
-        images = real_images(open_split(dataset, dataset.val_split), resize)
-    except InputError as error:
-        unreachable = str(error)
-    found = export(model, output, format=arguments.format, metadata=metadata, images=images)
+    found = export(
+        model,
+        output,
+        format=arguments.format,
+        metadata=metadata,
+        images=real_images(split, resize),
+        head=head,
+        predict=predictor(decision, evaluated, "fp32"),
+    )
     print(f"written: {output}")
-    if unreachable:
+    if split is None:
         print(f"not checked on real images, as there are none: {unreachable} (or give --root)")
-    else:
-        print(
-            f"checked on {found.num_images} images of {dataset.val_split}: {100 * found.pixels:.3f} % of the pixels "
-            f"get the class of the torch model, logits differ by up to {found.difference:.1e} of the largest"
-        )
+        return
+    print(
+        f"checked on {found.num_images} images of {dataset.val_split}: {100 * found.pixels:.3f} % of the pixels get "
+        f"the class of the evaluation in fp32, logits differ by up to {found.difference:.1e} of the largest"
+    )
+    precision = saved.config.precision.value
+    if precision != "fp32":
+        same = agreement(output, model, real_images(split, resize), predict=predictor(decision, evaluated, precision))
+        print(f"in {precision}, the precision of the run, evaluation gives that class to {100 * same.pixels:.3f} %")
+
+
+def validation_split(dataset: Any) -> tuple[Any, str]:
+    """Return the validation split, or None and a sentence why it cannot be opened."""
+    from segkit.run.splits import open_split
+
+    try:
+        return open_split(dataset, dataset.val_split), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def predictor(decision: Any, model: Any, precision: str) -> Any:
+    """Return the function from images to classes that ``segkit evaluate`` computes for whole images."""
+    import torch
+
+    from segkit.evaluation.inference import Inference
+    from segkit.evaluation.loop import evaluating
+
+    wrapped, inference, device = decision.around(model), Inference(decide=decision.decide), torch.device("cpu")
+
+    def predict(images: Any) -> Any:
+        with evaluating(wrapped, device, precision):
+            return inference(wrapped, images, (images.shape[-2], images.shape[-1]))
+
+    return predict
 
 
 def real_images(split: Any, resize: dict[str, Any]) -> Iterator[Any]:
-    """Yield up to :data:`NUM_IMAGES` images (H, W, 3) from all over the split, at the size of the evaluation."""
+    """Yield up to :data:`NUM_IMAGES` images (H, W, 3) from all over the split, at the size of the evaluation.
+
+    Every second one is cut to odd sides, which no stride divides. None for a split that is not there.
+    """
     from segkit.data.transforms import resize_image, target_size
 
-    num_images = min(NUM_IMAGES, len(split))
+    num_images = min(NUM_IMAGES, len(split)) if split is not None else 0
     for number in range(num_images):
         image = split.image(number * len(split) // num_images)
-        yield resize_image(image, target_size(image.shape[:2], resize))
+        image = resize_image(image, target_size(image.shape[:2], resize))
+        if number % 2 == 0:
+            yield image
+        if number % 2 == 1 or num_images == 1:
+            yield image[: image.shape[0] - 1 | 1, : image.shape[1] - 1 | 1]

@@ -23,6 +23,8 @@ CONFIG_DIR: dict[str, Any] = {
     "help": "a folder of options of your own, as for train.py",
 }
 
+DECISIONS = ("argmax", "bias", "miou")
+
 SHARED: dict[str, dict[str, Any]] = {
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
     "--phase": {"help": "a phase of the run (default: the last)"},
@@ -33,7 +35,12 @@ SHARED: dict[str, dict[str, Any]] = {
     "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
     "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},
     "--max-pixels": {"type": int, "metavar": "N", "help": "refuse images of more pixels (default: 200 million)"},
-    "--calibrated": {"action": "store_true", "help": "use the bias that segkit evaluate --calibrate has tuned"},
+    "--decision": {
+        "default": "argmax",
+        "choices": DECISIONS,
+        "help": "how scores become a class: the largest, after a bias per class, or the rule for the mean IoU; "
+        "segkit evaluate fits the last two",
+    },
     "--tta": {"default": "", "metavar": "flip,ms", "help": "views to average: flip, ms (scales), both (default: none)"},
     "--scales": {"metavar": "S,S,...", "help": "scales of --tta ms (default: 0.5 to 1.75 in quarters)"},
     "--slide": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
@@ -25,7 +26,7 @@ def parser() -> ArgumentParser:
     verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
     precision = {"default": "fp32", "help": "of the forward pass"}
     add_shared(
-        verb, "--checkpoint", "--calibrated", "--precision", "--device", "--max-pixels", *INFERENCE, precision=precision
+        verb, "--checkpoint", "--decision", "--precision", "--device", "--max-pixels", *INFERENCE, precision=precision
     )
     return verb
 
@@ -39,22 +40,24 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.files import find_images
     from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
+    from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
 
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
     first = load(arguments.run, arguments, device)
-    scorers = {title(arguments.run): first.score}
+    chosen = inference(arguments, first.window)
+    scorers = {title(arguments.run): first}
     if arguments.side_by_side:
         other = load(arguments.side_by_side, arguments, device)
-        if other.classes != first.classes:
+        if difference := differing_classes(other.classes, first.classes):
             raise InputError(
-                f"{arguments.side_by_side} predicts {len(other.classes)} classes and {arguments.run} "
-                f"{len(first.classes)}, or others: name two runs of one data set"
+                f"{arguments.side_by_side} predicts other classes than {arguments.run} ({difference}): name two runs "
+                "of one data set"
             )
-        scorers[title(arguments.side_by_side) + " "] = other.score  # the blank tells runs of one title apart
+        scorers[title(arguments.side_by_side) + " "] = other  # the blank tells runs of one title apart
     report = predict_files(
-        scorers,
+        {name: loaded.score for name, loaded in scorers.items()},
         images,
         arguments.output,
         read_image=read_rgb,
@@ -62,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         palette=first.palette,
         device=device,
         precision=arguments.precision,
-        inference=inference(arguments, first.window),
+        inference={name: replace(chosen, decide=loaded.decide) for name, loaded in scorers.items()},
         outputs=Outputs(probabilities=arguments.probabilities),
         progress=lambda names: track(names, description="predicting", unit="images"),
     )

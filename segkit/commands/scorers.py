@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,36 +19,40 @@ ONNX_WINDOW = [512, 512]
 
 @dataclass(frozen=True)
 class Loaded:
-    """``score``: images uint8 (N, 3, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``."""
+    """``score``: images uint8 (N, 3, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``.
+
+    ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`.
+    """
 
     score: Any
     window: list[int]
     classes: tuple[str, ...]
     palette: np.ndarray
+    decide: Callable[[Any], Any] | None = None
 
 
 def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
     """Return the model of the run folder or ONNX file ``path``, ready to score images on ``device``."""
     if path.suffix == ".onnx":
-        return _load_onnx(path)
-    from segkit.commands.decision import with_bias
+        return _load_onnx(path, arguments)
+    from segkit.commands.decision import decision_of
     from segkit.data.labels import load_table
     from segkit.run.saved import open_run
 
     saved = open_run(path)
     dataset = saved.config.phase_dataset(saved.phase_name)
     model = saved.model(arguments.checkpoint).to(device)
-    if arguments.calibrated:
-        model = with_bias(saved, model)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    model = decision.around(model)
     resize = plain(dataset.eval_resize)
     if any(resize.values()) and arguments.slide:
         raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
     counts = saved.label_counts()
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    return _loaded(model, resize, dataset.crop, counts["classes"], palette)
+    return _loaded(model, resize, dataset.crop, counts["classes"], palette, decision.decide)
 
 
-def _load_onnx(path: Path) -> Loaded:
+def _load_onnx(path: Path, arguments: argparse.Namespace) -> Loaded:
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
@@ -60,6 +65,7 @@ def _load_onnx(path: Path) -> Loaded:
     for key in ("classes", "palette"):
         if not facts.get(key):
             raise InputError(f"{path} has no {key} in its metadata: write it with segkit export RUN --format onnx")
+    _check_decision(path, facts.get("decision", "argmax"), arguments)
     compute = runner(path)
     return _loaded(
         lambda images: compute(images.float().cpu()).to(images.device),
@@ -70,10 +76,29 @@ def _load_onnx(path: Path) -> Loaded:
     )
 
 
-def _loaded(score: Any, resize: dict[str, Any], window: list[int], classes: Any, palette: Any) -> Loaded:
+def _check_decision(path: Path, decision: str, arguments: argparse.Namespace) -> None:
+    """Raise InputError for arguments that do not go with the decision that was exported within the file."""
+    if arguments.decision not in ("argmax", decision):
+        raise InputError(
+            f"{path} was exported with --decision {decision}, which cannot be changed: leave --decision out, or write "
+            f"the file again with segkit export RUN --decision {arguments.decision}"
+        )
+    if decision != "miou":
+        return
+    for option in ("tta", "slide", "probabilities"):
+        if getattr(arguments, option):
+            raise InputError(
+                f"{path} gives scores of --decision miou and no probabilities, which does not go with --{option}: "
+                "predict with the run folder, or write the file again with segkit export RUN --decision argmax"
+            )
+
+
+def _loaded(
+    score: Any, resize: dict[str, Any], window: list[int], classes: Any, palette: Any, decide: Any = None
+) -> Loaded:
     if any(resize.values()):
         score = Resized(score, resize)
-    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8))
+    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8), decide)
 
 
 class Resized:

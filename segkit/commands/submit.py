@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def parser() -> ArgumentParser:
     verb.add_argument("--output", type=Path, required=True, metavar="FILE.zip", help="a .zip, .tar, .tar.gz or .tgz")
     verb.add_argument("--split", default="test", help="split to predict; a labelled one is scored again from the files")
     verb.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")
-    add_shared(verb, "--checkpoint", "--root", "--precision", "--device", "--workers", "--max-pixels", *INFERENCE)
+    shared = ("--checkpoint", "--decision", "--root", "--precision", "--device", "--workers", "--max-pixels")
+    add_shared(verb, *shared, *INFERENCE)
     return verb
 
 
@@ -29,23 +31,27 @@ def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     arguments = parser().parse_args(argv)
     limit_pixels(arguments)
+    from segkit.commands.decision import decision_of
     from segkit.data.decode import image_size
     from segkit.evaluation.submission import check_images, write_submission
-    from segkit.run.saved import open_run
+    from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
     saved = open_run(arguments.run)
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split)
+    check_classes(saved, split.classes)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
     form = dataset.name.removesuffix("_coarse")
     sizes = {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
     check_images(sizes, format=form, split=arguments.split)
     device = resolve_device(arguments.device)
-    model = saved.model(arguments.checkpoint).to(device)
+    model = decision.around(saved.model(arguments.checkpoint).to(device))
+    predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
     options = {"format": form, "table": split.table, "split": arguments.split, "competition": arguments.competition}
-    files = predictions(arguments, dataset, split, model, device, precision)
+    files = predictions(predict, dataset, split, model, device, precision, workers=arguments.workers)
     number = write_submission(arguments.output, files, image_sizes=sizes, **options)
     print(f"written: {number} predictions in {arguments.output}")
     if split.labelled:
@@ -53,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def predictions(
-    arguments: Namespace, dataset: Any, split: Any, model: Any, device: Any, precision: str
+    predict: Any, dataset: Any, split: Any, model: Any, device: Any, precision: str, *, workers: int
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, train ids of the image's size) of every image."""
     from segkit.config.schema import plain
@@ -62,9 +68,8 @@ def predictions(
     from segkit.evaluation.loop import evaluating
     from segkit.progress import track
 
-    predict = inference(arguments, dataset.crop)
     transform = EvalTransform(resize=plain(dataset.eval_resize))
-    batches = eval_batches(split, transform=transform, workers=arguments.workers)
+    batches = eval_batches(split, transform=transform, workers=workers)
     for batch in track(batches, description="predicting", total=len(split), unit="images"):
         height, width = batch.labels.shape[-2:]
         with evaluating(model, device, precision):

@@ -100,13 +100,18 @@ class RecipeConfig:
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    """One data set: how to read it, and how its images are cut for training and for evaluation."""
+    """One data set: how to read it, and how its images are cut for training and for evaluation.
+
+    ``holdout``: share of the images of ``train_split``, chosen by a hash of their names, that is kept out of training,
+    for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`).
+    """
 
     name: str
     reader: dict[str, Any]
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
+    holdout: float = 0.0
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     eval_resize: ResizeConfig = field(default_factory=ResizeConfig)
     eval_labels: LabelSize = LabelSize.original
@@ -129,6 +134,11 @@ class DatasetConfig:
         _require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
         for key in ("resize", "eval_resize"):
             getattr(self, key).check(f"dataset.{key}")
+        _require(
+            0 <= self.holdout <= 0.5,
+            f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
+            "set dataset.holdout=0.1",
+        )
         for key in ("flip", "color_jitter"):
             value = getattr(self, key)
             _require(

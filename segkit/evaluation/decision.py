@@ -41,35 +41,40 @@ class LogitSample:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FittedBias:
     """The bias (K,), and the mean IoU on the sample without and with it (over the classes that it holds)."""
 
     bias: NDArray[np.float32]
     mean_iou_before: float
     mean_iou_after: float
-    num_images: int
-    num_pixels: int
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
         """Return JSON values, with the bias by class name."""
         assert len(class_names) == len(self.bias)
         return {
             "bias": {name: float(value) for name, value in zip(class_names, self.bias, strict=True)},
-            "tuned_mean_iou_before": self.mean_iou_before,
-            "tuned_mean_iou_after": self.mean_iou_after,
-            "num_images": self.num_images,
-            "num_pixels": self.num_pixels,
+            "mean_iou_before": self.mean_iou_before,
+            "mean_iou_after": self.mean_iou_after,
         }
 
 
 def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the bias (K,) in the order of ``class_names`` from the result of `Calibration.to_json`."""
+    """Return the bias (K,) in the order of ``class_names`` from the result of `FittedBias.to_json`."""
     bias = content.get("bias")
     if not isinstance(bias, Mapping) or set(bias) != set(class_names):
         raise InputError(
-            "the stored calibration has other classes than the run; calibrate again with `segkit evaluate --calibrate`"
+            "the stored bias is none of this run's classes: fit it again with "
+            "`segkit evaluate RUN --decision bias --refit`"
         )
-    return np.array([bias[name] for name in class_names], np.float32)
+    try:
+        values = np.array([bias[name] for name in class_names], np.float32)
+    except (TypeError, ValueError):
+        values = np.full(1, np.nan)
+    if not np.isfinite(values).all():
+        raise InputError(
+            "the stored bias holds no numbers: fit it again with `segkit evaluate RUN --decision bias --refit`"
+        )
+    return values
 
 
 class BiasedModel(nn.Module):
@@ -87,8 +92,8 @@ class BiasedModel(nn.Module):
         logits = self.model(images)
         if logits.shape[1] != self.bias.shape[1]:
             raise InputError(
-                f"the calibration has {self.bias.shape[1]} classes and the model {logits.shape[1]}; calibrate this run "
-                "again with `segkit evaluate --calibrate`"
+                f"the bias has {self.bias.shape[1]} classes and the model {logits.shape[1]}: fit it again with "
+                "`segkit evaluate RUN --decision bias --refit`"
             )
         return logits + self.bias.to(logits.dtype)
 
@@ -123,7 +128,7 @@ def collect_logits(
                 target = labels.reshape(-1)[chosen].astype(np.int64)
                 parts.append((_logits_at(logits[i], chosen, labels.shape), target, weights))
     if not any(len(target) for _, target, _ in parts):
-        raise InputError("there is no labelled pixel to calibrate on; check dataset.root and dataset.train_split")
+        raise InputError("there is no labelled pixel to fit a decision on: check dataset.root and dataset.train_split")
     sampled, target, weights = (np.concatenate(values) for values in zip(*parts, strict=True))
     if target.max() >= num_classes:
         raise InputError(f"label value {target.max()} is no class 0..{num_classes - 1} and not {ignore_index}")
@@ -154,7 +159,7 @@ def _logits_at(logits: Tensor, pixels: NDArray[np.int64], size: tuple[int, ...])
     return sampled[0, :, 0].T.contiguous().cpu().numpy()
 
 
-def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> Calibration:
+def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> FittedBias:
     """Return the bias that coordinate ascent finds: one class after the other, on an ever finer grid.
 
     The objective is the mean IoU of argmax(logits + bias) over the classes that have target pixels in the sample.
@@ -178,7 +183,7 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> Calibration:
             if score > best:
                 best, bias = score, trial
         reach /= 2
-    return Calibration(bias, before, best, sample.num_images, len(sample.target))
+    return FittedBias(bias, before, best)
 
 
 def weighted_mean_iou(sample: LogitSample, bias: NDArray[np.float32]) -> float:

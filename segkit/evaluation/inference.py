@@ -2,13 +2,13 @@
 
 :mod:`segkit.evaluation.views` computes the scores in bands of rows, so full-size scores of all classes never exist: one
 band at a time is up-sampled bilinearly to the label's size. Several views are averaged there as class probabilities
-(softmax); a single view is decided by its logits.
+(softmax); a single view is decided by its logits. A decision rule other than the largest score takes probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class Inference:
     "gaussian" (standard deviation an eighth of the window, so that its middle counts most) or "uniform".
     ``tiles_per_batch``: windows in one forward pass. ``flip``: average with the mirrored image. ``scales``: factors of
     the image size. ``multiple``: windows start and end on multiples of it, and images that are scaled or cut are padded
-    to it by repeating their last row and column; the model's stride must divide it.
+    to it by repeating their last row and column; the model's stride must divide it. ``decide``: a decision rule, from
+    probabilities (N, K, rows, W) to scores whose argmax is the class; None for the most probable class.
     """
 
     window: Size | None = None
@@ -51,6 +52,7 @@ class Inference:
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     multiple: int = 32
+    decide: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.blending not in _BLENDINGS:
@@ -76,6 +78,8 @@ class Inference:
             if best is None:
                 dtype = class_dtype(band.shape[1])
                 best = torch.empty(len(images), *size, dtype=dtype, device=band.device)
+            if self.decide is not None:
+                band = self.decide(band.softmax(1) if self._num_views == 1 else band)
             best[:, rows] = argmax_channel(band, best.dtype)
             del band  # otherwise it is in memory beside the next one
         assert best is not None
@@ -87,7 +91,7 @@ class Inference:
             yield rows, band.softmax(1) if self._num_views == 1 else band
 
     def describe(self) -> dict[str, object]:
-        """Return the settings as JSON values, for the protocol beside a score."""
+        """Return the settings but ``decide`` as JSON values, for the protocol beside a score."""
         described: dict[str, object] = {"scales": list(self.scales), "flip": self.flip, "window": None}
         if self.window is not None:
             described |= {"window": list(self.window), "overlap": self.overlap, "blending": self.blending}

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.errors import InputError
 from segkit.evaluation.decision import LogitSample
@@ -62,15 +62,27 @@ class MiouRule:
         return logits.float() * factor + offset
 
     def scores(self, probabilities: Tensor) -> Tensor:
-        """Return what (*) takes the argmax of, for calibrated ``probabilities`` (N, K, ..)."""
+        """Return what (*) takes the argmax of, for calibrated ``probabilities`` (N, K, ..): finite float32 values.
+
+        A class that is not counted gets a score above all others where it is the most probable one, and one below all
+        others elsewhere.
+        """
         shape = (1, -1, *[1] * (probabilities.dim() - 2))
-        iou, union, counted = (
-            torch.as_tensor(values, device=probabilities.device).to(dtype).view(shape)
-            for values, dtype in ((self.iou, torch.float32), (self.union, torch.float32), (self.counted, torch.bool))
+        # In a graph that is exported, the numbers must be float32 constants.
+        columns = (np.where(self.counted, self.iou, 0), 1 / np.where(self.counted, self.union, 1), self.counted)
+        iou, inverse, counted = (
+            torch.as_tensor(values.astype(np.float32), device=probabilities.device).view(shape) for values in columns
         )
-        scores = ((1 + iou) * probabilities - iou) / union
-        kept = torch.where(probabilities == probabilities.amax(1, keepdim=True), torch.inf, -torch.inf)
-        return torch.where(counted, scores, kept)
+        scores = ((1 + iou) * probabilities - iou) * inverse
+        if self.counted.all():
+            return scores
+        beyond = 2 * float(columns[1].max())  # a score of a counted class lies between -1 / U_k and 1 / U_k
+        kept = torch.where(probabilities == probabilities.amax(1, keepdim=True), beyond, -beyond)
+        return torch.where(counted > 0, scores, kept)
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Return the scores of plain ``logits`` (N, K, ..): `calibrated`, softmax, `scores`."""
+        return self.scores(self.calibrated(logits).softmax(1))
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, dict[str, float | bool]]:
         """Return class name -> the numbers of the class."""
@@ -92,10 +104,23 @@ def rule_from_json(content: Any, class_names: Sequence[str]) -> MiouRule:
         whole = False
     if not isinstance(content, Mapping) or not whole or not (columns[3] > 0).all():
         raise InputError(
-            "the stored decision is none of this run's classes: fit it again with `segkit evaluate RUN --fit-decision`"
+            "the stored decision is none of this run's classes: fit it again with "
+            "`segkit evaluate RUN --decision miou --refit`"
         )
     factor, offset, iou, union = columns
     return MiouRule(factor, offset, iou, union, counted)
+
+
+class ScaledModel(nn.Module):
+    """``model`` with the vector scaling of ``rule`` on its logits, which are interpolated and averaged afterwards."""
+
+    def __init__(self, model: nn.Module, rule: MiouRule) -> None:
+        super().__init__()
+        self.model, self.rule = model, rule
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Calibrated logits (N, K, h, w) in float32."""
+        return self.rule.calibrated(self.model(images))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def predict_files(
     palette: ArrayLike,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
-    inference: Inference | None = None,
+    inference: Inference | Mapping[str, Inference] | None = None,
     outputs: Outputs | None = None,
     threads: int = 2,
     progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
@@ -78,12 +78,13 @@ def predict_files(
 
     ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
     report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
-    written, and with several also ``side_by_side/NAME.png``. ``progress`` wraps the iterable of names. The report lists
-    the files that could not be read; see `Report.exit_code`.
+    written, and with several also ``side_by_side/NAME.png``. ``inference``: that of all scorers, or one for each title.
+    ``progress`` wraps the iterable of names. The report lists the files that could not be read; see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"
     inference = Inference() if inference is None else inference
+    inferences = dict(inference) if isinstance(inference, Mapping) else dict.fromkeys(titled, inference)
     outputs = Outputs() if outputs is None else outputs
     device = torch.device(device)
     writer = _Writer(Path(output), classes, np.asarray(palette, np.uint8), outputs, several=len(titled) > 1)
@@ -100,7 +101,7 @@ def predict_files(
                 report.failed.append((images[name], str(image)))
                 continue
             with autocast(device, precision):
-                done = _predict(titled, image, inference, device, probabilities=outputs.probabilities)
+                done = _predict(titled, image, inferences, device, probabilities=outputs.probabilities)
             written.append(writers.submit(writer.write, name, image, done))
             report.num_written += 1
             while len(written) > 2 * threads:
@@ -140,7 +141,7 @@ def _decoded_ahead(
 def _predict(
     scorers: Mapping[str, Scorer],
     image: NDArray[np.uint8],
-    inference: Inference,
+    inferences: Mapping[str, Inference],
     device: torch.device,
     *,
     probabilities: bool,
@@ -150,12 +151,14 @@ def _predict(
     labels: dict[str, NDArray[np.integer]] = {}
     scores: NDArray[np.float16] | None = None
     for title, scorer in scorers.items():
+        inference = inferences[title]
         if not probabilities or scores is not None:
             labels[title] = inference(scorer, tensor, size)[0].cpu().numpy()
             continue
         bands, best = [], []
         for _, band in inference.probabilities(scorer, tensor, size):
             bands.append(band[0].half().cpu().numpy())
+            band = band if inference.decide is None else inference.decide(band)
             best.append(argmax_channel(band, class_dtype(band.shape[1]))[0].cpu().numpy())
         labels[title], scores = np.concatenate(best), np.concatenate(bands, axis=1)
     return _Done(labels, scores)

@@ -111,7 +111,7 @@ def margin_calibration(
     scale: str = "tau",
     mean_margin: float | None = None,
     absent: str = "max",
-    rho_max: float | None = None,
+    rho_max: float | str | None = None,
     form: str = "paper",
     ignore_index: int = 255,
     compile_tiles: bool | None = None,

@@ -1,7 +1,8 @@
 """A trained model as one file that runs without segkit: ONNX, or a program of torch.export.
 
 The graph takes colours from 0 to 255, normalises them, and returns logits at the size of the image, for any batch size,
-height and width. Names of classes, palette and normalisation are in the file's metadata.
+height and width: those of which evaluation takes the argmax. A decision rule on probabilities can be part of it. Names
+of classes, palette and normalisation are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn import functional as F
 
+from segkit.bilinear import resized_rows
 from segkit.errors import InputError, first_line
 from segkit.models.any_size import AnySize, crop_to, padded_size
 from segkit.models.coplenet import STRIDE, COPLENet
 from segkit.models.segmenter import Segmenter
 
 FORMATS = ("onnx", "torch_export")
-INPUT, OUTPUT = "images", "logits"
+INPUT, LOGITS, SCORES = "images", "logits", "scores"
+"""Names of what goes into a graph and of what comes out: logits, or the scores of a decision rule."""
 METADATA_KEY = "segkit"
 """Key of the metadata, a JSON object, in an ONNX file; the name of an extra file in one of torch.export."""
 OPSET = 18
@@ -40,44 +43,86 @@ AGREEMENT = 0.999
 """Least share of pixels of real images to which the file must give the class that the model gives."""
 
 Runner = Callable[[torch.Tensor], torch.Tensor]
-"""images (N, C, H, W) float32 in 0..255 -> logits (N, K, H, W)"""
+"""images (N, C, H, W) float32 in 0..255 -> logits (N, K, H, W), or scores"""
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""logits (N, K, H, W) -> scores (N, K, H, W) whose argmax is the class"""
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""images (N, C, H, W) float32 in 0..255 -> classes (N, H, W)"""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a written file and its model agree on real images."""
+    """How well a written file and the evaluation of its model agree on real images."""
 
     num_images: int
     pixels: float
     """Share of all pixels that get the same class"""
     difference: float
-    """Largest difference of two logits, relative to the largest logit of the image"""
+    """Largest difference of two logits (or scores), relative to the largest one of the image"""
 
 
 class WholeImage(nn.Module):
-    """Images (N, 3, H, W) float in 0..255 -> logits (N, K, H, W).
+    """Images (N, 3, H, W) float in 0..255 -> logits (N, K, H, W), those that evaluation makes of ``segmenter``.
 
-    The image is padded here to the multiple that the network wants, the logits are up-sampled by the network's stride
-    and cropped. Where the stride divides the image's size, these are the logits of ``segmenter`` interpolated to the
-    image; elsewhere they lack the second interpolation with which :mod:`segkit.models.any_size` fits the grid to the
-    image, and are a little sharper.
+    The image is padded here to the multiple that the network wants; its logits are fitted to the image as
+    :mod:`segkit.models.any_size` does it, and interpolated to the size of the image. ``head``: what is computed from
+    them, the scores of a decision rule for example.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: Segmenter, head: Head | None = None) -> None:
         super().__init__()
         self.segmenter = segmenter
+        self.head = head
         self.multiple = size_multiple(segmenter.net)
+        self.stride = _stride(segmenter, self.multiple)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        whole = self._logits(images)
+        return whole if self.head is None else self.head(whole)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
-        normalised = self.segmenter.normalise(images)
-        rows, columns = padded_size(height, self.multiple), padded_size(width, self.multiple)
-        # Both cuts below remove at least one row and one column, whatever the size: where a cut may remove nothing,
-        # the tracer ties the graph to what it did for the example.
-        padded = crop_to(F.pad(normalised, (0, self.multiple, 0, self.multiple)), (rows, columns))
-        logits = self.segmenter.net(padded)
-        whole = F.interpolate(logits.float(), size=(rows, columns), mode="bilinear", align_corners=False)
-        return crop_to(F.pad(whole, (0, 1, 0, 1)), (height, width))
+        images = self.segmenter.normalise(images)
+        if self.multiple > 1:
+            # The cuts here and below remove at least one row and one column, whatever the size: where a cut may remove
+            # nothing, the tracer ties the graph to what it did for the example.
+            padded = padded_size(height, self.multiple), padded_size(width, self.multiple)
+            images = crop_to(F.pad(images, (0, self.multiple, 0, self.multiple)), padded)
+        logits = self.segmenter.net(images).float()
+        if self.stride == 1:
+            return crop_to(F.pad(logits, (0, 1, 0, 1)), (height, width))
+        if self.multiple > 1:
+            logits = _fitted(_fitted(logits, -2, height, stride=self.stride), -1, width, stride=self.stride)
+        return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def _fitted(logits: torch.Tensor, axis: int, extent: int, *, stride: int) -> torch.Tensor:
+    """Return ``logits`` sampled along ``axis`` at ceil(extent / stride) cells that cover ``extent`` pixels exactly.
+
+    The same as :func:`segkit.models.any_size.fit_logits`, in operations that can be traced for any ``extent``.
+    """
+    cells = torch.arange((extent + stride - 1) // stride, device=logits.device)
+    position = ((cells.double() + 0.5) * extent / (stride * ((extent + stride - 1) // stride)) - 0.5).clamp(min=0)
+    left = position.long()
+    right = torch.minimum(left + 1, cells[-1])
+    shape = [1] * logits.dim()
+    shape[axis] = -1
+    share = (position - left).to(logits.dtype).view(shape)
+    lower = logits.index_select(axis, left)
+    return lower + share * (logits.index_select(axis, right) - lower)
+
+
+def _stride(segmenter: Segmenter, multiple: int) -> int:
+    """Return the stride of the logits of a network that pads its images to ``multiple``; 0 for one that does not."""
+    if multiple == 1:
+        return 0
+    net = segmenter.net
+    was_training, parameter = net.training, next(net.parameters(), torch.zeros(()))
+    net.eval()
+    with torch.no_grad():
+        logits = net(torch.zeros(1, len(segmenter.mean), 4 * multiple, 4 * multiple, device=parameter.device))
+    net.train(was_training)
+    return 4 * multiple // logits.shape[-2]
 
 
 def size_multiple(net: nn.Module) -> int:
@@ -94,16 +139,19 @@ def export(
     format: str = "onnx",
     metadata: Mapping[str, Any] | None = None,
     images: Iterable[NDArray[np.uint8]] = (),
+    head: Head | None = None,
+    predict: Predict | None = None,
     opset: int = OPSET,
 ) -> Agreement:
     """Write ``segmenter`` to ``path`` as a graph with input ``images`` and output ``logits``.
 
-    ``images``: (N, C, H, W) float32 in 0..255, H and W larger than the multiple that the network needs; ``logits``:
-    (N, K, H, W) float32. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load
+    ``images``: (N, C, H, W) float32 in 0..255; ``logits``: (N, K, H, W) float32, or the output ``scores`` that ``head``
+    computes from them. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load
     reads it). ``metadata``: what else a reader of the file should know, as JSON values: the label table for
-    example; normalisation and sizes are added. The file gets its name once it computes what the model does: an ONNX
-    graph on noise of an odd size, either kind on the real ``images`` (H, W, C), whose `Agreement` is returned.
-    ``segmenter`` itself is not changed.
+    example; normalisation and sizes are added. The file gets its name once it computes what evaluation does with the
+    model: an ONNX graph on noise of an odd size, either kind on the real ``images`` (H, W, C), whose `Agreement` is
+    returned. ``predict`` gives the classes of the evaluation (None: from the logits of ``segmenter``, interpolated as
+    :mod:`segkit.bilinear` does it, and ``head``). ``segmenter`` itself is not changed.
 
     InputError for an unknown format, a missing package, a folder that is not there, a network that cannot be traced
     for arbitrary sizes, or a file that does not compute the same.
@@ -113,7 +161,7 @@ def export(
         raise InputError(f"the format is {format!r}, but can be {' or '.join(FORMATS)}: give --format onnx")
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written, since there is no folder {path.parent}: create it first")
-    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
+    model = WholeImage(copy.deepcopy(segmenter).cpu(), head).eval()
     if model.multiple > 1:
         _fix_same_padding(model)
     text = json.dumps({**(metadata or {}), **_facts(model)})
@@ -123,13 +171,13 @@ def export(
         if format == "torch_export":
             torch.export.save(program, temporary, extra_files={METADATA_KEY: text})
         else:
-            _write_onnx(program, temporary, text, opset=opset)
-            _check_noise(temporary, segmenter)
-        found = agreement(temporary, segmenter, images)
+            _write_onnx(program, temporary, text, output=_output(model), opset=opset)
+            _check_noise(temporary, segmenter, head)
+        found = agreement(temporary, segmenter, images, head=head, predict=predict)
         if not (found.pixels >= AGREEMENT and found.difference < TOLERANCE):
             raise InputError(
                 f"the exported {type(segmenter.net).__name__} gives {100 * found.pixels:.2f} % of the pixels of "
-                f"{found.num_images} images the class that the model gives, and its logits differ by "
+                f"{found.num_images} images the class that evaluation gives, and its logits differ by "
                 f"{found.difference:.3g} of the largest, so it was not kept: give another --format, or choose another "
                 "model, such as model=deeplabv3plus"
             )
@@ -139,9 +187,13 @@ def export(
     return found
 
 
-def _check_noise(path: Path, segmenter: Segmenter) -> None:
-    difference = largest_difference(path, segmenter)
-    if not difference < TOLERANCE:
+def _check_noise(path: Path, segmenter: Segmenter, head: Head | None) -> None:
+    difference = largest_difference(path, segmenter, head=head)
+    same = 1.0
+    if head is not None:  # its scores may be of very different sizes, so that the largest says little
+        noise = torch.randint(0, 256, (67, 45, len(segmenter.mean)), generator=torch.Generator().manual_seed(0))
+        same = agreement(path, segmenter, [noise.to(torch.uint8).numpy()], head=head).pixels
+    if not (difference < TOLERANCE and same >= AGREEMENT):
         raise InputError(
             f"the ONNX graph of {type(segmenter.net).__name__} differs from the model by {difference:.3g} of its "
             "largest logit at a size other than the traced one, so it was not kept: give --format torch_export, or "
@@ -176,13 +228,17 @@ def _facts(model: WholeImage) -> dict[str, Any]:
     segmenter = model.segmenter
     return {
         "input": INPUT,
-        "output": OUTPUT,
+        "output": _output(model),
         "input_range": [0, 255],
         "mean": list(segmenter.mean),
         "std": list(segmenter.std),
         "normalised_inside": True,
         "size_multiple": model.multiple,
     }
+
+
+def _output(model: WholeImage) -> str:
+    return LOGITS if model.head is None else SCORES
 
 
 def _trace(model: WholeImage) -> torch.export.ExportedProgram:
@@ -217,7 +273,7 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, opset: int) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str, opset: int) -> None:
     """Translate ``program`` to ONNX and write it with the metadata ``text``."""
     try:
         import onnx
@@ -235,7 +291,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the translator, about its own internals
             translated = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+                program, dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[output], verbose=False
             )
     except Exception as error:  # the translator's errors share no base class
         raise InputError(
@@ -257,39 +313,64 @@ def runner(path: str | Path) -> Runner:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
-def agreement(path: str | Path, segmenter: Segmenter, images: Iterable[NDArray[np.uint8]]) -> Agreement:
-    """Compare the file ``path`` with ``segmenter`` on real ``images`` (H, W, C), each at its own size."""
-    model, run = WholeImage(copy.deepcopy(segmenter).cpu()).eval(), runner(path)
+def _as_evaluated(segmenter: Segmenter, head: Head | None) -> Runner:
+    """Return the function that evaluation computes: the logits of ``segmenter``, interpolated to the image's size."""
+    model = copy.deepcopy(segmenter).cpu().eval()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        logits = resized_rows(model(images).float(), (height, width), slice(0, height))
+        return logits if head is None else head(logits)
+
+    return run
+
+
+def agreement(
+    path: str | Path,
+    segmenter: Segmenter,
+    images: Iterable[NDArray[np.uint8]],
+    *,
+    head: Head | None = None,
+    predict: Predict | None = None,
+) -> Agreement:
+    """Compare the file ``path`` with the evaluation of ``segmenter`` on ``images`` (H, W, C), each at its own size.
+
+    ``predict`` and ``head`` are those of :func:`export`.
+    """
+    evaluated, run = _as_evaluated(segmenter, head), runner(path)
     num_images = num_pixels = num_equal = 0
     difference = 0.0
     for image in images:
         batch = torch.tensor(image).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
-            logits, expected = run(batch), model(batch)
+            logits, expected = run(batch), evaluated(batch)
+            classes = expected.argmax(1) if predict is None else predict(batch)
         difference = max(difference, _difference(logits, expected))
-        num_equal += int((logits.argmax(1) == expected.argmax(1)).sum())
+        num_equal += int((logits.argmax(1) == classes).sum())
         num_pixels += image.shape[0] * image.shape[1]
         num_images += 1
     return Agreement(num_images, num_equal / num_pixels if num_pixels else 1.0, difference)
 
 
-def largest_difference(path: str | Path, segmenter: Segmenter, *, seed: int = 0) -> float:
-    """Return the largest difference of logits between the ONNX file ``path`` and ``segmenter``, over the largest logit.
+def largest_difference(path: str | Path, segmenter: Segmenter, *, head: Head | None = None, seed: int = 0) -> float:
+    """Return the largest difference between the ONNX file ``path`` and the evaluation of ``segmenter``.
+
+    It is that of two logits, or scores of ``head``, relative to the largest one.
 
     The input is noise, of a batch and size that are neither the traced ones nor multiples of anything. Translators get
     layers wrong silently (adaptive pooling for example becomes a pooling with the window of the traced size), and only
     another size reveals it. Infinite if the graph cannot run there.
     """
-    model = WholeImage(copy.deepcopy(segmenter).cpu()).eval()
-    side = 5 * max(model.multiple, 8)
+    evaluated = _as_evaluated(segmenter, head)
+    side = 5 * max(size_multiple(segmenter.net), 8)
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * 255
     run = runner(path)
     with torch.no_grad():
-        expected = model(images)
+        expected = evaluated(images)
     try:
         logits = run(images)
     except Exception:  # the runtime's errors share no public base class

@@ -95,5 +95,6 @@ def evaluation_protocol(
         "labels": dataset.eval_labels.value,
         "inference": "whole image" if inference.window is None else "sliding window",
         **inference.describe(),
+        "decision": "argmax",
         "precision": precision,
     }

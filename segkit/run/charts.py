@@ -6,6 +6,7 @@ the final scores. Both look alike in every run, so that ``tensorboard --logdir o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ def hparams(config: Config, phase: str, *, lr: float, num_steps: int) -> dict[st
         **{key: getattr(config, key) for key in ("batch_size", "seed", "ema_decay", "clip_norm", "encoder_lr_factor")},
         **{key: value for key, value in loss.items() if key in HPARAMS},
     }
+    if values.get("rho_max") == "none":
+        values["rho_max"] = math.inf  # a column holds numbers or texts, not both
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from segkit import runtime
 from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
+from segkit.files import read_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch
@@ -24,6 +25,7 @@ from segkit.run.build import build_model
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
+from segkit.run.saved import differing_classes
 from segkit.run.splits import Splits
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed
@@ -77,7 +79,7 @@ def _prepare(
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
     facts = _facts(config, splits, device)
-    model = initial_model(config, next(iter(splits.values())).train.num_classes, device)
+    model = initial_model(config, next(iter(splits.values())).train.classes, device)
     phases = {}
     for name in config.schedule:
         with interrupted_by(stop, f"stopped while phase {name} was prepared"):
@@ -116,15 +118,30 @@ def _stopping(stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def initial_model(config: Config, num_classes: int, device: torch.device) -> Segmenter:
-    """The model that the first phase starts from, on ``device``, with the weights of ``init_from`` where given."""
-    model = build_model(config, num_classes).to(device)
+def initial_model(config: Config, classes: Sequence[str], device: torch.device) -> Segmenter:
+    """The model that the first phase starts from, on ``device``, with the weights of ``init_from`` where given.
+
+    InputError if that is a run folder of other classes than ``classes``, by name and order.
+    """
+    model = build_model(config, len(classes)).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.init_from:
         source = Path(config.init_from)
+        if source.is_dir():
+            check_origin(source, classes)
         load_weights(model, source / "checkpoints" / checkpoint.LAST if source.is_dir() else source)
     return model
+
+
+def check_origin(source: Path, classes: Sequence[str]) -> None:
+    """Raise InputError if the run in ``source`` was trained on other classes than ``classes``."""
+    trained = list(read_json(source / "label_counts.json")["classes"])
+    if difference := differing_classes(classes, trained):
+        raise InputError(
+            f"the data set has other classes than the run of init_from={source} ({difference}): choose a run of the "
+            f"same classes, or give init_from={source / 'checkpoints' / checkpoint.LAST} to use its weights anyway"
+        )
 
 
 def load_weights(model: Segmenter, path: Path) -> None:

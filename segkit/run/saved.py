@@ -7,6 +7,7 @@ read with ``weights_only``; nothing that the configuration names is downloaded o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
     if phase is not None and phase not in config.schedule:
         raise InputError(f"{path} has no phase {phase!r}: its phases are {', '.join(config.schedule)}")
     return SavedRun(path, config, phase)
+
+
+def check_classes(saved: SavedRun, classes: Sequence[str]) -> None:
+    """Raise InputError unless ``classes`` are those that the run was trained on, by name and in their order."""
+    if difference := differing_classes(classes, list(saved.label_counts()["classes"])):
+        raise InputError(
+            f"the data set has other classes than the run {saved.path} was trained on ({difference}), so scores and "
+            "colours would stand under wrong names: restore the label table, or train again"
+        )
+
+
+def differing_classes(one: Sequence[str], other: Sequence[str]) -> str:
+    """Return in what two lists of classes differ, empty if in nothing."""
+    if len(one) != len(other):
+        return f"{len(one)} classes instead of {len(other)}"
+    for number, (name, expected) in enumerate(zip(one, other, strict=True)):
+        if name != expected:
+            return f"class {number} is {name!r} instead of {expected!r}"
+    return ""
 
 
 def read_config(saved: Path) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from segkit.config.schema import Config, DatasetConfig
@@ -9,6 +10,9 @@ from segkit.config.targets import instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
 from segkit.errors import InputError
+
+HOLDOUT = "holdout"
+"""Name of the split that `dataset.holdout` makes of training images."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,54 @@ class Splits:
 
 
 def open_split(dataset: DatasetConfig, split: str) -> SampleSet:
-    """Open one split of ``dataset``; lists files, reads none."""
+    """Open one split of ``dataset``; lists files, reads none.
+
+    The training split comes without the images that ``dataset.holdout`` keeps out of it; those are the split
+    :data:`HOLDOUT`, unless nothing is held out and the data set itself has a split of that name.
+    """
+    if dataset.holdout:
+        if split == HOLDOUT:
+            return open_holdout(dataset)
+        if split == dataset.train_split:
+            return _part(dataset, held_out=False)
+    try:
+        return _read(dataset, split)
+    except InputError as error:
+        if split != HOLDOUT:
+            raise
+        raise InputError(
+            f"no training images were held out, dataset.holdout is 0: train with dataset.holdout=0.1 ({error})"
+        ) from None
+
+
+def open_holdout(dataset: DatasetConfig) -> SampleSet:
+    """The images of the training split that ``dataset.holdout`` keeps out of training; InputError if it is 0."""
+    if not dataset.holdout:
+        raise InputError("no training images were held out, dataset.holdout is 0: train with dataset.holdout=0.1")
+    return _part(dataset, held_out=True)
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """True for a ``share`` of all names, by a hash of each alone: other images neither add to them nor take away."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _part(dataset: DatasetConfig, *, held_out: bool) -> SampleSet:
+    whole = _read(dataset, dataset.train_split)
+    chosen = [is_held_out(sample.name, dataset.holdout) for sample in whole.samples]
+    if all(chosen) or not any(chosen):
+        raise InputError(
+            f"dataset.holdout={dataset.holdout} keeps {'all' if all(chosen) else 'none'} of the {len(whole)} images of "
+            f"{dataset.train_split} out of training, by a hash of their names: set another share, or dataset.holdout=0"
+        )
+    part = whole.subset([number for number, held in enumerate(chosen) if held == held_out])
+    if held_out:
+        part.split = HOLDOUT
+    return part
+
+
+def _read(dataset: DatasetConfig, split: str) -> SampleSet:
     facts = {"root": dataset.root, "split": split}
     return instantiate(dataset.reader, facts, key="dataset.reader")
 

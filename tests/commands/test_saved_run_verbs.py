@@ -62,11 +62,12 @@ def results(path):
 
 def test_evaluate_repeats_the_score_of_the_training(finished, call):
     out = call(evaluate, finished, "--max-images", "4", "--workers", "0", "--device", "cpu")
-    again, trained = results(finished / "checkpoints" / "results.json"), results(finished / "results.json")
+    (written,) = (finished / "evaluations").glob("val-last-first4-*.json")
+    again, trained = results(written), results(finished / "results.json")
     for key in ("mean_iou", "classes", "protocol", "num_classes_averaged"):
         assert again[key] == trained[key], key
     assert "mean over" in out
-    assert (finished / "evaluations" / "val-last.npz").is_file()
+    assert written.with_suffix(".npz").is_file()
 
 
 def test_evaluate_with_everything(finished, call, tmp_path):
@@ -84,19 +85,17 @@ def test_evaluate_with_everything(finished, call, tmp_path):
     assert "benchmark category_mean_iou" in out
 
 
-def test_calibration_is_kept_and_used_by_predict_and_export(finished, call, tmp_path):
-    with pytest.raises(InputError, match=r"tune the bias first, segkit evaluate .* --calibrate"):
-        call(evaluate, finished, "--calibrated")
-    assert "calibrated on 4 training images" in call(evaluate, finished, "--calibrate", "--workers", "0")
-    kept = results(finished / "calibration.json")
-    assert kept["tuned_mean_iou_after"] >= kept["tuned_mean_iou_before"]
-    assert kept["split"] == "train"
+def test_a_bias_is_kept_and_used_by_predict_and_export(finished, call, tmp_path):
+    assert "fitted on 4 images of the split train" in call(evaluate, finished, "--decision", "bias", "--workers", "0")
+    kept = results(finished / "decision.json")
+    assert kept["bias"]["mean_iou_after"] >= kept["bias"]["mean_iou_before"]
+    assert kept["fitted_on"]["split"] == "train"
     image = next((finished.parent / "data").rglob("leftImg8bit/val/**/*.png"))
     nowhere = ["--root", tmp_path / "nowhere"]
-    exported = call(export, finished, "--calibrated", "--output", tmp_path / "biased.onnx", *nowhere)
+    exported = call(export, finished, "--decision", "bias", "--output", tmp_path / "biased.onnx", *nowhere)
     assert re.search(r"not checked on real images, as there are none: .*nowhere", exported)
     assert "% of the pixels" not in exported
-    for run, name, options in ((finished, "run", ["--calibrated"]), (tmp_path / "biased.onnx", "onnx", [])):
+    for run, name, options in ((finished, "run", ["--decision", "bias"]), (tmp_path / "biased.onnx", "onnx", [])):
         with pytest.raises(SystemExit):
             call(predict, run, "--input", image, "--output", tmp_path / name, *options)
     predicted = []
@@ -132,8 +131,8 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
 
 def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):
     out = call(submit, finished, "--split", "val", "--output", tmp_path / "val.zip", "--workers", "0")
-    call(evaluate, finished, "--workers", "0")
-    score = results(finished / "checkpoints" / "results.json")["mean_iou"]
+    call(evaluate, finished, "--workers", "0", "--output", tmp_path / "val.json")
+    score = results(tmp_path / "val.json")["mean_iou"]
     assert f"mean IoU of the files: {100 * score:.2f} %" in out
 
 
@@ -155,7 +154,9 @@ def test_submit_takes_a_precision_and_refuses_images_that_the_server_would(finis
 def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finished, call, tmp_path):
     out = call(export, finished)
     assert f"written: {finished / 'model.onnx'}" in out
-    found = re.search(r"checked on (\d) images of val: ([0-9.]+) % of the pixels get the class of the torch model", out)
+    found = re.search(
+        r"checked on (\d) images of val: ([0-9.]+) % of the pixels get the class of the evaluation in fp32", out
+    )
     assert int(found.group(1)) >= 2
     assert float(found.group(2)) >= 99.9
     images = finished.parent / "data" / "leftImg8bit" / "val"

@@ -152,15 +152,18 @@ def test_a_tuned_model_scores_higher_on_its_images():
     stored = json.loads(json.dumps(result.to_json(["rest", "thing"])))
     np.testing.assert_array_equal(bias_from_json(stored, ["rest", "thing"]), result.bias)
     np.testing.assert_array_equal(bias_from_json(stored, ["thing", "rest"]), result.bias[::-1])
-    with pytest.raises(InputError, match="the stored calibration has other classes than the run"):
+    with pytest.raises(InputError, match="the stored bias is none of this run's classes: fit it again"):
         bias_from_json(stored, ["rest", "other"])
-    with pytest.raises(InputError, match="the calibration has 3 classes and the model 2"):
+    for values in ({"rest": "a", "thing": 1}, {"rest": float("nan"), "thing": 1}, {"rest": None, "thing": 1}):
+        with pytest.raises(InputError, match="the stored bias holds no numbers: fit it again"):
+            bias_from_json({"bias": values}, ["rest", "thing"])
+    with pytest.raises(InputError, match="the bias has 3 classes and the model 2"):
         evaluate(BiasedModel(model, np.zeros(3)), [batch], num_classes=2)
 
 
-def test_nothing_to_calibrate_on():
+def test_nothing_to_fit_on():
     void = Batch(torch.zeros(1, 3, 4, 4).byte(), torch.full((1, 4, 4), 255).byte(), ["a"], [0])
-    with pytest.raises(InputError, match=r"no labelled pixel to calibrate on; check dataset\.root"):
+    with pytest.raises(InputError, match=r"no labelled pixel to fit a decision on: check dataset\.root"):
         collect_logits(Fixed(torch.zeros(1, 2, 4, 4)), [void], num_classes=2)
     with pytest.raises(InputError, match="the model has 2 classes, the data set 3"):
         collect_logits(Fixed(torch.zeros(1, 2, 4, 4)), [void], num_classes=3)

@@ -122,7 +122,9 @@ def test_a_class_that_was_not_seen_keeps_its_pixels():
     fitted = fit_miou_rule(LogitSample(sample.logits[kept], sample.target[kept], np.ones(kept.sum()), 5))
     assert fitted.rule.counted.tolist() == [True, True, True, False]
     p = (3 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0))).softmax(1)
-    decision = fitted.rule.scores(p).argmax(1)
+    scores = fitted.rule.scores(p)
+    assert bool(torch.isfinite(scores).all())
+    decision = scores.argmax(1)
     assert torch.equal(decision == 3, p.argmax(1) == 3)
     assert bool((decision == 3).any())
 

@@ -102,6 +102,17 @@ def test_cap_by_hand():
     assert offsets.rho_0k.max().item() == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("no_cap", ["none", math.inf])
+def test_no_cap_is_algorithm_1(no_cap, recwarn):
+    counts = [500_000, 400_000, 300_000, 12]
+    offsets = margin_offsets(counts, rho_max=no_cap)
+    rho_k0, rho_0k = by_hand(counts, 10.0, 1.0)
+    torch.testing.assert_close(offsets.rho_0k, rho_0k)
+    torch.testing.assert_close(offsets.rho_k0, rho_k0)
+    assert offsets.rho_0k[3] > 100 * offsets.rho_0k[2]
+    assert not recwarn.list
+
+
 def test_class_with_every_pixel_has_no_margin():
     offsets = margin_offsets([700, 0, 0], absent="zero")
     assert offsets.rho_0k.tolist() == offsets.rho_k0.tolist() == [0.0, 0.0, 0.0]
@@ -131,6 +142,8 @@ def test_upsilon_too_small_names_class_and_least_value():
         ([5, 5], {"scale": "log"}, "scale must be one of tau, mean, got 'log'; set loss.scale"),
         ([5, 5], {"absent": "skip"}, "absent must be one of max, zero, error"),
         ([5, 5], {"rho_max": -2.0}, "rho_max must be a finite number"),
+        ([5, 5], {"rho_max": math.nan}, "rho_max must be a finite number"),
+        ([5, 5], {"rho_max": "maybe"}, r"rho_max is 'maybe', but must be a number of logits, none \(no cap\), or null"),
         ([5, 5], {"scale": "mean"}, "scale = mean needs the mean margin in logits; set loss.mean_margin"),
         ([5, 5], {"mean_margin": 1.0}, "mean_margin = 1.0 has no effect with scale = tau"),
         (

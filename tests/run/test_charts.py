@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -29,6 +30,7 @@ def test_every_argument_of_a_loss_is_a_hyper_parameter(path):
     for key, value in node.items():
         if key not in NOT_SHOWN:
             assert key in charts.HPARAMS
+            value = math.inf if (key, value) == ("rho_max", "none") else value
             assert value is None or isinstance(value, str) == isinstance(charts.HPARAMS[key], str), key
 
 
@@ -42,6 +44,9 @@ def test_hyper_parameters_of_a_run():
     assert found["schedule"] == "pretrain finetune"
     assert set(found) | set(charts.FIRST_HPARAMS) <= set(charts.HPARAMS)
     assert "clip_norm" not in found
+    assert "rho_max" not in found
+    uncapped = compose(["loss=margin_calibration_uncapped", "schedule=single"])
+    assert charts.hparams(uncapped, "train", lr=0.5, num_steps=20)["rho_max"] == math.inf
     config = compose(["loss=cross_entropy_dice", "schedule=single"])
     assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "1 cross_entropy + 1 DiceLoss"
 

@@ -1,0 +1,233 @@
+"""--decision in evaluate, predict, submit and export, on one small run that held images out of training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segkit.commands import evaluate, export, predict, submit
+from segkit.config.compose import compose
+from segkit.errors import InputError
+from segkit.run.splits import is_held_out, open_phases
+
+HELD = [f"train_{number:04d}" for number in range(16) if is_held_out(f"train_{number:04d}", 0.3)]
+QUICK = ["--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    from segkit.run import pipeline
+
+    folder = tmp_path_factory.mktemp("decision")
+    config = compose(
+        [
+            "dataset=synthetic",
+            "dataset.reader.num_images=16",
+            "dataset.reader.size=[67,75]",  # no stride divides them
+            "dataset.holdout=0.3",
+            "model=deeplabv3plus_tiny",
+            "debug=smoke",
+            "schedule=single",
+            "limit_steps=6",
+            "dataset.crop=[64,64]",
+            "device=cpu",
+            "optimizer.lr=3e-3",
+            "loss=cross_entropy",
+            f"cache_dir={folder / 'cache'}",
+        ]
+    )
+    splits = open_phases(config)
+    pipeline.run(config, folder / "run", splits)
+    for number, size in enumerate(((67, 75), (96, 64), (65, 121))):
+        picture = Image.fromarray(splits["train"].val.image(number)).resize(size[::-1])
+        (folder / "pictures").mkdir(exist_ok=True)
+        picture.save(folder / "pictures" / f"{number}.png")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the run without a decision."""
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def call(capsys):
+    def calling(verb, *arguments):
+        verb.run([*map(str, arguments)])
+        return capsys.readouterr().out
+
+    return calling
+
+
+def labels(folder):
+    found = {}
+    for path in sorted((folder / "labels").glob("*.png")):
+        with Image.open(path) as image:
+            found[path.stem] = np.asarray(image)
+    return found
+
+
+def predicted(call, run, output, *options):
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            predict, run, "--input", output.parent.parent / "pictures", "--output", output, "--device", "cpu", *options
+        )
+    assert stopped.value.code == 0
+    return labels(output)
+
+
+def evaluations(run):
+    return {path.stem: json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")}
+
+
+def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
+    for verb, options in (
+        (predict, ["--input", tmp_path, "--output", tmp_path / "out"]),
+        (submit, ["--output", tmp_path / "all.zip", "--split", "val"]),
+        (export, []),
+    ):
+        if verb is predict:
+            Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+        with pytest.raises(InputError, match=r"decision\.json is not there, .*: fit it with `segkit evaluate .* miou`"):
+            call(verb, run, "--decision", "miou", *options)
+    out = call(evaluate, run, *QUICK, "--decision", "miou")
+    assert f"fitted on {len(HELD)} images of the split holdout" in out
+    stored = json.loads((run / "decision.json").read_text())
+    assert sorted(stored["fitted_on"]["images"]) == HELD
+    assert stored["fitted_on"]["holdout"] == 0.3
+    for name in ("bias", "miou"):
+        assert stored[name]["mean_iou_after"] >= stored[name]["mean_iou_before"]
+    assert "fitted on" not in call(evaluate, run, *QUICK, "--decision", "bias")
+    call(evaluate, run, *QUICK)
+    found = {result["protocol"]["decision"]: result for result in evaluations(run).values()}
+    assert sorted(found) == ["argmax", "bias", "miou"]
+    assert "decision_fitted_on" not in found["argmax"]["protocol"]
+    on = found["miou"]["protocol"]["decision_fitted_on"]
+    assert (on["split"], on["dataset"], on["num_images"]) == ("holdout", "synthetic", len(HELD))
+    assert "images" not in on
+    assert found["miou"]["classes"] != found["argmax"]["classes"]
+    assert "fitted on" in call(evaluate, run, *QUICK, "--decision", "miou", "--refit", "--split", "train")
+    for refit in ([], ["--refit"]):
+        with pytest.raises(InputError, match=r"are in the split holdout \(first: train_\d+\), .*score another --split"):
+            call(evaluate, run, *QUICK, "--decision", "miou", "--split", "holdout", *refit)
+    call(evaluate, run, *QUICK, "--split", "holdout")
+    with pytest.raises(InputError, match="--refit is given without a decision to fit: add --decision"):
+        call(evaluate, run, *QUICK, "--refit")
+    change(run / "decision.json", stored, "is damaged, or of another version", fitted_on=None)
+    change(
+        run / "decision.json", stored, "for 8 classes that are not those of the run", classes=stored["classes"][::-1]
+    )
+    change(run / "decision.json", stored, "was fitted for another checkpoint than .*--refit", digest="0" * 64)
+
+
+def change(path, stored, message, **changes):
+    """The stored decision with changes is refused."""
+    path.write_text(json.dumps(stored | changes))
+    with pytest.raises(InputError, match=message):
+        evaluate.run([str(path.parent), *QUICK, "--decision", "miou"])
+
+
+def test_training_images_where_none_were_held_out(run, call):
+    text = (run / "config.yaml").read_text()
+    assert "holdout: 0.3" in text
+    (run / "config.yaml").write_text(text.replace("holdout: 0.3", "holdout: 0.0"))
+    assert "fitted on 16 images of the split train" in call(evaluate, run, *QUICK, "--decision", "bias")
+    with pytest.raises(InputError, match=r"16 of them are in the split train \(first: train_0000\)"):
+        call(evaluate, run, *QUICK, "--decision", "bias", "--split", "train")
+    with pytest.raises(InputError, match=r"dataset\.holdout is 0: train with dataset\.holdout=0\.1"):
+        call(evaluate, run, *QUICK, "--split", "holdout")
+
+
+def test_an_exported_graph_decides_as_the_run_does(run, finished, call, tmp_path):
+    pytest.importorskip("onnxruntime")
+    shutil.copytree(finished.parent / "pictures", tmp_path / "pictures")
+    place = tmp_path / "predictions"
+    call(evaluate, run, *QUICK, "--decision", "miou")
+    file = tmp_path / "miou.onnx"
+    out = call(export, run, "--decision", "miou", "--output", file)
+    assert "100.000 % of the pixels get the class of the evaluation in fp32" in out
+    plain = predicted(call, run, place / "plain")
+    own = predicted(call, run, place / "own", "--decision", "miou")
+    graph = predicted(call, file, place / "graph")
+    assert sorted(own) == ["0", "1", "2"]
+    assert any((own[name] != plain[name]).any() for name in own)
+    for name in own:
+        assert own[name].shape == graph[name].shape
+        assert (own[name] == graph[name]).mean() >= 0.999
+    several = predicted(call, run, place / "several", "--decision", "miou", "--side-by-side", file, "--tta", "")
+    assert all((several[name] == own[name]).all() for name in own)
+    with_scores = predicted(call, run, place / "scores", "--decision", "miou", "--probabilities")
+    assert all((with_scores[name] == own[name]).all() for name in own)
+    with np.load(place / "scores" / "probabilities" / "0.npz") as stored:
+        np.testing.assert_allclose(stored["probabilities"].astype(float).sum(0), 1, atol=5e-3)
+    arguments = (predict, file, "--input", tmp_path / "pictures", "--output", place / "no")
+    for option in (["--tta", "flip"], ["--slide", "64x64"], ["--probabilities"]):
+        with pytest.raises(InputError, match=f"miou and no probabilities, which does not go with {option[0]}"):
+            call(*arguments, *option)
+    with pytest.raises(InputError, match="was exported with --decision miou, which cannot be changed"):
+        call(*arguments, "--decision", "bias")
+
+
+def test_evaluations_do_not_overwrite_each_other(run, call, tmp_path):
+    """Every option that changes a score changes the name; the score of the training stays what it was."""
+    trained = (run / "results.json").read_text()
+    ways = [
+        [],
+        ["--max-images", "1"],
+        ["--precision", "bf16"],
+        ["--slide", "32x32"],
+        ["--slide", "64x64"],
+        ["--slide", "32x32", "--overlap", "0.1"],
+        ["--slide", "32x32", "--blending", "uniform"],
+        ["--tta", "ms", "--scales", "1,0.5"],
+        ["--tta", "ms", "--scales", "1,1.5"],
+        ["--tta", "flip"],
+        ["--boundary"],
+        ["--protocol", "ade20k"],
+        ["--checkpoint", "best"],
+    ]
+    for number, options in enumerate(ways, 1):
+        call(evaluate, run, *QUICK, *options)
+        assert len(evaluations(run)) == number, options
+    call(evaluate, run, *QUICK)
+    assert len(evaluations(run)) == len(ways)
+    assert (run / "results.json").read_text() == trained
+    assert not (run / "checkpoints" / "results.json").exists()
+    (full,) = (result for name, result in evaluations(run).items() if name.startswith("val-last-") and plain(result))
+    assert full["num_images"] == 16
+    with pytest.raises(InputError, match="the score of the training, which stays as it is: name another file"):
+        call(evaluate, run, *QUICK, "--output", run / "results.json")
+
+
+def plain(result):
+    """True for a result of the protocol of the training."""
+    protocol = result["protocol"]
+    whole = protocol["window"] is None and protocol["max_images"] is None and protocol["scales"] == [1.0]
+    return (
+        whole
+        and not protocol["flip"]
+        and protocol["precision"] == "fp32"
+        and not {"benchmark"} & {*protocol}
+        and ("boundary" not in result)
+        and result["checkpoint"] == "last"
+    )
+
+
+def test_other_classes_are_refused(run, call, tmp_path):
+    counts = json.loads((run / "label_counts.json").read_text())
+    names = list(counts["classes"])
+    swapped = {name: counts["classes"][name] for name in (names[1], names[0], *names[2:])}
+    (run / "label_counts.json").resolve().write_text(json.dumps(counts | {"classes": swapped}))
+    for verb, options in (
+        (evaluate, QUICK),
+        (export, []),
+        (submit, ["--split", "val", "--output", tmp_path / "a.zip"]),
+    ):
+        with pytest.raises(InputError, match=f"other classes than the run .*class 0 is '{names[0]}' instead of"):
+            call(verb, run, *options)

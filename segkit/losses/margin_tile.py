@@ -64,7 +64,11 @@ def margin_tile(
 def tied_margin_tile(
     s: Tensor, y: Tensor, work: Workspace, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float
 ) -> tuple[Tensor, Tensor]:
-    """``margin_tile`` for pixels where any number of scores may tie for the maximum."""
+    """``margin_tile`` for pixels where any number of scores may tie for the maximum.
+
+    Not rare in half precision: 480 of 3,600 tiles (13 %) in 200 steps of a second phase on CamVid (240 x 320, K = 11,
+    batch 3, logits of a quarter of the size, rounded to bfloat16).
+    """
     s = torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
     is_top = torch.eq(s, 0, out=work.buffer("is top", s))
     ties = is_top.sum(0)

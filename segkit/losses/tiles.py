@@ -227,7 +227,13 @@ def tile(block: Block, rule: TileFunction, write: Write[Result], ignore_index: i
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "segkit-tiles", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads, "segkit-tiles", initializer=_compute_alone)
+
+
+def _compute_alone() -> None:
+    """Keep torch from splitting operations of the calling thread."""
+    torch.get_num_threads()  # the first call in a thread takes over the number of the process: it must not come later
+    torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -134,7 +134,7 @@ def test_compiled_half_precision_in_any_layout():
 
 def test_failing_compiler_is_said_once_and_changes_nothing(monkeypatch):
     def broken(function, **options):
-        def call(*arguments):
+        def call(*arguments, **parameters):
             raise RuntimeError("no compiler here")
 
         return call
@@ -153,7 +153,7 @@ def test_failing_compiler_is_said_once_and_changes_nothing(monkeypatch):
 
 def test_want_of_memory_is_no_failure_of_the_compiler(monkeypatch):
     def full(function, **options):
-        def call(*arguments):
+        def call(*arguments, **parameters):
             raise torch.OutOfMemoryError("no memory left")
 
         return call

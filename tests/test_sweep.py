@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from segkit.sweeps.jobs import Job, LocalSweep
+
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SMALL = [
     "debug=smoke",
@@ -51,3 +53,12 @@ def test_jobs_must_be_positive(tmp_path):
     done = sweep(tmp_path, "sweep.jobs=0", "loss.tau=1,2")
     assert done.returncode == 2
     assert "sweep.jobs is 0, but must be at least 1" in done.stderr
+
+
+def test_a_table_shows_overrides_as_they_are_written():
+    sweep = LocalSweep(Path("a [bold]"), jobs=1)
+    sweep.jobs = [Job(0, ["name=car [rare]"], "0"), Job(1, ["name=tool [/x]\x1b[2J"], "1", "finished", 0.5)]
+    text = sweep.table()
+    assert "name=car [rare]" in text
+    assert r"name=tool [/x]\x1b[2J" in text
+    assert "2 jobs in a [bold]" in text

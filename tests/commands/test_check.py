@@ -442,3 +442,13 @@ def test_rehearsal_on_a_gpu(arguments):
 def test_input_errors_of_the_configuration_are_raised(arguments):
     with pytest.raises(InputError, match=r"loss\.typo is not an argument"):
         check.check(compose([*arguments, "+loss.typo=1"]))
+
+
+def test_class_names_show_as_they_are_written(arguments):
+    content = to_json(check.check(compose(arguments), rehearses=False))
+    split = content["splits"][0]
+    names = ["car [rare]", "tool [/x]", "red\x1b[31m"]
+    split["classes"] = dict(zip([*names, *list(split["classes"])[3:]], split["classes"].values(), strict=True))
+    text = as_text({**content, "splits": [split], "findings": [], "dataset": "d [/x]"})
+    assert all(name in text for name in ("car [rare]", "tool [/x]", r"red\x1b[31m", "d [/x]"))
+    assert "\x1b" not in text

@@ -169,3 +169,20 @@ def test_an_absent_class_has_no_bar(tmp_path, monkeypatch):
     assert np.isnan(widths[0][0])  # the smallest share comes first
     assert widths[0][1:] == [10.0, 90.0]
     assert (tmp_path / "a.svg").read_text().count("absent") >= 1
+
+
+def test_names_show_as_they_are_written(tmp_path):
+    """No markup of rich, no control character, no formula of a spreadsheet, no formula of matplotlib."""
+    names = ("car [rare]", "tool [/x]", "red\x1b[31m", "=1+1", "$x$", "5 $")
+    row = {"pixels": 10, "share": 1 / 6, "images": 2, "rho_0k": 0.5, "rho_k0": 0.1}
+    rows = [{"class": name, **row} for name in names]
+    summary = {"dataset": "d [/x]\n", "split": "val", "num_images": 2, "ignored_pixels": 0, "ignored_share": 0.0,
+               "margins": {}}  # fmt: skip
+    text = command.table(rows, summary)
+    assert all(name in text for name in ("car [rare]", "tool [/x]", r"red\x1b[31m", "=1+1", r"d [/x]\n val"))
+    assert "\x1b" not in text
+    command.write_csv(tmp_path / "c.csv", rows)
+    with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
+        assert [line["class"] for line in csv.DictReader(file)] == [*names[:3], "'=1+1", *names[4:]]
+    command.plot(tmp_path / "p.png", rows, summary)
+    assert (tmp_path / "p.png").stat().st_size > 1000

@@ -125,6 +125,7 @@ def make_run_at() -> MakeRun:
         num_images: int = 30, protocol: dict[str, Any] | None = None, margins: bool = False, num_pictures: int = 0,
     ) -> Path:  # fmt: skip
         config = configured(overrides, seed=seed)
+        path.mkdir(parents=True)
         folder = RunFolder(path, config)
         folder.start({"command": ["train.py", *overrides], "started": "2026-01-01T12:00:00+0000", "seed": seed,
                       "git_commit": "0123abc", "git_dirty": False, "python": "3.12.1", "versions": {"torch": "2.9.0"},

@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--evaluation",
         metavar="NAME",
-        help="compare RUN/evaluations/NAME.json, as segkit evaluate wrote it, in place of the scores after training",
+        help="compare RUN/evaluations/NAME.json, as segkit evaluate wrote it, in place of the scores after training; "
+        "the hash at the end of NAME may be left out",
     )
     made.add_argument(
         "--output", metavar="FILE", help="the report (default: report.html, if no other file is asked for)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +182,15 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
         return path / "results.json", path / "per_image.npz"
     folder = path / "evaluations"
     known = sorted(item.stem for item in folder.glob("*.json"))
+    if evaluation not in known:
+        # A name may be given without the hash of the protocol at its end.
+        matching = [name for name in known if re.fullmatch(f"{re.escape(evaluation)}-[0-9a-f]{{8}}", name)]
+        if len(matching) > 1:
+            raise InputError(
+                f"{path} has several evaluations {evaluation!r}, of different protocols: name one of "
+                f"{', '.join(matching)}"
+            )
+        evaluation = matching[0] if matching else evaluation
     if evaluation not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise InputError(f"{path} has no evaluation {evaluation!r}, {has}: make it with `segkit evaluate {path}`")

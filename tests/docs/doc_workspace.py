@@ -108,6 +108,7 @@ class Workspace:
         text = re.sub(r"\bRUN/train/failure-\d+", lambda _: str(self.bundle()), text)
         text = re.sub(r"(?<![\w./])RUN(_[AB])?\b", lambda found: str(self.run(dataset, which=found[1] or "")), text)
         text = text.replace("dataset=...", f"dataset={dataset}")
+        text = text.replace("dataset.holdout=0.1", "dataset.holdout=0.5")  # a tenth of the four images is none
         if "dataset.root=..." in text:
             chosen = re.findall(r"\b(?:dataset|experiment)=\w+", text)
             text = text.replace("dataset.root=...", self.source(self.compose(chosen).dataset.name)[1])

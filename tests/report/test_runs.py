@@ -88,6 +88,18 @@ def test_another_evaluation_of_a_run(make_run):
     assert record.per_image.total().sum() == 30 * 20_000
     assert record.pictures == {}  # they show other predictions than these scores
     assert notes == [f"the pictures in {run} are of the evaluation after training and not shown for val-last-flip"]
+    for part in ("json", "npz"):
+        (folder / f"val-last-flip.{part}").rename(folder / f"val-last-flip-0a1b2c3d.{part}")
+    ((record,), _) = find_runs([run], evaluation="val-last-flip")  # the hash may be left out
+    assert record.results["mean_iou"] == read_run(flipped).results["mean_iou"]
+    (folder / "val-last-flip-ffffffff.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"several evaluations 'val-last-flip'.*val-last-flip-0a1b2c3d, val-last-flip-f"
+    ):
+        find_runs([run], evaluation="val-last-flip")
+    (folder / "val-last-flip-ffffffff.json").unlink()
+    with pytest.raises(InputError, match=r"a has no evaluation 'val-last', it has"):
+        find_runs([run], evaluation="val-last")
     with pytest.raises(InputError, match=r"a has no evaluation 'test', it has val-last-flip: make it with"):
         find_runs([run], evaluation="test")
     with pytest.raises(InputError, match=r"has no evaluation 'x', it has none: make it with `segkit evaluate "):

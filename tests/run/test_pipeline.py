@@ -65,6 +65,19 @@ def test_a_run_starts_from_the_weights_of_another(train):
     assert not equal(weights(train("from_scratch", *still)), weights(first))
 
 
+def test_a_run_of_other_classes_is_no_start(train):
+    first = train("first")
+    counts = json.loads((first / "label_counts.json").read_text())
+    names = list(counts["classes"])
+    swapped = {name: counts["classes"][name] for name in (names[1], names[0], *names[2:])}
+    (first / "label_counts.json").resolve().write_text(json.dumps(counts | {"classes": swapped}))
+    with pytest.raises(
+        InputError, match=rf"other classes than the run of init_from=.*class 0 is '{names[0]}'.*last\.pt"
+    ):
+        train("second", f"init_from={first}")
+    train("third", f"init_from={first}/checkpoints/last.pt")
+
+
 def test_weights_of_another_model_are_refused(train):
     first = train("first")
     message = (

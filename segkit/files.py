@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from segkit.errors import InputError
 
 MOST_BYTES = 2**20
 """Size of a saved configuration beyond which it is not read."""
+MOST_JSON_BYTES = 2**26
+"""Size of a JSON file beyond which it is not read; a run writes a few thousand times less."""
 
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
@@ -18,7 +21,9 @@ _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with contextlib.suppress(FileNotFoundError):  # in a stranger's folder it may be a link to another file
+        temporary.unlink()
+    with open(temporary, "xb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -41,19 +46,41 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; InputError if it is missing or torn."""
+def read_json(path: Path, *, cure: str = "the run folder is damaged; copy it again, or train again") -> dict[str, Any]:
+    """The JSON object in ``path``; InputError, which ends with ``cure``, if it is missing, torn, or of another type."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, most=MOST_JSON_BYTES, cure=cure))
     except FileNotFoundError:
         raise InputError(
             f"{path} is not there: the run has not got so far; run the same command again to go on"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): the run folder is damaged") from None
+    except RecursionError:
+        raise InputError(f"{path} cannot be read (it is nested too deeply): {cure}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read ({error}): {cure}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+        raise InputError(f"{path} holds no JSON object: {cure}")
     return content
+
+
+def read_text(path: Path, *, most: int, cure: str) -> str:
+    """The text (UTF-8) in ``path``; FileNotFoundError if it is missing.
+
+    InputError, which ends with ``cure``, for a folder or a device in its place, for more than ``most`` bytes, and for
+    bytes that are no text.
+    """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, but must be a file: {cure}")
+    try:
+        if (size := path.stat().st_size) > most:
+            raise InputError(f"{path} has {size} bytes, but at most {most} are read: {cure}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {cure}") from None
 
 
 def read_config_text(path: Path) -> dict[str, Any]:
@@ -67,10 +94,7 @@ def read_config_text(path: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise InputError(f"{path} has {size} bytes, but a configuration has at most {MOST_BYTES}: {_FOREIGN}")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=MOST_BYTES, cure=_FOREIGN)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise InputError(

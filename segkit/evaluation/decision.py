@@ -69,6 +69,11 @@ def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> ND
         raise InputError(
             "the stored calibration has other classes than the run; calibrate again with `segkit evaluate --calibrate`"
         )
+    if not all(type(value) in (int, float) and abs(value) < 1e30 for value in bias.values()):
+        raise InputError(
+            "the stored calibration has a bias that is no finite number; calibrate again with `segkit evaluate "
+            "--calibrate`"
+        )
     return np.array([bias[name] for name in class_names], np.float32)
 
 

@@ -83,35 +83,38 @@ def read_text(path: Path, *, most: int, cure: str) -> str:
         raise InputError(f"{path} cannot be read ({error}): {cure}") from None
 
 
-def read_config_text(path: Path) -> dict[str, Any]:
+def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
     A stranger may have written it: InputError for a file of more than :data:`MOST_BYTES`, for YAML's own references
     (a few lines can stand for terabytes), tags, and for ``${...}``, with which OmegaConf would read the environment.
+    It ends with ``cure``.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        text = read_text(path, most=MOST_BYTES, cure=_FOREIGN)
+        text = read_text(path, most=MOST_BYTES, cure=cure)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise InputError(
                     f"{path} uses references or tags of YAML in line {event.start_mark.line + 1}, but a saved "
-                    f"configuration has plain values only: {_FOREIGN}"
+                    f"configuration has plain values only: {cure}"
                 )
             if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
                 raise InputError(
                     f"{path} has '${{' in line {event.start_mark.line + 1}, but a saved configuration has plain values "
-                    f"only: {_FOREIGN}"
+                    f"only: {cure}"
                 )
-        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else None
+        plain = yaml.compose(text, Loader=yaml.SafeLoader)
+        is_mapping = isinstance(plain, yaml.MappingNode)  # OmegaConf fails on a number
+        content = OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read ({reason}): {_FOREIGN}") from None
+        raise InputError(f"{path} cannot be read ({reason}): {cure}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path} holds no configuration: {_FOREIGN}")
+        raise InputError(f"{path} holds no configuration: {cure}")
     return {str(key): value for key, value in content.items()}

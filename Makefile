@@ -7,7 +7,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types smoke golden soak docs tensorboard loss-table clean
+.PHONY: help setup train test lint types smoke golden soak audit docs tensorboard loss-table clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,11 @@ golden: $(STAMP)  ## write the golden traces again (a refactor must leave them u
 
 soak: $(STAMP)  ## kill and resume a small run at 30 random moments, then 2,000 steps watched for leaks
 	$(BIN)/python scripts/soak.py $(ARGS)
+
+audit: $(STAMP)  ## compare the installed packages with the known advisories; needs the network
+	@if $(BIN)/python -c "import urllib.request as r; r.urlopen('https://pypi.org/pypi/pip/json', timeout=10)" 2>/dev/null; \
+	then $(BIN)/pip-audit --skip-editable $(ARGS); \
+	else echo "skipped: pypi.org, which lists the advisories, cannot be reached from here"; fi
 
 loss-table: $(STAMP)  ## write the table of the loss contract for the documentation
 	$(BIN)/python -m pytest tests/losses/test_contract.py --loss-table=docs/loss_table.md -q

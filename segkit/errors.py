@@ -7,6 +7,12 @@ line prints it without a traceback; set ``SEGKIT_DEBUG=1`` to see one.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+
+MOST_DEFLATED = 200
+"""Times that the content of an archive may be larger than the archive; what a run writes deflates less."""
+SMALL = 2**20
+"""Bytes that any archive may hold: only a larger one can do harm."""
 
 
 class InputError(ValueError):
@@ -54,3 +60,19 @@ def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
     if value not in choices:
         allowed = ", ".join("null" if c is None else str(c) for c in choices)
         raise InputError(f"{name} must be one of {allowed}, got {value!r}; set loss.{name}")
+
+
+def check_archive(path: Path, *, cure: str, stored: bool = False) -> None:
+    """Raise InputError for a zip archive whose content would fill the memory.
+
+    ``stored``: as torch.save writes it, which does not deflate. numpy does.
+
+    It goes by the sizes that the archive states, before anything in it is read; zipfile reads no more than these.
+    """
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        content = sum(entry.file_size for entry in archive.infolist())
+    size = path.stat().st_size
+    if content > max(SMALL, size * (1 if stored else MOST_DEFLATED)):
+        raise InputError(f"{path} has {size} bytes, but says that it holds {content}: {cure}")

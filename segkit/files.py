@@ -11,6 +11,8 @@ from segkit.errors import InputError
 
 MOST_BYTES = 2**20
 """Size of a saved configuration beyond which it is not read."""
+MOST_JSON_BYTES = 2**26
+"""Size of a JSON file beyond which it is not read; a run writes a few thousand times less."""
 
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
@@ -22,7 +24,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # in a stranger's folder the name may be a link to another file
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -48,53 +51,75 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; InputError if it is missing or torn."""
+def read_json(path: Path, *, cure: str = "the run folder is damaged; copy it again, or train again") -> dict[str, Any]:
+    """The JSON object in ``path``; InputError, which ends with ``cure``, if it is missing, torn, or of another type."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, most=MOST_JSON_BYTES, cure=cure))
     except FileNotFoundError:
         raise InputError(
             f"{path} is not there: the run has not got so far; run the same command again to go on"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): the run folder is damaged") from None
+    except RecursionError:
+        raise InputError(f"{path} cannot be read (it is nested too deeply): {cure}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read ({error}): {cure}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+        raise InputError(f"{path} holds no JSON object: {cure}")
     return content
 
 
-def read_config_text(path: Path) -> dict[str, Any]:
+def read_text(path: Path, *, most: int, cure: str) -> str:
+    """The text (UTF-8) in ``path``; FileNotFoundError if it is missing.
+
+    InputError, which ends with ``cure``, for a folder or a device in its place, for more than ``most`` bytes, and for
+    bytes that are no text.
+    """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, but must be a file: {cure}")
+    try:
+        if (size := path.stat().st_size) > most:
+            raise InputError(f"{path} has {size} bytes, but at most {most} are read: {cure}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {cure}") from None
+
+
+def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
     A stranger may have written it: InputError for a file of more than :data:`MOST_BYTES`, for YAML's own references
     (a few lines can stand for terabytes), tags, and for ``${...}``, with which OmegaConf would read the environment.
+    It ends with ``cure``.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise InputError(f"{path} has {size} bytes, but a configuration has at most {MOST_BYTES}: {_FOREIGN}")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=MOST_BYTES, cure=cure)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise InputError(
                     f"{path} uses references or tags of YAML in line {event.start_mark.line + 1}, but a saved "
-                    f"configuration has plain values only: {_FOREIGN}"
+                    f"configuration has plain values only: {cure}"
                 )
             if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
                 raise InputError(
                     f"{path} has '${{' in line {event.start_mark.line + 1}, but a saved configuration has plain values "
-                    f"only: {_FOREIGN}"
+                    f"only: {cure}"
                 )
-        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else None
+        plain = yaml.compose(text, Loader=yaml.SafeLoader)
+        is_mapping = isinstance(plain, yaml.MappingNode)  # OmegaConf fails on a number
+        content = OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read ({reason}): {_FOREIGN}") from None
+        raise InputError(f"{path} cannot be read ({reason}): {cure}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path} holds no configuration: {_FOREIGN}")
+        raise InputError(f"{path} holds no configuration: {cure}")
     return {str(key): value for key, value in content.items()}

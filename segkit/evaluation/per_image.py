@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segkit.errors import InputError
+from segkit.errors import InputError, check_archive, first_line
 
 _FIELDS = ("image", "target", "prediction", "count", "names", "num_classes")
 
@@ -87,17 +88,41 @@ class PerImageCounts:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerImageCounts:
         """Read a file with the content of `to_bytes`. Raises `InputError` for any other file."""
+        cure = "write it again with `segkit evaluate`"
+        if not Path(path).exists():
+            raise InputError(f"there is no per-image count file {path}; `segkit evaluate` writes it")
+        if not Path(path).is_file():
+            raise InputError(f"{path} is not a per-image count file (it is no file); {cure}")
         try:
+            check_archive(Path(path), cure=cure)
             with np.load(path, allow_pickle=False) as stored:
                 fields = {key: stored[key] for key in _FIELDS}
-        except FileNotFoundError:
-            raise InputError(f"there is no per-image count file {path}; `segkit evaluate` writes it") from None
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{path} is not a per-image count file ({error}); write it again with `segkit evaluate`"
-            ) from error
+        except InputError:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib raise what they like for a file that is none
+            reason = "it holds more than numbers and texts" if "allow_pickle" in str(error) else first_line(error)
+            raise InputError(f"{path} is not a per-image count file ({reason}); {cure}") from None
+        wrong = _wrong(fields)
+        if wrong:
+            raise InputError(f"{path} is not a per-image count file ({wrong}); {cure}")
         image, target, prediction, count = (fields[key].astype(np.int64) for key in _FIELDS[:4])
         return cls(image, target, prediction, count, tuple(fields["names"].tolist()), int(fields["num_classes"]))
+
+
+def _wrong(fields: dict[str, NDArray[Any]]) -> str:
+    """What keeps ``fields`` from being sparse counts, in words; empty if nothing does."""
+    columns, names, num_classes = [fields[key] for key in _FIELDS[:4]], fields["names"], fields["num_classes"]
+    if num_classes.shape != () or num_classes.dtype.kind not in "iu" or not 1 <= int(num_classes) <= 2**15:
+        return "num_classes is no number of classes"
+    if names.ndim != 1 or names.dtype.kind != "U" or len(names) == 0:
+        return "names are no list of texts"
+    if any(column.ndim != 1 or column.dtype.kind not in "iu" or len(column) != len(columns[0]) for column in columns):
+        return "its columns are not of whole numbers and of one length"
+    limits = (len(names), int(num_classes), int(num_classes), 2**62)
+    for key, column, limit in zip(_FIELDS, columns, limits, strict=False):
+        if len(column) and not (int(column.min()) >= 0 and int(column.max()) < limit):
+            return f"{key} has a number outside 0..{limit - 1}"
+    return ""
 
 
 def sparse(matrix: NDArray[np.int64]) -> NDArray[np.int64]:

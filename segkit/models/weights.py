@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkit.errors import InputError, first_line
+from segkit.errors import InputError, check_archive, first_line
 
 LITE0 = "tu-tf_efficientnet_lite0"
 PROBE_SECONDS = 5.0
@@ -29,18 +31,23 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{key} is {path}, but there is no such file: give the path of a file with weights")
+    cure = "give a file that torch.save or safetensors wrote, with tensors only"
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path, device="cpu")
         else:
+            if zipfile.is_zipfile(path):
+                check_archive(path, cure=cure, stored=True)
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # what torch and safetensors raise for a bad file is not one family
-        raise InputError(
-            f"{key} is {path}, which cannot be read as weights ({first_line(error)}): give a file that torch.save or "
-            "safetensors wrote, with tensors only"
-        ) from None
+        # torch's own text advises to load whatever the file holds, which nobody should
+        advises = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it is torn, or holds more than tensors" if advises else first_line(error)
+        raise InputError(f"{key} is {path}, which cannot be read as weights ({reason}): {cure}") from None
     for entry in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(entry), Mapping):
             state = state[entry]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segkit.errors import InputError
-from segkit.files import write_json
+from segkit.files import read_json, write_json
 
 VOID = 255
 LONGEST = 1024
@@ -101,8 +100,10 @@ class StoredPicture:
         for path in (self.image, self.label, self.prediction):
             try:
                 with Image.open(path) as file:
+                    if max(file.size) > LONGEST:  # of a stranger: a few bytes may stand for gigabytes
+                        raise ValueError(f"it has {file.size[0]}x{file.size[1]} pixels, more than were stored")
                     arrays.append(np.asarray(file.convert("RGB") if path == self.image else file))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise InputError(f"{path} cannot be read ({error}): delete the folder {path.parent}") from None
         image, label, prediction = arrays
         if not image.shape[:2] == label.shape == prediction.shape:
@@ -144,7 +145,7 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
     if not path.is_file():
         return {}
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, cure=f"delete the folder {folder}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
         # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
         stored = {}
@@ -152,6 +153,8 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
             image, label, prediction = (folder / Path(entry[part]).name for part in PARTS)
             stored[str(entry["name"])] = StoredPicture(str(entry["name"]), image, label, prediction, palette)
         return stored
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no index of pictures ({error!r}): delete the folder {folder}") from None
 

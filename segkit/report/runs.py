@@ -12,13 +12,14 @@ from typing import Any
 
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.files import read_json
+from segkit.files import MOST_JSON_BYTES, read_config_text, read_json, read_text
 from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
 OLD = "it was written by another version of segkit"
+DAMAGED = "the run folder is damaged; copy it again, leave it out of the comparison, or train again"
 AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or train it again"
 
 
@@ -211,25 +212,21 @@ class _OptionalFiles:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))  # interpolations are not resolved: untrusted input
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({said}): the run folder is damaged") from None
-    missing = [key for key in CONFIG_KEYS if not isinstance(config, dict) or key not in config]
-    if missing or not isinstance(config, dict):
-        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: run it again")
+    config = read_config_text(path)
+    missing = [key for key in CONFIG_KEYS if key not in config]
+    if missing:
+        raise InputError(f"{path} has no {_listed(missing)}, {OLD}: run it again")
     schedule = config["schedule"]
     if not isinstance(schedule, dict) or not schedule or not all(isinstance(item, dict) for item in schedule.values()):
         raise InputError(f"{path} has no phases in schedule, {OLD}: run it again")
-    for node, name in ((config["loss"], "loss"), (config["model"], "model")):
+    nodes = [(config["loss"], "loss"), (config["model"], "model")]
+    nodes += [(item["loss"], f"schedule.{name}.loss") for name, item in schedule.items() if item.get("loss")]
+    for node, name in nodes:
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise InputError(f"{path} has no {name}._target_, {OLD}: run it again")
-    return {str(key): value for key, value in config.items()}
+    if type(config["seed"]) is not int:
+        raise InputError(f"{path} has the seed {config['seed']!r}, but must have a whole number: {DAMAGED}")
+    return config
 
 
 def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -243,35 +240,56 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     are_shares = all(value is None or (isinstance(value, int | float) and 0 <= value <= 1) for value in scores)
     if len(ious) != len(rows) or not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
+    if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
+        raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {AGAIN}")
+    best, absent = results.get("best") or {}, results.get("absent_classes") or []
+    if not (isinstance(best, dict) and _is_share(best.get("mean_iou"))) or not (
+        isinstance(absent, list) and all(isinstance(name, str) for name in absent)
+    ):
+        raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {AGAIN}")
     if not isinstance(results["protocol"], dict):
         raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {AGAIN}")
     return results
+
+
+def _is_share(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, cure=DAMAGED)
 
 
 def _read_counts(path: Path) -> dict[str, int]:
     rows = read_json(path).get("classes")
     try:
         counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
-    except (AttributeError, KeyError, TypeError, ValueError):
+        if not counts or not all(0 <= pixels < 2**63 for pixels in counts.values()):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{path} has not a number of pixels per class: train the run again") from None
     return counts
 
 
 def _read_margins(path: Path) -> dict[str, Any]:
-    margins = read_json(path)
-    sizes = {len(margins.get(key) or ()) for key in ("classes", "rho_0k", "rho_k0")}
-    if len(sizes) != 1 or sizes == {0}:
+    margins = _read_json(path)
+    columns = [margins.get(key) for key in ("classes", "rho_0k", "rho_k0")]
+    numbers = all(type(value) in (int, float) for column in columns[1:] if isinstance(column, list) for value in column)
+    sizes = {len(column) if isinstance(column, list) else 0 for column in columns}
+    if len(sizes) != 1 or sizes == {0} or not numbers:
         raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")
     return margins
 
 
 def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
     wanted, records = set(phases), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, most=16 * MOST_JSON_BYTES, cure=DAMAGED).splitlines(), start=1):
         try:
             record = json.loads(line)
             phase = record["phase"]
-        except (ValueError, KeyError, TypeError):
+            if type(record["step"]) is not int or not isinstance(phase, str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
                 f"line {number} of {path} is no record of a phase: the file is damaged; go on with the run to mend it"
             ) from None
@@ -295,3 +313,7 @@ def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> N
             f"{results_file} (mean IoU {given}, {run.results['num_images']} images) and {counts_file.name} "
             f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: {AGAIN}"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and no ".join(names)

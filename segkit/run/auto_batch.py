@@ -15,9 +15,10 @@ import torch
 from segkit import memory
 from segkit.config.schema import Config
 from segkit.data.loader import Batch
-from segkit.errors import OutOfMemory
+from segkit.errors import InputError, OutOfMemory
 from segkit.files import read_config_text
 from segkit.run.build import build_loss, build_model, build_optimizer, even_counts
+from segkit.run.changes import CONFIG_CURE
 from segkit.run.splits import Splits
 from segkit.training import distributed
 from segkit.training.precision import Mixed
@@ -49,9 +50,11 @@ def with_largest_batch(
     The learning rate and the number of epochs stay as they are. InputError if not even the probes fit.
     """
     if saved.is_file():
-        kept = read_config_text(saved)
+        kept = read_config_text(saved, cure=CONFIG_CURE)
         if kept.get("auto_batch"):
-            return dataclasses.replace(config, batch_size=kept["batch_size"]), None
+            if type(size := kept.get("batch_size")) is not int:
+                raise InputError(f"{saved} has batch_size {size!r}, but must have the number that was chosen: write it")
+            return dataclasses.replace(config, batch_size=size), None
     parts = config.accumulate * distributed.world_size()
     most = min(len(splits.train) for splits in phases.values()) // parts
     report: dict[str, Any] = {"phases": {}, "asked": config.batch_size}

@@ -117,7 +117,7 @@ class PhaseCache:
     def fetch(self, key: str, target: Path) -> bool:
         """Copy the phase stored under ``key`` to ``target``; False if there is none, or a file of it is damaged."""
         stored = self.folder / key
-        if not (stored / "manifest.json").is_file():
+        if not (stored / "manifest.json").exists():
             return False
         damaged = _damaged(stored)
         if damaged is not None:
@@ -146,7 +146,7 @@ class PhaseCache:
         mark = source / MARK
         if (self.folder / key / "manifest.json").is_file():
             return
-        if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != key:
             return
         temporary = self.folder / f"{key}.incoming"
         try:
@@ -178,7 +178,9 @@ def _damaged(stored: Path) -> str | None:
     """The first file of a stored phase that is missing or not what the manifest says; None if all are whole."""
     try:
         manifest = json.loads((stored / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
+        return "manifest.json"
+    if not isinstance(manifest, dict) or not manifest:
         return "manifest.json"
     for name, digest in manifest.items():
         path = stored / "files" / name

@@ -29,6 +29,9 @@ EFFECTIVE = (
 )
 """Keys that take effect where a run goes on with ``ignore_config_change=true``; the others cannot change within it."""
 
+CONFIG_CURE = "copy it again, or delete it to go on with the configuration of this command; the checkpoints stay"
+"""What mends the config.yaml of a run that goes on."""
+
 FIXED = ("optimizer._target_", "loss._target_")
 """Exceptions from :data:`EFFECTIVE`: their state would not fit."""
 

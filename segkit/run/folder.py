@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import nn
 
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json, write_atomically, write_json
-from segkit.run.changes import check_changes, check_files, write_files
+from segkit.run.changes import CONFIG_CURE, check_changes, check_files, write_files
 from segkit.run.splits import Splits
 from segkit.training import distributed
 
@@ -67,7 +69,13 @@ class RunFolder:
 
     def results(self, name: str) -> dict[str, Any]:
         """The results of a finished phase."""
-        return read_json(self.phase(name) / "results.json")
+        path = self.phase(name) / "results.json"
+        cure = "delete it, and the same command evaluates the last checkpoint of the phase again"
+        results = read_json(path, cure=cure)
+        score = results.get("mean_iou", 0.0)
+        if type(results.get("step")) is not int or not (score is None or type(score) in (int, float)):
+            raise InputError(f"{path} is not what a phase writes at its end: {cure}")
+        return results
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -98,15 +106,50 @@ class RunFolder:
 
     def check(self, splits: dict[str, Splits]) -> dict[str, tuple[Any, Any]]:
         """The keys that changed since the run began; InputError if they may not, or if the data changed."""
+        self._check_places()
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.has_begun():
             return {}
         if not self.config.resume:
             raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")
-        changes = check_changes(self.path, read_config_text(saved), self.config)
+        changes = check_changes(self.path, read_config_text(saved, cure=CONFIG_CURE), self.config)
         if not self.config.ignore_config_change:
             check_files(self.path, splits)
         return changes
+
+    def _check_places(self) -> None:
+        """Raise InputError if something is in the way of a file that is written after hours only."""
+        names = ("results.json", "per_image.npz", "label_counts.json", "margins.json", "metrics.jsonl")
+        folders = [self.path, *map(self.phase, self.config.schedule)]
+        places = [self.path / name for name in ("config.yaml", "provenance.json")]
+        for place in (*places, *(folder / name for folder in folders for name in names)):
+            if place.exists() and not place.is_file():
+                raise InputError(
+                    f"{place} is no file, and so in the way of one that the run writes: move it, or choose another "
+                    "hydra.run.dir"
+                )
+        for link in map(self.path.joinpath, LINKED):
+            if link.exists() and not link.is_symlink():
+                raise InputError(
+                    f"{link} is in the way of a link to the last phase: move it, or choose another hydra.run.dir"
+                )
+
+    def check_space(self, model: nn.Module, *, has_average: bool) -> None:
+        """Raise InputError if the disk has no room for the checkpoints of one phase of ``model``.
+
+        A checkpoint holds the weights, up to two moments of each for the optimizer, and the moving average. Three of
+        them are kept at a time; a run that goes on has two of them already.
+        """
+        if all(self.is_finished(name) for name in self.config.schedule):
+            return
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        needed = weights * (4 if has_average else 3) * (1 if self.has_begun() else 3)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise InputError(
+                f"{self.path} is on a disk with {free / 2**20:.0f} MiB left, but the checkpoints of a phase need up to "
+                f"{needed / 2**20:.0f}: free some space, or set hydra.run.dir to a larger disk"
+            )
 
     def start(self, provenance: dict[str, Any], splits: dict[str, Splits], changes: dict[str, tuple[Any, Any]]) -> None:
         """Record the configuration, and how the run was started; a later start is added to the first one."""
@@ -115,7 +158,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         recorded = self.path / "provenance.json"
         begun = recorded.is_file() and self.has_begun()
-        first = read_json(recorded) if begun else {**provenance, "starts": []}
+        cure = "delete it to go on; the checkpoints stay, and only the record of earlier starts is lost"
+        first = read_json(recorded, cure=cure) if begun else {**provenance, "starts": []}
+        if not isinstance(first.get("starts", []), list):
+            raise InputError(f"{recorded} has no list of starts: {cure}")
         start = {key: provenance[key] for key in ("started", "command", "git_commit", "versions", "device")}
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.config))))
         if not begun or changes:

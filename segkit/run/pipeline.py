@@ -80,6 +80,7 @@ def _prepare(
     changes = distributed.on_main(lambda: folder.check(splits))
     facts = _facts(config, splits, device)
     model = initial_model(config, next(iter(splits.values())).train.classes, device)
+    distributed.on_main(lambda: folder.check_space(model, has_average=config.ema_decay is not None))
     phases = {}
     for name in config.schedule:
         with interrupted_by(stop, f"stopped while phase {name} was prepared"):

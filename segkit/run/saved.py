@@ -48,20 +48,50 @@ class SavedRun:
         return path
 
     def label_counts(self) -> dict[str, Any]:
-        """The label counts that the phase was trained with."""
-        return read_json(self.folder / "label_counts.json")
+        """The label counts that the phase was trained with; InputError if the file does not hold such."""
+        path = self.folder / "label_counts.json"
+        content = read_json(path)
+        if not _are_counts(content):
+            raise InputError(
+                f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
+                "colours: the run folder is damaged; copy the file again, or train again"
+            )
+        return content
 
     def model(self, which: str = "last") -> Any:
         """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
+        import torch
+
         from segkit.run import build
         from segkit.training import checkpoint
 
         path = self.checkpoint(which)
         state = checkpoint.load(path)
         classes = self.label_counts()["classes"]
-        model = build.build_model(without_sources(self.config), len(classes))
-        checkpoint.load_weights(model, checkpoint.weights(state), source=path)
+        config, weights = without_sources(self.config), checkpoint.weights(state)
+        with torch.device("meta"):  # a configuration may ask for more memory than there is: nothing is allocated yet
+            checkpoint.check_weights(build.build_model(config, len(classes)), weights, source=path)
+        model = build.build_model(config, len(classes))
+        checkpoint.load_weights(model, weights, source=path)
         return model.eval()
+
+
+def _are_counts(content: dict[str, Any]) -> bool:
+    """True for the content of a label_counts.json; ``palette`` may be missing."""
+    classes, palette = content.get("classes"), content.get("palette")
+    if not isinstance(classes, dict) or not 1 <= len(classes) <= 255:
+        return False
+    rows = [row for row in classes.values() if isinstance(row, dict)]
+    counts = [row.get(key) for row in rows for key in ("pixels", "images")]
+    colours = [] if palette is None else palette
+    return (
+        len(rows) == len(classes)
+        and all(type(value) is int and 0 <= value < 2**63 for value in counts)
+        and isinstance(colours, list)
+        and (palette is None or len(colours) == len(classes))
+        and all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
+        and all(type(value) is int and 0 <= value <= 255 for colour in colours for value in colour)
+    )
 
 
 def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
@@ -113,7 +143,8 @@ def read_config(saved: Path) -> Config:
     except InputError as error:
         raise InputError(f"{saved}: {error}") from None
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        reason = f"{key}: {reason}" if key else reason
         raise InputError(f"{saved} is not a configuration of this version ({reason}): train again") from None
     return config
 

@@ -7,7 +7,6 @@ same command with the same ``hydra.sweep.dir`` goes on where an interrupted swee
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from segkit.config.compose import quoted
 from segkit.errors import Interrupted
-from segkit.files import write_json
+from segkit.files import read_json, write_json
 
 LOG = "log.txt"
 
@@ -108,7 +107,7 @@ class LocalSweep:
             job = self.jobs[number]
             job.seconds = round(time.monotonic() - start, 1)
             self._judge(job, process.returncode)
-            score = f"mean IoU {job.mean_iou:.4f}" if job.mean_iou is not None else job.error
+            score = f"mean IoU {job.mean_iou:.4f}" if job.mean_iou is not None else job.error or "no class scored"
             print(f"job {number}: {self._label(job)} {job.state}: {score}", flush=True)
         self._note()
         if any(job.state == "interrupted" for job in self.jobs):
@@ -130,7 +129,7 @@ class LocalSweep:
         results = Path(job.folder) / "results.json"
         if code == 0 and results.is_file():
             job.state = "finished"
-            job.mean_iou = json.loads(results.read_text(encoding="utf-8"))["mean_iou"]
+            job.mean_iou = read_json(results).get("mean_iou")
             return
         job.state = "interrupted" if code == Interrupted.exit_code else "failed"
         lines = (Path(job.folder) / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()

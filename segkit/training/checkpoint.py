@@ -12,13 +12,15 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from segkit.errors import InputError
+from segkit.errors import InputError, check_archive
 from segkit.files import write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
@@ -86,11 +88,15 @@ def digest_of(path: Path) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
+    """What checksums.json lists; empty if it is missing or damaged."""
+    path = folder / CHECKSUMS
     try:
-        content = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {key: value for key, value in content.items() if value} if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, str) and value}
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
@@ -121,18 +127,14 @@ def load(path: Path) -> dict[str, Any]:
     """The checkpoint at ``path``, on the CPU. Only tensors and plain values are accepted (``weights_only``).
 
     InputError if there is none, if its SHA-256 is not one that its folder's checksums.json lists (a folder without
-    that file has nothing to compare with), or if its content is no checkpoint of segkit.
+    that file has nothing to compare with), if it would fill the memory, or if its content is no checkpoint of segkit.
     """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: name a run folder that has one")
+    _check_digest(path)
     try:
-        if (path.parent / CHECKSUMS).exists() and digest_of(path) not in _checksums(path.parent).values():
-            raise InputError(
-                f"{path} is damaged, its content does not match {CHECKSUMS} beside it: copy it again, or name another "
-                "checkpoint of the run (--checkpoint best; the command that trained it goes on from previous.pt once "
-                "this file is deleted)"
-            )
+        check_archive(path, cure="it is not one of segkit; name another file", stored=True)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: name a run folder that has one") from None
     except InputError:
         raise
     except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
@@ -140,22 +142,49 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; name "
             "another file"
         ) from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise InputError(f"{path} has no entry 'model', so it is not a checkpoint of segkit: name another file")
+    if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
+        raise InputError(f"{path} has no entry 'model' with weights, so it is not a checkpoint of segkit: {_ANOTHER}")
+    if not isinstance(state.get("ema"), Mapping | None):
+        raise InputError(f"{path} has an entry 'ema' that holds no weights, so it is damaged: {_ANOTHER}")
     return state
+
+
+_ANOTHER = "name another file"
+
+
+def _check_digest(path: Path) -> None:
+    """Raise InputError if checksums.json is beside ``path`` and does not list its content."""
+    listing = path.parent / CHECKSUMS
+    if not listing.exists():
+        return
+    known = _checksums(path.parent).values()
+    if not known:
+        raise InputError(
+            f"{listing} is damaged, it lists no file, so that {path.name} cannot be compared with it: copy it again, "
+            "or delete it to load the checkpoint all the same (training goes on from last.pt without it)"
+        )
+    if digest_of(path) not in known:
+        raise InputError(
+            f"{path} is damaged, its content does not match {CHECKSUMS} beside it: copy it again, or name another "
+            "checkpoint of the run (--checkpoint best; the command that trained it goes on from previous.pt once "
+            "this file is deleted)"
+        )
 
 
 def find_last(folder: Path) -> Path | None:
     """The newest whole checkpoint of ``folder``, or None if it never had one.
 
-    A torn ``last.pt`` is passed over for ``previous.pt``, with a warning. InputError if both are torn. A write that was
-    cut short is tidied up: with several processes, only one may call this.
+    A torn ``last.pt`` is passed over for ``previous.pt``, with a warning. InputError if both are torn. Where
+    checksums.json is lost, the checksums within the archives (CRC-32) decide, with a warning, and it is written anew.
+    A write that was cut short is tidied up: with several processes, only one may call this.
     """
     known = set(_checksums(folder).values())
     incoming = folder / INCOMING
     if incoming.exists() and not (folder / LAST).exists() and digest_of(incoming) in known:
         incoming.replace(folder / LAST)  # the process died between the two renames of save_last
-    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
+    if candidates and not known:
+        known = _write_checksums_anew(folder)
     for path in candidates:
         if digest_of(path) in known:
             if path.name == PREVIOUS and (folder / LAST).exists():
@@ -163,10 +192,40 @@ def find_last(folder: Path) -> Path | None:
             return path
     if not candidates:
         return None
+    names = ", ".join(path.name for path in candidates)
+    best = folder / BEST
+    if best.is_file() and (digest_of(best) in known or (not known and _is_whole(best))):
+        raise InputError(
+            f"no checkpoint in {folder} to go on from is whole ({names} do not match {CHECKSUMS}), but best.pt is: "
+            f"start from its weights in another hydra.run.dir with init_from={best}"
+        )
     raise InputError(
-        f"no checkpoint in {folder} is whole ({', '.join(path.name for path in candidates)} do not match "
-        f"{CHECKSUMS}): delete the folder to start again"
+        f"no checkpoint in {folder} is whole ({names} do not match {CHECKSUMS}): copy them again from where they are "
+        f"whole, or delete {folder} to start this phase again"
     )
+
+
+def _write_checksums_anew(folder: Path) -> set[str]:
+    """List the checkpoints of ``folder`` that are whole by the checksums within them; returns their SHA-256."""
+    whole = {path.name: digest_of(path) for name in (LAST, PREVIOUS, BEST) if _is_whole(path := folder / name)}
+    if whole:
+        warnings.warn(
+            f"{folder / CHECKSUMS} is lost or damaged: it is written anew for {', '.join(whole)}, which are whole by "
+            "the checksums within them",
+            stacklevel=3,
+        )
+        write_atomically(folder / CHECKSUMS, json.dumps(whole))
+    return set(whole.values())
+
+
+def _is_whole(path: Path) -> bool:
+    """True for an archive of torch.save whose content has the checksums (CRC-32) that it states."""
+    try:
+        check_archive(path, cure="", stored=True)
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return False
 
 
 def load_last(folder: Path) -> dict[str, Any] | None:
@@ -185,21 +244,55 @@ def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state.get("ema") or state["model"]
 
 
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], *, source: Path) -> None:
-    """Load ``state`` into the network of ``model``; InputError that says what differs if it is another model's."""
+def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: Path) -> None:
+    """Load ``state`` into the network of ``model``; warns of values that are not finite.
+
+    InputError that says what differs if it is another model's, or if an entry is no tensor of the same kind.
+    """
     model = network(model)
-    own = model.state_dict()
+    check_weights(model, state, source=source)
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        warnings.warn(
+            f"{source} has values that are not finite in {len(broken)} of {len(state)} entries, first {broken[0]}: "
+            "what it predicts means nothing",
+            stacklevel=2,
+        )
+    model.load_state_dict(state)
+
+
+def check_weights(model: nn.Module, state: Mapping[str, Any], *, source: Path) -> None:
+    """Raise InputError unless ``state`` has the entries of ``model`` (which may be on the device meta), and no others.
+
+    Shapes must be equal; a number with a fraction must not stand for a whole number or the other way round.
+    """
+    own = network(model).state_dict()
+    odd = [name for name, value in state.items() if name in own and not _is_like(value, own[name])]
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     shapes = [
         f"{name} has shape {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and name not in odd and state[name].shape != own[name].shape
     ]
+    if odd:
+        raise InputError(
+            f"{source} holds no {str(own[odd[0]].dtype).removeprefix('torch.')} tensor under {odd[0]}, so it is "
+            f"damaged or not one of segkit: {_ANOTHER}"
+        )
     if missing or extra or shapes:
         first = (shapes or [f"{name} is missing" for name in missing] or [f"{name} is unknown" for name in extra])[0]
         raise InputError(
             f"{source} holds the weights of another model ({len(missing)} entries missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape; first: {first}): choose the model it was trained with, model=..."
         )
-    model.load_state_dict(state)
+
+
+def _is_like(value: Any, own: torch.Tensor) -> bool:
+    """True for a dense tensor with values, with or without a fraction as ``own``."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_complex())
+        and value.is_floating_point() == own.is_floating_point()
+    )

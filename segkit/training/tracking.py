@@ -37,6 +37,7 @@ class Tracker:
         self._last_line = 0.0
         self._purge_step = 0
         self._last_record: dict[str, Any] = {}
+        self._last_speed: dict[str, Any] = {}
 
     def truncate(self, size: int, *, step: int, earlier: bytes = b"") -> None:
         """Cut the phase's metrics.jsonl to ``size`` bytes, and start the run's own again as ``earlier`` plus that.
@@ -57,7 +58,10 @@ class Tracker:
                 stacklevel=2,
             )
             kept = kept[: kept.rfind(b"\n") + 1]  # a torn line is no line
-        self._last_record = json.loads(kept.splitlines()[-1]) if kept else {}
+        self._last_record, self._last_speed = _last_line(kept), {}
+        if (timing := self.folder / "timing.jsonl").is_file():
+            speed = _last_line(timing.read_bytes())
+            self._last_speed = speed if speed.get("step") == step else {}
         if own.exists():
             os.truncate(own, len(kept))  # in one piece: a process that dies here loses nothing that is kept
         for path in self.files[1:]:
@@ -81,8 +85,9 @@ class Tracker:
                 str(self.folder / TENSORBOARD), purge_step=self._purge_step or None, flush_secs=30
             )
             last = self._last_record
-            if last.get("step") == self._purge_step and last["split"] == "train":  # it was purged with the later ones
+            if last.get("step") == self._purge_step and last.get("split") == "train":  # purged with the later ones
                 shown = {f"train/{name}": value for name, value in last.items() if isinstance(value, float)}
+                shown |= {f"speed/{name}": item for name, item in self._last_speed.items() if isinstance(item, float)}
                 self.scalars(last["step"], shown)
         return self._writer
 
@@ -224,3 +229,12 @@ class Tracker:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _last_line(content: bytes) -> dict[str, Any]:
+    """The record in the last line of ``content``; empty if there is none, or if it is damaged."""
+    try:
+        record = json.loads(content.splitlines()[-1])
+    except (IndexError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -67,6 +67,8 @@ def test_a_resumed_run_shows_every_step_once(tmp_path, killed_at):
     whole, resumed = events(tmp_path / "a"), events(tmp_path / "b")
     tags = {"train/loss", "train/lr", "train/grad_norm", "val/mean_iou"}
     assert tags <= set(whole.Tags()["scalars"])
+    steps = [[event.step for event in found.Scalars("speed/images_per_second")] for found in (whole, resumed)]
+    assert steps[0] == steps[1]
     for tag in tags:
         one, other = ([(event.step, event.value) for event in found.Scalars(tag)] for found in (whole, resumed))
         assert one == other, tag

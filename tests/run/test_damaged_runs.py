@@ -1,0 +1,139 @@
+"""Damaged files of one's own run: a sentence with a cure that keeps the weights; and a score that does not exist."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from segkit.commands import compare, evaluate
+from segkit.config.compose import compose as compose_config
+from segkit.errors import InputError
+from segkit.run import pipeline
+from segkit.run.splits import open_phases
+from segkit.synthetic.sample_maker import make_sample
+from segkit.training import checkpoint
+
+SMALL = (
+    "schedule=single",
+    "schedule.train.epochs=null",
+    "schedule.train.steps=2",
+    "dataset.crop=[32,32]",
+    "batch_size=2",
+    "loss=cross_entropy",
+    "evaluation.every_epochs=null",
+    "evaluation.pictures=0",
+    "workers=0",
+    "device=cpu",
+    "log_every=1",
+    "model=coplenet",
+    "model.feature_channels=[4,8,16,32,64]",
+    "model.num_groups=2",
+)
+PAINTED = ("dataset.reader.num_images=4", "dataset.reader.size=[64,64]")
+
+
+def train(path: Path, *overrides: str) -> float:
+    config = compose_config([*SMALL, f"cache_dir={path}.cache", *(overrides or PAINTED)])
+    return pipeline.run(config, path, open_phases(config))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+
+
+@pytest.mark.parametrize("content", ["", '{"a', "[]", "3"])
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("config.yaml", "delete it to go on with the configuration of this command"),
+        ("provenance.json", "delete it to go on; the checkpoints stay"),
+        ("train/results.json", "delete it, and the same command evaluates the last checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_named_with_a_cure(run, name, cure, content):
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{Path(name).name}.*{cure}") as caught:
+        train(run)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "provenance.json", "train/results.json"])
+def test_the_cure_works(run, name):
+    before = (run / "train/results.json").read_text()
+    weights = (run / "train/checkpoints/last.pt").read_bytes()
+    (run / name).unlink()
+    train(run)
+    assert json.loads((run / "train/results.json").read_text())["mean_iou"] == json.loads(before)["mean_iou"]
+    assert (run / "train/checkpoints/last.pt").read_bytes() == weights
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_lost_checksums_do_not_cost_the_weights(run, content):
+    """The archive has checksums of its own; a flipped bit shows by them."""
+    folder = run / "train" / "checkpoints"
+    (run / "train/results.json").unlink()
+    path = folder / "checksums.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.warns(UserWarning, match=r"checksums\.json is lost or damaged: it is written anew for last\.pt"):
+        train(run)
+    assert (run / "train/results.json").is_file()
+    path.write_text("")
+    for name in ("last.pt", "previous.pt"):
+        if (folder / name).exists():
+            flipped = bytearray((folder / name).read_bytes())
+            flipped[len(flipped) // 2] ^= 1
+            (folder / name).write_bytes(flipped)
+    with (
+        pytest.warns(UserWarning, match=r"written anew for best\.pt"),
+        pytest.raises(InputError, match=r"but best\.pt is: start from its weights .* init_from=.*best\.pt"),
+    ):
+        checkpoint.find_last(folder)
+
+
+@pytest.mark.parametrize("name", ["results.json", "train/results.json", "train/metrics.jsonl", "per_image.npz"])
+def test_a_folder_in_the_way_is_refused_before_the_first_step(tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{Path(name).name} is no file, and so in the way"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 1000))
+    with pytest.raises(InputError, match=r"is on a disk with 0 MiB left, but the checkpoints of a phase need up to"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_without_a_valid_pixel_has_no_score(tmp_path, monkeypatch, capsys):
+    """mean_iou is null, in the results, for compare and for evaluate."""
+    root = make_sample("camvid", tmp_path / "data", num_images=4, scale=0.2)
+    for path in (root / "valannot").iterdir():
+        cv2.imwrite(str(path), np.full_like(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), 11))
+    run = tmp_path / "run"
+    assert math.isnan(train(run, "dataset=camvid", f"dataset.root={root}"))
+    results = json.loads((run / "results.json").read_text())
+    assert results["mean_iou"] is None
+    assert results["num_classes_averaged"] == 0
+    assert results["best"]["mean_iou"] is None
+    monkeypatch.chdir(tmp_path)
+    compare.run([str(run), "--output", "report.html", "--markdown", "table.md", "--csv", "t.csv", "--latex", "t.tex"])
+    assert "0.00" not in (tmp_path / "table.md").read_text()
+    evaluate.run([str(run), "--workers", "0", "--device", "cpu"])
+    assert "nan" not in capsys.readouterr().out

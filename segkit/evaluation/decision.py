@@ -70,7 +70,7 @@ def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> ND
         values = np.array([bias[name] for name in class_names], np.float32)
     except (TypeError, ValueError):
         values = np.full(1, np.nan)
-    if not np.isfinite(values).all():
+    if values.shape != (len(class_names),) or not np.isfinite(values).all():
         raise InputError(
             "the stored bias holds no numbers: fit it again with `segkit evaluate RUN --decision bias --refit`"
         )

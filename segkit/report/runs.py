@@ -144,7 +144,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
     results_file, counts_file = _result_files(path, evaluation)
-    results = _check_results(read_json(results_file), results_file)
+    results = _check_results(_read_json(results_file), results_file)
     if top == path and results.get("phase") in names:
         phase = results["phase"]
     until = names[: names.index(phase) + 1]
@@ -161,7 +161,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         is_last=phase == names[-1],
         config=config,
         results=results,
-        provenance=read(top / "provenance.json", read_json, "origin") or {},
+        provenance=read(top / "provenance.json", _read_json, "origin") or {},
         counts=read(path / "label_counts.json", _read_counts, "label distribution"),
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
         metrics=tuple(metrics or ()),
@@ -215,7 +215,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_config_text(path)
     missing = [key for key in CONFIG_KEYS if key not in config]
     if missing:
-        raise InputError(f"{path} has no {_listed(missing)}, {OLD}: run it again")
+        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: run it again")
     schedule = config["schedule"]
     if not isinstance(schedule, dict) or not schedule or not all(isinstance(item, dict) for item in schedule.values()):
         raise InputError(f"{path} has no phases in schedule, {OLD}: run it again")
@@ -237,7 +237,7 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     rows = list(classes.values()) if isinstance(classes, dict) else []
     ious = [row.get("iou") for row in rows if isinstance(row, dict)]
     scores = [results["mean_iou"], results["pixel_accuracy"], *ious]
-    are_shares = all(value is None or (isinstance(value, int | float) and 0 <= value <= 1) for value in scores)
+    are_shares = all(map(_is_share, scores))
     if len(ious) != len(rows) or not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
@@ -261,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_counts(path: Path) -> dict[str, int]:
-    rows = read_json(path).get("classes")
+    rows = _read_json(path).get("classes")
     try:
         counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
         if not counts or not all(0 <= pixels < 2**63 for pixels in counts.values()):
@@ -313,7 +313,3 @@ def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> N
             f"{results_file} (mean IoU {given}, {run.results['num_images']} images) and {counts_file.name} "
             f"(mean IoU {again:.6g}, {run.per_image.num_images} images) are not of one evaluation: {AGAIN}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and no ".join(names)

@@ -1,7 +1,7 @@
 """Things that a stranger may put into a run folder, made by functions of that folder.
 
 Every entry names the file it is about, the readers that must refuse it, and what the sentence must say. ``MODEL`` opens
-the run and loads its weights, ``COMPARE`` is ``segkit compare``, ``CALIBRATED`` loads the tuned bias as well.
+the run and loads its weights, ``COMPARE`` is ``segkit compare``, ``DECISION`` reads its fitted bias.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-MODEL, COMPARE, CALIBRATED = "model", "compare", "calibrated"
+MODEL, COMPARE, DECISION = "model", "compare", "decision"
 CONFIG = "config.yaml"
 
 
@@ -303,6 +303,10 @@ def first_class(key: str, value: Any) -> Callable[[Any], None]:
     return lambda content: next(iter(content["classes"].values())).__setitem__(key, value)
 
 
+def biases(value: Any) -> Callable[[Any], None]:
+    return lambda content: content["bias"]["bias"].update(dict.fromkeys(content["bias"]["bias"], value))
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 JSON_READERS = {
     "label_counts.json": (MODEL, COMPARE),
@@ -310,7 +314,7 @@ JSON_READERS = {
     "provenance.json": (COMPARE,),
     "margins.json": (COMPARE,),
     "pictures/index.json": (COMPARE,),
-    "calibration.json": (CALIBRATED,),
+    "decision.json": (DECISION,),
 }
 BROKEN = {
     "torn": '{"a": ', "empty": "", "a list": "[]", "a number": "1", "null": "null", "no text": b"\xff\xfe",
@@ -318,11 +322,11 @@ BROKEN = {
 }  # fmt: skip
 
 TABLES = [
-    *(Case(f"{name}: {kind}", written(name, content), readers, name.replace(".", r"\.") + "|stored calibration")
+    *(Case(f"{name}: {kind}", written(name, content), readers, name.replace(".", r"\.") + "")
       for name, readers in JSON_READERS.items() for kind, content in BROKEN.items()
       if (name, kind) != ("provenance.json", "an object without keys")),
     *(Case(f"{name}: a pipe", pipe_for(name), (reader,), name.replace(".", r"\."))
-      for name, reader in (("label_counts.json", MODEL), ("results.json", COMPARE), ("calibration.json", CALIBRATED))),
+      for name, reader in (("label_counts.json", MODEL), ("results.json", COMPARE), ("decision.json", DECISION))),
     Case("results.json: a folder", folder_for("results.json"), (COMPARE,), r"results\.json"),
     Case("checksums.json: a list", written("checkpoints/checksums.json", "[]"), (MODEL,), "is damaged"),
     Case("checksums.json: lists within", written("checkpoints/checksums.json", '{"last.pt": ["x"]}'), (MODEL,),
@@ -378,14 +382,14 @@ TABLES = [
     Case("per image: an endless array", lambda run: endless(run), (COMPARE,), "not a per-image count file"),
     Case("per image: text", written("per_image.npz", "x"), (COMPARE,), "not a per-image count file"),
     Case("per image: empty", written("per_image.npz", ""), (COMPARE,), "not a per-image count file"),
-    Case("calibration: text", table("calibration.json", lambda c: c["bias"].update(dict.fromkeys(c["bias"], "x"))),
-         (CALIBRATED,), "calibration"),
-    Case("calibration: lists", table("calibration.json", lambda c: c["bias"].update({name: [1] for name in c["bias"]})),
-         (CALIBRATED,), "calibration"),
-    Case("calibration: not finite", table(
-        "calibration.json", lambda c: c["bias"].update(dict.fromkeys(c["bias"], 1e999))), (CALIBRATED,), "calibration"),
-    Case("calibration: other classes", table("calibration.json", lambda c: {"bias": {"x": 1.0}}), (CALIBRATED,),
-         "other classes"),
+    Case("decision: text", table("decision.json", biases("x")),
+         (DECISION,), "stored bias"),
+    Case("decision: lists", table("decision.json", biases([1])),
+         (DECISION,), "stored bias"),
+    Case("decision: not finite", table(
+        "decision.json", biases(1e999)), (DECISION,), "stored bias"),
+    Case("decision: other classes", table("decision.json", lambda c: {**c, "bias": {"bias": {"x": 1.0}}}), (DECISION,),
+         "stored bias"),
     Case("pictures: a file that claims to be huge", lambda run: huge_picture(run), (COMPARE,), "pixels|cannot be read"),
     Case("pictures: a name that leads out", table("pictures/index.json", lambda c: [
         entry.update(image="../../../../../../etc/passwd") for entry in c["pictures"]] and None), (COMPARE,),

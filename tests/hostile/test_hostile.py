@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from corpus import CALIBRATED, COMPARE, CORPUS, MODEL
+from corpus import COMPARE, CORPUS, DECISION, MODEL
 
 from segkit.commands import compare as compare_verb
 from segkit.commands import decision
@@ -19,6 +19,7 @@ from segkit.guard import explain
 from segkit.run import pipeline
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
+from segkit.training.checkpoint import digest_of
 
 SECRET = "an-environment-value"
 TRACE = Path("/tmp/segkit-hostile-file")
@@ -54,7 +55,14 @@ def whole(tmp_path_factory):
     pipeline.run(config, folder / "run", open_phases(config))
     run = open_run(folder / "run")
     bias = dict.fromkeys(run.label_counts()["classes"], 0.5)
-    (folder / "run" / decision.FILE).write_text(json.dumps({"bias": bias}))
+    content = {
+        "digest": digest_of(run.checkpoint()),
+        "classes": list(bias),
+        "fitted_on": {"dataset": "synthetic", "split": "train", "holdout": 0.0, "num_images": 0, "images": {}},
+        "bias": {"bias": bias},
+        "miou": {"rule": {}},
+    }
+    (folder / "run" / decision.FILE).write_text(json.dumps(content))
     return folder / "run"
 
 
@@ -79,16 +87,15 @@ def load_model(run: Path, output: Path) -> None:
     saved.label_counts()
 
 
-def load_calibrated(run: Path, output: Path) -> None:
-    saved = open_run(run)
-    decision.with_bias(saved, saved.model())
+def read_decision(run: Path, output: Path) -> None:
+    decision.decision_of(open_run(run), "bias", checkpoint="last")
 
 
 def compare(run: Path, output: Path) -> None:
     compare_verb.run([str(run), "--output", str(output), "--samples", "100"])
 
 
-READERS = {MODEL: load_model, CALIBRATED: load_calibrated, COMPARE: compare}
+READERS = {MODEL: load_model, DECISION: read_decision, COMPARE: compare}
 
 
 def listed(folder: Path) -> set[str]:

@@ -197,9 +197,7 @@ def test_a_saved_configuration_cannot_read_the_environment(make_run, monkeypatch
     run = make_run("a")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("device: auto", "device: ${oc.env:SECRET}"))
-    with pytest.raises(
-        InputError, match=r"config.yaml has '\$\{' in line .*, but a saved configuration has plain values only"
-    ) as e:
+    with pytest.raises(InputError, match=r"config.yaml has '\$\{' in line .*, but a saved config") as e:
         read_run(run)
     assert "letmein" not in str(e.value)
 

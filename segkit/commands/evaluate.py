@@ -72,6 +72,9 @@ def run(argv: Sequence[str]) -> None:
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split or dataset.val_split)
     check_classes(saved, split.classes)
+    folder = saved.folder / "evaluations"
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model, device)
@@ -82,7 +85,6 @@ def run(argv: Sequence[str]) -> None:
         for key, value in results.get(name, {}).items():
             if isinstance(value, float) and key != "boundary_ratio":
                 print(f"{name} {key}: {100 * value:.2f} %")
-    folder = saved.folder / "evaluations"
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", per_image.to_bytes())

@@ -85,16 +85,16 @@ class KeptGradient(torch.autograd.Function):
         rule = loss.tile_rule(logits.shape[1], compute_dtype(logits))
         factor = rule.scale if ctx.divisor is not None else rule.scale / divisor
         compile, wanted = wants_compiler(loss.compile_tiles, logits.device), ctx.needs_input_grad[0]
+        ignore_index = loss.ignore_index
         found: tuple[Tensor, Tensor | None] | None = None
         if compile and wanted and logits.shape[2:] == target.shape[1:]:
-            found = rule.at_once(logits, target, ignore_index=loss.ignore_index, factor=factor)
+            found = rule.at_once(logits, target, ignore_index=ignore_index, factor=factor)
         if found is None:
             sums = _Sums(logits, target, factor=factor, wanted=wanted)
             function = rule.function(compile=compile)
             for blocks in tiles.cut(logits, target):
-                # a compiled call has threads of its own
-                parts = tiles.run(blocks, function, sums.write, ignore_index=loss.ignore_index, split=not compile)
-                sums.add(blocks, parts)
+                # a compiled call has threads of its own; no name for what comes back, which would outlive its image
+                sums.add(blocks, tiles.run(blocks, function, sums.write, ignore_index=ignore_index, split=not compile))
             found = sums.total, None if sums.gradient is None else sums.gradient.to(logits.dtype)
         total, ctx.gradient = found
         return (rule.scale * total / divisor).to(divisor.dtype)

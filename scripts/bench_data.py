@@ -35,7 +35,7 @@ from segkit.data.loader import train_batches
 from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
 from segkit.data.workers import keep_memory, one_thread, start_worker
-from segkit.synthetic.scenes import draw_scene
+from segkit.synthetic.scenes import paint_street
 
 CROP = 800
 BATCH = 8
@@ -58,7 +58,7 @@ def street_label(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     for drawn, name in enumerate(load_table("synthetic").classes):
         name = {"sign": "traffic sign"}.get(name, name)
         as_cityscapes[drawn] = table.train_to_raw[table.classes.index(name)]
-    halves = [draw_scene(rng, height=512, width=512)[1] for _ in range(2)]
+    halves = [paint_street(rng, size=(512, 512)).label for _ in range(2)]
     label = as_cityscapes[np.concatenate(halves, axis=1)]
     return cv2.medianBlur(cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST), 5)
 

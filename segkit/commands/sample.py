@@ -11,7 +11,7 @@ from segkit.errors import InputError
 
 
 def run(argv: Sequence[str]) -> None:
-    """Write the data set and say how to use it."""
+    """Write the data set; print a command that uses it."""
     parser = argparse.ArgumentParser(
         prog="segkit sample",
         description="Write a small synthetic data set in the official layout of a real one, quirks included.",
@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
     parser.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default: 0)")
     parser.add_argument(
         "--scale",
         type=float,

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from segkit.errors import InputError
-from segkit.synthetic.layouts import write_ade20k, write_camvid, write_cocostuff10k, write_folder, write_voc
-from segkit.synthetic.sample_maker_streets import write_bdd100k, write_cityscapes, write_mapillary
-from segkit.synthetic.sample_maker_surgery import write_robotic_instrument
+from segkit.synthetic.layouts import layouts, write_layout, write_robotic_instrument
 
 WRITERS: dict[str, Callable[..., None]] = {
-    "ade20k": write_ade20k,
-    "bdd100k": write_bdd100k,
-    "camvid": write_camvid,
-    "cityscapes": write_cityscapes,
-    "cityscapes_coarse": write_cityscapes,
-    "cocostuff10k": write_cocostuff10k,
-    "folder": write_folder,
-    "mapillary": write_mapillary,
+    **{name: partial(write_layout, name) for name in layouts()},
+    "cityscapes_coarse": partial(write_layout, "cityscapes"),
     "robotic_instrument": write_robotic_instrument,
-    "voc": write_voc,
 }
 """Data set name, as in configs/dataset/, to the function that writes its layout."""
 
 
 def make_sample(name: str, output: Path | str, *, num_images: int = 8, seed: int = 0, scale: float = 0.25) -> Path:
-    """Write a synthetic copy of data set ``name`` in its official layout into ``output``; return that.
+    """Write a synthetic copy of data set ``name`` in its official layout into ``output``; return ``output``.
 
-    ``output`` is then what ``dataset.root`` takes. The training split has ``num_images`` images and every
-    other split half as many, at least two; on top of these come the official trouble-makers (Robotic
-    Instrument has at least one frame a sequence, that is eight). Every class occurs in the training and in
-    the validation split. ``scale`` times the official size in pixels is the size of the images (Mapillary:
-    half of that). The same ``seed`` writes the same pixels. Files that no reader here uses may be left out.
+    ``output`` is then what ``dataset.root`` takes. The training split has ``num_images`` images and every other split
+    half as many, at least two; on top of these come the broken images of the official data. Robotic Instrument has at
+    least one frame a sequence, that is eight. Every class occurs in the training and in the validation split. ``scale``
+    times the official size in pixels is the size of the images (Mapillary: half of that). The same ``seed`` writes the
+    same pixels. Files that no reader here uses may be left out.
 
-    Raises InputError for an unknown name, a count below one, a ``scale`` outside (0, 1], and an ``output``
-    that exists and is not empty (nothing is ever overwritten).
+    Raises InputError for an unknown name, a count below one, a ``scale`` outside (0, 1], and an ``output`` that exists
+    and is not empty (nothing is ever overwritten).
     """
     output = Path(output)
     if name not in WRITERS:

@@ -1,246 +1,250 @@
-"""Drawn street scenes with exact labels: the content of the synthetic data set.
+"""Painted scenes with exact labels: streets with eight classes, and any classes side by side for stand-ins.
 
-A scene is a pure function of its generator: a camera over a road that runs to a vanishing point, house fronts
-and hedges on both sides, then cars, people, signs and clutter from far to near, so that near things hide far
-ones.  Colours overlap between classes on purpose (grey cars on grey roads, red cars before brick, posters
-that look like signs): texture, shape and place have to be learnt.
+A scene is a pure function of its generator. A street is a camera over a road that runs to a vanishing point, house
+fronts and hedges on both sides, then cars, people, signs and rubbish from far to near, so that near things hide far
+ones. Colours overlap between classes on purpose (grey cars on grey roads, red cars before brick, posters that look
+like signs): texture, shape and place have to be learnt.
 """
 
 from __future__ import annotations
 
+import colorsys
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from segkit.synthetic.street_canvas import (
-    BOARDS,
-    BRICKS,
-    BUILDING,
-    ROAD,
-    SIDEWALK,
-    SKY,
-    VOID,
-    Canvas,
-    Colour,
-    Road,
-    box,
-    draw_crown,
-    ellipse,
-    grain,
-    line,
-    paint,
-    paint_flat,
-    pick,
+from segkit.synthetic.canvas import FIGURES, Canvas, Points, box, ellipse
+
+ROAD, SIDEWALK, BUILDING, VEGETATION, SKY, CAR, PERSON, SIGN = range(8)
+VOID = 255  # pixels without a class, in every scene
+
+
+class Scene(NamedTuple):
+    """A picture: ``image`` uint8 (H, W, 3) RGB, ``label`` uint8 (H, W) train ids, ``instances`` uint16 (H, W).
+
+    ``instances`` numbers the objects from 1; 0 is the background behind them, and all of a street.
+    """
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.uint8]
+    instances: NDArray[np.uint16]
+
+
+class Kind(NamedTuple):
+    """Things that stand in a street: their mean ``number``, and ranges (least, most) of the rest.
+
+    ``depth`` is 1 at the lower edge of the picture and 0 at the horizon; ``on_road`` is the probability of the road,
+    else the place ``across`` a pavement is 0 at the road and 1 at the houses; ``height`` is in heights of the camera,
+    about 1.5 m; ``aspect`` is half the width as a share of the height.
+    """
+
+    figure: str
+    class_id: int
+    number: float
+    depth: tuple[float, float]
+    on_road: float
+    across: tuple[float, float]
+    height: tuple[float, float]
+    aspect: tuple[float, float]
+
+
+KINDS = (
+    Kind("car", CAR, 2.3, (0.1, 0.65), 1, (0, 0), (0.85, 1.25), (0.5, 0.68)),
+    Kind("person", PERSON, 1.2, (0.13, 0.6), 0.25, (0.1, 0.9), (1.05, 1.3), (0.13, 0.18)),
+    Kind("sign", SIGN, 0.5, (0.14, 0.42), 0, (0.15, 0.15), (1.75, 2.4), (0.15, 0.17)),
+    Kind("tree", VEGETATION, 1.4, (0.1, 0.7), 0, (0.5, 1.2), (2.0, 3.8), (0.22, 0.4)),
+    Kind("rubbish", VOID, 0.5, (0.15, 0.9), 0, (0.1, 0.9), (0.2, 0.7), (0.4, 1.1)),
 )
-from segkit.synthetic.street_things import draw_things
 
 
-def draw_scene(rng: np.random.Generator, *, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image uint8 (H, W, 3) RGB and label uint8 (H, W) with 0..7 and 255; all from ``rng``."""
-    canvas = Canvas(
-        rng=rng,
-        colour=np.zeros((height, width, 3), np.float32),
-        label=np.full((height, width), SKY, np.uint8),
-        haze=np.ones((height, width), np.float32),
-        horizon=height * float(rng.uniform(0.36, 0.50)),
-        vanish=width * float(rng.uniform(0.35, 0.65)),
-    )
-    _draw_sky(canvas)
-    _draw_skyline(canvas)
-    road = _draw_ground(canvas)
-    for side in (-1, 1):
-        _draw_side(canvas, side, road)
-    draw_things(canvas, road)
-    if canvas.chance(0.3):
-        _draw_bonnet(canvas)
-    return _photograph(canvas), canvas.label
+class Street(Canvas):
+    """A canvas with a camera over a road; columns at the lower edge of the picture are multiples of its width."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]) -> None:
+        super().__init__(rng, size, SKY)
+        self.horizon, self.vanish = self.height * self.uniform(0.36, 0.50), self.width * self.uniform(0.35, 0.65)
+        left, right = self.road = self.uniform(-0.5, 0.05), self.uniform(0.95, 1.5)
+        self.pavements = (left, left - self.uniform(0.15, 0.5)), (right, right + self.uniform(0.15, 0.5))
+
+    def at(self, across: ArrayLike, depth: ArrayLike, rise: ArrayLike = 0.0) -> Points:
+        """Points (..., 2) in pixels, for arguments that are broadcast against each other.
+
+        They lie on lines from the vanishing point to column ``across`` of the lower edge, at ``depth`` (1 near, 0 far),
+        ``rise`` picture heights (at depth 1) above the ground.
+        """
+        depth = np.asarray(depth, float)
+        x = self.vanish + depth * (np.asarray(across) * self.width - self.vanish)
+        y = self.horizon + depth * (self.height - self.horizon - np.asarray(rise) * self.height)
+        return np.stack(np.broadcast_arrays(x, y), -1)
 
 
-def _draw_sky(canvas: Canvas) -> None:
-    high = pick(canvas, ((90, 140, 210), (150, 165, 185), (190, 195, 200), (120, 150, 200), (205, 170, 150)))
-    rows = np.linspace(0, 1, canvas.height, dtype=np.float32)[:, None, None]
-    canvas.colour[:] = np.asarray(high, np.float32) * (1 - rows) + (canvas.uniform(190, 235)) * rows
-    clouds = grain(canvas, canvas.height, canvas.width, 64) + 0.5 * grain(canvas, canvas.height, canvas.width, 16)
-    canvas.colour += canvas.uniform(5, 30) * np.maximum(clouds, 0)
-    canvas.haze[:] = 0
+def paint_street(rng: np.random.Generator, *, size: tuple[int, int]) -> Scene:
+    """A street of ``size`` (height, width) with the classes 0..7 and 255."""
+    street = Street(rng, size)
+    _sky(street)
+    _ground(street)
+    for _, front in street.pavements:
+        _side(street, front)
+    _things(street)
+    if street.rng.random() < 0.3:  # the camera's own car
+        middle, half = street.uniform(0.45, 0.55) * street.width, street.uniform(0.3, 0.45) * street.width
+        street.paint(ellipse(middle, street.height, half, street.uniform(0.04, 0.09) * street.height), VOID, "bonnet")
+    return Scene(street.photograph(), street.label, np.zeros(size, np.uint16))
 
 
-def _draw_skyline(canvas: Canvas) -> None:
-    """Far houses and trees behind everything else."""
+def _sky(street: Street) -> None:
+    """The sky with clouds; far houses and trees at the horizon."""
+    down = np.linspace(0, 1, street.height, dtype=np.float32)[:, None, None]
+    street.colour[:] = np.asarray(street.pick("sky"), np.float32) * (1 - down) + street.uniform(190, 235) * down
+    clouds = street.grain(*street.size, 64) + 0.5 * street.grain(*street.size, 16)
+    street.colour += street.uniform(5, 30) * np.maximum(clouds, 0)
     left = 0.0
-    while left < canvas.width:
-        right = left + canvas.uniform(0.05, 0.18) * canvas.width
-        top = canvas.horizon - canvas.uniform(0.02, 0.16) * canvas.height
-        if canvas.chance(0.6):
-            paint(
-                canvas,
-                box(left, top, right, canvas.horizon + 3),
-                BUILDING,
-                pick(canvas, BRICKS),
-                haze=0.7,
-                grains=((4, 6),),
-            )
-        elif canvas.chance(0.8):
-            middle, half = (left + right) / 2, (right - left) * 0.6
-            draw_crown(canvas, middle, (top + canvas.horizon) / 2, half, (canvas.horizon - top) * 0.6, haze=0.7)
+    while left < street.width:
+        right = left + street.uniform(0.05, 0.18) * street.width
+        tall, kind = street.uniform(0.02, 0.16) * street.height, street.rng.random()
+        house = box(left, street.horizon - tall, right, street.horizon + 3)
+        crown = ellipse((left + right) / 2, street.horizon - tall / 2, (right - left) * 0.6, tall * 0.6, 24)
+        if kind < 0.6:
+            street.paint(house, BUILDING, "wall", haze=0.7)
+        elif kind < 0.92:
+            street.paint(crown, VEGETATION, "leaves", haze=0.7)
         left = right
 
 
-def _draw_ground(canvas: Canvas) -> Road:
-    left, right = canvas.uniform(-0.5, 0.05), canvas.uniform(0.95, 1.5)
-    pavement = canvas.uniform(0.15, 0.5), canvas.uniform(0.15, 0.5)
-    road = Road(left, right, left - pavement[0], right + pavement[1])
-    vanishing = (canvas.vanish, canvas.horizon)
-    lower = canvas.height
-    paving = pick(canvas, ((150, 145, 140), (125, 120, 120), (165, 150, 135)), 12)
-    paint(
-        canvas,
-        box(0, canvas.horizon, canvas.width, lower),
-        SIDEWALK,
-        paving,
-        grains=((8, 5), (2, 6)),
-        haze=0.3,
+def _ground(street: Street) -> None:
+    """Pavements with slabs, the road with markings, and sometimes a shadow across, which is not in the label."""
+    paving = street.pick("paving")
+    street.paint(box(0, street.horizon, street.width, street.height), SIDEWALK, "paving", colour=paving, haze=0.3)
+    across = np.array(street.pavements)
+    joints = street.at(across, 0.06 * 1.35 ** np.arange(10)[:, None, None]).reshape(-1, 2, 2)
+    edges = street.at([[at, at] for at in (*across[:, 0], *across.mean(1))], [0, 1])
+    cv2.polylines(
+        street.colour, list(np.rint([*joints, *edges]).astype(np.int32)), False, [0.8 * value for value in paving]
     )
-    _draw_slabs(canvas, road, paving)
-    asphalt = pick(canvas, ((95, 95, 98), (120, 118, 115), (75, 76, 80)), 12)
-    edges = ((left * canvas.width, lower), (right * canvas.width, lower))
-    paint(canvas, (vanishing, *edges), ROAD, asphalt, grains=((32, 5), (1, 6)), haze=0.2)
-    _draw_markings(canvas, road)
-    if canvas.chance(0.4):  # a shadow across everything on the ground: the label stays
-        depth = canvas.uniform(0.15, 0.7)
-        rows = slice(int(canvas.ground(depth)), int(canvas.ground(depth + canvas.uniform(0.05, 0.3))))
-        canvas.colour[rows] *= canvas.uniform(0.5, 0.75)
-    return road
+    street.paint(street.at([0, *street.road], [0, 1, 1]), ROAD, "asphalt", haze=0.2)
+    middle = sum(street.road) / 2 + street.uniform(-0.1, 0.1)
+    dashes = 0.08 * 1.6 ** np.arange(6)[:, None] * [1, 1, 1.25, 1.25]
+    street.paint(street.at(middle + 0.012 * np.array([-1, 1, 1, -1]), dashes), None, "marking")
+    if street.rng.random() < 0.25:
+        stripes = np.arange(street.road[0] + 0.06, street.road[1] - 0.08, 0.16)[:, None] + [0, 0.08, 0.08, 0]
+        crossing = street.uniform(0.25, 0.6) * np.array([1, 1, 1.3, 1.3])
+        street.paint(street.at(stripes, crossing), None, "marking")
+    if street.rng.random() < 0.4:
+        far = street.uniform(0.15, 0.7)
+        top, bottom = street.at(0, [far, far + street.uniform(0.05, 0.3)])[:, 1].astype(int)
+        street.colour[top:bottom] *= street.uniform(0.5, 0.75)
 
 
-def _draw_slabs(canvas: Canvas, road: Road, paving: Colour) -> None:
-    """Joints of the pavement: rows that lie closer towards the horizon."""
-    darker: Colour = (paving[0] * 0.8, paving[1] * 0.8, paving[2] * 0.8)
-    for depth in 0.06 * 1.35 ** np.arange(10):
-        row = canvas.ground(float(depth))
-        for near, far in ((road.left, road.front_left), (road.right, road.front_right)):
-            ends = (road.column(canvas, near, depth), row), (road.column(canvas, far, depth), row)
-            line(canvas, ends, darker, 1)
-    for near, far in ((road.left, road.front_left), (road.right, road.front_right)):
-        for share in (0.0, 0.5):
-            at = near + share * (far - near)
-            edge = (road.column(canvas, at, 1.0), canvas.height)
-            line(canvas, ((canvas.vanish, canvas.horizon), edge), darker, 1 + int(share == 0))
-
-
-def _draw_markings(canvas: Canvas, road: Road) -> None:
-    white: Colour = (215, 215, 205) if canvas.chance(0.8) else (215, 180, 70)
-    middle = (road.left + road.right) / 2 + canvas.uniform(-0.1, 0.1)
-    half = 0.012
-    for depth in 0.08 * 1.6 ** np.arange(6):
-        rows = canvas.ground(depth), canvas.ground(depth * 1.25)
-        at = [
-            road.column(canvas, middle + s * half, d)
-            for d, s in ((depth, -1), (depth, 1), (depth * 1.25, 1), (depth * 1.25, -1))
-        ]
-        paint(canvas, ((at[0], rows[0]), (at[1], rows[0]), (at[2], rows[1]), (at[3], rows[1])), None, white)
-    if canvas.chance(0.25):
-        far = canvas.uniform(0.25, 0.6)
-        near = far * 1.3
-        for stripe in np.arange(road.left + 0.06, road.right - 0.08, 0.16):
-            corners = [
-                (road.column(canvas, stripe + dx, d), canvas.ground(d))
-                for dx, d in ((0, far), (0.08, far), (0.08, near), (0, near))
-            ]
-            paint(canvas, corners, None, white, grains=((2, 10),))
-
-
-def _draw_side(canvas: Canvas, side: int, road: Road) -> None:
-    """House fronts and hedges along one side, from the vanishing point to the edge of the picture."""
-    at = road.front_left if side < 0 else road.front_right
-    far = canvas.uniform(0.04, 0.08)
+def _side(street: Street, front: float) -> None:
+    """House fronts, hedges and gaps along one side, far ones first."""
+    far = street.uniform(0.04, 0.08)
     while far < 1.6:
-        near = far * canvas.uniform(1.35, 2.3)
-        kind = canvas.rng.random()
+        near, kind = far * street.uniform(1.35, 2.3), street.rng.random()
         if kind < 0.68:
-            _draw_house(canvas, road, at, far, near)
+            _house(street, front, far, near)
         elif kind < 0.88:
-            _draw_hedge(canvas, road, at, far, near)
+            rise = street.uniform(0.2, 0.9)
+            for depth in np.geomspace(far, near, 4):
+                (x, y), half = street.at(front, depth, rise * 0.45), rise * depth * street.height
+                bush = ellipse(x, y, half * street.uniform(0.5, 0.9), half * 0.6, 24)
+                street.paint(bush, VEGETATION, "leaves", haze=_haze(depth))
         far = near
 
 
-def _front(canvas: Canvas, road: Road, at: float, depth: float, rise: float) -> tuple[float, float]:
-    """Point on a house front at ``depth``, ``rise`` (in picture heights at depth 1) above the ground."""
-    return road.column(canvas, at, depth), canvas.ground(depth) - rise * depth * canvas.height
+def _haze(depth: float) -> float:
+    return 0.5 * max(0.0, 1 - 2 * depth)
 
 
-def _on_wall(
-    canvas: Canvas, road: Road, at: float, depths: tuple[float, float], rises: tuple[float, float]
-) -> list[tuple[float, float]]:
-    """The four corners of a rectangle on a house front, between two depths and two heights."""
-    (far, near), (low, high) = depths, rises
-    return [_front(canvas, road, at, d, r) for d, r in ((far, low), (near, low), (near, high), (far, high))]
+def _house(street: Street, front: float, far: float, near: float) -> None:
+    """A wall with windows, and sometimes a poster that belongs to the building."""
+    rise, storey, columns = street.uniform(0.9, 3.0), street.uniform(0.22, 0.34), int(street.rng.integers(2, 5))
+
+    def on_wall(left: ArrayLike, right: ArrayLike, low: ArrayLike, high: ArrayLike) -> Points:
+        """Rectangles (..., 4, 2), broadcast, between two depths and two heights."""
+        corners = np.broadcast_arrays(left, right, right, left), np.broadcast_arrays(low, low, high, high)
+        return street.at(front, *(np.stack(values, -1) for values in corners))
+
+    street.paint(on_wall(far, near, 0, rise), BUILDING, "wall", haze=1.2 * _haze(far))
+    depths = far * (near / far) ** (np.arange(1, 2 * columns + 1) / (2 * columns + 1))
+    floors = storey * np.arange(1, int(rise / storey))[:, None]
+    street.paint(on_wall(depths[::2], depths[1::2], floors, floors + 0.6 * storey), None, "window")
+    if street.rng.random() < 0.35:
+        left, low = street.uniform(far, near * 0.9), street.uniform(0.1, 0.3)
+        street.paint(on_wall(left, left * street.uniform(1.05, 1.15), low, low + 0.15), None, "board")
 
 
-def _draw_house(canvas: Canvas, road: Road, at: float, far: float, near: float) -> None:
-    rise = canvas.uniform(0.9, 3.0)
-    colour = pick(canvas, BRICKS, 20)
-    haze = 0.6 * max(0.0, 1 - far * 2)
-    wall = _on_wall(canvas, road, at, (far, near), (0, rise))
-    paint(canvas, wall, BUILDING, colour, grains=((8, 6), (2, 4)), haze=haze)
-    glass = pick(canvas, ((45, 50, 60), (140, 160, 175), (90, 95, 90), (210, 190, 120)), 15)
-    num_columns, storey = int(canvas.rng.integers(2, 5)), canvas.uniform(0.22, 0.34)
-    steps = np.arange(num_columns * 2 + 1) / (num_columns * 2 + 1)
-    depths = (far * (near / far) ** steps).tolist()
-    windows = [
-        _on_wall(
-            canvas,
-            road,
-            at,
-            (depths[2 * column + 1], depths[2 * column + 2]),
-            (floor * storey, (floor + 0.6) * storey),
-        )
-        for column in range(num_columns)
-        for floor in range(1, int(rise / storey))
-    ]
-    if windows:
-        paint_flat(canvas, windows, None, glass)
-    if canvas.chance(0.35):  # a poster or shop sign on the wall belongs to the building
-        d0 = canvas.uniform(far, near * 0.9)
-        d1, low = d0 * canvas.uniform(1.05, 1.15), canvas.uniform(0.1, 0.3)
-        poster = _on_wall(canvas, road, at, (d0, d1), (low, low + 0.15))
-        paint(canvas, poster, None, pick(canvas, BOARDS, 25))
+def _things(street: Street) -> None:
+    """Random numbers of things of every kind at random depths, far ones first; their shadows are not in the label."""
+    things: list[tuple[float, Kind]] = []
+    for kind in KINDS:
+        low, high = np.sqrt(kind.depth)
+        things += [(street.uniform(low, high) ** 2, kind) for _ in range(street.rng.poisson(kind.number))]
+    for depth, kind in sorted(things):
+        if street.rng.random() < kind.on_road:
+            across = street.uniform(street.road[0] + 0.08, street.road[1] - 0.08)
+        else:
+            inner, outer = street.pavements[int(street.rng.integers(2))]
+            across = inner + street.uniform(*kind.across) * (outer - inner)
+        foot, unit = street.at(across, depth), depth * (street.height - street.horizon)
+        tall = unit * street.uniform(*kind.height)
+        half = tall * street.uniform(*kind.aspect)
+        figure = FIGURES[kind.figure][int(street.rng.integers(len(FIGURES[kind.figure])))]
+        reach = 1.3 * half * np.abs(figure[0][1][:, 0]).max(), 0.1 * unit  # of the part that is on the ground
+        (left, top), (right, bottom) = np.clip((foot - reach, foot + reach), 0, None).astype(int)
+        street.colour[top:bottom, left:right] *= 0.55
+        colours = {material: street.pick(material) for material, _ in figure}
+        for material, points in figure:
+            outline = foot + points * (half, -tall)
+            street.paint(outline, kind.class_id, material, colour=colours[material], haze=_haze(depth))
 
 
-def _draw_hedge(canvas: Canvas, road: Road, at: float, far: float, near: float) -> None:
-    """Bushes in a row: overlapping crowns of leaves."""
-    rise = canvas.uniform(0.2, 0.9)
-    for depth in np.geomspace(far, near, 4):
-        x, y = _front(canvas, road, at, float(depth), rise * 0.45)
-        half = rise * depth * canvas.height
-        draw_crown(canvas, x, y, half * canvas.uniform(0.5, 0.9), half * 0.6, haze=0.5 * max(0.0, 1 - 2 * depth))
+def paint_classes(
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int],
+    num_classes: int,
+    classes: Sequence[int],
+    void_border: int = 0,
+    void_share: float = 0.0,
+) -> Scene:
+    """A scene of ``size`` (height, width) in which each class of ``classes`` covers some pixels.
+
+    Every one of the ``num_classes`` classes has a colour and a stripe pattern of its own, the same in every scene, so
+    that a model can learn it. The first class fills the background, every class then has a figure in a cell of its
+    own. ``void_border`` pixels along the outline of each figure become void, and so does the share ``void_share`` of
+    the picture at its lower edge.
+    """
+    colours, waves = _class_looks(num_classes)
+    shapes = *FIGURES["rubbish"], FIGURES["car"][0]  # compact: when small and without a border, something is left
+    canvas = Canvas(rng, size, 0)  # with the numbers of figures as labels, until it is done
+    canvas.colour[:] = colours[classes[0]]
+    height, width = size[0] - (max(1, round(size[0] * void_share)) if void_share else 0), size[1]
+    columns = int(np.ceil(np.sqrt(len(classes) * width / height)))
+    rows = int(np.ceil(len(classes) / columns))
+    cells = rng.permutation(rows * columns)[: len(classes)]
+    for number, (k, cell) in enumerate(zip(classes, cells.tolist(), strict=True), start=1):
+        half, tall = width / columns / 2 * canvas.uniform(0.8, 1.0), height / rows * canvas.uniform(0.8, 1.0)
+        foot = (cell % columns + 0.5) * width / columns, (cell // columns + 0.5) * height / rows + tall / 2
+        for _, points in shapes[int(rng.integers(len(shapes)))]:
+            outline = points * (half, -tall) + foot - 0.5
+            canvas.paint(outline, number, "metal", colour=colours[k].tolist())
+    label = np.array([classes[0], *classes], np.uint8)[canvas.label]
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    canvas.colour += 18 * np.sin(waves[label, 0] * x + waves[label, 1] * y)[..., None]
+    canvas.colour[height:] *= 0.4
+    kernel = np.ones((void_border + 1, void_border + 1), np.uint8)
+    label[cv2.dilate(canvas.label, kernel) != cv2.erode(canvas.label, kernel)] = VOID
+    label[height:] = VOID
+    return Scene(canvas.photograph(variety=0.05), label, canvas.label.astype(np.uint16))
 
 
-def _draw_bonnet(canvas: Canvas) -> None:
-    """The camera's own car at the lower edge: void."""
-    half = canvas.uniform(0.3, 0.45) * canvas.width
-    rise = canvas.uniform(0.04, 0.09) * canvas.height
-    middle = canvas.width / 2 + canvas.uniform(-0.05, 0.05) * canvas.width
-    paint(
-        canvas,
-        ellipse(middle, canvas.height, half, rise),
-        VOID,
-        pick(canvas, ((40, 42, 48), (90, 30, 30))),
-        shade=0.3,
-    )
-
-
-def _photograph(canvas: Canvas) -> np.ndarray:
-    """Light, haze, lens and sensor: float colours to a uint8 picture."""
-    height, width = canvas.label.shape
-    haze = canvas.haze[..., None] * canvas.uniform(0.0, 0.75)
-    picture = canvas.colour * (1 - haze) + haze * np.asarray(
-        pick(canvas, ((200, 205, 210), (215, 205, 190))), np.float32
-    )
-    light = 1 + canvas.uniform(0.03, 0.12) * grain(canvas, height, width, 64)
-    light = light * np.linspace(canvas.uniform(0.75, 1.25), canvas.uniform(0.75, 1.25), width)[None, :, None]
-    warmth = canvas.uniform(-0.12, 0.12)
-    gain = canvas.uniform(0.45, 1.25) * np.array([1 + warmth, 1.0, 1 - warmth])
-    lit = picture * (light * gain).astype(np.float32) + np.float32(canvas.uniform(-8, 12))
-    soft = cv2.GaussianBlur(lit, (3, 3), canvas.uniform(0.4, 0.8))
-    noise = np.concatenate([grain(canvas, height, width, 1) for _ in range(3)], axis=2)
-    return np.clip(np.rint(soft + canvas.uniform(2, 7) * noise), 0, 255).astype(np.uint8)
+def _class_looks(num_classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Colours (K, 3) in 0..255 and stripe frequencies (K, 2) in radians a pixel."""
+    k = np.arange(num_classes)
+    value, saturation, hue = 0.95 - 0.3 * (k % 3 == 1), 0.9 - 0.45 * (k % 2), (k * 0.61803) % 1
+    colours = [colorsys.hsv_to_rgb(*row) for row in np.stack([hue, saturation, value], 1).tolist()]
+    waves = (0.25 + 0.09 * (k % 7))[:, None] * np.stack([np.cos(k * 2.39996), np.sin(k * 2.39996)], 1)
+    return 255 * np.array(colours, np.float32), waves.astype(np.float32)

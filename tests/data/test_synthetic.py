@@ -1,4 +1,4 @@
-"""The drawn data set: pure, imbalanced, varied, and with labels that lie on what is drawn."""
+"""The painted data set: pure, imbalanced, varied, and with labels that lie on what is painted."""
 
 from __future__ import annotations
 

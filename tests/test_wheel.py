@@ -42,7 +42,7 @@ def call(environment: Path, folder: Path, *arguments: str) -> subprocess.Complet
 @pytest.mark.slow
 def test_configs_travel_in_the_wheel(environment, tmp_path):
     where = subprocess.run(
-        [environment / "python", "-c", "from segkit.config.schema import config_dir; print(config_dir())"],
+        [environment / "python", "-c", "from segkit.config.compose import config_dir; print(config_dir())"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from segkit import cli
 from segkit.config import compose as compose_module
 from segkit.config.schema import Config, check_targets, plain
 from segkit.errors import InputError
+from segkit.guard import guarded
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import WRITERS, make_sample
 
@@ -165,7 +166,7 @@ class Workspace:
 
     def call(self, verb: str, arguments: list[str]) -> str:
         """Call ``segkit VERB ARGUMENTS`` in this process; what it printed. Fails on an exit code but 0."""
-        return self._call(lambda: cli.verb_function(verb)(arguments), [f"segkit {verb}", *arguments])
+        return self._call(lambda: guarded(lambda: cli.verb_function(verb)(arguments)), [f"segkit {verb}", *arguments])
 
     def call_segkit(self, arguments: list[str]) -> str:
         """Call ``segkit ARGUMENTS``."""

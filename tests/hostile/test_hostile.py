@@ -21,6 +21,11 @@ from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
 from segkit.training.checkpoint import digest_of
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning"),  # of the few images of the whole run
+    pytest.mark.filterwarnings("ignore:no training pixel:UserWarning"),
+]
+
 SECRET = "an-environment-value"
 TRACE = Path("/tmp/segkit-hostile-file")
 """What the acting members of the corpus would write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def outcome(arguments: list[str]) -> str | None:
     return None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("default")
 def test_random_values_are_accepted_or_refused_in_one_sentence(capsys):
     failed, refused = [], 0
@@ -92,11 +95,10 @@ def test_random_values_are_accepted_or_refused_in_one_sentence(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(4))
 def test_the_command_itself_says_the_same(number, tmp_path):
     """The first lines that are refused, as processes: exit code 2, one line."""
-    lines = (overrides(n) for n in range(300))
-    arguments = [line for line in lines if refused_quietly(line)][number]
+    arguments = refused_lines()[number]
     command = [sys.executable, str(TRAIN), *arguments, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     output = done.stdout + done.stderr
@@ -104,6 +106,13 @@ def test_the_command_itself_says_the_same(number, tmp_path):
     assert "Traceback" not in output, (arguments, output)
     assert output.count("error: ") == 1, (arguments, output)
     assert not (tmp_path / "run").exists()
+
+
+@functools.cache
+def refused_lines() -> list[list[str]]:
+    """The first four command lines that are refused when they are composed."""
+    lines = (overrides(number) for number in range(300))
+    return list(itertools.islice((line for line in lines if refused_quietly(line)), 4))
 
 
 def refused_quietly(arguments: list[str]) -> bool:

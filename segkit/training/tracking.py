@@ -60,8 +60,8 @@ class Tracker:
             kept = kept[: kept.rfind(b"\n") + 1]  # a torn line is no line
         self._last_record, self._last_speed = _last_line(kept), {}
         if (timing := self.folder / "timing.jsonl").is_file():
-            speed = _last_line(timing.read_bytes())
-            self._last_speed = speed if speed.get("step") == step else {}
+            of_step = [line for line in timing.read_bytes().splitlines() if f'"step": {step},'.encode() in line]
+            self._last_speed = _last_line(of_step[-1]) if of_step else {}
         if own.exists():
             os.truncate(own, len(kept))  # in one piece: a process that dies here loses nothing that is kept
         for path in self.files[1:]:

@@ -19,6 +19,8 @@ from segkit.guard import explain
 from segkit.run.build import build_model, check_parts
 from segkit.run.splits import open_phases
 
+pytestmark = pytest.mark.skipif("SEGKIT_FUZZ" not in os.environ, reason="takes minutes: set SEGKIT_FUZZ=1")
+
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 LOSSES = ("margin_calibration", "cross_entropy_dice", "focal", "ohem", "tversky", "jaccard_metric", "lovasz_softmax")
 OPTIONS = ("model=coplenet", "optimizer=sgd", "schedule=pretrain_finetune", "model=smp", "schedule=single")
@@ -80,7 +82,6 @@ def outcome(arguments: list[str]) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif("SEGKIT_FUZZ" not in os.environ, reason="takes minutes: set SEGKIT_FUZZ=1")
 @pytest.mark.filterwarnings("default")
 def test_random_values_are_accepted_or_refused_in_one_sentence(capsys):
     failed, refused = [], 0

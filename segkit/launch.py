@@ -12,10 +12,8 @@ from typing import Any
 from segkit.errors import InputError
 from segkit.guard import guard, guarded
 from segkit.runtime import die_with_parent
+from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
-
-CHILD = "SEGKIT_JOB_OF_SWEEP"
-"""Variable of the environment of a sweep's jobs."""
 
 _sweeps: list[Any] = []
 """The sweep on this machine that the command line asked for, if it did."""

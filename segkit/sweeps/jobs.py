@@ -21,6 +21,8 @@ from segkit.errors import Interrupted
 from segkit.files import read_json, write_json
 
 LOG = "log.txt"
+CHILD = "SEGKIT_JOB_OF_SWEEP"
+"""Variable of the environment of a sweep's jobs, which end with it."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class LocalSweep:
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "SEGKIT_JOB_OF_SWEEP": "1"}
+        environment = {**os.environ, CHILD: "1"}
         if self.limit > 1:
             # As many threads in all as there are processors.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.limit)))

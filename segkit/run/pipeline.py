@@ -57,8 +57,8 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
                 phase = phases.pop(name)  # with it goes the state of its optimizer
                 with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stopping):
                     results = train_phase(phase, folder, stopping)
-    print_main(class_table(results))
-    print_main(f"run folder: {folder.path}")
+        print_main(class_table(results))  # within the group: after it every process is a main one
+        print_main(f"run folder: {folder.path}")
     return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 

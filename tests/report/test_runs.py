@@ -100,7 +100,7 @@ def test_another_evaluation_of_a_run(make_run):
     (folder / "val-last-flip-ffffffff.json").unlink()
     with pytest.raises(InputError, match=r"a has no evaluation 'val-last', it has"):
         find_runs([run], evaluation="val-last")
-    with pytest.raises(InputError, match=r"a has no evaluation 'test', it has val-last-flip: make it with"):
+    with pytest.raises(InputError, match=r"a has no evaluation 'test', it has val-last-flip-0a1b2c3d: make it with"):
         find_runs([run], evaluation="test")
     with pytest.raises(InputError, match=r"has no evaluation 'x', it has none: make it with `segkit evaluate "):
         find_runs([flipped], evaluation="x")

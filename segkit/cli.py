@@ -21,6 +21,7 @@ VERBS = {
     "export": "a trained model as ONNX or torch.export",
     "compare": "compare finished runs: one offline HTML file, and tables",
     "plot": "the curves of the margin losses as a picture",
+    "models": "encoders, their size, and where their weights come from",
     "sample": "a small synthetic data set in the layout of a real one",
     "replay": "repeat the step of a failure bundle",
 }

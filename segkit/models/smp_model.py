@@ -14,7 +14,10 @@ from torch import nn
 from segkit.errors import InputError, first_line
 from segkit.models.any_size import accept_any_size
 from segkit.models.segmenter import normalisation, set_normalisation
-from segkit.models.weights import load_encoder_weights, load_model_weights
+from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
+
+SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d")
+"""Encoders of ``configs/model``."""
 
 FIXED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params")
 """Arguments of an architecture that :func:`smp_model` sets itself."""
@@ -120,6 +123,20 @@ def _check_encoder(encoder: str) -> None:
         f"model.encoder is {encoder!r}, but there is no such encoder{nearest}: set model.encoder to a name of "
         "segmentation_models_pytorch, or to tu-NAME for a model of timm"
     )
+
+
+def encoder_names(part: str | None) -> list[str]:
+    """The names that ``model.encoder`` takes, timm's as ``tu-NAME``, which have ``part`` in them.
+
+    Without ``part``: those of the shipped models, and of segmentation_models_pytorch those whose weights are here.
+    """
+    import segmentation_models_pytorch as smp
+    import timm
+
+    own = [name for name in smp.encoders.get_encoder_names() if not name.startswith("timm-")]  # these are deprecated
+    if part is None:
+        return [*SHIPPED, *(name for name in own if name not in SHIPPED and weights_origin(name)[1])]
+    return [name for name in (*own, *(f"tu-{name}" for name in timm.list_models())) if part in name]
 
 
 def _check_options(options: dict[str, Any], parameters: Any, *, name: str) -> None:

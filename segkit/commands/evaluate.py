@@ -142,6 +142,7 @@ def evaluate_split(
     from segkit.evaluation import benchmark_scores, evaluate, to_results
     from segkit.progress import track
     from segkit.run.build import evaluation_protocol
+    from segkit.training.precision import DTYPES
 
     predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
@@ -154,7 +155,7 @@ def evaluate_split(
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
         device=device,
-        precision=precision,
+        dtype=DTYPES[precision],
         predict=predict,
         boundary_ratio=BOUNDARY_RATIO if arguments.boundary else None,
         progress=lambda items: track(items, description="evaluating", unit="batches"),

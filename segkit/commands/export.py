@@ -96,11 +96,12 @@ def predictor(decision: Any, model: Any, precision: str) -> Any:
 
     from segkit.evaluation.inference import Inference
     from segkit.evaluation.loop import evaluating
+    from segkit.training.precision import DTYPES
 
     wrapped, inference, device = decision.around(model), Inference(decide=decision.decide), torch.device("cpu")
 
     def predict(images: Any) -> Any:
-        with evaluating(wrapped, device, precision):
+        with evaluating(wrapped, device, DTYPES[precision]):
             return inference(wrapped, images, (images.shape[-2], images.shape[-1]))
 
     return predict

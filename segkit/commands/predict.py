@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.progress import track
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
+    from segkit.training.precision import DTYPES
 
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
@@ -64,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         classes=first.classes,
         palette=first.palette,
         device=device,
-        precision=arguments.precision,
+        dtype=DTYPES[arguments.precision],
         inference={name: replace(chosen, decide=loaded.decide) for name, loaded in scorers.items()},
         outputs=Outputs(probabilities=arguments.probabilities),
         progress=lambda names: track(names, description="predicting", unit="images"),

@@ -67,12 +67,13 @@ def predictions(
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.loop import evaluating
     from segkit.progress import track
+    from segkit.training.precision import DTYPES
 
     transform = EvalTransform(resize=plain(dataset.eval_resize))
     batches = eval_batches(split, transform=transform, workers=workers)
     for batch in track(batches, description="predicting", total=len(split), unit="images"):
         height, width = batch.labels.shape[-2:]
-        with evaluating(model, device, precision):
+        with evaluating(model, device, DTYPES[precision]):
             predicted = predict(model, batch.images.to(device), (height, width))
         yield from zip(batch.names, predicted.cpu().numpy(), strict=True)
 

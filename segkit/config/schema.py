@@ -36,8 +36,9 @@ FREE_KEYS = (
 
 
 class Precision(Enum):
-    """Number format of the forward pass; parameters and losses stay in float32."""
+    """Number format of the forward pass; parameters and losses stay in float32. ``auto``: segkit.run.hardware."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -250,9 +251,9 @@ class Config:
     seed: int = 0
     determinism: Determinism = Determinism.none
     device: str = "auto"
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision.auto
     compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | str = "auto"
     grad_checkpointing: bool = False
     sync_batchnorm: bool = False
 
@@ -293,6 +294,12 @@ class Config:
             _at_least(key, getattr(self, key), 1)
         for key in ("workers", "profile_steps", "seed"):
             _at_least(key, getattr(self, key), 0)
+        self._check_pairs()
+
+        _require(
+            self.channels_last in (True, False, "auto"),
+            f"channels_last is {self.channels_last!r}, but must be auto, true or false: set channels_last=auto",
+        )
         self._check_pairs()
 
     def _check_pairs(self) -> None:

@@ -116,7 +116,7 @@ def collect_logits(
     """
     device = torch.device(device)
     parts: list[tuple[NDArray[np.float32], NDArray[np.int64], Floats]] = []
-    with evaluating(model, device, "fp32"):
+    with evaluating(model, device, None):
         for batch in batches if progress is None else progress(batches):
             logits = forward(model, batch.images.to(device, non_blocking=True))
             if logits.shape[1] != num_classes:

@@ -20,8 +20,6 @@ from segkit.evaluation.confusion import count_pixels
 from segkit.evaluation.inference import whole_image
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class LabelledBatch(Protocol):
     """What the loop reads of a batch: images uint8 (N, 3, h, w), labels uint8 (N, H, W), names and numbers of both."""
@@ -105,7 +103,7 @@ def evaluate(
     num_classes: int,
     ignore_index: int = 255,
     device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    dtype: torch.dtype | None = None,
     predict: Predict = whole_image,
     pictures: int = 0,
     boundary_ratio: float | None = None,
@@ -114,8 +112,7 @@ def evaluate(
 ) -> Evaluation:
     """Predict every batch and count it against its labels.
 
-    ``precision`` is "fp32", "bf16" or "fp16" (autocast). ``predict`` turns images into predictions of the labels'
-    size. ``pictures``: keep the images whose number in the data set is below it. ``boundary_ratio`` (such as 0.02, a
+    ``dtype``: of autocast; None for none. ``predict`` turns images into predictions of the labels' size. ``pictures``: keep the images whose number in the data set is below it. ``boundary_ratio`` (such as 0.02, a
     share of the diagonal): also count `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the ranks,
     each of which holds a part of the data set (no image twice). ``progress`` wraps the iterable of batches. The
     model's train/eval mode is restored.
@@ -128,7 +125,7 @@ def evaluate(
     if boundary_ratio is not None:
         boundary = BoundaryCounts(num_classes, ignore_index=ignore_index, ratio=boundary_ratio)
     local = _Local({}, boundary)
-    with evaluating(model, device, precision):
+    with evaluating(model, device, dtype):
         for batch in batches if progress is None else progress(batches):
             images = batch.images.to(device, non_blocking=True)
             labels = batch.labels.to(device, non_blocking=True)
@@ -152,22 +149,19 @@ def evaluate(
 
 
 @contextmanager
-def evaluating(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+def evaluating(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     """Within the context ``model`` is in evaluation mode and records no gradients; `autocast` is on."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode(), autocast(device, dtype):
             yield
     finally:
         model.train(was_training)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the autocast context of a precision name; an empty one for "fp32"."""
-    if precision not in _AUTOCAST:
-        raise InputError(f"precision is {precision!r}; allowed are {', '.join(_AUTOCAST)}")
-    dtype = _AUTOCAST[precision]
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Return the autocast context of ``dtype``; an empty one for None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 

@@ -20,6 +20,10 @@ from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.run.splits import Splits
 from segkit.training.optim import parameter_groups
 
+FUSED = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
+"""Optimizers of which torch has a form in one pass over the parameters, on CPUs and on GPUs."""
+FORMS = {"fused", "foreach", "capturable", "differentiable"}
+
 
 def build_model(config: Config, num_classes: int) -> Segmenter:
     """The model of ``config`` for ``num_classes``, with its weights drawn from ``config.seed``."""
@@ -42,13 +46,18 @@ def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) 
 
 
 def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over the parameter groups of ``model``; ``lr`` replaces its learning rate."""
+    """The optimizer of ``config`` over the parameter groups of ``model``; ``lr`` replaces its learning rate.
+
+    One of :data:`FUSED` is so unless the configuration names a form, or is strict: the last bits differ.
+    """
     node = dict(config.optimizer)
     if lr is not None:
         node["lr"] = lr
     if "lr" not in node:
         raise InputError("optimizer.lr is needed: set optimizer.lr=...")
     groups = parameter_groups(model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor)
+    if config.determinism.value == "none" and node.get("_target_") in FUSED and not node.keys() & FORMS:
+        node["fused"] = True
     return instantiate(node, {"params": groups}, key="optimizer")
 
 

@@ -162,7 +162,7 @@ class RunFolder:
         first = read_json(recorded, cure=cure) if begun else {**provenance, "starts": []}
         if not isinstance(first.get("starts", []), list):
             raise InputError(f"{recorded} has no list of starts: {cure}")
-        start = {key: provenance[key] for key in ("started", "command", "git_commit", "versions", "device")}
+        start = {key: provenance[key] for key in ("started", "command", "git_commit", "versions", "device", "chosen")}
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(self.config))))
         if not begun or changes:
             write_files(self.path, splits)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from segkit import runtime
-from segkit.config.schema import Config, cache_dir_of, check_targets
+from segkit.config.schema import Config, cache_dir_of, check_targets, plain
 from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
 from segkit.files import read_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
-from segkit.run import auto_batch
+from segkit.run import auto_batch, hardware
 from segkit.run.build import build_model
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
@@ -75,6 +75,7 @@ def _prepare(
     cache_dir = cache_dir_of(config)
     distributed.on_main(PhaseCache(cache_dir).check)
     saved = folder.path / "config.yaml"
+    config, reasons = hardware.choose(config, begun=saved if folder.has_begun() else None, device=device)
     config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
@@ -88,11 +89,13 @@ def _prepare(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
         distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
-    distributed.on_main(lambda: folder.start({**facts, "auto_batch": chosen}, splits, changes))
+    why = {key: [plain(getattr(config, key)), reason] for key, reason in reasons.items()}
+    distributed.on_main(lambda: folder.start({**facts, "chosen": why, "auto_batch": chosen}, splits, changes))
     for key, (before, now) in changes.items():
         print_main(f"changed: {key} is {now} from here on, and was {before}")
     for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
         print_main(f"note: {note}")
+    print_main(hardware.head(config, reasons, path=folder.path, phases=phases.values(), model=model, device=device))
     return phases, facts
 
 

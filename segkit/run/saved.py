@@ -140,6 +140,8 @@ def read_config(saved: Path) -> Config:
     try:
         config = to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(content)))
         check_targets(config)
+        if config.precision.value == "auto":
+            raise InputError("precision is auto, but a run's must say what was chosen: write fp32, bf16 or fp16")
     except InputError as error:
         raise InputError(f"{saved}: {error}") from None
     except (OmegaConfBaseException, ValueError, TypeError) as error:

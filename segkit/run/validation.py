@@ -24,6 +24,7 @@ from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import evaluation_protocol
 from segkit.training import distributed
+from segkit.training.precision import DTYPES
 from segkit.training.tracking import Tracker
 
 SCORES = ("iou", "precision", "recall")
@@ -61,7 +62,7 @@ class Validation:
             num_classes=self.split.num_classes,
             ignore_index=self.split.ignore_index,
             device=self.device,
-            precision=config.precision.value,
+            dtype=DTYPES[config.precision.value],
             pictures=config.evaluation.pictures,
             reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
             predict=whole_image if observed is None else observed.predict,

@@ -19,6 +19,7 @@ from typing import Any
 from segkit.config.compose import quoted
 from segkit.errors import Interrupted
 from segkit.files import read_json, write_json
+from segkit.runtime import num_cores
 
 LOG = "log.txt"
 CHILD = "SEGKIT_JOB_OF_SWEEP"
@@ -39,10 +40,19 @@ class Job:
 
 
 class LocalSweep:
-    """Runs the jobs of one sweep on this machine."""
+    """Runs the jobs of one sweep on this machine, ``jobs`` at a time, which share its cores and the ``workers``."""
 
-    def __init__(self, folder: Path, *, jobs: int) -> None:
+    def __init__(self, folder: Path, *, jobs: int, workers: int = 0) -> None:
         self.folder, self.limit = folder, jobs
+        cores = num_cores()
+        self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+        self.workers = max(min(workers, 1), workers // jobs)
+        if jobs > 1:
+            print(
+                f"{jobs} jobs at a time share {cores} cores: each has {self.threads} threads to compute and "
+                f"{self.workers} workers to load",
+                flush=True,
+            )
         self.jobs: list[Job] = []
         self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
         self._waiting: list[tuple[list[str], Path]] = []
@@ -62,15 +72,15 @@ class LocalSweep:
             self._collect()
 
     def _command(self, job: Job) -> list[str]:
-        return [sys.executable, "-m", "segkit.launch", *job.overrides, f"hydra.run.dir={quoted(job.folder)}"]
+        share = [f"workers={self.workers}"] * (self.limit > 1)
+        return [sys.executable, "-m", "segkit.launch", *job.overrides, *share, f"hydra.run.dir={quoted(job.folder)}"]
 
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, CHILD: "1"}
         if self.limit > 1:
-            # As many threads in all as there are processors.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.limit)))
+            environment["OMP_NUM_THREADS"] = self.threads
         log = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 (closed when the job ends)
         process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
         self._running[job.number] = (process, time.monotonic(), log)

@@ -113,7 +113,7 @@ class Search(LocalSweep):
     """The trials of one search; a job's number is that of its trial."""
 
     def __init__(self, folder: Path, *, config: Config, overrides: Sequence[str]) -> None:
-        super().__init__(folder, jobs=config.sweep.jobs)
+        super().__init__(folder, jobs=config.sweep.jobs, workers=config.workers)
         self.budget, self.seed, self.split = config.sweep, config.seed, config.dataset.val_split
         self.overrides = [item for item in overrides if not is_of_sweep(item)]
         self.last_phase = list(config.schedule)[-1]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision -> dtype of autocast; None for none."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,8 @@ class Mixed:
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+        dtype = DTYPES[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
         """A scaler that is active for fp16 only."""

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from segkit import memory
+from segkit import memory, runtime
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import lr_factor, set_lr
@@ -94,7 +94,7 @@ class Trainer:
         self.wrapped = distributed.replicate(model, mixed.device, sync_batchnorm=sync_batchnorm)
         if compile_model:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
-        self._clock = Clock()
+        self._clock, self._advised = Clock(), False
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -287,6 +287,9 @@ class Trainer:
         self.tracker.record(progress.step, {"split": "train", **values})
         self.tracker.scalars(progress.step, {f"train/{name}": value for name, value in values.items()})
         speed = self._clock.lap()
+        if speed["data_wait_share"] > MUCH_WAITING and self._clock.laps > 1 and not self._advised:
+            self._advised = True
+            self.tracker.message(loading_lever(self.config.get("workers", 0)))
         self.tracker.timing(progress.step, speed)
         self.tracker.show(
             progress.step,
@@ -341,18 +344,33 @@ def _ignore_dead_children() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+MUCH_WAITING = 0.2
+"""Share of the time spent waiting for data, from which on the run says what would help."""
+
+
+def loading_lever(workers: int) -> str:
+    """What would make the loading faster, for the screen."""
+    cores = runtime.num_cores()
+    if workers < cores:
+        return f"data-wait: loading is slower than training: set workers={cores} (now {workers}, on {cores} cores)"
+    return (
+        f"data-wait: loading is slower than training with {workers} workers on {cores} cores: if they are busy, store "
+        "the images at the size that is trained on; if not, copy the data to a local disk"
+    )
+
+
 class Clock:
     """Images a second and the share of time spent waiting for data, without the time of evaluations."""
 
     def __init__(self) -> None:
-        self.images, self.waited, self.start = 0, 0.0, time.perf_counter()
+        self.images, self.laps, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
 
     def lap(self) -> dict[str, float]:
         """The figures since the last lap."""
         now = time.perf_counter()
         seconds = max(now - self.start, 1e-9)
         figures = {"images_per_second": self.images / seconds, "data_wait_share": self.waited / seconds}
-        self.images, self.waited, self.start = 0, 0.0, now
+        self.images, self.laps, self.waited, self.start = 0, self.laps + 1, 0.0, now
         return figures
 
     @contextmanager

@@ -112,8 +112,9 @@ def evaluate(
 ) -> Evaluation:
     """Predict every batch and count it against its labels.
 
-    ``dtype``: of autocast; None for none. ``predict`` turns images into predictions of the labels' size. ``pictures``: keep the images whose number in the data set is below it. ``boundary_ratio`` (such as 0.02, a
-    share of the diagonal): also count `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the ranks,
+    ``dtype``: of autocast; None for none. ``predict`` turns images into predictions of the labels' size. ``pictures``:
+    keep the images whose number in the data set is below it. ``boundary_ratio`` (such as 0.02, a share of the
+    diagonal): also count `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the ranks,
     each of which holds a part of the data set (no image twice). ``progress`` wraps the iterable of batches. The
     model's train/eval mode is restored.
 

@@ -79,7 +79,8 @@ def predict_files(
     ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
     report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
     written, and with several also ``side_by_side/NAME.png``. ``inference``: that of all scorers, or one for each title.
-    ``dtype``: of autocast. ``progress`` wraps the iterable of names. The report lists the files that could not be read; see `Report.exit_code`.
+    ``dtype``: of autocast. ``progress`` wraps the iterable of names. The report lists the files that could not be read;
+    see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"

@@ -48,8 +48,7 @@ def choose(config: Config, *, begun: Path | None, device: torch.device) -> tuple
     if chosen["precision"] != "fp32" and device.type == "cpu" and chosen["precision"] != native_precision(device)[0]:
         reasons["precision"] += ", but this CPU only imitates it, several times slower than fp32"
     chosen = distributed.agree(chosen)
-    precision = Precision(chosen["precision"])
-    return dataclasses.replace(config, precision=precision, channels_last=chosen["channels_last"]), reasons
+    return dataclasses.replace(config, **{**chosen, "precision": Precision(chosen["precision"])}), reasons
 
 
 def native_precision(device: torch.device) -> tuple[str, str]:

@@ -160,7 +160,7 @@ def make_trainer(
             log_every=config.log_every,
             evaluate_every=plan.evaluate_every,
             checkpoint_every=config.checkpoint_every,
-            channels_last=config.channels_last,
+            channels_last=config.channels_last is True,
         ),
         mixed=Mixed(config.precision.value, phase.device),
         tracker=tracker,

@@ -128,7 +128,7 @@ def initial_model(config: Config, classes: Sequence[str], device: torch.device) 
     InputError if that is a run folder of other classes than ``classes``, by name and order.
     """
     model = build_model(config, len(classes)).to(device)
-    if config.channels_last:
+    if config.channels_last is True:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.init_from:
         source = Path(config.init_from)

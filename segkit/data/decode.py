@@ -42,7 +42,6 @@ _JPEG = b"\xff\xd8\xff"
 _GREY, _RGB, _RGBA, _WITH_ALPHA = 0, 2, 6, (4, 6)  # colour types of a PNG
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
-_LOSSY = ("JPEG", "WEBP")
 _ORIENTATION, _WIDTH, _HEIGHT, _PHOTOMETRIC = 274, 256, 257, 262  # tags of EXIF and TIFF
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,12 +104,13 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
         return _rgb(opened, path)
 
 
-def read_index_png(path: Path | str, *, first_channel: bool = False) -> np.ndarray:
+def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool = False) -> np.ndarray:
     """Return the indices (H, W) uint8 of an 8-bit label file: grey values, or palette indices of a palette file.
 
     Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows colour
-    files and takes their first channel. Raises InputError for other colour files, 16-bit files, lossy formats and
-    damaged files.
+    files and takes their first channel. ``deep`` allows grey files of 16 or 32 bits, whose array has such integers.
+    Raises InputError for other colour files, lossy formats and damaged files. A lossless WebP, which knows no grey, is
+    an index file if its channels are equal.
     """
     path = Path(path)
     content = read_bytes(path, role="label")
@@ -119,14 +119,40 @@ def read_index_png(path: Path | str, *, first_channel: bool = False) -> np.ndarr
         if label.ndim == 2:  # else the file has transparent grey values, which Pillow leaves out below
             return label
     with _pillow(io.BytesIO(content), path, role="label") as image:
-        _check_index_mode(image, path, colours_too=first_channel)
+        _check_lossless(image, content, path)
+        _check_index_mode(image, path, colours_too=first_channel or image.format == "WEBP", deep=deep)
         bits = _grey_bits(image)
         label = np.array(_as_stored(image))
     if label.ndim == 3:
+        if not first_channel and (label[..., :3] != label[..., :1]).any():
+            raise _no_index(path, image.mode)
         label = np.ascontiguousarray(label[..., 0])
     if label.dtype == np.bool_:
         return label.astype(np.uint8)
     return label // {2: 85, 4: 17}[bits] if bits in (2, 4) else label
+
+
+def read_colours(path: Path | str) -> np.ndarray:
+    """Return the colours (H, W, 3) uint8 of a label file as they are stored; raises InputError if it has none."""
+    path = Path(path)
+    content = read_bytes(path, role="label")
+    with _pillow(io.BytesIO(content), path, role="label") as image:
+        _check_lossless(image, content, path)
+        if image.mode not in ("RGB", "RGBA"):
+            raise InputError(
+                f"label {path} is an index mask (mode {image.mode}), but others of its folder are colour images: "
+                "convert it, as the masks of a folder are of one kind"
+            )
+        return np.ascontiguousarray(np.array(_as_stored(image))[..., :3])
+
+
+def colour_mode(path: Path | str) -> str | None:
+    """Return RGB or RGBA for an image of colours, WEBP for a file of that format, None for others and damaged ones."""
+    try:
+        with _lazily_opened(Path(path)) as image:
+            return "WEBP" if image.format == "WEBP" else image.mode if image.mode in ("RGB", "RGBA") else None
+    except InputError:  # for the reader of its pixels to say
+        return None
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -302,22 +328,42 @@ def _check_jpeg_end(content: bytes, path: Path) -> None:
         raise _damaged(path)
 
 
-def _check_index_mode(image: Image.Image, path: Path, *, colours_too: bool) -> None:
-    if image.format in _LOSSY:
+def _check_lossless(image: Image.Image, content: bytes, path: Path) -> None:
+    if image.format == "JPEG" or (image.format == "WEBP" and not _is_lossless_webp(content)):
         raise InputError(
             f"label {path} is a {image.format} file, which does not keep class indices exactly; "
             "write labels as 8-bit PNG (grey or palette)"
         )
+
+
+def _is_lossless_webp(content: bytes) -> bool:
+    """True if the first chunk of pixels of a WebP is one of its lossless kind."""
+    place = 12
+    while place + 8 <= len(content):
+        kind, length = struct.unpack("<4sI", content[place : place + 8])
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8L"
+        place += 8 + length + length % 2
+    return False
+
+
+def _check_index_mode(image: Image.Image, path: Path, *, colours_too: bool, deep: bool) -> None:
     if image.mode in ("P", "L", "1") or (colours_too and image.mode in ("RGB", "RGBA")):
+        return
+    if deep and image.mode.startswith("I"):
         return
     if image.mode.startswith("I") or image.mode == "F":
         raise InputError(
             f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is wanted; it "
             "may be an instance file: point to the class masks or write 8-bit PNGs"
         )
-    raise InputError(
-        f"label {path} is a colour image (mode {image.mode}), but an index mask is wanted: one channel, its value is "
-        "the class; convert colours to class indices first"
+    raise _no_index(path, image.mode)
+
+
+def _no_index(path: Path, mode: str) -> InputError:
+    return InputError(
+        f"label {path} is a colour image (mode {mode}), but an index mask is wanted: one channel, its value is the "
+        "class; convert colours to class indices first"
     )
 
 

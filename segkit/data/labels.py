@@ -14,6 +14,9 @@ import numpy as np
 from segkit.errors import InputError
 
 TABLES = Path(__file__).parent / "tables"
+VOID = 255
+"""The train id of pixels that are no class."""
+
 _UNKNOWN = 254  # never a class (at most 254 classes) and never the ignore index (255)
 
 

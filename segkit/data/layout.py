@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +65,31 @@ def check_option(key: str, value: object, allowed: Sequence[object], *, dataset:
 def table_file(name: str) -> dict[str, Any]:
     """Return the whole content of a shipped table file, with what stands in it beside the label table."""
     return json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def name_share(name: str, *, salt: str = "") -> float:
+    """Return a number from 0 to 1 for a name, by a hash of it alone; uses of another ``salt`` are independent."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8, salt=salt.encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def group_of(name: str, pattern: str | None) -> str:
+    """Return the part of ``name`` that ``pattern`` calls ``{group}``; the whole name where there is no pattern.
+
+    ``*`` in the pattern stands for anything, ``{group}`` for the longest that fits: ``{group}_*`` makes video_0 of
+    video_0_17. Raises InputError for another pattern, and for a name that does not fit.
+    """
+    if pattern is None:
+        return name
+    if pattern.count("{group}") != 1 or pattern.count("*") > 2:
+        raise InputError(
+            f"dataset.reader.groups is {pattern!r}, but must have {{group}} once, and * at most twice: set "
+            "dataset.reader.groups='{group}_*' for names such as video_0_17"
+        )
+    found = re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\{group\}", "(.+)"), name)
+    if found is None:
+        raise InputError(f"image {name!r} does not fit dataset.reader.groups={pattern!r}: mend the pattern or the name")
+    return found[1]
 
 
 class Layout:

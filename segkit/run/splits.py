@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from segkit.config.schema import Config, DatasetConfig
 from segkit.config.targets import instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
+from segkit.data.layout import group_of, name_share
 from segkit.errors import InputError
 
 HOLDOUT = "holdout"
@@ -53,13 +53,13 @@ def open_holdout(dataset: DatasetConfig) -> SampleSet:
 
 def is_held_out(name: str, share: float) -> bool:
     """True for a ``share`` of all names, by a hash of each alone: other images neither add to them nor take away."""
-    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return name_share(name) < share
 
 
 def _part(dataset: DatasetConfig, *, held_out: bool) -> SampleSet:
     whole = _read(dataset, dataset.train_split)
-    chosen = [is_held_out(sample.name, dataset.holdout) for sample in whole.samples]
+    groups = dataset.reader.get("groups")
+    chosen = [is_held_out(group_of(sample.name, groups), dataset.holdout) for sample in whole.samples]
     if all(chosen) or not any(chosen):
         raise InputError(
             f"dataset.holdout={dataset.holdout} keeps {'all' if all(chosen) else 'none'} of the {len(whole)} images of "

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.readers.folder import default_palette, read_classes
+from segkit.data.formats.classes import default_palette, read_classes
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 
@@ -139,9 +139,9 @@ def test_near_misses_stand_in_the_sentences(root, listed):
         InputError, match=r"A.jpg does not exist, but .*a.jpg is there, whose name differs in upper and"
     ):
         open_dataset("folder", root=listed, split="train")
-    (listed / "labels" / "c.png").rename(listed / "labels" / "c.tif")
+    (listed / "labels" / "c.png").rename(listed / "labels" / "c.jpg")
     with pytest.raises(
-        InputError, match=r"c.png is missing, but .*c.tif is there, whose name differs in its extension"
+        InputError, match=r"c.png is missing, but .*c.jpg is there, whose name differs in its extension"
     ):
         open_dataset("folder", root=listed, split="val")
     with pytest.raises(
@@ -179,7 +179,7 @@ def test_two_images_of_one_name_are_refused(root):
         ("names: [a, b]\ncolours: [[0, 0, 0]]", r"has 2 names but 1 colours"),
         ("names: [a, b]\ncolours: red", r"has 2 names but no list of colours"),
         ("names: [a, b]\ncolours: [[0, 0, 0], [0, 0, 300]]", r"has the colour \[0, 0, 300\]"),
-        ("names: [a, b]\nids: [0, 256]", r"has ids: \[0, 256\], but a list of whole numbers from 0 to 255"),
+        ("names: [a, b]\nids: [0, 65536]", r"has ids: \[0, 65536\], but a list of whole numbers from 0 to 65535"),
         ("names: [a, b]\nids: [0, true]", r"has ids: \[0, True\]"),
         ("names: [a, b]\nids: [1, 1]", r"uses value 1 twice"),
         ("names: [a, b]\nignore: [1]", r"uses value 1 twice among ids and ignore"),

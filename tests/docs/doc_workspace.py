@@ -37,7 +37,7 @@ SMALL = (
     "workers=0",
     "device=cpu",
 )
-FOLDERS = {"CamVid": "camvid", "mine": "folder", "ADEChallengeData2016": "ade20k", "pairs": None}
+FOLDERS = {"CamVid": "camvid", "mine": "folder", "ADEChallengeData2016": "ade20k", "pairs": None, "videos": None}
 """Names below /data that are not those of a data set; None: not drawn by ``segkit sample``."""
 DEFAULT = "cityscapes"
 """Data set of RUN on a page that is about none."""
@@ -67,6 +67,8 @@ class Workspace:
             return target
         if folder == "pairs":
             write_pairs(target)
+        elif folder == "videos":
+            write_videos(target)
         elif folder == "ADEChallengeData2016":
             target.symlink_to(self.data("ade20k") / folder)
         else:
@@ -201,7 +203,7 @@ class Workspace:
 
     def add_yaml(self, title: str | None, source: str) -> None:
         """A file of options is put where Hydra finds it; a file of classes is read as one."""
-        from segkit.data.readers.folder import read_classes
+        from segkit.data.formats.classes import read_classes
 
         assert isinstance(yaml.safe_load(source), dict)
         if title and title.startswith("mine/configs/"):  # as `--config-dir mine/configs`
@@ -210,6 +212,17 @@ class Workspace:
             file = self.root / "tmp" / "classes.yaml"
             file.write_text(source, encoding="utf-8")
             read_classes(file)
+
+
+def write_videos(folder: Path) -> None:
+    """Two frames of each of six videos, without splits."""
+    generator = np.random.default_rng(0)
+    for part, shape in (("images", (48, 64, 3)), ("labels", (48, 64))):
+        (folder / part).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(0, 2, shape, np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"video_{number // 2}_{number % 2}.png")
+    (folder / "classes.yaml").write_text("names: [background, tool]\n", encoding="utf-8")
 
 
 def write_pairs(folder: Path) -> None:

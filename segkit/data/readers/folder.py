@@ -1,109 +1,309 @@
-"""A data set of one's own: a folder of images, a folder of index masks, and a file of classes.
+"""A data set of one's own: images, their labels in the format that they have, and a file of classes.
 
 Layout below ``root``::
 
-    classes.yaml                     names: [...] and, if wished, ids: [...], ignore: [...], colours: [...]
+    classes.yaml                     names: [...] and, if wished, ids, ignore, colours, unlabelled, crowd
     images/<split>/.../<name>.jpg    labels/<split>/.../<name>.png    (splits as sub-folders), or
-    images/.../<name>.jpg            labels/.../<name>.png            <split>.txt (splits as list files)
+    images/.../<name>.jpg            labels/.../<name>.png            <split>.txt (splits as list files), or neither and
+                                                                      ``val_fraction`` or ``folds``
 
-``names`` are the classes in order. ``ids`` are their values in the label files (default 0, 1, 2, ...), ``ignore`` the
-values that are no class (default [255]), ``colours`` their [red, green, blue]. A list file names one image a line,
-relative to images/, with or without its extension. Labels are 8-bit PNG, grey or palette.
+``names`` are the classes in order. ``ids`` are their values in the label files (default 0, 1, 2, ...), ``ignore`` what
+is no class there (values, colours, names; default [255]), ``colours`` their [red, green, blue]. In files of polygons
+``unlabelled`` is the class of pixels that no polygon covers, and ``crowd`` that of COCO's crowds (default void). A list
+file names one image a line, relative to images/, with or without its extension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import yaml
-
-from segkit.data.files import IMAGE_SUFFIXES, read_text, visible_entries, walk
-from segkit.data.labels import LabelTable
-from segkit.data.layout import Layout, near_miss, refuse
+from segkit.data.decode import colour_mode
+from segkit.data.files import IMAGE_SUFFIXES, visible_entries, walk
+from segkit.data.formats import coco, labelme, masks, yolo
+from segkit.data.formats.classes import FolderClasses, read_classes
+from segkit.data.formats.polygons import Meaning
+from segkit.data.labels import VOID, LabelTable
+from segkit.data.layout import Layout, group_of, name_share, near_miss, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
-LABEL_SUFFIXES = frozenset({".png"})
-CLASS_KEYS = ("names", "ids", "ignore", "colours")
+LABEL_SUFFIXES = {
+    "masks": frozenset({".png", ".tif", ".tiff", ".bmp", ".webp"}),
+    "labelme": frozenset({".json"}),
+    "yolo": frozenset({".txt"}),
+}
 WANTED = "images/, labels/ and classes.yaml"
-TEXT, NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 Files = Mapping[str, list[Path]]
 """{path below a folder without extension: files of that name}."""
 
 
-def read(root: Path | str | None, *, split: str, classes: str = "classes.yaml") -> SampleSet:
+def read(
+    root: Path | str | None,
+    *,
+    split: str,
+    classes: str = "classes.yaml",
+    format: Literal["auto", "masks", "coco", "labelme", "yolo"] = "auto",
+    images: str = "images",
+    labels: str = "labels",
+    label_suffix: str = "",
+    val_fraction: float = 0.0,
+    folds: int = 0,
+    fold: int = 0,
+    groups: str | None = None,
+) -> SampleSet:
     """Open ``split``: what lies in images/<split> and labels/<split>, or what <split>.txt lists.
 
-    ``classes`` is the file of classes, relative to ``root`` or absolute. A split named test without any label file is
-    unlabelled; in every other split each image needs its label, and each label its image.
+    ``classes`` is the file of classes, relative to ``root`` or absolute; ``images`` and ``labels`` are the two folders,
+    which may be one. ``format`` of the labels: auto looks which files belong to images. ``label_suffix`` is what the
+    name of a label has more than that of its image. A split named test without any label file is unlabelled; in every
+    other split each image needs its label, and each label its image.
+
+    ``val_fraction`` cuts train and val out of one set of images, by a hash of each name alone; ``folds`` cuts that set
+    into equal parts in the order of the hashes, of which number ``fold`` is val. ``groups``, such as ``{group}_*``,
+    says which part of a name is hashed, so that images of one group stay together.
     """
     layout = Layout("folder", root, archives=WANTED)
-    top = layout.base("images")
+    top = layout.base(images)
     table = read_classes(top / classes)
-    list_file = top / f"{split}.txt"
-    if os.path.isfile(list_file):
-        samples = _listed(layout, top, list_file, may_be_unlabelled=split == "test")
-    elif os.path.isdir(top / "images" / split):
-        samples = _in_folders(layout, top, split)
-    else:
-        raise InputError(
-            f"split {split!r} of {top} does not exist: there is neither a folder {top / 'images' / split} nor a list "
-            f"file {list_file}{near_miss(list_file)}; add one of the two, or set dataset.train_split and "
-            f"dataset.val_split to {_splits(top)}"
-        )
-    return SampleSet(samples, table=table, name="folder", split=split)
+    place = _Place(layout, top, images, labels, label_suffix, format)
+    cut = _Cut(val_fraction, folds, fold, groups)
+    source: str | None = split
+    if cut.is_made(split):
+        if place.has("val"):
+            raise InputError(
+                f"{top} has a split val already, but val_fraction or folds would cut another one: remove one, or set "
+                "dataset.reader.val_fraction=0 and folds=0"
+            )
+        source = "train" if place.has("train") else None
+    samples, found = place.samples(source, test=split == "test")
+    if cut.is_made(split):
+        samples = cut.part(samples, val=split == "val")
+    labelled = [sample for sample in samples if sample.labels]
+    if not labelled:
+        return SampleSet(samples, table=table, name="folder", split=split)
+    own, load = _reading(found, table, labelled[0], top / classes)
+    return SampleSet(samples, table=own, name="folder", split=split, load_label=load)
 
 
-def _splits(top: Path) -> str:
+@dataclass(frozen=True)
+class _Cut:
+    """How train and val are cut out of one set of images; not at all by default."""
+
+    val_fraction: float
+    folds: int
+    fold: int
+    groups: str | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(
+                f"dataset.reader.val_fraction is {self.val_fraction}, but is a share of the images from 0 to 1: set "
+                "dataset.reader.val_fraction=0.2"
+            )
+        if self.folds and (self.folds < 2 or not 0 <= self.fold < self.folds or self.val_fraction):
+            raise InputError(
+                f"dataset.reader has folds={self.folds}, fold={self.fold} and val_fraction={self.val_fraction}, but "
+                "takes two folds or more, a fold from 0 on that is less, and no val_fraction then: set "
+                "dataset.reader.folds=5 dataset.reader.fold=0"
+            )
+
+    def is_made(self, split: str) -> bool:
+        return bool(self.val_fraction or self.folds) and split in ("train", "val")
+
+    def part(self, samples: list[Sample], *, val: bool) -> list[Sample]:
+        """The samples of one of the two splits."""
+        group = {sample.name: group_of(sample.name, self.groups) for sample in samples}
+        share = {name: name_share(name, salt="val") for name in set(group.values())}
+        if self.folds:
+            chosen = set(sorted(share, key=lambda name: (share[name], name))[self.fold :: self.folds])
+        else:
+            chosen = {name for name in share if share[name] < self.val_fraction}
+        if not chosen or len(chosen) == len(share):
+            how = f"folds={self.folds}" if self.folds else f"val_fraction={self.val_fraction}"
+            raise InputError(
+                f"dataset.reader.{how} puts {'all' if chosen else 'none'} of {len(samples)} images "
+                f"({len(share)} groups) into val, by a hash of their names: set another one"
+            )
+        return [sample for sample in samples if (group[sample.name] in chosen) == val]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where images and labels lie, and in which ``format`` the labels are."""
+
+    layout: Layout
+    top: Path
+    images: str
+    labels: str
+    suffix: str
+    format: str
+
+    def has(self, split: str) -> bool:
+        """True if there is a folder, a list file or an annotation file of ``split``."""
+        return os.path.isfile(self.top / f"{split}.txt") or self._has_folder(split) or self._coco(split) is not None
+
+    def _has_folder(self, split: str) -> bool:
+        return os.path.isdir(self.top / self.images / split)
+
+    def _coco(self, split: str | None) -> Path | None:
+        if self.format not in ("auto", "coco"):
+            return None
+        return coco.find(self.top, split=split, images=self.images, labels=self.labels)
+
+    def samples(self, split: str | None, *, test: bool) -> tuple[list[Sample], str]:
+        """The samples of ``split`` (None: of everything) and the format of their labels."""
+        if annotations := self._coco(split):
+            return coco.samples(annotations, self.top, split=split, images=self.images), "coco"
+        list_file = self.top / f"{split}.txt"
+        listed = split is not None and os.path.isfile(list_file)
+        if self.format == "coco" and not test:
+            raise InputError(
+                f"split {split!r} of {self.top} has no annotation file of COCO: put it at {self.top / self.labels}/"
+                f"{split or 'train'}.json, or set dataset.reader.labels"
+            )
+        if split is not None and not listed and not self._has_folder(split):
+            raise InputError(
+                f"split {split!r} of {self.top} does not exist: there is neither a folder "
+                f"{self.top / self.images / split} nor a list file {list_file}{near_miss(list_file)}; add one of the "
+                "two, set dataset.reader.val_fraction=0.2 to cut val out of all images, or set dataset.train_split and "
+                f"dataset.val_split to {_splits(self.top, self.images)}"
+            )
+        sub = "" if listed or split is None else split
+        images, labels_folder = self._image_files(sub), self.top / self.labels / sub
+        found = self._label_files(sub, images) if os.path.isdir(labels_folder) else {}
+        kind = self._kind(found, images)
+        suffixes = LABEL_SUFFIXES.get(kind, frozenset())
+        labels = {key: [path for path in files if path.suffix.lower() in suffixes] for key, files in found.items()}
+        labels = {key: files for key, files in labels.items() if files}
+        if listed:
+            return self._listed(list_file, images, labels, kind, test=test), kind
+        return self._in_folders(sub, images, labels, kind, test=test), kind
+
+    def _image_files(self, sub: str) -> Files:
+        """The images of a folder; a file with the suffix of labels is none where both lie in one folder."""
+        files = _files(self.top / self.images / sub, IMAGE_SUFFIXES)
+        if not self._in_one_folder or not self.suffix:
+            return files
+        return {key: paths for key, paths in files.items() if not key.endswith(self.suffix)}
+
+    def _label_files(self, sub: str, images: Files) -> Files:
+        """The files of a folder that may be labels, under the names of their images."""
+        allowed = LABEL_SUFFIXES.values() if self.format == "auto" else [LABEL_SUFFIXES.get(self.format, frozenset())]
+        own = {path for paths in images.values() for path in paths}
+        found: dict[str, list[Path]] = {}
+        for key, paths in _files(self.top / self.labels / sub, frozenset[str]().union(*allowed)).items():
+            files = [path for path in paths if path not in own and path.name != "classes.txt"]  # a list of YOLO's tools
+            if files and key.endswith(self.suffix):
+                found[key.removesuffix(self.suffix)] = files
+        return {key: files for key, files in found.items() if key in images} if self._in_one_folder else found
+
+    @property
+    def _in_one_folder(self) -> bool:
+        return os.path.normpath(self.images) == os.path.normpath(self.labels)
+
+    def _kind(self, found: Files, images: Files) -> str:
+        """The format of the labels: the given one, or that of the files that have images; masks if there are none."""
+        if self.format != "auto":
+            return self.format
+        examples: dict[str, Path] = {}
+        for key, files in found.items():
+            for path in files if key in images else ():
+                kind = next(kind for kind, suffixes in LABEL_SUFFIXES.items() if path.suffix.lower() in suffixes)
+                examples.setdefault(kind, path)
+        if len(examples) > 1:
+            raise InputError(
+                f"labels of {self.top} are of several formats ({', '.join(f'{k}: {p}' for k, p in examples.items())}): "
+                f"set dataset.reader.format={next(iter(examples))} or the other"
+            )
+        return next(iter(examples), "masks")
+
+    def _in_folders(self, sub: str, images: Files, labels: Files, kind: str, *, test: bool) -> list[Sample]:
+        folder, labels_folder = self.top / self.images / sub, self.top / self.labels / sub
+        single = {key: _only(files) for key, files in images.items()}
+        if not labels and test:
+            return [Sample(key, image) for key, image in single.items()]
+        if not os.path.isdir(labels_folder):
+            raise InputError(
+                f"split {sub!r} of {self.top} has images but no labels: folder {labels_folder} does not exist; put one "
+                f"label there for every image, or set dataset.reader.labels={self.images} if they lie beside the images"
+            )
+        wanted = f"{labels_folder}/{{id}}{self.suffix}{_suffix(kind)}"
+        paired = {key: _only(files) for key, files in labels.items()}
+        return self.layout.pair(single, paired, image=f"{folder}/{{id}}.jpg", label=wanted)
+
+    def _listed(self, list_file: Path, images: Files, labels: Files, kind: str, *, test: bool) -> list[Sample]:
+        entries = self.layout.entries(list_file, self.top / self.images)
+        labelled = not test or any(_key(entry) in labels for entry in entries)
+        samples = []
+        for entry in entries:
+            key, path = _key(entry), self.top / self.images / entry
+            found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
+            label = self.top / self.labels / f"{key}{self.suffix}{_suffix(kind)}"
+            if not found:
+                refuse(
+                    f"{list_file} names {entry!r}, but {path} does not exist{near_miss(path)}; correct the line or add "
+                    "the image"
+                )
+            elif labelled and key not in labels:
+                refuse(
+                    f"image {found[0]} has no label ({label} is missing{near_miss(label)}); add it or remove the line "
+                    f"from {list_file}"
+                )
+            else:
+                samples.append(Sample(key, _only(found), (_only(labels[key]),) if labelled else ()))
+        return samples
+
+
+def _suffix(kind: str) -> str:
+    return {"labelme": ".json", "yolo": ".txt"}.get(kind, ".png")
+
+
+def _splits(top: Path, images: str) -> str:
     """The splits that are there, for a message."""
-    folders = [entry.name for entry in visible_entries(top / "images") if entry.is_dir()]
+    folders = [entry.name for entry in visible_entries(top / images) if entry.is_dir()]
     lists = [entry.name.removesuffix(".txt") for entry in visible_entries(top) if entry.name.endswith(".txt")]
     return ", ".join(sorted({*folders, *lists})) or "splits that you make"
 
 
-def _in_folders(layout: Layout, top: Path, split: str) -> list[Sample]:
-    folder, labels_folder = top / "images" / split, top / "labels" / split
-    images = {key: _only(files) for key, files in _files(folder, IMAGE_SUFFIXES).items()}
-    exists = os.path.isdir(labels_folder)
-    labels = {key: _only(files) for key, files in _files(labels_folder, LABEL_SUFFIXES).items()} if exists else {}
-    if not labels and split == "test":
-        return [Sample(key, image) for key, image in images.items()]
-    if not exists:
+def _reading(kind: str, table: FolderClasses, first: Sample, path: Path) -> tuple[LabelTable, Callable[..., Any]]:
+    """The label table and the function that loads a label of the format ``kind``; ``first`` shows what masks are."""
+    numbers = {name: number for number, name in enumerate(table.classes)}
+    plain = dataclasses.replace(
+        table,
+        raw_to_train={**{number: number for number in numbers.values()}, VOID: VOID},
+        train_to_raw={number: number for number in numbers.values()},
+    )
+    if kind == "masks":
+        mode = colour_mode(first.labels[0])
+        if mode is None or (mode == "WEBP" and not table.has_colours):
+            return table, masks.load_index
+        if not table.has_colours:
+            raise InputError(
+                f"the labels are colour images ({first.labels[0]}, mode {mode}), but {path} does not say which colour "
+                "is which class: add `colours: [[red, green, blue], ...]`, one for each of the names"
+            )
+        known = [(tuple(colour), number) for number, colour in enumerate(table.palette.tolist())]
+        void = [(colour, VOID) for colour in table.void_colours]
+        return plain, partial(masks.load_colours, colours=(*known, *void))
+    if table.unlabelled is None:
         raise InputError(
-            f"split {split!r} of {top} has images but no labels: folder {labels_folder} does not exist; put one 8-bit "
-            "PNG of class ids there for every image"
+            f"{path} does not say what the pixels are that no polygon covers: add `unlabelled: {table.classes[0]}`, "
+            "the name of a class, or `unlabelled: void` if they are to be left out"
         )
-    return layout.pair(images, labels, image=f"{folder}/{{id}}.jpg", label=f"{labels_folder}/{{id}}.png")
-
-
-def _listed(layout: Layout, top: Path, list_file: Path, *, may_be_unlabelled: bool) -> list[Sample]:
-    entries = layout.entries(list_file, top / "images")
-    images = _files(top / "images", IMAGE_SUFFIXES)
-    labels = _files(top / "labels", LABEL_SUFFIXES) if os.path.isdir(top / "labels") else {}
-    labelled = not may_be_unlabelled or any(_key(entry) in labels for entry in entries)
-    samples = []
-    for entry in entries:
-        key, path = _key(entry), top / "images" / entry
-        found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
-        label = top / "labels" / f"{key}.png"
-        if not found:
-            refuse(
-                f"{list_file} names {entry!r}, but {path} does not exist{near_miss(path)}; correct the line or add the "
-                "image"
-            )
-        elif labelled and key not in labels:
-            refuse(
-                f"image {found[0]} has no label ({label} is missing{near_miss(label)}); add it or remove the line from "
-                f"{list_file}"
-            )
-        else:
-            samples.append(Sample(key, _only(found), (_only(labels[key]),) if labelled else ()))
-    return samples
+    values: dict[Any, int] = {**numbers, **dict.fromkeys(table.void_names, VOID)}
+    if kind == "yolo" and table.has_ids:
+        values = dict(table.raw_to_train)
+    elif kind == "yolo":
+        values = dict(enumerate(number for number in numbers.values() if number != table.unlabelled))
+    load = {"coco": coco.load, "labelme": labelme.load, "yolo": yolo.load}[kind]
+    return plain, partial(load, meaning=Meaning(values, table.unlabelled, table.crowd))
 
 
 def _key(relative: str) -> str:
@@ -124,110 +324,3 @@ def _only(files: list[Path]) -> Path:
     if len(files) > 1:
         raise InputError(f"{files[0]} and {files[1]} differ in their extension only; remove one of the two")
     return files[0]
-
-
-def read_classes(path: Path) -> LabelTable:
-    """Return the label table that a file of classes describes; raises InputError for all that does not fit together."""
-    content = _load_yaml(path)
-    names = content.get("names")
-    if not isinstance(names, list) or not names:
-        raise InputError(f"{path} has no list of names; write for example `names: [background, tool]`")
-    num = len(names)
-    ids = _integers(content.get("ids"), path, key="ids", default=list(range(num)))
-    ignore = _integers(content.get("ignore"), path, key="ignore", default=[255])
-    if len(ids) != num:
-        raise InputError(f"{path} has {num} names but {len(ids)} ids; give one id for each name")
-    colours = content.get("colours")
-    if colours is not None and (not isinstance(colours, list) or len(colours) != num):
-        length = len(colours) if isinstance(colours, list) else "no list of"
-        raise InputError(f"{path} has {num} names but {length} colours; give [red, green, blue] for each name")
-    if content.get("ignore") is None and 255 in ids:
-        raise InputError(
-            f"{path} gives class {names[ids.index(255)]!r} the id 255, which is void unless the file says otherwise: "
-            f"where 255 is a class, as in masks of 0 and 255, write these two lines: `ids: {ids}` and `ignore: []`"
-        )
-    twice = sorted({value for value in [*ids, *ignore] if [*ids, *ignore].count(value) > 1})
-    if twice:
-        raise InputError(f"{path} uses value {twice[0]} twice among ids and ignore; each value has one meaning")
-    raw_to_train = {**dict(zip(ids, range(num), strict=True)), **dict.fromkeys(ignore, 255)}
-    return LabelTable(
-        name=str(path),
-        classes=tuple(names),
-        palette=default_palette(num) if colours is None else _colours(colours, path),
-        raw_to_train=raw_to_train,
-        train_to_raw=dict(enumerate(ids)),
-        source=(str(path),),
-    )
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(
-        path,
-        role="file of classes",
-        missing=f"{path} does not exist; write one with `names: [background, tool]`, the classes of the label files in "
-        "order, or name another file in dataset.reader.classes",
-    )
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is no valid YAML ({reason}); correct it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no mapping; write for example `names: [background, tool]`")
-    unknown = sorted(str(key) for key in content if key not in CLASS_KEYS)
-    if unknown:
-        raise InputError(f"{path} has an unknown key {unknown[0]!r}; allowed are {', '.join(CLASS_KEYS)}")
-    _check_spelling(node, path)
-    return content
-
-
-def _check_spelling(node: Any, path: Path) -> None:
-    """Raise InputError for a key that is there twice, and for a class name that YAML does not read as text.
-
-    ``node`` is the file as it is spelled: {key: value} as a list of pairs, in which `no` is not yet False.
-    """
-    seen: set[str] = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise InputError(f"{path} has the key {key.value!r} twice, of which YAML drops one; remove one")
-        seen.add(key.value)
-        for name in value.value if key.value == "names" and isinstance(value, yaml.SequenceNode) else ():
-            if not isinstance(name, yaml.ScalarNode):
-                raise InputError(f"{path} has a list or mapping among its names; write one text for each class")
-            if name.tag == NULL or not name.value.strip():
-                raise InputError(f"{path} has an empty name ({name.value!r}); give each class a name, in quotes")
-            if name.tag != TEXT:
-                kind = name.tag.rpartition(":")[2]
-                raise InputError(
-                    f"{path} has the class name {name.value}, which YAML reads as {kind} and not as text; put it in "
-                    f'quotes: "{name.value}"'
-                )
-
-
-def _integers(value: Any, path: Path, *, key: str, default: list[int]) -> list[int]:
-    if value is None:
-        return default
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= 255 for item in value):
-        raise InputError(f"{path} has {key}: {value}, but a list of whole numbers from 0 to 255 is wanted")
-    return value
-
-
-def _colours(colours: list[Any], path: Path) -> np.ndarray:
-    for colour in colours:
-        if (
-            not isinstance(colour, list)
-            or len(colour) != 3
-            or not all(type(item) is int and 0 <= item <= 255 for item in colour)
-        ):
-            raise InputError(f"{path} has the colour {colour}, but [red, green, blue] of 0 to 255 is wanted")
-    return np.array(colours, np.uint8)
-
-
-def default_palette(num_classes: int) -> np.ndarray:
-    """Return colours uint8 (num_classes, 3) that differ: bit i goes to channel i mod 3, high bits first."""
-    colours = np.zeros((num_classes, 3), np.uint8)
-    for k in range(num_classes):
-        for bit in range(8):
-            colours[k, bit % 3] |= ((k >> bit) & 1) << (7 - bit // 3)
-    return colours

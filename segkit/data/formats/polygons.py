@@ -1,0 +1,135 @@
+"""From polygons to a label: the one rasteriser of COCO, Labelme and YOLO files.
+
+Positions are (x, y) in pixels from the upper left corner of the image; the centre of the pixel in row r and column c
+lies at (c + 0.5, r + 0.5). A pixel belongs to a polygon if its centre lies inside by the even-odd rule; an edge that
+runs exactly through a centre gives it to the polygon below and to the right, so that neighbours share no pixel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segkit.data.decode import image_size
+from segkit.data.files import read_text
+from segkit.data.labels import VOID
+from segkit.data.samples import Sample
+from segkit.errors import InputError
+
+FARTHEST = 2.0**24
+"""Pixels from the corner beyond which a number is no position."""
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A region of the class number ``value``: the union of ``rings``, each float64 (n, 2), and of ``mask`` (H, W)."""
+
+    value: int
+    rings: Sequence[np.ndarray] = ()
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a file of polygons says, in class numbers: of the names or numbers in it, of crowds, and of the rest."""
+
+    values: dict[Any, int]
+    unlabelled: int
+    crowd: int = VOID
+
+    def value(self, key: Any, *, where: str) -> int:
+        """Return the class number of a name or number; raises InputError with ``where`` it stands if unknown."""
+        if key not in self.values:
+            known = ", ".join(map(str, list(self.values)[:20]))
+            raise InputError(
+                f"{where} is of class {key!r}, which classes.yaml does not know; allowed are {known}: correct it, add "
+                "it to names, or to ignore to make it void"
+            )
+        return self.values[key]
+
+
+def rasterise(shapes: Sequence[Shape], size: Size, *, unlabelled: int) -> np.ndarray:
+    """Return the label uint8 (H, W) of ``size``: later shapes over earlier ones, ``unlabelled`` where there is none."""
+    label = np.full(size, unlabelled, np.uint8)
+    for shape in shapes:
+        if shape.mask is not None:
+            label[shape.mask] = shape.value
+        for ring in shape.rings:
+            fill(label, ring, shape.value)
+    return label
+
+
+def fill(label: np.ndarray, ring: np.ndarray, value: int) -> None:
+    """Set the pixels of ``label`` (H, W) whose centres lie in the polygon ``ring`` (n, 2) to ``value``.
+
+    Each edge is cut with the lines through the centres of rows; the inside lies between an odd and an even cut.
+    """
+    height, width = label.shape
+    (x, y), (next_x, next_y) = ring.T, np.roll(ring, -1, axis=0).T
+    first = np.clip(np.ceil(np.minimum(y, next_y) - 0.5), 0, height).astype(np.int64)
+    last = np.clip(np.ceil(np.maximum(y, next_y) - 0.5), 0, height).astype(np.int64)
+    edge = np.repeat(np.arange(len(ring)), last - first)
+    if not edge.size:
+        return
+    row = first[edge] + np.arange(edge.size) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
+    along = (row + 0.5 - y[edge]) / (next_y - y)[edge]
+    column = np.clip(np.ceil(x[edge] + along * (next_x - x)[edge] - 0.5), 0, width).astype(np.int64)
+    top, left = row.min(), column.min()
+    cuts = np.zeros((row.max() + 1 - top, column.max() + 1 - left), np.int32)
+    np.add.at(cuts, (row - top, column - left), 1)
+    inside = np.cumsum(cuts, axis=1)[:, :-1] % 2 == 1
+    label[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = value
+
+
+def ring_of(numbers: Any, size: Size, *, where: str) -> np.ndarray:
+    """Return the polygon (n, 2) of a list [x, y, x, y, ...] or [[x, y], ...]; ``where`` names it in a sentence."""
+    try:
+        flat = np.asarray(numbers, np.float64).ravel()
+    except (TypeError, ValueError, OverflowError):
+        flat = np.array([np.nan])
+    if not np.isfinite(flat).all() or (np.abs(flat) > FARTHEST).any() or flat.size % 2:
+        raise InputError(f"{where} is no list of positions x, y in pixels: correct or remove it")
+    ring = flat.reshape(-1, 2)
+    if len(ring) < 3:
+        raise InputError(f"{where} has {len(ring)} points, but a polygon has three or more: correct or remove it")
+    if (ring.max(0) <= 0).any() or (ring.min(0) >= size[::-1]).any():
+        raise InputError(
+            f"{where} lies outside of the image, which has {size[1]}x{size[0]} pixels: correct or remove it"
+        )
+    return ring
+
+
+def true_size(sample: Sample, declared: Sequence[Any]) -> Size:
+    """Return (height, width) of the sample's image; raises InputError if its label declares another one.
+
+    None in ``declared``, (height, width) by the label, says nothing.
+    """
+    size = image_size(sample.image)
+    if any(said is not None and said != side for said, side in zip(declared, size, strict=True)):
+        raise InputError(
+            f"label {sample.labels[0]} is of an image of {declared[1]}x{declared[0]} pixels, but {sample.image} has "
+            f"{size[1]}x{size[0]}: annotate the image as it is, or put the annotated one there"
+        )
+    return size
+
+
+def read_json_label(path: Path, *, keys: Sequence[str], kind: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file, which has a list under each of ``keys``; InputError if it is no such file."""
+    text = read_text(path, role="label", missing=f"label {path} does not exist; copy or unpack it again")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"label {path} is no valid JSON ({reason}); export or unpack it again") from None
+    missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing or not all(isinstance(item, dict) for key in keys for item in content[key]):
+        lacks = f"its list {missing[0]!r} is missing" if missing else "its lists do not hold mappings"
+        raise InputError(f"label {path} is no annotation file of {kind} ({lacks}): put the right file there")
+    return content

@@ -43,9 +43,9 @@ def compute_margins(
     """Margin-offsets of ``class_pixels`` (K,) integer counts, as Algorithm 1 gives them.
 
     ``scale="tau"``: rho_0k = tau d_k (the paper; falls as 1/sqrt(N)). ``scale="mean"``: rho_0k = r d_k /
-    mean(d), the same proportions with a mean of r = ``mean_margin`` logits over the classes that occur; r =
-    0 is the control without margins. A class that does not occur follows ``absent``: "max" (the largest
-    rho_0k of the others, with a warning), "zero", or "error"; its rho_k0 is 0. rho_0k is capped at
+    mean(d), the same proportions with a mean of r = ``mean_margin`` logits over the classes that occur; r = 0 is the
+    control without margins, r < 0 the one in the opposite direction. A class that does not occur follows ``absent``:
+    "max" (the largest rho_0k of the others, with a warning), "zero", or "error"; its rho_k0 is 0. rho_0k is capped at
     ``rho_max`` (None: 10 times the median over the classes that occur), with a warning that names the class;
     "none" or infinity: no cap, as in Algorithm 1. A class that covers every pixel has no margins.
 
@@ -66,7 +66,8 @@ def compute_margins(
         )
     d = np.where(present, np.sqrt(np.float64(total - counts)) / np.maximum(counts, 1), 0.0)
     mu = margin_ratios(counts, upsilon=upsilon, class_names=names)
-    rho_0k = d * _factor(d[present], scale, tau, mean_margin)
+    factor = _factor(d[present], scale, tau, mean_margin)
+    rho_0k, mirror = d * abs(factor), -1.0 if factor < 0 else 1.0  # caps and the policy for absent classes know sizes
     rho_0k = _cap(rho_0k, present & (counts < total), _largest(rho_max), names)
     if missing and absent == "max":
         rho_0k = np.where(present, rho_0k, rho_0k[present].max())
@@ -75,7 +76,7 @@ def compute_margins(
             "(loss.absent=max)",
             stacklevel=2,
         )
-    return Margins(rho_k0=mu * rho_0k, rho_0k=rho_0k)
+    return Margins(rho_k0=mirror * mu * rho_0k, rho_0k=mirror * rho_0k)
 
 
 def _counts(class_pixels: Any) -> np.ndarray:
@@ -143,7 +144,7 @@ def _factor(d: np.ndarray, scale: str, tau: float, mean_margin: float | None) ->
     if tau != DEFAULT_TAU:
         raise InputError(f"tau = {tau:g} has no effect with scale = mean; set loss.mean_margin, or loss.scale=tau")
     mean = d.mean()
-    return check_number(mean_margin, "mean_margin", low=0.0) / mean if mean > 0 else 0.0
+    return check_number(mean_margin, "mean_margin", low=-np.inf) / mean if mean > 0 else 0.0
 
 
 def _largest(rho_max: float | str | None) -> float | None:

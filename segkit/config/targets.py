@@ -61,6 +61,7 @@ GROUPS: dict[str, Group] = {
             "segkit.losses",
             pixelwise="cross_entropy CrossEntropyLoss FocalLoss OhemCrossEntropyLoss",
             region="DiceLoss GeneralizedDiceLoss TverskyLoss JaccardMetricLoss",
+            iou_margin="IouMarginLoss",
             lovasz="LovaszSoftmaxLoss",
             margin_calibration="margin_calibration MarginCalibrationLoss",
             sum="SumLoss",

@@ -88,29 +88,42 @@ def compare_runs(
 
     Raises `InputError` unless both runs have the same images, classes and labels.
     """
-    _check(num_samples, confidence)
-    second = _aligned(first, second)
-    a, b = _totals(first), _totals(second)
-    class_difference = _iou(b.sum(0)) - _iou(a.sum(0))
-    difference = float(_mean(_iou(b.sum(0))) - _mean(_iou(a.sum(0))))
+    a, b = _totals(first), _totals(_aligned(first, second))
+    return compare_totals(a[None], b[None], num_samples=num_samples, confidence=confidence, seed=seed)
 
-    means, classes = [], []
-    for weights in _resamples(len(a), num_samples, seed):
-        iou_a, iou_b = _iou(weights @ a), _iou(weights @ b)
-        means.append(_mean(iou_b) - _mean(iou_a))
-        classes.append(iou_b - iou_a)
+
+def compare_totals(
+    a: Floats, b: Floats, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> PairedComparison:
+    """Return whether the runs ``b`` are better than ``a``, (seeds, images, 2 K) each: TP, then T + P, of every class.
+
+    The figures are means over the seeds. The bootstrap is hierarchical: it draws seeds, then images, the same ones for
+    all seeds and both sides. The randomisation test swaps an image for all seeds at once. An image may be a block of
+    dependent ones, such as frames of a video, added up.
+    """
+    _check(num_samples, confidence)
+    num_seeds, num_images = a.shape[:2]
+    class_difference = (_iou(b.sum(1)) - _iou(a.sum(1))).mean(0)
+    difference = float((_mean(_iou(b.sum(1))) - _mean(_iou(a.sum(1)))).mean())
+
+    means, classes, rng = [], [], np.random.default_rng([seed, 2])
+    for weights in _resamples(num_images, num_samples, seed):
+        drawn = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(weights)) / num_seeds
+        iou_a, iou_b = (_iou(np.tensordot(weights, totals, (1, 1))) for totals in (a, b))
+        means.append((drawn * (_mean(iou_b) - _mean(iou_a))).sum(1))
+        classes.append((drawn[..., None] * (iou_b - iou_a)).sum(1))
     low, high = _percentiles(np.concatenate(means), confidence)
 
-    both = a.sum(0) + b.sum(0)
+    both = a.sum(1) + b.sum(1)
     num_extreme = 0
-    for swap in _swaps(len(a), num_samples, seed):
-        swapped_a = a.sum(0) + swap @ (b - a)
-        swapped = _mean(_iou(both - swapped_a)) - _mean(_iou(swapped_a))
+    for swap in _swaps(num_images, num_samples, seed):
+        swapped_a = a.sum(1) + np.tensordot(swap, b - a, (1, 1))
+        swapped = (_mean(_iou(both - swapped_a)) - _mean(_iou(swapped_a))).mean(1)
         num_extreme += int(np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-12))
     p_value = (num_extreme + 1) / (num_samples + 1)
     per_class = class_difference, *_percentiles(np.concatenate(classes), confidence)
     return PairedComparison(
-        difference, float(low), float(high), p_value, *per_class, confidence, num_samples, first.num_images
+        difference, float(low), float(high), p_value, *per_class, confidence, num_samples, num_images
     )
 
 

@@ -2,6 +2,7 @@
 
 from segkit.losses.checks import check_inputs, check_labels, lift_binary
 from segkit.losses.diagnostics import LAMBDA_EDGES, add_sums, epsilon, margin_sums, summarise
+from segkit.losses.iou_margin import IouMarginLoss
 from segkit.losses.lovasz import LovaszSoftmaxLoss
 from segkit.losses.margin_calibration import MarginCalibrationLoss, MarginOffsets, margin_calibration, margin_offsets
 from segkit.losses.pixel_loss import at_label_size
@@ -16,6 +17,7 @@ __all__ = [
     "DiceLoss",
     "FocalLoss",
     "GeneralizedDiceLoss",
+    "IouMarginLoss",
     "JaccardMetricLoss",
     "LovaszSoftmaxLoss",
     "MarginCalibrationLoss",

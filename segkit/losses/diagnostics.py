@@ -71,7 +71,7 @@ def margin_sums(
     check_inputs(logits, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
     offset = min(stride // 2, target.shape[1] - 1, target.shape[2] - 1)
     label = target[:, offset::stride, offset::stride].reshape(-1).long()
-    scores = _scores_at(logits, target.shape[1:], offset, stride)
+    scores = scores_at(logits, target.shape[1:], offset, stride)
     valid = label != ignore_index
     scores, label = scores[:, valid], label[valid]
     zero = torch.zeros(num_classes, dtype=scores.dtype, device=scores.device)
@@ -104,7 +104,7 @@ def _histogram(lam: Tensor, label: Tensor) -> Tensor:
     return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).double()
 
 
-def _scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Tensor:
+def scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Tensor:
     """(K, N * pixels) float scores at every ``stride``-th row and column of labels of ``size``, from ``offset``."""
     dtype = compute_dtype(logits)
     if logits.shape[2:] == size:

@@ -58,7 +58,7 @@ margin_offsets.__signature__ = inspect.signature(compute_margins)  # type: ignor
 
 
 class MarginCalibrationLoss(PixelLoss):
-    """Margin calibration with margins ``rho_k0``, ``rho_0k``, each (K,) in logits and not negative.
+    """Margin calibration with margins ``rho_k0``, ``rho_0k``, each (K,) in logits; negative ones are a control.
 
     ``form``: "paper" or "reference", see the head of this file. Call: loss(logits (N,K,h,w), target (N,H,W)).
     """
@@ -83,9 +83,9 @@ class MarginCalibrationLoss(PixelLoss):
                     "margins must be two vectors of one length K >= 2, got rho_k0 of shape "
                     f"{tuple(rho_k0.shape)} and rho_0k of shape {tuple(rho_0k.shape)}; take both from margin_offsets"
                 )
-            if not bool(torch.isfinite(rho).all()) or bool((rho < 0).any()):
+            if not bool(torch.isfinite(rho).all()):
                 raise InputError(
-                    f"{name} must be finite and not negative, got {[round(v, 6) for v in rho.tolist()]}; "
+                    f"{name} must be finite, got {[round(v, 6) for v in rho.tolist()]}; "
                     "take the margins from margin_offsets of the label counts"
                 )
         super().__init__(ignore_index=ignore_index, num_classes=len(rho_k0), compile_tiles=compile_tiles)

@@ -17,6 +17,7 @@ from segkit.config.schema import Config
 from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
 from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
+from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
 
 LAYOUT = {
@@ -29,6 +30,8 @@ LAYOUT = {
         "recall of each class": ["val_recall/.*"],
         "false positives, share of the union": ["val_false_positive/.*"],
         "false negatives, share of the union": ["val_false_negative/.*"],
+        "running IoU in training, with loss=iou_margin": ["running_iou/.*"],
+        "margins a log(1 / I_k) that follow from it, logits": ["iou_margins/.*"],
     }
 }
 """Charts of every run by category: title and patterns of the scalars."""
@@ -51,7 +54,7 @@ HPARAMS: dict[str, float | str] = {
     **dict.fromkeys(("tau", "upsilon", "mean_margin", "rho_max"), NUMBER),
     **dict.fromkeys(("scale", "absent", "form"), TEXT),
     **dict.fromkeys(("gamma", "label_smoothing", "threshold", "min_kept", "smooth", "alpha", "beta"), NUMBER),
-    **dict.fromkeys(("ce_weight", "jaccard_weight", "per_image"), NUMBER),
+    **dict.fromkeys(("a", "momentum", "ce_weight", "jaccard_weight", "per_image"), NUMBER),
     **dict.fromkeys(("weighting", "classes"), TEXT),
 }
 """Hyper-parameters with their kind, the arguments of all losses included: TensorBoard takes the columns of one run for
@@ -93,6 +96,16 @@ def margin_buffers(loss: Any) -> dict[str, list[float]]:
     """rho_0k and rho_k0, K numbers each, of the module ``loss`` or a part of it; empty for a loss without margins."""
     found = next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
     return {} if found is None else {name: getattr(found, name).tolist() for name in ("rho_0k", "rho_k0")}
+
+
+def running_iou(loss: nn.Module, classes: Sequence[str]) -> dict[str, float]:
+    """Scalars: the running IoU I_k of a loss that follows the training, and the margins a log(1 / I_k) that follow."""
+    return {
+        f"{chart}/{label}": float(value)
+        for part in followers_of(loss).values()
+        for chart, values in (("running_iou", part.iou), ("iou_margins", part.margins))
+        for label, value in zip(classes, values, strict=True)
+    }
 
 
 def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: Sequence[str], pixels: Any) -> None:

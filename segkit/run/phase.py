@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from segkit.config.schema import Config, plain
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.statistics import LabelCounts, count_labels
+from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import write_json
 from segkit.models import Segmenter
 from segkit.run import charts
@@ -26,6 +27,7 @@ from segkit.run.splits import Splits
 from segkit.run.validation import Validation
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
+from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
 from segkit.training.trainer import Settings, Trainer
 
@@ -61,6 +63,7 @@ class Phase:
             config=self.config,
             batches=self.batches,
             counts=self.counts,
+            loss=self.loss,
             observer=self.observer,
             tracker=tracker,
             device=self.device,
@@ -117,6 +120,7 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     earlier = run_folder.earlier_metrics(phase.name)
     if last is None:
         tracker.truncate(0, step=0, earlier=earlier)
+        _start_from_last_phase(phase, run_folder)
         _open_charts(phase, tracker)
     else:
         trainer.restore(checkpoint.load(last), earlier=earlier)
@@ -135,6 +139,16 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         write_json(folder / "results.json", results)  # the last file: with it the phase is finished
     distributed.agree(None)
     return results
+
+
+def _start_from_last_phase(phase: Phase, run_folder: RunFolder) -> None:
+    """Give a loss that follows the training the last evaluation of the phase before, where there is one."""
+    names = list(phase.config.schedule)
+    path = run_folder.phase(names[names.index(phase.name) - 1]) / "per_image.npz"
+    if phase.name != names[0] and (followers := followers_of(phase.loss)):
+        confusion = distributed.on_main(lambda: PerImageCounts.load(path).total())
+        for part in followers.values():
+            part.start_from(confusion)
 
 
 def make_trainer(

@@ -41,12 +41,14 @@ class Validation:
         config: Config,
         batches: PhaseBatches,
         counts: LabelCounts,
+        loss: nn.Module,
         observer: charts.LossObserver | None,
         tracker: Tracker,
         device: torch.device,
         stop: Callable[[], bool],
     ) -> None:
         self.config, self.batches, self.counts, self.observer = config, batches, counts, observer
+        self.loss = loss
         self.tracker, self.device, self.stop = tracker, device, stop
         self.split = batches.splits.val
         self.last: Evaluation | None = None
@@ -91,6 +93,7 @@ class Validation:
                 f"val_{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None
             }
         self.tracker.scalars(step, scalars | charts.error_shares(self.last.counts, self.split.classes))
+        self.tracker.scalars(step, charts.running_iou(self.loss, self.split.classes))
         self._show_margins(step, sums)
         if self.last.pictures and distributed.is_main():
             self.tracker.pictures(step, "val/image_label_prediction", self._grid())

@@ -49,6 +49,8 @@ def train_step(
         count: Any = loss.denominator
         denominator = distributed.sum_over_ranks(torch.stack([count(target) for target in targets]).sum(0))
     total = torch.zeros((), device=device)
+    followers: Any = followers_of(loss).values()
+    seen: list[list[Tensor]] = [[] for _ in followers]
     optimizer.zero_grad(set_to_none=True)
     for index, ((images, _), target) in enumerate(zip(moved, targets, strict=True)):
         with _no_sync(model, index < len(moved) - 1):
@@ -60,6 +62,8 @@ def train_step(
             else:
                 value = loss(logits, target) / len(moved)
             scaler.scale(value).backward()
+        for counts, follower in zip(seen, followers, strict=True):
+            counts.append(follower.counts_of(logits, target))
         total += value.detach()
     mean = float(distributed.sum_over_ranks(total)) / world
     if not math.isfinite(mean):
@@ -73,7 +77,14 @@ def train_step(
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
         raise NonFiniteLoss(f"the gradient of step after step is not finite in fp16, at a loss of {mean:.6g}")
+    for counts, follower in zip(seen, followers, strict=True):
+        follower.follow(distributed.sum_over_ranks(torch.stack(counts).sum(0)))
     return mean, norm
+
+
+def followers_of(loss: nn.Module) -> dict[str, Any]:
+    """The parts of ``loss`` that follow the training, by name: with ``counts_of``, ``follow`` and ``running``."""
+    return {name: part for name, part in loss.named_modules() if hasattr(part, "follow")}
 
 
 def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[Any]:

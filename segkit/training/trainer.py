@@ -26,7 +26,7 @@ from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import lr_factor, set_lr
 from segkit.training.precision import Mixed
-from segkit.training.step import split, train_step
+from segkit.training.step import followers_of, split, train_step
 from segkit.training.tracking import Tracker
 
 
@@ -110,6 +110,7 @@ class Trainer:
             "ema_updates": None if self.ema is None else int(self.ema.n_averaged),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "loss": {name: part.running for name, part in followers_of(self.loss).items()},
             "progress": dict(vars(progress)),
             "metrics_size": self.tracker.size(),
         }
@@ -125,6 +126,8 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
+        for name, part in followers_of(self.loss).items():
+            part.running.copy_(state["loss"][name])
         self.progress = Progress(**state["progress"])
         self.tracker.truncate(state["metrics_size"], step=self.progress.step, earlier=earlier)
 

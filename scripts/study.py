@@ -33,8 +33,8 @@ from segkit.evaluation import evaluate
 from segkit.evaluation.bootstrap import compare_totals
 from segkit.evaluation.decision import BiasedModel, collect_logits, tune_bias
 from segkit.evaluation.inference import Inference
-from segkit.evaluation.miou_rule import ScaledModel, fit_miou_rule
 from segkit.evaluation.loop import evaluating
+from segkit.evaluation.miou_rule import ScaledModel, fit_miou_rule
 from segkit.files import read_json, without_nan, write_atomically
 from segkit.report.uncertainty import holm
 from segkit.run.saved import open_run

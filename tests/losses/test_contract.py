@@ -15,6 +15,7 @@ from segkit.losses import (
     DiceLoss,
     FocalLoss,
     GeneralizedDiceLoss,
+    IouMarginLoss,
     JaccardMetricLoss,
     LovaszSoftmaxLoss,
     MarginCalibrationLoss,
@@ -36,6 +37,12 @@ def margin(order, form):
     return MarginCalibrationLoss(rho_k0=class_vector(order, 0, 0.2), rho_0k=class_vector(order, 1, 3), form=form)
 
 
+def iou_margin(order, form):
+    loss = IouMarginLoss(num_classes=len(order), form=form)
+    loss.running[0] = class_vector(order, 0.3, 0.9) * loss.running[1]  # I_k
+    return loss
+
+
 @dataclass(frozen=True)
 class Case:
     """How to build a loss for classes in a given order, and which points need a reason."""
@@ -54,6 +61,8 @@ CASES = {
     "focal, gamma = 0.4": Case(lambda order: FocalLoss(gamma=0.4)),
     "margin calibration, paper": Case(lambda order: margin(order, "paper")),
     "margin calibration, reference": Case(lambda order: margin(order, "reference"), exempt=PER_K),
+    "IoU margin, cross-entropy": Case(lambda order: iou_margin(order, "cross_entropy")),
+    "IoU margin, margin calibration": Case(lambda order: iou_margin(order, "margin_calibration")),
     "Lovasz-softmax": Case(lambda order: LovaszSoftmaxLoss()),
     "Lovasz-softmax, per image": Case(lambda order: LovaszSoftmaxLoss(per_image=True)),
     "Lovasz-softmax, all classes": Case(
@@ -290,7 +299,10 @@ def test_absent_class(name, record):
     unlikely[:, 4] = -200.0
     with_class = loss(unlikely, target)
     without = build(name, list(range(4)) if "margin" not in name and "weights" not in name else None)
-    if "margin" in name:
+    if isinstance(loss, IouMarginLoss):
+        without = IouMarginLoss(num_classes=4, form=loss.form)
+        without.running = loss.running[:, :4]
+    elif "margin" in name:
         without = MarginCalibrationLoss(rho_k0=loss.rho_k0[:4], rho_0k=loss.rho_0k[:4], form=loss.form)
     elif "weights" in name:
         without = CrossEntropyLoss(weight=loss.weight[:4])

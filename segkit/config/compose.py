@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import Config, targets
-from segkit.config.targets import check_allowed, trust
+from segkit.config.targets import LARGEST, check_allowed, trust
 from segkit.errors import InputError
 
 
@@ -127,7 +127,10 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _check_finite(value: Any, key: str) -> None:
-    """Raise InputError for a number of the schema that is not finite; what targets are given is checked with them."""
+    """Raise InputError for a number of the schema that is not finite or too large to count with.
+
+    What targets are given is checked with them.
+    """
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             _check_finite(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
@@ -140,3 +143,5 @@ def _check_finite(value: Any, key: str) -> None:
             _check_finite(item, key)
     elif isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key} is {value}, but must be a finite number: set {key}=...")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise InputError(f"{key} is {value}, but must be at most {LARGEST}: set {key}=...")

@@ -28,6 +28,9 @@ from segkit.errors import InputError
 LOSS_OPTIONS = ("diagnostics",)
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
 
+LARGEST = 2**63 - 1
+"""The largest whole number that a key takes: tensors hold no larger one."""
+
 
 class Group(NamedTuple):
     """``permitted``: target -> module in which its object is defined. ``result``: module and name of its type.
@@ -254,7 +257,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
     if hint in (bool, str):
         return isinstance(value, hint)
     if hint is Path:
@@ -283,7 +286,7 @@ def described(hint: Any) -> str:
         return f"a list of values, each {described(inner[0])}"
     names = {
         float: "a number",
-        int: "a whole number",
+        int: "a whole number of at most 64 bits",
         bool: "true or false",
         str: "a text",
         type(None): "null",

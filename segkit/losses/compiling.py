@@ -75,7 +75,9 @@ def _whole(dense: TileFunction) -> TileFunction:
         label = target.flatten(1)
         valid = label != ignore_index
         label = torch.where(valid, label, 0).int()  # half as wide: compared with every class
-        loss, gradient = dense(logits.flatten(2).to(dtype), label, **parameters)
+        scores = logits.flatten(2).to(dtype)
+        loss, gradient = dense(scores, label, **parameters)
+        loss = loss + 0 * scores.amin(1)  # of -inf; see ``segkit.losses.tiles.tile``
         gradient = torch.where(valid.unsqueeze(1), gradient * factor, 0.0)
         return torch.where(valid, loss, 0.0), gradient.to(logits.dtype).view(logits.shape)
 

@@ -61,7 +61,8 @@ class LovaszSoftmaxLoss(nn.Module):
         for group in groups:
             part = probabilities(logits[group], target[group], self.ignore_index)
             loss, slope = lovasz_of_probabilities(part, all_classes=self.classes == "all", wanted=wanted)
-            value += loss / len(groups)
+            lowest = logits[group].amin(1).masked_fill(target[group] == self.ignore_index, 0).amin()
+            value += loss / len(groups) + 0 * lowest  # -inf makes it NaN, as NaN and inf do by themselves
             if gradient is not None and slope is not None:
                 # dL/ds = p (v - sum_k p_k v_k) of the slope v = dL/dp
                 slope.mul_(part.p)

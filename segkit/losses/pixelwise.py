@@ -219,10 +219,10 @@ class OhemCrossEntropyLoss(nn.Module):
         with torch.no_grad():
             valid = target != self.ignore_index
             py = torch.where(valid, torch.exp(-losses), torch.inf)
-            hard = py < self.threshold
+            hard = ~(py >= self.threshold)  # NaN is hard
             wanted = min(self.min_kept, int(valid.sum()))
             if int(hard.sum()) < wanted:
-                hard = py <= torch.kthvalue(py.flatten(), wanted).values
+                hard = ~(py > torch.kthvalue(py.flatten(), wanted).values)
         return torch.where(hard, losses, 0).sum() / hard.sum().clamp(min=1)
 
     def extra_repr(self) -> str:

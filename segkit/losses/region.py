@@ -124,7 +124,7 @@ class TverskyLoss(RegionLoss):
     def of_counts(self, hits: Tensor, mass: Tensor, size: Tensor) -> Tensor:
         top = hits + self.smooth
         bottom = top + self.alpha * (mass - hits) + self.beta * (size - hits)
-        index = torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1), 1)  # 1 where it is 0 / 0
+        index = torch.where(bottom == 0, 1, top / torch.where(bottom == 0, 1, bottom))  # 1 where it is 0 / 0
         present = size > 0
         return torch.where(present, 1 - index, 0).sum() / present.sum().clamp(min=1)
 

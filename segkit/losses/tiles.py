@@ -219,9 +219,14 @@ def run(
 
 
 def tile(block: Block, rule: TileFunction, write: Write[Result], ignore_index: int, work: Workspace) -> Result:
-    """``write(block, labels, loss (P,), gradient (K,P))`` of one block; see ``run``."""
+    """``write(block, labels, loss (P,), gradient (K,P))`` of one block; see ``run``.
+
+    A -inf logit that the rule does not feel makes the losses NaN, as NaN and inf do by themselves.
+    """
     labels = read_labels(block.target, ignore_index)
-    loss, gradient = rule(block.scores(labels.void, work), labels.classes, work)
+    scores = block.scores(labels.void, work)
+    loss, gradient = rule(scores, labels.classes, work)
+    loss += 0 * scores.amin()
     return write(block, labels, fill_columns(loss, labels.void), fill_columns(gradient, labels.void))
 
 

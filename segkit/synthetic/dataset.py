@@ -19,6 +19,7 @@ from segkit.errors import InputError
 from segkit.synthetic.scenes import Scene, paint_street
 
 SPLITS = {"train": 400, "val": 100, "test": 100}
+MOST = 1_000_000
 VERSION = 2
 """Rises when the pictures change: label counts and phase caches of another version are then not used."""
 
@@ -41,8 +42,8 @@ def read(
             f"synthetic scenes of size {list(size)} cannot be drawn; "
             "set dataset.reader.size=[height, width], each 64 to 512"
         )
-    if num_images is not None and num_images < 1:
-        raise InputError(f"dataset.reader.num_images is {num_images}; set at least 1, or null for the default")
+    if num_images is not None and not 1 <= num_images <= MOST:
+        raise InputError(f"dataset.reader.num_images is {num_images}; set 1 to {MOST}, or null for the default")
     count = SPLITS[split] if num_images is None else num_images
     # The version is part of the loaders, so that it takes part in the fingerprint.
     scene: dict[str, Any] = {"seed": int(seed), "split": split, "size": tuple(map(int, size)), "version": VERSION}

@@ -18,6 +18,7 @@ POINTS = {
     "duplicate": "batch twice",
     "absent": "absent class",
     "two_classes": "K = 2",
+    "non_finite": "NaN, inf",
 }
 _cells: dict[str, dict[str, str]] = {}
 

@@ -317,3 +317,38 @@ def test_two_classes(name, record):
     logits, target = example(num_classes=2, size=(2, 3, 4))
     assert torch.autograd.gradcheck(lambda s: loss(s, target), (logits.requires_grad_(),), atol=1e-6)
     record(name, "two_classes", "gradcheck")
+
+
+@every_loss
+@pytest.mark.parametrize("stride", [1, 2])
+def test_non_finite_logits_give_a_non_finite_loss(name, stride, record):
+    """Point 11: one logit of one valid pixel is enough, whether it is the label's, another's, or all are."""
+    loss = build(name)
+    logits, target = example(size=(2, 6, 8))
+    logits = logits[:, :, ::stride, ::stride]
+    image, row, column = (target[:, ::stride, ::stride] != VOID).nonzero()[3].tolist()
+    label = int(target[:, ::stride, ::stride][image, row, column])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for classes in (label, (label + 1) % NUM_CLASSES, slice(None)):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                broken = logits.to(dtype).clone()
+                broken[image, classes, row, column] = bad
+                assert not bool(torch.isfinite(loss(broken, target))), (bad, classes, dtype)
+    record(name, "non_finite", "non-finite")
+
+
+@every_loss
+def test_non_finite_logits_of_a_void_pixel_do_not_matter_at_label_size_only(name):
+    """Point 2 and its limit: below label size a logit also reaches valid pixels, and then the loss is non-finite."""
+    loss = build(name)
+    logits, target = example(size=(2, 6, 8))
+    target[0, 2:4, 2:4] = VOID
+    expected = loss(logits, target)
+    low = logits[:, :, ::2, ::2]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = logits.clone()
+        broken[0, 1, 2:4, 2:4] = bad
+        assert loss(broken, target) == expected
+        broken = low.clone()
+        broken[0, 1, 1, 1] = bad
+        assert not bool(torch.isfinite(loss(broken, target)))

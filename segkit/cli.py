@@ -10,6 +10,7 @@ from importlib import import_module
 from segkit import __version__
 from segkit.errors import InputError
 from segkit.guard import guarded
+from segkit.progress import show
 from segkit.runtime import let_waiting_threads_sleep
 
 VERBS = {
@@ -56,7 +57,7 @@ def main() -> None:
     else:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        print(f"error: there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}", file=sys.stderr)
+        show(f"error: there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}", error=True)
         sys.exit(InputError.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -123,3 +124,16 @@ def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no configuration: {cure}")
     return {str(key): value for key, value in content.items()}
+
+
+def remove_if_empty(path: Path, *, lock: str = "") -> None:
+    """Remove a folder with nothing, or nothing but ``lock``, in it, and what Hydra made above it below outputs/."""
+    outputs = Path("outputs").resolve()
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [lock]:
+            (path / lock).unlink()
+        path.rmdir()
+        for parent in path.resolve().parents:
+            if outputs not in parent.parents:
+                break
+            parent.rmdir()

@@ -14,12 +14,13 @@ from typing import Any
 
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
+from segkit.progress import for_terminal, show
 from segkit.training import ranks
 
 
 def guarded(command: Callable[[], Any]) -> Any:
     """Call ``command``; an exception that the user can mend becomes one sentence and an exit code."""
-    warnings.formatwarning = lambda message, category, *rest: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, category, *rest: for_terminal(f"warning: {message}") + "\n"
     ranks.quiet_others()
     with guard():
         return command()
@@ -40,7 +41,7 @@ def guard(*, passes: bool = False) -> Iterator[None]:
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
         if ranks.speaks(sentence):
-            print(f"error: {sentence}", file=sys.stderr)
+            show(f"error: {sentence}", error=True)
         sys.exit(code)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def task(node: Any) -> float | None:
     many = hydra_config.mode == RunMode.MULTIRUN
     local = choices["hydra/launcher"] == "basic" and choices["hydra/sweeper"] == "basic"
     searches = bool(node.sweep.space) or node.sweep.trials is not None or node.sweep.hours is not None
-    with guard(passes=many and not (local or searches)):
+    folder = Path(hydra_config.runtime.output_dir)
+    with guard(passes=many and not (local or searches)), _removed_if_empty(folder):
         from segkit.config.compose import to_config
         from segkit.run.splits import open_phases
 
@@ -48,8 +50,20 @@ def task(node: Any) -> float | None:
             splits = open_phases(config)  # before anything heavy is imported
             from segkit.run import pipeline
 
-            return pipeline.run(config, Path(hydra_config.runtime.output_dir), splits)
+            return pipeline.run(config, folder, splits)
     return None
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """After an error remove the ``folder`` that Hydra made, if nothing is in it."""
+    try:
+        yield
+    except BaseException:
+        from segkit.files import remove_if_empty
+
+        remove_if_empty(folder)
+        raise
 
 
 def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:

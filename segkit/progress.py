@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""What is shown while a command works: lines, and the progress of long work, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ T = TypeVar("T")
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two lines where the output is not a terminal."""
+
+
+def for_terminal(text: str) -> str:
+    """Return ``text`` with everything that has no visible form (control characters, ANSI sequences, line breaks,
+    marks of direction, lone surrogates) written as an escape such as ``\\x1b``.
+
+    Square brackets stay: nothing is printed with rich's markup.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def show(text: str, *, error: bool = False) -> None:
+    """Print ``text`` as one line, through :func:`for_terminal`; ``error``: on the standard error."""
+    print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def is_terminal() -> bool:
@@ -35,10 +49,11 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None, 
 
 def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(iterable, total=total, description=description)
+        yield from progress.track(iterable, total=total, description=escape(for_terminal(description)))
 
 
 def _lines(iterable: Iterable[T], description: str, total: int | None, unit: str) -> Iterator[T]:
@@ -51,4 +66,4 @@ def _lines(iterable: Iterable[T], description: str, total: int | None, unit: str
             rate = done / (now - start)
             of = f"/{total}" if total is not None else ""
             left = f", {(total - done) / rate:.0f} s left" if total is not None else ""
-            print(f"{description}: {done}{of} {unit}, {rate:.1f}/s{left}", file=sys.stderr, flush=True)
+            show(f"{description}: {done}{of} {unit}, {rate:.1f}/s{left}", error=True)

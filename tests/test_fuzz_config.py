@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import random
 import subprocess
@@ -18,8 +17,6 @@ from segkit.config.schema import Config, check_targets, plain
 from segkit.guard import explain
 from segkit.run.build import build_model, check_parts
 from segkit.run.splits import open_phases
-
-pytestmark = pytest.mark.skipif("SEGKIT_FUZZ" not in os.environ, reason="takes minutes: set SEGKIT_FUZZ=1")
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 LOSSES = ("margin_calibration", "cross_entropy_dice", "focal", "ohem", "tversky", "jaccard_metric", "lovasz_softmax")
@@ -80,47 +77,38 @@ def outcome(arguments: list[str]) -> str | None:
     return None
 
 
+WHOLE = "SEGKIT_FUZZ" in os.environ
+"""Set SEGKIT_FUZZ=1 for all 300 lines, which takes minutes; else it is every 40th, and those that once failed."""
+
+ONCE_FAILED = (58, 114, 224, 240)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("default")
 def test_random_values_are_accepted_or_refused_in_one_sentence(capsys):
+    numbers = range(300) if WHOLE else sorted({*range(0, 300, 40), *ONCE_FAILED})
     failed, refused = [], 0
-    for number in range(300):
+    for number in numbers:
         arguments = overrides(number)
         try:
             refused += outcome(arguments) is not None
         except AssertionError as error:
             failed.append(str(error))
     with capsys.disabled():
-        print(f"\n300 random values: {refused} refused in a sentence, {300 - refused - len(failed)} accepted")
+        print(f"\n{len(numbers)} random values: {refused} refused in a sentence, {len(failed)} gave something else")
     assert not failed, "\n".join(failed)
-    assert 100 < refused < 300
+    assert len(numbers) / 3 < refused
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(4))
-def test_the_command_itself_says_the_same(number, tmp_path):
-    """The first lines that are refused, as processes: exit code 2, one line."""
-    arguments = refused_lines()[number]
-    command = [sys.executable, str(TRAIN), *arguments, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+@pytest.mark.parametrize("line", [["loss=ohem", "dataset.reader.size=null"], ["loss=tversky", "clip_norm=nan"]])
+def test_the_command_itself_says_the_same(line, tmp_path):
+    """As a process: exit code 2, one line."""
+    command = [sys.executable, str(TRAIN), *line, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     output = done.stdout + done.stderr
-    assert done.returncode == 2, (arguments, output)
-    assert "Traceback" not in output, (arguments, output)
-    assert output.count("error: ") == 1, (arguments, output)
+    assert done.returncode == 2, output
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1
     assert not (tmp_path / "run").exists()
-
-
-@functools.cache
-def refused_lines() -> list[list[str]]:
-    """The first four command lines that are refused when they are composed."""
-    lines = (overrides(number) for number in range(300))
-    return list(itertools.islice((line for line in lines if refused_quietly(line)), 4))
-
-
-def refused_quietly(arguments: list[str]) -> bool:
-    try:
-        compose(arguments)
-    except Exception as error:
-        return explain(error)[0] is not None
-    return False

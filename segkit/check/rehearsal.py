@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from segkit import memory, runtime
 from segkit.config.schema import Config, cache_dir_of, check_targets
 from segkit.errors import Interrupted
+from segkit.progress import show
 from segkit.run import pipeline
 from segkit.run.phase import Phase, prepare_phase
 from segkit.run.plan import plan_phase
@@ -174,7 +174,7 @@ def cache_beside(config: Config, folder: Path) -> Path:
 
 
 def _say(text: str) -> None:
-    print(f"rehearsal: {text}", file=sys.stderr, flush=True)
+    show(f"rehearsal: {text}", error=True)
 
 
 def _check_saved(folder: Path) -> None:

@@ -42,7 +42,7 @@ def as_text(content: dict[str, Any]) -> str:
         parts += [_split_table(content), _value_table(content["splits"])]
     if content["rehearsal"]:
         parts.append(_rehearsal_text(content["rehearsal"]))
-    parts += [f"{item['level']}: {item['text']}" for item in content["findings"]]
+    parts += [for_terminal(f"{item['level']}: {item['text']}") for item in content["findings"]]
     parts.append(_verdict(content))
     return "\n".join(parts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
 from segkit.errors import InputError
+from segkit.progress import show
 
 EXIT_ERRORS = 1
 """Exit code if errors were found; 0 for none or only warnings, 2 for a mistake in the command."""
@@ -49,6 +50,6 @@ def run(argv: Sequence[str]) -> None:
     print(as_text(content))
     if arguments.json:
         write_json(arguments.json, content)
-        print(f"written: {arguments.json}", file=sys.stderr)
+        show(f"written: {arguments.json}", error=True)
     if report.verdict == "errors":
         sys.exit(EXIT_ERRORS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
-from segkit.report.text import for_terminal
+from segkit.progress import show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,9 +59,9 @@ def run(argv: Sequence[str]) -> None:
         allow_mixed_protocols=arguments.allow_mixed_protocols,
     )
     for note in comparison.notes:
-        print(f"note: {for_terminal(note)}")
+        show(f"note: {note}")
     for phrase in comparison.mixed:
-        print(f"warning: not evaluated alike: {for_terminal(phrase)}")
+        show(f"warning: not evaluated alike: {phrase}")
     print(screen(comparison.table))
     asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
     for kind, path in asked.items():
@@ -80,4 +80,4 @@ def write(name: str, text: str) -> None:
         raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    print(f"written: {for_terminal(str(path))}")
+    show(f"written: {path}")

@@ -15,6 +15,7 @@ from typing import Any
 from segkit.config.schema import DatasetConfig, plain
 from segkit.errors import InputError
 from segkit.files import read_json, write_json
+from segkit.progress import show
 from segkit.run.saved import SavedRun
 
 FILE = "decision.json"
@@ -185,7 +186,7 @@ def fit(
     before, by_bias, by_rule = (
         100 * value for value in (bias.mean_iou_before, bias.mean_iou_after, miou.mean_iou_after)
     )
-    print(
+    show(
         f"fitted on {len(split)} images of the split {split.split}: mean IoU there {before:.2f} % by argmax, "
         f"{by_bias:.2f} % by bias, {by_rule:.2f} % by miou; kept in {path}"
     )

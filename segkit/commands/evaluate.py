@@ -20,6 +20,7 @@ from segkit.commands.options import (
     verb_parser,
 )
 from segkit.errors import InputError
+from segkit.progress import show
 
 PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
@@ -84,14 +85,14 @@ def run(argv: Sequence[str]) -> None:
     for name in ("benchmark", "boundary"):
         for key, value in results.get(name, {}).items():
             if isinstance(value, float) and key != "boundary_ratio":
-                print(f"{name} {key}: {100 * value:.2f} %")
+                show(f"{name} {key}: {100 * value:.2f} %")
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", per_image.to_bytes())
     for path in (folder / f"{name}.json", arguments.output):
         if path is not None:
             write_json(path, results)
-            print(f"written: {path}")
+            show(f"written: {path}")
 
 
 def _check_output(output: Path | None, saved: Any) -> None:

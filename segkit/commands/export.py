@@ -9,6 +9,7 @@ from typing import Any
 
 from segkit.commands.options import add_shared, dataset_of, verb_parser
 from segkit.errors import InputError
+from segkit.progress import show
 
 NUM_IMAGES = 4
 """Real images on which the file is compared with the model."""
@@ -66,18 +67,18 @@ def run(argv: Sequence[str]) -> None:
         head=head,
         predict=predictor(decision, evaluated, "fp32"),
     )
-    print(f"written: {output}")
+    show(f"written: {output}")
     if split is None:
-        print(f"not checked on real images, as there are none: {unreachable} (or give --root)")
+        show(f"not checked on real images, as there are none: {unreachable} (or give --root)")
         return
-    print(
+    show(
         f"checked on {found.num_images} images of {dataset.val_split}: {100 * found.pixels:.3f} % of the pixels get "
         f"the class of the evaluation in fp32, logits differ by up to {found.difference:.1e} of the largest"
     )
     precision = saved.config.precision.value
     if precision != "fp32":
         same = agreement(output, model, real_images(split, resize), predict=predictor(decision, evaluated, precision))
-        print(f"in {precision}, the precision of the run, evaluation gives that class to {100 * same.pixels:.3f} %")
+        show(f"in {precision}, the precision of the run, evaluation gives that class to {100 * same.pixels:.3f} %")
 
 
 def validation_split(dataset: Any) -> tuple[Any, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
+from segkit.progress import show
 
 FORMATS = (".png", ".svg", ".pdf")
 RHOS = (0.0, 0.5, 1.0, 2.0)
@@ -44,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(f"--range is {arguments.range:g}, but must be a positive number of logits: give --range 4")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.rho, arguments.range).savefig(path, dpi=200)
-    print(f"written: {path}")
+    show(f"written: {path}")
 
 
 def margin_loss(lam: Any, rho: float) -> Any:

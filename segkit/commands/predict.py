@@ -10,6 +10,7 @@ from pathlib import Path
 
 from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
 from segkit.errors import InputError
+from segkit.progress import show
 
 
 def parser() -> ArgumentParser:
@@ -71,14 +72,14 @@ def run(argv: Sequence[str]) -> None:
         progress=lambda names: track(names, description="predicting", unit="images"),
     )
     for _, reason in report.failed:
-        print(f"skipped: {reason}", file=sys.stderr)
-    print(f"written: {report.num_written} predictions in {arguments.output}")
+        show(f"skipped: {reason}", error=True)
+    show(f"written: {report.num_written} predictions in {arguments.output}")
     turned = sum(orientation(path) != 1 for path in images.values())
     if turned:
-        print(
+        show(
             f"note: {turned} of the images have an orientation tag, which is ignored as in training: the results match "
             "the pixels as they are stored",
-            file=sys.stderr,
+            error=True,
         )
     sys.exit(report.exit_code)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from segkit.commands.options import add_shared, verb_parser
 from segkit.errors import InputError
+from segkit.progress import show
 
 
 def parser() -> ArgumentParser:
@@ -35,10 +36,14 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(f"{bundle} is no failure bundle, it has no error.json: name a folder failure-STEP of a run")
     failed = read_json(bundle / "error.json")
     if not arguments.json:
-        print(f"phase {failed['phase']}, step {failed['step'] + 1}, rank {failed['rank']}: {failed['error']}")
-        print(f"samples: {', '.join(failed['names']) or 'not known'}")
+        show(f"phase {failed['phase']}, step {failed['step'] + 1}, rank {failed['rank']}: {failed['error']}")
+        show(f"samples: {', '.join(failed['names']) or 'not known'}")
     findings = repeat(bundle, failed, device=arguments.device)
-    print(json.dumps(without_nan(findings), indent=2) if arguments.json else "\n".join(lines(findings)))
+    if arguments.json:
+        print(json.dumps(without_nan(findings), indent=2))
+        return
+    for line in lines(findings):
+        show(line)
 
 
 def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import InputError
+from segkit.progress import show
 
 
 def run(argv: Sequence[str]) -> None:
@@ -35,5 +36,5 @@ def run(argv: Sequence[str]) -> None:
     from segkit.synthetic.sample_maker import make_sample
 
     make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed, scale=arguments.scale)
-    print(f"written: {arguments.output}")
-    print(f"try: segkit check dataset={name} {shlex.quote(f'dataset.root={arguments.output}')}")
+    show(f"written: {arguments.output}")
+    show(f"try: segkit check dataset={name} {shlex.quote(f'dataset.root={arguments.output}')}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_
 from segkit.config.schema import Config
 from segkit.errors import InputError
 from segkit.files import write_atomically, write_json
+from segkit.progress import show
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
         plot(arguments.plot, rows, summary)
     for path in (arguments.csv, arguments.json, arguments.plot):
         if path:
-            print(f"written: {path}", file=sys.stderr)
+            show(f"written: {path}", error=True)
 
 
 def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:

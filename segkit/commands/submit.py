@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.commands.options import INFERENCE, add_shared, dataset_of, inference, limit_pixels, verb_parser
+from segkit.progress import show
 
 
 def parser() -> ArgumentParser:
@@ -53,9 +54,9 @@ def run(argv: Sequence[str]) -> None:
     options = {"format": form, "table": split.table, "split": arguments.split, "competition": arguments.competition}
     files = predictions(predict, dataset, split, model, device, precision, workers=arguments.workers)
     number = write_submission(arguments.output, files, image_sizes=sizes, **options)
-    print(f"written: {number} predictions in {arguments.output}")
+    show(f"written: {number} predictions in {arguments.output}")
     if split.labelled:
-        print(f"mean IoU of the files: {100 * score(arguments.output, split, options):.2f} %")
+        show(f"mean IoU of the files: {100 * score(arguments.output, split, options):.2f} %")
 
 
 def predictions(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import Config, targets
-from segkit.config.targets import LARGEST, check_allowed, trust
+from segkit.config.targets import check_allowed, described, fits, trust
 from segkit.errors import InputError
 
 
@@ -92,7 +92,7 @@ def to_config(node: Any) -> Config:
             raise cause from None
         raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
-    _check_finite(config, "")
+    _check_values(config, "")
     trust(config.trust)  # of a command line: a saved configuration comes here without it
     for name, target in targets(config):
         check_allowed(target, key=name)
@@ -126,22 +126,23 @@ def _dataclass_in(hint: Any) -> Any:
     return next((item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)), None)
 
 
-def _check_finite(value: Any, key: str) -> None:
-    """Raise InputError for a number of the schema that is not finite or too large to count with.
+def _check_values(value: Any, key: str) -> None:
+    """Raise InputError for a number of the schema that is not finite, and for a wrong type, which `${...}` may bring.
 
     What targets are given is checked with them.
     """
     if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _check_finite(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+        for name, hint in typing.get_type_hints(type(value)).items():
+            item, place = getattr(value, name), f"{key}.{name}".lstrip(".")
+            if not fits(item, hint) and not isinstance(item, float):
+                raise InputError(f"{place} is {item!r}, but must be {described(hint)}: set {place}=...")
+            _check_values(item, place)
     elif isinstance(value, dict):
         for name, item in value.items():
             if dataclasses.is_dataclass(item):
-                _check_finite(item, f"{key}.{name}")
+                _check_values(item, f"{key}.{name}")
     elif isinstance(value, list):
         for item in value:
-            _check_finite(item, key)
+            _check_values(item, key)
     elif isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key} is {value}, but must be a finite number: set {key}=...")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise InputError(f"{key} is {value}, but must be at most {LARGEST}: set {key}=...")

@@ -11,6 +11,7 @@ Code of one's own is added with :func:`trust`, which only the command line calls
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -179,7 +180,9 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
     options = {name: node.get(name) for name in LOSS_OPTIONS if key.rpartition(".")[2] == "loss"}
     hints = {**_hints(function), **dict.fromkeys(options, bool)}
     for name, value in (arguments | options).items():
-        if value is not None and name in hints and not fits(value, hints[name]):
+        if value is None and (name in facts or name in options or parameters[name].default is None):
+            continue  # a fact, or the default
+        if name in hints and not fits(value, hints[name]):
             raise InputError(f"{key}.{name} is {value!r}, but must be {described(hints[name])}: set {key}.{name}=...")
     for name, value in facts.items():
         if name in parameters and arguments.get(name) is None:
@@ -267,7 +270,9 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (list, tuple, collections.abc.Sequence):
         return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
     if origin in (dict, collections.abc.Mapping):
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and all(fits(item, inner[1]) for item in value.values())
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
     if _is_tensor(hint):
         return isinstance(value, list | tuple)
     return True
@@ -284,6 +289,8 @@ def described(hint: Any) -> str:
         return f"a list of {len(inner)} values, each {described(inner[0])}"
     if origin in (list, tuple, collections.abc.Sequence):
         return f"a list of values, each {described(inner[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping of keys to values"
     names = {
         float: "a number",
         int: "a whole number of at most 64 bits",

@@ -30,6 +30,8 @@ class SumLoss(nn.Module):
             if not isinstance(term, Mapping) or set(term) != {"loss", "weight"}:
                 got = sorted(term) if isinstance(term, Mapping) else type(term).__name__
                 raise InputError(f"term {name} of a weighted sum needs the keys loss and weight, got {got}")
+            if not isinstance(term["loss"], nn.Module):
+                raise InputError(f"term {name} of a weighted sum has {term['loss']!r} for its loss, but needs a loss")
             if isinstance(term["loss"], SumLoss):
                 raise InputError(
                     f"term {name} of a weighted sum is itself a weighted sum, but a term must be a single loss; "

@@ -6,6 +6,8 @@ whatever they are given.
 
 from __future__ import annotations
 
+from segkit.progress import for_terminal
+
 MARKDOWN = {letter: "\\" + letter for letter in "\\`*_[]|~$#"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -22,15 +24,6 @@ LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
 }
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What the cells that a spreadsheet runs as a formula begin with."""
-
-
-def for_terminal(text: str) -> str:
-    """Return ``text`` with everything that has no visible form (control characters, ANSI sequences, line breaks,
-    marks of direction, lone surrogates) written as an escape such as ``\\x1b``.
-
-    Square brackets stay: :func:`segkit.report.tables.screen_table` prints without rich's markup.
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def for_markdown(text: str) -> str:

@@ -17,6 +17,7 @@ from segkit.config.schema import Config
 from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
 from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
+from segkit.report.text import for_markdown
 from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
 
@@ -116,7 +117,7 @@ def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: 
         tracker.scalars(0, {f"margins_{name}/{label}": value for label, value in zip(classes, values, strict=True)})
     share = np.asarray(pixels) / np.sum(pixels)
     rows = zip(classes, share, margins["rho_0k"], margins["rho_k0"], strict=True)
-    table = [f"| {label} | {part:.3%} | {rho_0k:.4g} | {rho_k0:.4g} |" for label, part, rho_0k, rho_k0 in rows]
+    table = [f"| {for_markdown(label)} | {part:.3%} | {own:.4g} | {other:.4g} |" for label, part, own, other in rows]
     head = ["| class | share of the pixels | rho_0k, logits | rho_k0, logits |", "|---|---|---|---|"]
     tracker.text("margins", "\n".join([*head, *table]))
 

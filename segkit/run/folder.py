@@ -24,7 +24,7 @@ from torch import nn
 
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
-from segkit.files import read_config_text, read_json, write_atomically, write_json
+from segkit.files import read_config_text, read_json, remove_if_empty, write_atomically, write_json
 from segkit.run.changes import CONFIG_CURE, check_changes, check_files, write_files
 from segkit.run.splits import Splits
 from segkit.training import distributed
@@ -92,7 +92,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"hydra.run.dir is {self.path}, which cannot be made ({error.strerror})") from None
-        stack.callback(_remove_if_empty, self.path)
+        stack.callback(remove_if_empty, self.path, lock=LOCK)
         lock = FileLock(str(self.path / LOCK))
         try:
             lock.acquire(timeout=0)
@@ -225,16 +225,3 @@ def _holder(path: Path) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (InputError, KeyError):
         return "another process"
-
-
-def _remove_if_empty(path: Path) -> None:
-    """Remove an empty run folder, and what Hydra made above it below outputs/."""
-    outputs = Path("outputs").resolve()
-    with contextlib.suppress(OSError):
-        if [entry.name for entry in path.iterdir()] == [LOCK]:
-            (path / LOCK).unlink()
-        path.rmdir()
-        for parent in path.resolve().parents:
-            if outputs not in parent.parents:
-                break
-            parent.rmdir()

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from segkit import runtime
-from segkit.config.schema import Config, cache_dir_of, check_targets, plain
+from segkit.config.schema import Config, cache_dir_of, plain
 from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
 from segkit.files import read_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
-from segkit.run.build import build_model
+from segkit.run.build import build_model, check_parts
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
@@ -43,7 +43,7 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
     refused is refused before the first step, of whatever phase. A finished phase is not repeated, an unfinished one
     goes on from its last checkpoint. ``stop`` is asked after every step whether to end; by default a signal decides.
     """
-    check_targets(config)
+    check_parts(config, splits)
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
     with distributed.process_group(device), _stopping(stop) as stopping:

@@ -19,6 +19,7 @@ from typing import Any
 from segkit.config.compose import quoted
 from segkit.errors import Interrupted
 from segkit.files import read_json, write_json
+from segkit.progress import show
 from segkit.runtime import num_cores
 
 LOG = "log.txt"
@@ -84,7 +85,7 @@ class LocalSweep:
         log = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 (closed when the job ends)
         process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
         self._running[job.number] = (process, time.monotonic(), log)
-        print(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}", flush=True)
+        show(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}")
         self._note()
 
     def finish(self) -> int:
@@ -96,7 +97,7 @@ class LocalSweep:
         print(self.table())
         failed = [job for job in self.jobs if job.state not in ("finished", "pruned")]
         if failed:
-            print(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see their {LOG}", file=sys.stderr)
+            show(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see their {LOG}", error=True)
         return 1 if failed else 0
 
     def _collect(self) -> None:
@@ -110,7 +111,7 @@ class LocalSweep:
                 time.sleep(0.2)
             except KeyboardInterrupt:
                 # The jobs have got the signal too: they save their state and end.
-                print("interrupted: waiting for the running jobs to save their state", file=sys.stderr, flush=True)
+                show("interrupted: waiting for the running jobs to save their state", error=True)
                 for process, _, _ in self._running.values():
                     process.wait()
         for number in ended:
@@ -120,7 +121,7 @@ class LocalSweep:
             job.seconds = round(time.monotonic() - start, 1)
             self._judge(job, process.returncode)
             score = f"mean IoU {job.mean_iou:.4f}" if job.mean_iou is not None else job.error or "no class scored"
-            print(f"job {number}: {self._label(job)} {job.state}: {score}", flush=True)
+            show(f"job {number}: {self._label(job)} {job.state}: {score}")
         self._note()
         if any(job.state == "interrupted" for job in self.jobs):
             self._stop()
@@ -134,7 +135,7 @@ class LocalSweep:
             process.wait()
             log.close()
         print(self.table())
-        print(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", file=sys.stderr)
+        show(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", error=True)
         sys.exit(Interrupted.exit_code)
 
     def _judge(self, job: Job, code: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from segkit.config.compose import quoted
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
+from segkit.progress import show
 from segkit.runtime import derive_seed
 from segkit.sweeps.jobs import Job, LocalSweep
 
@@ -260,9 +261,9 @@ class Search(LocalSweep):
         if not finished:
             return
         best = max(finished, key=lambda job: (job.mean_iou, -job.number))
-        print(f"best of {len(finished)} finished trials, by the mean IoU on split {self.split}: {best.mean_iou:.4f}")
-        print(f"  python train.py {shlex.join(best.overrides)}")
-        print(f"that score was chosen on split {self.split} and is too good: report it on images that no trial saw")
+        show(f"best of {len(finished)} finished trials, by the mean IoU on split {self.split}: {best.mean_iou:.4f}")
+        show(f"  python train.py {shlex.join(best.overrides)}")
+        show(f"that score was chosen on split {self.split} and is too good: report it on images that no trial saw")
 
 
 def suggest(trial: Any, key: str, found: Any) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from segkit.errors import InputError
+from segkit.progress import show
 
 T = TypeVar("T")
 
@@ -38,9 +39,9 @@ def is_main() -> bool:
 
 
 def print_main(text: str) -> None:
-    """Print a line, on the main process only."""
-    if is_main():
-        print(text, flush=True)
+    """Print the lines of ``text``, on the main process only."""
+    for line in text.split("\n") if is_main() else ():
+        show(line)
 
 
 def agent_store() -> dist.TCPStore:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.files import without_nan
-from segkit.progress import is_terminal
+from segkit.progress import for_terminal, is_terminal, show
 
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's files below that of the phase."""
@@ -114,7 +114,7 @@ class Tracker:
             return
         for name, value in values.items():
             if value == value:
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(for_terminal(name), value, step)
 
     def pictures(self, step: int, tag: str, grid: Any) -> None:
         """Show an RGB picture, uint8 (H, W, 3), in TensorBoard."""
@@ -194,7 +194,7 @@ class Tracker:
             self._draw(step, text)
         elif step == self.num_steps or time.monotonic() - self._last_line >= 2:
             self._last_line = time.monotonic()
-            print(f"{self.phase} step {step}/{self.num_steps}  {text}", flush=True)
+            show(f"{self.phase} step {step}/{self.num_steps}  {text}")
 
     def _draw(self, step: int, text: str) -> None:
         if self._bar is None:
@@ -202,10 +202,10 @@ class Tracker:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(20),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = Progress(*columns, console=Console(file=sys.stderr))
             self._bar.start()
@@ -217,9 +217,9 @@ class Tracker:
         if self.folder is None:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(for_terminal(text), markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            show(text)
 
     def close(self) -> None:
         """Flush and close everything."""

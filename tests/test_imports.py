@@ -148,3 +148,15 @@ def test_checkpoints_are_never_unpickled():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 keywords = {item.arg: ast.unparse(item.value) for item in node.keywords}
                 assert keywords.get("weights_only") == "True", path
+
+
+def test_lines_are_shown_through_one_function():
+    """A bare print is for text that is escaped already: the pages of help, tables and JSON."""
+    allowed = {"usage()", "__version__", "self.table()", "as_text(content)", "screen(comparison.table)"}
+    allowed |= {"table(rows, summary)", "class_table(results)", "json.dumps(without_nan(findings), indent=2)"}
+    printed = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+                printed.add(ast.unparse(node.args[0]))
+    assert printed - {"for_terminal(text)"} == allowed

@@ -11,6 +11,7 @@ import numpy as np
 from segkit.check.audit import Size, SplitAudit
 from segkit.config.schema import Config, DatasetConfig
 from segkit.data.labels import ranges
+from segkit.data.statistics import one_class
 
 if TYPE_CHECKING:
     from segkit.check.rehearsal import Rehearsal
@@ -114,6 +115,8 @@ def split_findings(audit: SplitAudit, *, published: int | None, validates: bool)
     findings += _suspicious(audit)
     if dataset.labelled and audit.raw_pixels:
         findings += _absent_classes(audit, validates=validates)
+        if sentence := one_class(audit.class_pixels, audit.ignored_pixels, dataset):
+            findings.append(Finding(ERROR, sentence))
     return findings
 
 

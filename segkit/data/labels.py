@@ -107,9 +107,12 @@ class LabelTable:
         found, counts = np.unique(values, return_counts=True)
         listed = ", ".join(f"{v} ({n} pixels)" for v, n in zip(found[:5], counts[:5], strict=True))
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
+        cure = "wrong file, or the table lacks them"
+        if self.source == (self.name,):  # a file of classes
+            cure = f"give {self.name} the value of each class, as `ids: [0, 128, 255]`, and of void, as `ignore: []`"
         return InputError(
             f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
-            f"{ranges(sorted(self.raw_to_train))}: wrong file, or the table (of a folder: ids and ignore) lacks them"
+            f"{ranges(sorted(self.raw_to_train))}: {cure}"
         )
 
 

@@ -131,14 +131,29 @@ def count_labels(
     """
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
-    if cached is not None and cached.is_file():
-        counts = _from_cache(cached, dataset, mark)
-        if counts is not None:
-            return counts
-    counts = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
-    if cached is not None:
-        _store(cached, counts)
+    counts = _from_cache(cached, dataset, mark) if cached is not None and cached.is_file() else None
+    if counts is None:
+        counts = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
+        if cached is not None:
+            _store(cached, counts)
+    if sentence := one_class(counts.class_pixels, counts.ignored_pixels, dataset):
+        raise InputError(sentence)
     return counts
+
+
+def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet) -> str | None:
+    """A sentence if a folder's labels hold one class of several, and void, as masks of 0 and 255 without ids do."""
+    present = np.flatnonzero(class_pixels)
+    if dataset.name != "folder" or len(dataset.classes) == 1 or len(present) > 1 or ignored_pixels == 0:
+        return None
+    table = dataset.table
+    values = [value for value, train in table.raw_to_train.items() if train == table.ignore_index]
+    ids = [table.train_to_raw[k] for k in range(len(dataset.classes))]
+    return (
+        f"the labels of split {dataset.split} have no class but {[dataset.classes[k] for k in present]}, the other "
+        f"{ignored_pixels} pixels have a value that is ignored (of {values}): where that is a class, as in masks of 0 "
+        f"and 255, write its value into {table.name}: `ids: {[*ids[:-1], values[-1]]}` and `ignore: []`"
+    )
 
 
 def _from_cache(path: Path, dataset: SampleSet, mark: str) -> LabelCounts | None:

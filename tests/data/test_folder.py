@@ -6,6 +6,7 @@ from PIL import Image
 
 from segkit.data import open_dataset
 from segkit.data.formats.classes import default_palette, read_classes
+from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 
@@ -224,6 +225,35 @@ def test_the_two_lines_for_masks_of_0_and_255_are_the_cure(root):
     write(path, np.array([[0, 255, 255]]))
     data = open_dataset("folder", root=root, split="train")
     assert data.label(0).tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        ("[background, tool]", [0, 255], r"no class but \['background'\], the other 1 pixels .*`ids: \[0, 255\]` and"),
+        ("[tool, background]", [255, 0], r"no class but \['tool'\], .*and `ignore: \[\]`"),
+        (
+            "[a, b, c]",
+            [0, 128, 255],
+            r"128 \(1 pixels\); allowed are 0\.\.2, 255: give .*classes.yaml the value of",
+        ),
+        ("[a, b, c]", [1, 2, 3], r"3 \(1 pixels\); allowed are 0\.\.2, 255: give .* as `ids: \[0, 128, 255\]`"),
+    ],
+)
+def test_masks_of_other_values_than_their_places_get_the_cure(tmp_path, names, values, message):
+    write(tmp_path / "images" / "train" / "a.png", np.zeros((1, len(values), 3)))
+    write(tmp_path / "labels" / "train" / "a.png", [values])
+    (tmp_path / "classes.yaml").write_text(f"names: {names}\n")
+    with pytest.raises(InputError, match=message):
+        count_labels(open_dataset("folder", root=tmp_path, split="train"), workers=0)
+
+
+def test_one_class_without_void_is_counted(tmp_path):
+    write(tmp_path / "images" / "train" / "a.png", np.zeros((1, 2, 3)))
+    write(tmp_path / "labels" / "train" / "a.png", [[0, 0]])
+    (tmp_path / "classes.yaml").write_text("names: [background, tool]\n")
+    counts = count_labels(open_dataset("folder", root=tmp_path, split="train"), workers=0)
+    assert counts.class_pixels.tolist() == [2, 0]
 
 
 def test_a_file_of_classes_in_another_encoding_is_named(tmp_path):

@@ -6,13 +6,20 @@ import csv
 import io
 import json
 import re
+import sys
+import warnings
 
 import pytest
 
+from segkit.check.report import as_text
+from segkit.errors import InputError
+from segkit.guard import guarded
+from segkit.progress import track
 from segkit.report.comparison import compare
 from segkit.report.page import page
 from segkit.report.tables import class_table, csv_text, latex, markdown, screen_table
 from segkit.report.text import for_csv, for_latex, for_markdown, for_matplotlib, for_terminal
+from segkit.training.tracking import Tracker
 
 NAMES = ("car [rare]", "tool [/x]", "[bold]loud[/bold]", ":smile:", r"back\slash", "50 % of $x$ & {y_1} #~^")
 
@@ -147,3 +154,53 @@ def test_the_page_shows_names(table):
     assert "<img src=x>" not in text
     assert "&lt;img src=x&gt;" in text
     assert "car [rare]" in text
+
+
+HOSTILE = "tool [/x] [red]\x1b]0;gone\x07\nerror: no"
+SEEN = r"tool [/x] [red]\x1b]0;gone\x07\nerror: no"
+
+
+def terminal(monkeypatch):
+    """Make standard error what rich takes for a terminal, and return it; no fixture: pytest sets its own after them."""
+    out = io.StringIO()
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", out)
+    for name, value in {"COLUMNS": "200", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    return out
+
+
+def test_a_bar_shows_names_as_they_are_written(monkeypatch):
+    seen = terminal(monkeypatch)
+    assert list(track([1, 2], description=HOSTILE)) == [1, 2]
+    assert SEEN in seen.getvalue()
+    assert "\x1b]0;" not in seen.getvalue()
+
+
+def test_the_bar_of_training_shows_names_as_they_are_written(monkeypatch, tmp_path):
+    seen = terminal(monkeypatch)
+    tracker = Tracker(tmp_path, phase="tool [/x]", num_steps=2)
+    tracker.show(1, {"loss": "[/red] 1"})
+    tracker.message(HOSTILE)
+    tracker.close()
+    shown = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", seen.getvalue())
+    assert "tool [/x]" in shown
+    assert "[/red] 1" in shown
+    assert SEEN in shown
+
+
+def test_the_guard_shows_paths_as_they_are_written(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def command():
+        raise InputError(f"{HOSTILE} is missing")
+
+    with pytest.raises(SystemExit):
+        guarded(command)
+    assert capsys.readouterr().err == f"error: {SEEN} is missing\n"
+    assert warnings.formatwarning(HOSTILE, UserWarning, "file", 1) == f"warning: {SEEN}\n"
+
+
+def test_findings_of_check_are_one_line_each():
+    content = {"splits": [], "rehearsal": None, "findings": [{"level": "error", "text": HOSTILE, "files": []}]}
+    assert as_text(content).splitlines()[0] == f"error: {SEEN}"

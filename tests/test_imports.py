@@ -154,6 +154,7 @@ def test_lines_are_shown_through_one_function():
     """A bare print is for text that is escaped already: the pages of help, tables and JSON."""
     allowed = {"usage()", "__version__", "self.table()", "as_text(content)", "screen(comparison.table)"}
     allowed |= {"table(rows, summary)", "class_table(results)", "json.dumps(without_nan(findings), indent=2)"}
+    allowed |= {"screen_table(head, rows, left=['encoder', 'ImageNet weights'], width=120)"}
     printed = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -10,6 +10,7 @@ from typing import Any
 
 from segkit.commands.options import verb_parser
 from segkit.errors import InputError
+from segkit.progress import show
 
 MOST_ROWS = 100
 
@@ -41,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     head = ["encoder", "million weights", "stride", "ImageNet weights", "here"]
     print(screen_table(head, rows, left=["encoder", "ImageNet weights"], width=120))
     if arguments.name is None or len(names) > MOST_ROWS:
-        print("segkit models NAME lists others, by a part of their names: resnet, efficientnet, tu-convnext, ...")
+        show("segkit models NAME lists others, by a part of their names: resnet, efficientnet, tu-convnext, ...")
 
 
 def row_of(name: str) -> list[str]:

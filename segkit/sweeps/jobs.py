@@ -49,10 +49,9 @@ class LocalSweep:
         self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
         self.workers = max(min(workers, 1), workers // jobs)
         if jobs > 1:
-            print(
+            show(
                 f"{jobs} jobs at a time share {cores} cores: each has {self.threads} threads to compute and "
-                f"{self.workers} workers to load",
-                flush=True,
+                f"{self.workers} workers to load"
             )
         self.jobs: list[Job] = []
         self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}

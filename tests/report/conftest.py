@@ -130,7 +130,8 @@ def make_run_at() -> MakeRun:
         path.mkdir(parents=True, exist_ok=True)
         folder.start({"command": ["train.py", *overrides], "started": "2026-01-01T12:00:00+0000", "seed": seed,
                       "git_commit": "0123abc", "git_dirty": False, "python": "3.12.1", "versions": {"torch": "2.9.0"},
-                      "device": "cpu", "chosen": {}, "threads": 2, "data": {"train": "f00d"}, "world_size": 1}, {}, {})  # fmt: skip
+                      "device": "cpu", "threads": 2, "chosen": {},
+                      "data": {"train": "f00d"}, "world_size": 1}, {}, {})  # fmt: skip
         phases = list(config.schedule)
         for number, phase in enumerate(phases):
             (path / phase / "checkpoints").mkdir(parents=True)

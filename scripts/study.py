@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="the folder CamVid (dataset.root)")
     parser.add_argument("--part", choices=("arms", "curves"), default="arms")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the study's seeds, for several processes at once")
     parser.add_argument("--study", type=Path, default=STUDY, help="folder of study.yaml, results and tables")
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="run folders and phase cache")
     parser.add_argument("--table", action="store_true", help="train nothing")
@@ -60,7 +61,7 @@ def main() -> None:
     if not arguments.table:
         part, seeds = study[arguments.part], study["seeds"] if arguments.part == "arms" else study["seeds"][:1]
         for arm, own in part["each"].items():
-            for seed in seeds:
+            for seed in (seed for seed in seeds if arguments.seeds is None or seed in arguments.seeds):
                 path = arguments.study / "results" / f"{arguments.part}-{arm}-{seed}.json"
                 if not path.exists():
                     overrides = [*part["base"], *own, f"seed={seed}", f"dataset.root={quoted(arguments.root)}"]

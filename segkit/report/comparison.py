@@ -36,6 +36,33 @@ class Comparison:
         """The table of scores."""
         return score_table(self.groups)
 
+    @property
+    def advice(self) -> str | None:
+        """Which way margins must point for the rare half of the classes, by precision and recall of the baseline.
+
+        A margin rho_0k > 0 makes class k be predicted less. None where the rare classes do not agree.
+        """
+        rows = [run.results["classes"] for run in self.baseline.runs]
+        rare = sorted(rows[0], key=lambda name: rows[0][name].get("target_pixels") or 0)[: len(rows[0]) // 2]
+        lean = dict.fromkeys(rare, 0.0)
+        for row, name in ((row, name) for row in rows for name in rare):
+            recall, precision = row[name].get("recall"), row[name].get("precision")
+            if recall is not None:  # a class that is never predicted is missed, at whatever precision
+                lean[name] += recall - (1.0 if precision is None else precision)
+        missed, overdone = ([name for name in rare if sign * lean[name] > 0] for sign in (-1, 1))
+        start = f"advice: the baseline, {self.baseline.name}, has recall"
+        if len(missed) > len(overdone):
+            return (
+                f"{start} below precision for {len(missed)} of the {len(rare)} rarest classes ({', '.join(missed)}): "
+                "larger margins rho_0k are the wrong direction; try --decision miou"
+            )
+        if len(overdone) > len(missed):
+            return (
+                f"{start} above precision for {len(overdone)} of the {len(rare)} rarest classes "
+                f"({', '.join(overdone)}): they are predicted too often, and larger margins rho_0k may pay"
+            )
+        return None
+
     def mean_iou(self, group: Group) -> float:
         """Return the mean IoU of a group, averaged over its runs; -1 if it has none, so that it sorts last."""
         mean = self.table.rows[self.groups.index(group)][self.table.keys.index("mean_iou")].mean

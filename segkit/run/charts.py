@@ -31,11 +31,17 @@ LAYOUT = {
         "recall of each class": ["val_recall/.*"],
         "false positives, share of the union": ["val_false_positive/.*"],
         "false negatives, share of the union": ["val_false_negative/.*"],
-        "running IoU in training, with loss=iou_margin": ["running_iou/.*"],
-        "margins a log(1 / I_k) that follow from it, logits": ["iou_margins/.*"],
     }
 }
 """Charts of every run by category: title and patterns of the scalars."""
+
+RUNNING_LAYOUT = {
+    "running IoU": {
+        "I_k of each class, in training": ["running_iou/.*"],
+        "margins a log(1 / I_k) that follow, logits": ["iou_margins/.*"],
+    }
+}
+"""The same for a loss that follows the training."""
 
 MARGIN_LAYOUT = {
     "margins": {

@@ -208,7 +208,8 @@ def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequen
 def _open_charts(phase: Phase, tracker: Tracker) -> None:
     """Write what TensorBoard shows once a phase; a run that goes on has it already."""
     config, counts = phase.config, phase.counts
-    tracker.layout(charts.LAYOUT if phase.observer is None else charts.LAYOUT | charts.MARGIN_LAYOUT)
+    layout = charts.LAYOUT | (charts.MARGIN_LAYOUT if phase.observer else {})
+    tracker.layout(layout | (charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}))
     charts.show_margins(tracker, charts.margin_buffers(phase.loss), classes=counts.classes, pixels=counts.class_pixels)
     if phase.is_last:
         own = config.schedule[phase.name].lr

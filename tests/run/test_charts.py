@@ -16,7 +16,7 @@ from segkit.config.compose import compose, config_dir
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.loader import Batch
 from segkit.evaluation import evaluate
-from segkit.losses import MarginCalibrationLoss, margin_sums
+from segkit.losses import CrossEntropyLoss, IouMarginLoss, MarginCalibrationLoss, margin_sums
 from segkit.run import charts
 from segkit.run.splits import open_phases
 
@@ -49,6 +49,20 @@ def test_hyper_parameters_of_a_run():
     assert charts.hparams(uncapped, "train", lr=0.5, num_steps=20)["rho_max"] == math.inf
     config = compose(["loss=cross_entropy_dice", "schedule=single"])
     assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "1 cross_entropy + 1 DiceLoss"
+
+
+def test_a_running_iou_is_shown_with_its_margins():
+    loss = IouMarginLoss(num_classes=2, a=0.5)
+    loss.start_from([[6, 2], [0, 2]])
+    assert charts.running_iou(loss, ["road", "sky"]) == pytest.approx(
+        {
+            "running_iou/road": 0.75,
+            "running_iou/sky": 0.5,
+            "iou_margins/road": 0.5 * math.log(4 / 3),
+            "iou_margins/sky": 0.5 * math.log(2),
+        }
+    )
+    assert charts.running_iou(CrossEntropyLoss(), ["road", "sky"]) == {}
 
 
 def test_errors_are_what_the_union_lacks():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
@@ -171,3 +173,14 @@ def test_an_unwritable_cache_is_named_before_anything_else(train, tmp_path):
     with pytest.raises(InputError, match=r"cache_dir is .*file/cache, where nothing can be written"):
         train("run", f"cache_dir={tmp_path}/file/cache")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_running_iou_starts_from_the_phase_before(train):
+    folder = train("a", "schedule=pretrain_finetune", "loss=iou_margin", "limit_steps=1")
+    (running,) = checkpoint.load(folder / "checkpoints" / "last.pt")["loss"].values()
+    confusion = PerImageCounts.load(folder / "pretrain" / "per_image.npz").total()
+    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    start = torch.tensor([[0.125] * 8, [0.125] * 8]).double()
+    start[:, union > 0] = torch.from_numpy(np.stack([hits, union])[:, union > 0] / confusion.sum())
+    assert float((running - start).abs().max()) <= 0.02  # one step moves it by 2 % of a share
+    assert float((running - 0.125).abs().max()) > 0.05

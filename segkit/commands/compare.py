@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         show(f"warning: not evaluated alike: {phrase}")
     print(screen(comparison.table))
     if comparison.advice:
-        print(for_terminal(comparison.advice))
+        show(comparison.advice)
     asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
     for kind, path in asked.items():
         write(path, EXPORTS[kind](comparison.table))

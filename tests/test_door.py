@@ -59,6 +59,7 @@ def test_a_mistake_is_an_exception(tmp_path):
 
 def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypatch):
     """A loss and its option from a folder that is not segkit's; a saved run cannot bring its own trust."""
+    from segkit.commands import evaluate
     from segkit.run.saved import open_run
 
     monkeypatch.chdir(tmp_path)
@@ -79,3 +80,6 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
     monkeypatch.setattr("segkit.config.targets._trusted", set())
     with pytest.raises(InputError, match=r"loss\._target_ is 'own_losses\.Own', but must be one of"):
         open_run("run")
+    evaluate.run(["run", "--trust", "own_losses", "--device", "cpu", "--max-images", "1"])
+    with pytest.raises(InputError, match=r"trust has 'own/losses', but takes names of packages"):
+        evaluate.parser().parse_args(["run", "--trust", "own/losses"])

@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
         "Evaluate a trained run. Writes RUN/evaluations/NAME.json, with a name for every way of evaluating.",
         example="outputs/cityscapes/RUN --tta flip,ms --slide 800x800 --decision miou",
     )
-    add_shared(verb, "run", "--phase", "--checkpoint")
+    add_shared(verb, "run", "--trust", "--phase", "--checkpoint")
     verb.add_argument(
         "--split", help="split to score, or holdout for the images of dataset.holdout (default: dataset.val_split)"
     )

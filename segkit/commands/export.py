@@ -22,7 +22,7 @@ def parser() -> ArgumentParser:
         "Write a trained model as ONNX or as a program of torch.export; any batch size, height and width.",
         example="outputs/camvid/RUN --format onnx",
     )
-    add_shared(verb, "run")
+    add_shared(verb, "run", "--trust")
     verb.add_argument("--format", default="onnx", choices=["onnx", "torch_export"], help="kind of file")
     verb.add_argument("--output", type=Path, metavar="FILE", help="(default: RUN/model.onnx or RUN/model.pt2)")
     decision = {"help": "put the decision that segkit evaluate has fitted into the graph"}

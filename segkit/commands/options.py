@@ -23,10 +23,21 @@ CONFIG_DIR: dict[str, Any] = {
     "help": "a folder of options of your own, as for train.py",
 }
 
+
+class _Trust(argparse.Action):
+    """Permits targets in a package of the user's own, as ``trust=[PACKAGE]`` does in training."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        from segkit.config.targets import trust
+
+        trust([values])
+
+
 DECISIONS = ("argmax", "bias", "miou")
 
 SHARED: dict[str, dict[str, Any]] = {
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
+    "--trust": {"action": _Trust, "metavar": "PACKAGE", "help": "a package of your own that the run was trained with"},
     "--phase": {"help": "a phase of the run (default: the last)"},
     "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
     "--root": {"help": "folder of the data set (default: where it was in training)"},

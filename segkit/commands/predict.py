@@ -20,7 +20,7 @@ def parser() -> ArgumentParser:
         "Predict image files: label PNGs, colour overlays with a legend, probabilities.",
         example="outputs/camvid/RUN --input photos --output predictions",
     )
-    add_shared(verb, "run", run={"help": "a run folder, or a model.onnx of segkit export"})
+    add_shared(verb, "run", "--trust", run={"help": "a run folder, or a model.onnx of segkit export"})
     verb.add_argument("--input", required=True, metavar="DIR|FILE|GLOB", help="images: a folder, a file or a pattern")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
     verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")

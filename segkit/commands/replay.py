@@ -12,6 +12,8 @@ from segkit.commands.options import add_shared, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
+CURE = "the bundle is damaged; copy it again"
+
 
 def parser() -> ArgumentParser:
     """Return the parser of the verb's arguments."""
@@ -22,7 +24,7 @@ def parser() -> ArgumentParser:
     )
     verb.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder failure-STEP of a run")
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
-    add_shared(verb, "--device")
+    add_shared(verb, "--device", "--trust")
     return verb
 
 
@@ -34,7 +36,11 @@ def run(argv: Sequence[str]) -> None:
     bundle = arguments.bundle
     if not (bundle / "error.json").is_file():
         raise InputError(f"{bundle} is no failure bundle, it has no error.json: name a folder failure-STEP of a run")
-    failed = read_json(bundle / "error.json")
+    failed = read_json(bundle / "error.json", cure=CURE)
+    kinds = {"phase": str, "step": int, "rank": int, "error": str, "names": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(failed.get(key), kind)]
+    if wrong or failed["step"] < 0 or not all(isinstance(name, str) for name in failed["names"]):
+        raise InputError(f"{bundle / 'error.json'} has no {(wrong or ['step or names'])[0]} of a failed step: {CURE}")
     if not arguments.json:
         show(f"phase {failed['phase']}, step {failed['step'] + 1}, rank {failed['rank']}: {failed['error']}")
         show(f"samples: {', '.join(failed['names']) or 'not known'}")
@@ -51,23 +57,28 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
 
     A batch that could not be read in training is read now, from the data that the configuration names.
     """
-    from segkit import runtime
+    from segkit import memory, runtime
     from segkit.data.statistics import LabelCounts
-    from segkit.files import read_json
     from segkit.run.build import build_loss, build_model
-    from segkit.run.saved import read_config, without_sources
+    from segkit.run.saved import model_with, read_config, read_counts, without_sources
     from segkit.training import checkpoint, failure
     from segkit.training.precision import Mixed
 
     config = read_config(bundle / "config.json")
+    if failed["phase"] not in config.schedule:
+        raise InputError(f"{bundle / 'error.json'} names phase {failed['phase']!r}, which config.json lacks: {CURE}")
     batch = stored_batch(bundle) if (bundle / "batch.pt").is_file() else read_again(config, failed)
-    counts = LabelCounts.from_json(json.dumps(read_json(bundle / failure.COUNTS)))
+    content = read_counts(bundle / failure.COUNTS) | {"ignored_pixels": 0, "num_images": 1, "fingerprint": ""}
+    counts = LabelCounts.from_json(json.dumps(content))
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
-    model = build_model(without_sources(config), len(counts.classes)).to(chosen)
-    source = bundle / "state.pt"
+    source, num_classes = bundle / "state.pt", len(counts.classes)
     if source.is_file():
-        checkpoint.load_weights(model, checkpoint.load(source)["model"], source=source)
+        model = model_with(checkpoint.load(source)["model"], config, num_classes, source=source)
+    else:  # no batch could be read for the first step
+        with memory.bounded():
+            model = build_model(without_sources(config), num_classes)
+    model = model.to(chosen)
     loss = build_loss(config.phase_loss(failed["phase"]), counts, ignore_index=255).to(chosen)
     where = failure.Where(phase=failed["phase"], step=failed["step"], rank=failed["rank"])
     mixed = Mixed(config.precision.value, chosen)
@@ -75,12 +86,24 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
 
 
 def stored_batch(bundle: Path) -> Any:
-    """Return the batch that was saved with the bundle."""
+    """Return the batch that was saved with the bundle; InputError if the file holds none."""
     import torch
 
     from segkit.data.loader import Batch
+    from segkit.training.checkpoint import read_archive
 
-    return Batch(**torch.load(bundle / "batch.pt", map_location="cpu", weights_only=True))
+    path = bundle / "batch.pt"
+    content = read_archive(path)
+    try:
+        batch = Batch(**content)
+        images, labels = batch.images, batch.labels
+        good = images.dtype == labels.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+        good = good and labels.shape == (len(images), *images.shape[2:]) and labels.numel() > 0
+    except (TypeError, AttributeError):
+        good = False
+    if not good:
+        raise InputError(f"{path} holds no images (N, 3, H, W) and labels (N, H, W) of 8 bits: {CURE}")
+    return batch
 
 
 def read_again(config: Any, failed: dict[str, Any]) -> Any:

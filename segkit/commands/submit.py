@@ -19,7 +19,7 @@ def parser() -> ArgumentParser:
         "Predict a split and pack it as the benchmark's server wants it; names, sizes and values checked.",
         example="outputs/cityscapes/RUN --output cityscapes.zip --split test",
     )
-    add_shared(verb, "run")
+    add_shared(verb, "run", "--trust")
     verb.add_argument("--output", type=Path, required=True, metavar="FILE.zip", help="a .zip, .tar, .tar.gz or .tgz")
     verb.add_argument("--split", default="test", help="split to predict; a labelled one is scored again from the files")
     verb.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")

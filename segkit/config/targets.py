@@ -115,7 +115,7 @@ def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
         raise InputError(
             f"{key}._target_ is {target!r}, but must be one of {', '.join(sorted(group.permitted))}: {hint}choose an "
             f"option of the group {key.split('.')[0]}, or name a package of your own on the command line, "
-            "trust=[mypackage]"
+            "trust=[mypackage], or --trust mypackage for a saved run"
         )
     for place, child in children(node):
         if not any(_matches(place, pattern) for pattern in group.inner):

@@ -49,31 +49,41 @@ class SavedRun:
 
     def label_counts(self) -> dict[str, Any]:
         """The label counts that the phase was trained with; InputError if the file does not hold such."""
-        path = self.folder / "label_counts.json"
-        content = read_json(path)
-        if not _are_counts(content):
-            raise InputError(
-                f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
-                "colours: the run folder is damaged; copy the file again, or train again"
-            )
-        return content
+        return read_counts(self.folder / "label_counts.json")
 
     def model(self, which: str = "last") -> Any:
         """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
-        import torch
-
-        from segkit.run import build
         from segkit.training import checkpoint
 
         path = self.checkpoint(which)
-        state = checkpoint.load(path)
-        classes = self.label_counts()["classes"]
-        config, weights = without_sources(self.config), checkpoint.weights(state)
-        with torch.device("meta"):  # a configuration may ask for more memory than there is: nothing is allocated yet
-            checkpoint.check_weights(build.build_model(config, len(classes)), weights, source=path)
-        model = build.build_model(config, len(classes))
-        checkpoint.load_weights(model, weights, source=path)
-        return model.eval()
+        weights = checkpoint.weights(checkpoint.load(path))
+        return model_with(weights, self.config, len(self.label_counts()["classes"]), source=path).eval()
+
+
+def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) -> Any:
+    """The model of ``config`` with ``weights`` (of ``source``); InputError if they are another model's."""
+    import torch
+
+    from segkit.run import build
+    from segkit.training import checkpoint
+
+    config = without_sources(config)
+    with torch.device("meta"):  # a configuration may ask for more memory than there is: nothing is allocated yet
+        checkpoint.check_weights(build.build_model(config, num_classes), weights, source=source)
+    model = build.build_model(config, num_classes)
+    checkpoint.load_weights(model, weights, source=source)
+    return model
+
+
+def read_counts(path: Path) -> dict[str, Any]:
+    """The label counts in ``path``; InputError if the file does not hold such."""
+    content = read_json(path)
+    if not _are_counts(content):
+        raise InputError(
+            f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
+            "colours: the run folder is damaged; copy the file again, or train again"
+        )
+    return content
 
 
 def _are_counts(content: dict[str, Any]) -> bool:

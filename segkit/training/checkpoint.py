@@ -132,9 +132,19 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: name a run folder that has one")
     _check_digest(path)
+    state = read_archive(path)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
+        raise InputError(f"{path} has no entry 'model' with weights, so it is not a checkpoint of segkit: {_ANOTHER}")
+    if not isinstance(state.get("ema"), Mapping | None):
+        raise InputError(f"{path} has an entry 'ema' that holds no weights, so it is damaged: {_ANOTHER}")
+    return state
+
+
+def read_archive(path: Path) -> Any:
+    """What torch.save wrote into ``path``, on the CPU; tensors and plain values only. InputError for anything else."""
     try:
         check_archive(path, cure="it is not one of segkit; name another file", stored=True)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
@@ -142,11 +152,6 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; name "
             "another file"
         ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
-        raise InputError(f"{path} has no entry 'model' with weights, so it is not a checkpoint of segkit: {_ANOTHER}")
-    if not isinstance(state.get("ema"), Mapping | None):
-        raise InputError(f"{path} has an entry 'ema' that holds no weights, so it is damaged: {_ANOTHER}")
-    return state
 
 
 _ANOTHER = "name another file"

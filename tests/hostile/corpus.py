@@ -1,7 +1,8 @@
 """Things that a stranger may put into a run folder, made by functions of that folder.
 
 Every entry names the file it is about, the readers that must refuse it, and what the sentence must say. ``MODEL`` opens
-the run and loads its weights, ``COMPARE`` is ``segkit compare``, ``DECISION`` reads its fitted bias.
+the run and loads its weights, ``COMPARE`` is ``segkit compare``, ``DECISION`` reads its fitted bias, ``REPLAY`` repeats
+the step of a bundle that is made of the folder (of its config.yaml, label counts, last.pt, and what lies in bundle/).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-MODEL, COMPARE, DECISION = "model", "compare", "decision"
+MODEL, COMPARE, DECISION, REPLAY = "model", "compare", "decision", "replay"
 CONFIG = "config.yaml"
 
 
@@ -432,4 +433,57 @@ def huge_picture(run: Path) -> None:
         path.write_bytes(content)
 
 
-CORPUS = [*CONFIGS, *CHECKPOINTS, *TABLES]
+def in_bundle(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Exchange an entry of error.json or batch.pt (``name``) for what ``change`` makes of its content."""
+
+    def harm(run: Path) -> None:
+        path = run / "bundle" / name
+        if name == "error.json":
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        else:
+            torch.save(change(torch.load(path, weights_only=True)), path)
+
+    return harm
+
+
+ERROR = r"error\.json"
+NO_BATCH = r"batch\.pt holds no images"
+UNREAD = r"batch\.pt cannot be read"
+BUNDLES = [
+    *(Case(f"bundle: {kind}", written("bundle/error.json", content), (REPLAY,), ERROR)
+      for kind, content in BROKEN.items()),
+    *(Case(f"bundle: {key} is {value!r}", in_bundle("error.json", lambda old, key=key, value=value: {
+        **old, key: value}), (REPLAY,), ERROR)
+      for key, values in {"phase": ("nowhere", 3, None), "step": (-1, "x", 1.5), "rank": ("x",), "names": ("x", [1]),
+                          "error": ([1],)}.items()
+      for value in values),
+    Case("bundle: code for a batch", in_bundle("batch.pt", lambda old: {**old, "x": Code()}), (REPLAY,), UNREAD),
+    Case("bundle: pickled code", written("bundle/batch.pt", pickle.dumps(Code())), (REPLAY,), UNREAD),
+    Case("bundle: a bomb", written("bundle/batch.pt", bomb("archive/data.pkl")), (REPLAY,), "but says that it holds"),
+    Case("bundle: a list for a batch", in_bundle("batch.pt", lambda old: [1]), (REPLAY,), NO_BATCH),
+    Case("bundle: another key", in_bundle("batch.pt", lambda old: {**old, "x": 1}), (REPLAY,), NO_BATCH),
+    Case("bundle: images of text", in_bundle("batch.pt", lambda old: {**old, "images": "x"}), (REPLAY,), NO_BATCH),
+    Case("bundle: images of numbers", in_bundle("batch.pt", lambda old: {**old, "images": old["images"].float()}),
+         (REPLAY,), NO_BATCH),
+    Case("bundle: images without end", in_bundle("batch.pt", lambda old: {
+        **old, "images": torch.zeros(1, dtype=torch.uint8).expand(2, 3, 2**20, 2**20)}), (REPLAY,), NO_BATCH),
+    Case("bundle: no image", in_bundle("batch.pt", lambda old: {**old, "images": old["images"][:0],
+                                                               "labels": old["labels"][:0]}), (REPLAY,), NO_BATCH),
+    Case("bundle: labels of other images", in_bundle("batch.pt", lambda old: {**old, "labels": old["labels"][:1]}),
+         (REPLAY,), NO_BATCH),
+    Case("bundle: a class that is not there", in_bundle("batch.pt", lambda old: {
+        **old, "labels": old["labels"] * 0 + 77}), (REPLAY,), "target holds label 77"),
+]  # fmt: skip
+
+
+def also_replayed(case: Case) -> Case:
+    """``case`` with the reader ``REPLAY``, where a bundle holds the file that it is about."""
+    elsewhere = MODEL not in case.readers or case.name.startswith("checksums") or case.name in SUMS_ONLY
+    return case if elsewhere else case._replace(readers=(*case.readers, REPLAY))
+
+
+SUMS_ONLY = tuple(f"checkpoint: {kind}" for kind in ("a flipped bit", "a folder", "a pipe", "an average of text"))
+"""What the digests of a run find, or what a bundle does not need."""
+
+CORPUS = [*map(also_replayed, CONFIGS[::3]), *(case for n, case in enumerate(CONFIGS) if n % 3)]
+CORPUS += [*map(also_replayed, (*CHECKPOINTS, *TABLES)), *BUNDLES]

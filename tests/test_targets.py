@@ -14,8 +14,11 @@ from segkit.errors import InputError
 
 MODULES = sorted(
     {info.name for info in pkgutil.walk_packages(segkit.__path__, "segkit.")}
-    | {"segkit", "torch.optim", "torch.optim.swa_utils", "segmentation_models_pytorch"}
+    | {"segkit", "torch.optim", "torch.optim.swa_utils", "segmentation_models_pytorch", "albumentations"}
 )
+
+
+KEYS = {group: "augment.x" if group == "augment" else group for group in sorted(GROUPS)}
 
 
 @pytest.mark.parametrize("group", sorted(GROUPS))
@@ -27,12 +30,12 @@ def test_only_what_is_listed_can_be_reached(group):
             target = f"{module}.{name}"
             tried += 1
             try:
-                check_allowed({"_target_": target}, key=group)
+                check_allowed({"_target_": target}, key=KEYS[group])
             except InputError:
                 continue
             allowed += 1
             assert target in GROUPS[group].permitted
-            found = locate(target, key=group)
+            found = locate(target, key=KEYS[group])
             assert f"{found.__module__}.{found.__qualname__}" == f"{GROUPS[group].permitted[target]}.{name}"
     assert tried > 2000
     assert allowed == len(GROUPS[group].permitted)
@@ -43,8 +46,8 @@ def test_every_listed_target_is_there_and_takes_what_the_pipeline_passes(group):
     import inspect
 
     for target in GROUPS[group].permitted:
-        parameters = inspect.signature(locate(target, key=group)).parameters
-        assert set(FACTS[group]) & set(parameters) or group == "loss", target
+        parameters = inspect.signature(locate(target, key=KEYS[group])).parameters
+        assert set(FACTS[group]) & set(parameters) or group in ("loss", "augment"), target
 
 
 def test_an_object_that_was_exchanged_is_refused(monkeypatch):

@@ -116,7 +116,7 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
     split = open_split(dataset, dataset.train_split)
     batches = train_batches(
         split,
-        transform=train_transform(dataset, augment=True, ignore_index=split.ignore_index),
+        transform=train_transform(config, failed["phase"], augment=True, ignore_index=split.ignore_index),
         batch_size=config.batch_size,
         seed=config.seed,
         phase=failed["phase"],

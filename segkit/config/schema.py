@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from segkit.config.targets import check_node
+from segkit.config.targets import check_node, group_name
 from segkit.errors import InputError
 
 FREE_KEYS = (
@@ -100,6 +100,24 @@ class RecipeConfig:
 
 
 @dataclass(kw_only=True)
+class JitterConfig:
+    """Strengths of the colour jitter: factors are from 1 - s to 1 + s, ``hue`` turns by up to a share of the circle."""
+
+    brightness: float = 0.25
+    contrast: float = 0.25
+    saturation: float = 0.25
+    hue: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
+            value = getattr(self, key)
+            _require(
+                0 <= value <= most,
+                f"dataset.jitter.{key} is {value}, but is a strength from 0 to {most}: set dataset.jitter.{key}=...",
+            )
+
+
+@dataclass(kw_only=True)
 class DatasetConfig:
     """One data set: how to read it, and how its images are cut for training and for evaluation.
 
@@ -120,6 +138,7 @@ class DatasetConfig:
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: float = 0.5
     color_jitter: float = 0.0
+    jitter: JitterConfig = field(default_factory=JitterConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
@@ -245,6 +264,7 @@ class Config:
     loss: dict[str, Any]
     optimizer: dict[str, Any]
     schedule: dict[str, PhaseConfig]
+    augment: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
@@ -303,6 +323,12 @@ class Config:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        for name, node in self.augment.items():
+            _require(
+                node is None or isinstance(node, dict),
+                f"augment.{name} is {node!r}, but must name a transform: set "
+                f"'augment.{name}={{_target_:albumentations.Rotate,limit:10,p:0.5}}'",
+            )
         _require(
             self.batch_size % self.accumulate == 0,
             f"batch_size is {self.batch_size} and accumulate {self.accumulate}, but a batch is cut into accumulate "
@@ -348,6 +374,7 @@ def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
     nodes: list[tuple[str, dict[str, Any]]] = [("model", config.model), ("optimizer", config.optimizer)]
     nodes.append(("loss", config.loss))
     nodes.append(("dataset.reader", config.dataset.reader))
+    nodes += [(f"augment.{name}", node) for name, node in config.augment.items() if node is not None]
     for name, phase in config.schedule.items():
         if phase.loss is not None:
             nodes.append((f"schedule.{name}.loss", phase.loss))
@@ -361,6 +388,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     "optimizer": ("params",),
     "loss": ("class_pixels", "class_names", "ignore_index", "palette", "num_classes"),
     "reader": ("root", "split"),
+    "augment": ("fill", "fill_mask"),
 }
 """What the pipeline itself passes to the targets of each group."""
 
@@ -368,7 +396,7 @@ FACTS: dict[str, tuple[str, ...]] = {
 def check_targets(config: Config) -> None:
     """Bind every target of ``config`` to its signature, so that a wrong argument fails before data is touched."""
     for key, node in targets(config):
-        check_node(node, dict.fromkeys(FACTS[key.rpartition(".")[2]], object()), key=key)
+        check_node(node, dict.fromkeys(FACTS[group_name(key)], object()), key=key)
 
 
 def cache_dir_of(config: Config) -> Path:

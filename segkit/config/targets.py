@@ -1,9 +1,10 @@
 """``_target_`` nodes: from a name and arguments in a configuration to the object that they describe.
 
 A saved run's configuration is a stranger's text. So there is no rule by which a name is allowed, but a list: a node
-stands in a group (``model``, ``loss``, ``optimizer``, ``reader``: the last word of its key), the group has permitted
-targets, and nothing else is even imported. What a name leads to must be the object that it led to when the list was
-written, and what that returns must be of the group's type. An outer node is bound before an inner one is built.
+stands in a group (``model``, ``loss``, ``optimizer``, ``reader``: the last word of its key; or ``augment``), the group
+has permitted targets, and nothing else is even imported. What a name leads to must be the object that it led to when
+the list was written, and what that returns must be of the group's type. An outer node is bound before an inner one is
+built.
 
 Code of one's own is added with :func:`trust`, which only the command line calls.
 """
@@ -55,6 +56,25 @@ _OPTIMIZERS = {
     "nadam": "NAdam", "radam": "RAdam", "rmsprop": "RMSprop", "rprop": "Rprop", "sgd": "SGD",
 }  # fmt: skip
 
+_TRANSFORMS = {
+    "blur.transforms": "AdvancedBlur Blur Defocus GaussianBlur GlassBlur MedianBlur MotionBlur ZoomBlur",
+    "dropout.channel_dropout": "ChannelDropout",
+    "dropout.coarse_dropout": "CoarseDropout Erasing",
+    "dropout.grid_dropout": "GridDropout",
+    "dropout.transforms": "PixelDropout",
+    "dropout.xy_masking": "XYMasking",
+    "geometric.distortion": "ElasticTransform GridDistortion OpticalDistortion ThinPlateSpline",
+    "geometric.flip": "D4 HorizontalFlip SquareSymmetry Transpose VerticalFlip",
+    "geometric.rotate": "RandomRotate90 Rotate SafeRotate",
+    "geometric.transforms": "Affine Perspective RandomGridShuffle",
+    "pixel.transforms": "AdditiveNoise AutoContrast CLAHE ChannelShuffle ChromaticAberration ColorJitter Downscale "
+    "Emboss Equalize FancyPCA GaussNoise HueSaturationValue ISONoise Illumination ImageCompression InvertImg "
+    "MultiplicativeNoise PlanckianJitter PlasmaBrightnessContrast PlasmaShadow Posterize RGBShift "
+    "RandomBrightnessContrast RandomFog RandomGamma RandomRain RandomShadow RandomSnow RandomSunFlare RandomToneCurve "
+    "RingingOvershoot SaltAndPepper Sharpen ShotNoise Solarize Spatter ToGray ToSepia UnsharpMask",
+}
+"""Of Albumentations: what keeps the size of a crop, needs no boxes, other images or files, and is not very slow."""
+
 GROUPS: dict[str, Group] = {
     "model": Group(
         _in("segkit.models", deeplabv3plus="deeplabv3plus", smp_model="smp_model", coplenet="COPLENet"),
@@ -81,6 +101,14 @@ GROUPS: dict[str, Group] = {
         },
         ("segkit.data.samples", "SampleSet"),
     ),
+    "augment": Group(
+        {
+            f"albumentations.{name}": f"albumentations.augmentations.{module}"
+            for module, names in _TRANSFORMS.items()
+            for name in names.split()
+        },
+        ("albumentations", "BasicTransform"),
+    ),
 }
 
 _trusted: set[str] = set()
@@ -101,9 +129,14 @@ def short_name(node: Mapping[str, Any]) -> str:
     return node["_target_"].rpartition(".")[2]
 
 
+def group_name(key: str) -> str:
+    """The name of the group of the node that stands under ``key``."""
+    return "augment" if key.startswith("augment.") else key.rpartition(".")[2]
+
+
 def group_of(key: str) -> Group:
     """The group of the node that stands under ``key``."""
-    return GROUPS[key.rpartition(".")[2]]
+    return GROUPS[group_name(key)]
 
 
 def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
@@ -112,6 +145,8 @@ def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
     if not (isinstance(target, str) and (target in group.permitted or _is_trusted(target))):
         close = difflib.get_close_matches(str(target), group.permitted, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
+        if group_name(key) == "augment":
+            hint += "the size of a crop is kept, and boxes, other images and files are not at hand; "
         raise InputError(
             f"{key}._target_ is {target!r}, but must be one of {', '.join(sorted(group.permitted))}: {hint}choose an "
             f"option of the group {key.split('.')[0]}, or name a package of your own on the command line, "
@@ -177,7 +212,7 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
             f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: "
             f"remove {key}.{unknown[0]} or correct its name"
         )
-    options = {name: node.get(name) for name in LOSS_OPTIONS if key.rpartition(".")[2] == "loss"}
+    options = {name: node.get(name) for name in LOSS_OPTIONS if group_name(key) == "loss"}
     hints = {**_hints(function), **dict.fromkeys(options, bool)}
     for name, value in (arguments | options).items():
         if value is None and (name in facts or name in options or parameters[name].default is None):
@@ -230,7 +265,8 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
         if function.__module__.partition(".")[0] == "segkit":
             raise
         given = ", ".join(f"{key}.{name}={value}" for name, value in node.items() if name != "_target_")
-        raise InputError(f"{node['_target_']} refuses its arguments ({error}): correct {given}") from error
+        reason = " ".join(str(error).split()).partition(" [type=")[0]  # of pydantic's text the part for people
+        raise InputError(f"{node['_target_']} refuses its arguments ({reason}): correct {given}") from error
     module, name = group_of(key).result
     if not isinstance(built, getattr(importlib.import_module(module), name)):
         raise InputError(f"{key}._target_ is {node['_target_']!r}, which makes a {type(built).__name__}, no {name}")

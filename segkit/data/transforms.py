@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
 # Albumentations looks for a newer version of itself on the network unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -25,10 +26,10 @@ import albumentations
 PAD_COLOUR = (124, 116, 104)
 """Mean colour of ImageNet: close to 0 after normalisation."""
 
-JITTER = {"brightness": (0.75, 1.25), "contrast": (0.75, 1.25), "saturation": (0.75, 1.25), "hue": (-0.05, 0.05)}
-"""Ranges of the colour jitter: factors, and for the hue a share of the colour circle."""
+JITTER = {"brightness": 0.25, "contrast": 0.25, "saturation": 0.25, "hue": 0.05}
+"""Strengths of the colour jitter: factors are from 1 - s to 1 + s, the hue turns by up to a share of the circle."""
 
-_color_jitter = albumentations.ColorJitter(**JITTER, p=1.0)  # type: ignore[arg-type]
+_color_jitter = albumentations.ColorJitter(p=1.0)
 AREA_BELOW = 0.5
 """Images shrunk below this factor are averaged over areas; bilinear sampling would skip pixels there."""
 
@@ -65,7 +66,8 @@ class Window:
 
     ``top:bottom``, ``left:right`` are whole pixels of image and label alike, so that both are cut at the same
     lines.  ``height``, ``width`` is their size after resizing; it lies at (``pad_top``, ``pad_left``) of the crop.
-    ``shrink`` (1, 2 or 4): an image decoded at that fraction of its size is fine enough.
+    ``shrink`` (1, 2 or 4): an image decoded at that fraction of its size is fine enough. ``seed``: of the transforms
+    behind the crop.
     """
 
     top: int
@@ -79,6 +81,7 @@ class Window:
     flip: bool
     jitter: dict[str, Any] | None
     shrink: int
+    seed: int = 0
 
     def cut_image(self, image: np.ndarray, shrink: int) -> np.ndarray:
         """Return the window's part of an image that was decoded at 1/``shrink`` of its size; a view."""
@@ -90,6 +93,47 @@ class Window:
         return label[self.top : self.bottom, self.left : self.right]
 
 
+class Augment:
+    """Transforms of Albumentations on a crop, one after the other; what they do is a pure function of a seed.
+
+    ``transforms``: {name of the configuration: transform}. Geometric ones act on image and label, others on the image.
+    Raises InputError, by a trial on a crop of (height, width), for those that change its size or cannot run on it, and
+    for those that would mix labels.
+    """
+
+    def __init__(self, transforms: Mapping[str, albumentations.BasicTransform], *, crop: Size) -> None:
+        self.transforms = dict(transforms)
+        for key, transform in self.transforms.items():
+            if getattr(transform, "mask_interpolation", 0) not in (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT):
+                raise InputError(f"{key} mixes the classes of neighbouring pixels: remove {key}.mask_interpolation")
+        noise = np.random.default_rng(0).integers(0, 256, (*crop, 3), np.uint8)
+        for seed in range(6):
+            self(noise, np.zeros(crop, np.uint8), seed, always=True)
+
+    def __call__(
+        self, image: np.ndarray, label: np.ndarray, seed: int, *, always: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return image (h, w, 3) and label (h, w) uint8 after all transforms; ``always``: whatever their chance."""
+        for key, transform in self.transforms.items():
+            # each has generators of its own, so that adding or removing one leaves the others as they are
+            transform.set_random_state(np.random.default_rng([seed, *key.encode()]), random.Random(f"{seed} {key}"))
+            try:
+                out = transform(image=image, mask=label, force_apply=always)
+            except Exception as error:  # whatever a transform raises, it is the configuration's fault
+                size = f"{image.shape[0]}x{image.shape[1]}"
+                raise InputError(
+                    f"{key} cannot run on a crop of {size} ({first_line(error)}): correct or remove it"
+                ) from error
+            if out["image"].shape != image.shape or out["mask"].shape != label.shape:
+                raise InputError(
+                    f"{key} changes a crop of {list(label.shape)} to {list(out['image'].shape[:2])}, but all of "
+                    "a batch have one size: remove it, or set dataset.crop to a square if it turns the crop"
+                )
+            assert out["image"].dtype == out["mask"].dtype == np.uint8, key
+            image, label = out["image"], out["mask"]
+        return np.ascontiguousarray(image), np.ascontiguousarray(label)
+
+
 class TrainTransform:
     """Random scale, crop, flip and colour jitter to exactly ``crop`` = (height, width).
 
@@ -97,7 +141,8 @@ class TrainTransform:
     ``scale``, then cropped at a uniform place, then mirrored with probability ``flip``; in fact only the window
     that the crop needs is cut out (at whole pixels) and resized once: bilinear (area-averaged below half size) for
     the image, nearest for the label.  Where the scaled pair is smaller than the crop, the rest is ``PAD_COLOUR``
-    and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter.
+    and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter, ``jitter`` its
+    strengths (:data:`JITTER`).  ``augment`` comes last.
     """
 
     def __init__(
@@ -108,6 +153,8 @@ class TrainTransform:
         scale: Sequence[float] = (1.0, 1.0),
         flip: float = 0.0,
         color_jitter: float = 0.0,
+        jitter: Mapping[str, float] = JITTER,
+        augment: Augment | None = None,
         ignore_index: int = 255,
     ) -> None:
         if len(crop) != 2 or min(crop) < 1:
@@ -123,6 +170,8 @@ class TrainTransform:
         self.scale = (float(scale[0]), float(scale[1]))
         self.flip = float(flip)
         self.color_jitter = float(color_jitter)
+        self.jitter = {key: (float(key != "hue") - jitter[key], float(key != "hue") + jitter[key]) for key in JITTER}
+        self.augment = augment
         self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +185,7 @@ class TrainTransform:
         place = rng.random(4)
         flip = rng.random() < self.flip
         jitter_on = rng.random() < self.color_jitter
-        jitter = {key: float(rng.uniform(*bounds)) for key, bounds in JITTER.items()}
+        jitter = {key: float(rng.uniform(*bounds)) for key, bounds in self.jitter.items()}
         order = rng.permutation(4).tolist()
         resized = target_size(size, self.resize)
         scaled = [max(1, round(side * scale)) for side in resized]
@@ -155,6 +204,7 @@ class TrainTransform:
             flip=bool(flip),
             jitter={**jitter, "order": order} if jitter_on else None,
             shrink=shrink,
+            seed=0 if self.augment is None else int(rng.integers(2**32)),
         )
 
     def apply(self, image: np.ndarray, label: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +213,7 @@ class TrainTransform:
         return self.finish(window.cut_image(image, shrink), window.cut_label(label), window)
 
     def finish(self, image_cut: np.ndarray, label_cut: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Return the crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip."""
+        """Return the crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip, augment."""
         size = (window.height, window.width)
         # The colours are jittered at the smaller of the two sizes, and never in the padding.
         early = image_cut.shape[0] * image_cut.shape[1] < size[0] * size[1]
@@ -178,6 +228,8 @@ class TrainTransform:
             label = self._padded(label, window, self.ignore_index)
         if window.flip:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        if self.augment is not None:
+            image, label = self.augment(image, label, window.seed)
         return np.array(image, copy=None, order="C"), np.array(label, copy=None, order="C")
 
     def _padded(self, part: np.ndarray, window: Window, value: Any) -> np.ndarray:

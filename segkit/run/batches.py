@@ -35,10 +35,10 @@ class PhaseBatches:
         return None if number is None else list(self._load(0, number, augment=False))
 
     def _load(self, start: int, stop: int, *, augment: bool) -> Iterable[Batch]:
-        dataset, split = self.config.phase_dataset(self.plan.name), self.splits.train
+        split = self.splits.train
         return train_batches(
             split,
-            transform=train_transform(dataset, augment=augment, ignore_index=split.ignore_index),
+            transform=train_transform(self.config, self.plan.name, augment=augment, ignore_index=split.ignore_index),
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             phase=self.plan.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import nn
 
 from segkit import runtime
 from segkit.config.schema import Config, DatasetConfig, check_targets, plain
-from segkit.config.targets import instantiate
+from segkit.config.targets import instantiate, locate
 from segkit.data.statistics import LabelCounts
-from segkit.data.transforms import TrainTransform
+from segkit.data.transforms import PAD_COLOUR, Augment, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
@@ -72,6 +73,7 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
         table = pair.train
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
         build_optimizer(config, nn.Linear(1, 1), config.schedule[name].lr)
+        train_transform(config, name, augment=True, ignore_index=table.ignore_index)
 
 
 def even_counts(classes: Sequence[str]) -> LabelCounts:
@@ -80,14 +82,31 @@ def even_counts(classes: Sequence[str]) -> LabelCounts:
     return LabelCounts(ones, ones, 0, 1, tuple(classes), "")
 
 
-def train_transform(dataset: DatasetConfig, *, augment: bool, ignore_index: int) -> TrainTransform:
-    """Scale-crop-flip and colour jitter of ``dataset``; only the crop without ``augment``."""
+def build_augment(nodes: dict[str, Any], *, crop: tuple[int, int], ignore_index: int) -> Augment | None:
+    """The transforms of the configuration's ``augment``; None if there are none.
+
+    What comes into view from beyond a crop's border has the colour and the label of padding unless the node says else.
+    """
+    transforms = {}
+    for key, node in ((f"augment.{name}", node) for name, node in nodes.items() if node is not None):
+        moves = "border_mode" in inspect.signature(locate(node.get("_target_", ""), key=key)).parameters
+        facts = {"fill": PAD_COLOUR, "fill_mask": ignore_index} if moves else {}
+        transforms[key] = instantiate(node, facts, key=key)
+    return Augment(transforms, crop=crop) if transforms else None
+
+
+def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: int) -> TrainTransform:
+    """Scale-crop-flip, colour jitter and the transforms of ``phase``; only the crop without ``augment``."""
+    dataset = config.phase_dataset(phase)
+    crop = (dataset.crop[0], dataset.crop[1])
     return TrainTransform(
-        crop=(dataset.crop[0], dataset.crop[1]),
+        crop=crop,
         resize=plain(dataset.resize),
         scale=(dataset.scale[0], dataset.scale[1]) if augment else (1.0, 1.0),
         flip=dataset.flip if augment else 0.0,
         color_jitter=dataset.color_jitter if augment else 0.0,
+        jitter=plain(dataset.jitter),
+        augment=build_augment(config.augment, crop=crop, ignore_index=ignore_index) if augment else None,
         ignore_index=ignore_index,
     )
 

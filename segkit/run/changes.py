@@ -23,7 +23,8 @@ EFFECTIVE = (
     *(f"schedule.*.{name}" for name in ("epochs", "steps", "lr", "warmup_steps", "poly_power", "loss", "loss.*")),
     "loss.*",
     "evaluation.*",
-    *(f"dataset.{name}" for name in ("flip", "scale", "color_jitter")),
+    *(f"dataset.{name}" for name in ("flip", "scale", "color_jitter", "jitter.*")),
+    "augment.*",
     *("log_every", "clip_norm", "precision", "determinism", "compile", "channels_last", "grad_checkpointing"),
     *("accumulate", "encoder_lr_factor", "limit_steps"),
 )

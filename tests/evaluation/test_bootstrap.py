@@ -12,7 +12,7 @@ import pytest
 
 from segkit.errors import InputError
 from segkit.evaluation import bootstrap, metrics
-from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs
+from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs, compare_totals
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
 
@@ -156,3 +156,37 @@ def test_intervals_need_no_torch():
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_seeds_and_images_are_drawn_and_swapped_together():
+    """Against every swap and every resample of three images and two seeds, enumerated with fractions of the IoU."""
+    rng = np.random.default_rng(5)
+    target = rng.integers(20, 40, (3, 2))
+    tp = [np.minimum(target, rng.integers(10, 40, (2, 3, 2))) for _ in range(2)]
+    predicted = [part + rng.integers(0, 15, part.shape) for part in tp]
+    a, b = (np.concatenate([t, target + p], axis=2).astype(float) for t, p in zip(tp, predicted, strict=True))
+
+    def mean_iou(totals):
+        return float(np.mean([np.mean(both[:2] / (both[2:] - both[:2])) for both in totals]))
+
+    def difference(one, other):
+        return mean_iou(other) - mean_iou(one)
+
+    found = compare_totals(a, b, num_samples=20_000)
+    observed = difference(a.sum(1), b.sum(1))
+    assert found.difference == pytest.approx(observed, rel=1e-12)
+    assert found.num_images == 3
+    swapped = []
+    for swap in itertools.product([0, 1], repeat=3):
+        mask = np.array(swap)[None, :, None]
+        swapped.append(abs(difference((a + mask * (b - a)).sum(1), (b + mask * (a - b)).sum(1))))
+    assert found.p_value == pytest.approx(np.mean(np.array(swapped) >= abs(observed) - 1e-12), abs=0.02)
+    drawn = [
+        difference(a[list(seeds)][:, list(images)].sum(1), b[list(seeds)][:, list(images)].sum(1))
+        for seeds in itertools.product(range(2), repeat=2)
+        for images in itertools.product(range(3), repeat=3)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    span = high - low
+    assert found.low == pytest.approx(low, abs=0.05 * span)
+    assert found.high == pytest.approx(high, abs=0.05 * span)

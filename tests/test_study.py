@@ -1,0 +1,72 @@
+"""The report of the study: its stored results give the committed tables, and its figures are plain arithmetic."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STUDY = REPOSITORY / "docs" / "study"
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+study_report = pytest.importorskip("study_report")
+
+
+def test_the_committed_tables_are_those_of_the_stored_results(tmp_path):
+    shutil.copytree(STUDY / "results", tmp_path / "results")
+    study = yaml.safe_load((STUDY / "study.yaml").read_text())
+    study_report.report(tmp_path, study)
+    for name in ("table.md", "signs.md"):
+        assert (tmp_path / name).read_text() == (STUDY / name).read_text()
+    for figure in STUDY.glob("*.svg"):
+        assert (tmp_path / figure.name).read_text().startswith("<?xml")
+    assert sum(path.stat().st_size for path in (STUDY / "results").iterdir()) < 500_000
+
+
+def write(folder, arm, seed, counts):
+    """A result of two blocks and two classes; ``counts`` is tp and predicted of each block."""
+    decisions = {name: dict(zip(("tp", "predicted"), counts, strict=True)) for name in study_report.DECISIONS}
+    content = {"classes": ["road", "pole"], "target": [[80, 20], [90, 10]], "counts": decisions}
+    (folder / "results").mkdir(exist_ok=True)
+    path = folder / "results" / f"arms-{arm}-{seed}.json"
+    path.write_text(json.dumps(content | {"seconds": 1, "versions": {"a": 1}}))
+
+
+def test_figures_by_hand(tmp_path):
+    """Cross-entropy has recall below precision for the pole; margins of one logit take four more pixels from it."""
+    for seed, (pole, fewer) in enumerate([(10, 4), (12, 3)]):
+        base = ([[80, pole], [90, 5]], [[100 - pole, pole], [95, 5]])
+        margin = ([[80, pole - fewer], [90, 5]], [[100 - pole + fewer, pole - fewer], [95, 5]])
+        write(tmp_path, "cross_entropy", seed, base)
+        write(tmp_path, "mc_no_margin", seed, base)
+        write(tmp_path, "mc_mean1", seed, margin)
+    arms = {"cross_entropy": [], "mc_no_margin": [], "mc_mean1": []}
+    study_report.report(tmp_path, {"arms": {"each": arms}, "curves": {"each": {}}, "seeds": [0, 1, 2]})
+
+    def mean_iou(pole):  # road: 170 pixels, all found; pole: 30, none claimed wrongly
+        return 50 * (170 / (170 + 30 - pole - 5) + (pole + 5) / 30)
+
+    with_margin, without = ([mean_iou(pole) for pole in poles] for poles in ((6, 9), (10, 12)))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| mc_mean1 | argmax"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[2:5] == [f"{np.mean(with_margin):.2f}", f"{np.std(with_margin, ddof=1):.2f}", "2"]
+    assert cells[5].startswith(f"{np.mean(with_margin) - np.mean(without):+.2f} [-")
+    lines = (tmp_path / "signs.md").read_text().splitlines()[2:]
+    road, pole, hits = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert road[1].startswith("+")  # predicted too often, and yet it loses with the pole
+    assert road[2].endswith("miss")
+    assert pole[1].startswith("-")
+    assert pole[2].endswith("hit")
+    assert hits[2] == "1 of 2 [0.09, 0.91]"
+
+
+def test_interval_of_a_share():
+    """Agresti and Coull (1998) and every calculator: 8 of 10."""
+    assert study_report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert study_report.wilson(0, 6)[0] == pytest.approx(0.0, abs=1e-12)

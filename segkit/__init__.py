@@ -5,9 +5,12 @@ The door for Python; nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 __version__ = "0.2.0.dev0"
 
@@ -24,14 +27,21 @@ def train(
     """
     import time
 
+    from hydra.errors import HydraException
+
     from segkit.config.compose import compose
     from segkit.config.targets import short_name
+    from segkit.errors import InputError
     from segkit.files import read_json
+    from segkit.guard import explain
     from segkit.run.splits import open_phases
     from segkit.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
-    config = compose(overrides, config_dirs=config_dirs)
+    try:
+        config = compose(overrides, config_dirs=config_dirs)
+    except HydraException as error:
+        raise InputError(explain(error)[0]) from None
     if folder is None:
         name = f"{short_name(config.model)}-{short_name(config.loss)}"
         folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -41,3 +51,30 @@ def train(
 
     pipeline.run(config, Path(folder), splits)
     return {**read_json(Path(folder) / "results.json"), "folder": str(folder)}
+
+
+def evaluate(run: Path | str, **options: Any) -> dict[str, Any]:
+    """Score a trained run as ``segkit evaluate RUN`` does; returns what it writes below RUN/evaluations.
+
+    ``options`` are those of the verb, with underscores: ``split="test", tta="flip,ms", slide=True, max_images=100``.
+    Raises :class:`segkit.errors.InputError` where the verb would end with a sentence.
+    """
+    from segkit.commands import evaluate as verb
+    from segkit.commands.options import words
+
+    return verb.score(verb.parser().parse_args(words(run, options)))[0]
+
+
+def predict(images: Iterable[Path | str | ndarray], run: Path | str, **options: Any) -> list[ndarray]:
+    """Label images as ``segkit predict RUN`` does; returns one array (H, W) of class numbers an image, in order.
+
+    ``images``: paths, or uint8 RGB arrays (H, W, 3). ``run``: a run folder, or a file of ``segkit export``. ``options``
+    are those of the verb, with underscores: ``tta="flip", slide="512x512", device="cpu"``. Raises
+    :class:`segkit.errors.InputError` also for an image that cannot be read.
+    """
+    from segkit.commands import predict as verb
+    from segkit.commands.options import words
+
+    if isinstance(images, str | Path):
+        images = [images]
+    return verb.labels(images, verb.parser(files=False).parse_args(words(run, options)))

@@ -25,6 +25,7 @@ VERBS = {
     "plot": "the curves of the margin losses as a picture",
     "models": "encoders, their size, and where their weights come from",
     "sample": "a small synthetic data set in the layout of a real one",
+    "completion": "a script that completes verbs and options in bash, zsh or fish",
     "replay": "repeat the step of a failure bundle",
 }
 """Verb -> one line of help. ``run(argv)`` of the module ``segkit.commands.VERB`` does the work."""

@@ -41,7 +41,7 @@ def guard(*, passes: bool = False) -> Iterator[None]:
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
         if ranks.speaks(sentence):
-            show(f"error: {sentence}", error=True)
+            show(sentence if isinstance(error, Interrupted) else f"error: {sentence}", error=True)
         sys.exit(code)
 
 

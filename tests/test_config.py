@@ -90,8 +90,8 @@ def test_the_command_line_wins_over_the_recipe():
         (["batch_size=0"], "batch_size is 0, but must be at least 1"),
         (["schedule=single", "schedule.train.steps=5"], "schedule.train has epochs=.* and steps=5"),
         (
-            ["schedule=single", "experiment=camvid_cpu"],
-            "phase finetune of the schedule has neither epochs nor steps.*remove the phase with '~schedule.finetune'",
+            ["schedule=single", "schedule.train.epochs=null"],
+            "phase train of the schedule has neither epochs nor steps: set schedule.train.epochs=",
         ),
         (["schedule=single", "schedule.train.epochs=-1"], "schedule.train.epochs is -1.0, but must be positive"),
         (["ema_decay=1.0"], "ema_decay is 1.0.*set ema_decay=0.999"),
@@ -107,6 +107,27 @@ def test_the_command_line_wins_over_the_recipe():
 def test_contradictions_name_the_key(overrides, message):
     with pytest.raises(InputError, match=message):
         composed(*overrides)
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))
+def test_any_schedule_goes_with_any_experiment(experiment):
+    """The phases are those of the schedule, with the lengths and learning rates of the experiment's recipe."""
+    phases = {
+        "single": ["train"],
+        "pretrain_finetune": ["pretrain", "finetune"],
+        "coarse_pretrain_finetune": ["coarse", "pretrain", "finetune"],
+    }
+    assert phases.keys() == {path.stem for path in (config_dir() / "schedule").glob("*.yaml")}
+    for schedule, names in phases.items():
+        config = composed(f"experiment={experiment}", f"schedule={schedule}")
+        recipe = config.dataset.recipe
+        assert list(config.schedule) == names
+        first, last = config.schedule[names[0]], config.schedule[names[-1]]
+        assert first.warmup_steps == recipe.warmup_steps
+        assert (last.epochs, last.lr) == (
+            (recipe.finetune_epochs, recipe.finetune_lr) if len(names) > 1 else (recipe.epochs, None)
+        )
+        check_targets(config)
 
 
 def test_arguments_that_a_target_does_not_have():

@@ -181,6 +181,6 @@ def test_a_signal_to_torchrun_saves_once_and_says_so_once(tmp_path):
     process.terminate()
     assert process.wait(timeout=60) != 0
     log = (tmp_path / "a" / "log").read_text()
-    assert log.count("error: stopped at step") == 1, log
+    assert log.count("stopped at step") == 1, log
     step = checkpoint.load_last(tmp_path / "a" / "run" / "train" / "checkpoints")["progress"]["step"]
-    assert f"error: stopped at step {step} of phase train; the state is saved" in log
+    assert f"stopped at step {step} of phase train; the state is saved" in log

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import segkit
+from segkit.commands import evaluate, predict
 from segkit.errors import InputError
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -28,6 +32,60 @@ SMALL = [
     "device=cpu",
     "determinism=strict",
 ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, trained off the main thread, where no signal can be handled."""
+    folder = tmp_path_factory.mktemp("door")
+    with ThreadPoolExecutor(1) as pool:
+        small = [*SMALL, f"cache_dir={folder}/cache", "dataset.eval_resize.size=[48,48]"]
+        assert pool.submit(segkit.train, small, folder=folder / "run").result()["mean_iou"] >= 0
+    return folder / "run"
+
+
+def test_evaluating_gives_the_numbers_of_the_verb_off_the_main_thread_and_twice(trained, tmp_path, capsys):
+    options = {"tta": "flip,ms", "scales": [0.5, 1], "slide": True, "max_images": 2, "workers": 0, "device": "cpu"}
+    with ThreadPoolExecutor(1) as pool:
+        results = [pool.submit(segkit.evaluate, trained, **options).result() for _ in range(2)]
+    assert capsys.readouterr().out == ""
+    words = "--tta flip,ms --scales 0.5,1 --slide --max-images 2 --workers 0 --device cpu"
+    evaluate.run([str(trained), *words.split(), "--output", str(tmp_path / "all.json")])
+    assert results[0] == results[1] == json.loads((tmp_path / "all.json").read_text())
+    assert results[0]["protocol"]["scales"] == [0.5, 1.0]
+    assert results[0]["protocol"]["window"] == [64, 64]
+
+
+@pytest.mark.parametrize("options", [{}, {"slide": "32x32", "tta": "flip"}])
+def test_predicting_gives_the_labels_of_the_verb(trained, tmp_path, options):
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (side, 40, 3), np.uint8) for side in (33, 50)]
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(SystemExit):
+        predict.run([str(trained), "--input", str(tmp_path), "--output", str(tmp_path / "out"), *flags])
+    expected = [np.asarray(Image.open(tmp_path / "out" / "labels" / f"{number}.png")) for number in (0, 1)]
+    assert len(np.unique(np.concatenate([item.ravel() for item in expected]))) > 1
+    found = segkit.predict([images[0], tmp_path / "1.png"], trained, **options)
+    for one, other, image in zip(found, expected, images, strict=True):
+        assert one.shape == image.shape[:2]
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    for call, message in (
+        (lambda: segkit.evaluate(tmp_path), "is no run folder"),
+        (lambda: segkit.evaluate(trained, splt="val"), "segkit evaluate: unrecognized arguments: --splt=val"),
+        (lambda: segkit.evaluate(trained, batch_size="two"), "argument --batch-size: invalid int value: 'two'"),
+        (lambda: segkit.evaluate(trained, device="tpu"), "tpu"),
+        (lambda: segkit.predict(tmp_path / "text.png", trained), "text.png"),
+        (lambda: segkit.predict([np.zeros((4, 4))], trained), "an array of float64 of the shape"),
+        (lambda: segkit.predict([], trained, output=tmp_path), "unrecognized arguments: --output"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 @pytest.mark.slow
@@ -52,8 +110,14 @@ def test_the_function_stays_one_whatever_is_imported():
 
 
 def test_a_mistake_is_an_exception(tmp_path):
-    with pytest.raises(InputError, match="seed is -1"):
-        segkit.train(["seed=-1"], folder=tmp_path / "run")
+    for override, message in (
+        ("seed=-1", "seed is -1"),
+        ("schedle=single", "there is no key schedle: did you mean schedule"),
+        ("loss=cros_entropy", "loss=cros_entropy is not an option: did you mean loss=cross_entropy"),
+        ("schedule.pretrain.lr_schedule=cosin", r"lr_schedule=cosin is not allowed: .*'cosin'.*one_cycle"),
+    ):
+        with pytest.raises(InputError, match=message):
+            segkit.train([override], folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -78,8 +142,9 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
     segkit.train([*own, "trust=[own_losses]"], folder="run", config_dirs=["mine"])
     assert "own_losses" in (tmp_path / "run" / "config.yaml").read_text()
     monkeypatch.setattr("segkit.config.targets._trusted", set())
-    with pytest.raises(InputError, match=r"loss\._target_ is 'own_losses\.Own', but must be one of"):
-        open_run("run")
-    evaluate.run(["run", "--trust", "own_losses", "--device", "cpu", "--max-images", "1"])
+    for call in (open_run, segkit.evaluate):
+        with pytest.raises(InputError, match=r"loss\._target_ is 'own_losses\.Own', but must be one of"):
+            call("run")
+    assert segkit.evaluate("run", trust=["own_losses"], workers=0)["num_classes_averaged"] > 0
     with pytest.raises(InputError, match=r"trust has 'own/losses', but takes names of packages"):
         evaluate.parser().parse_args(["run", "--trust", "own/losses"])

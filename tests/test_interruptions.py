@@ -89,7 +89,7 @@ def test_a_signal_saves_and_ends_with_its_own_code(tmp_path, uninterrupted, numb
     process.join()
     log = (tmp_path / "run.log").read_text()
     assert process.exitcode == Interrupted.exit_code, log
-    assert "error: stopped " in log
+    assert "\nstopped " in log
     assert "the state is saved: run the same command with the same hydra.run.dir to go on" in log
     assert "Traceback" not in log
     assert soak.wait_until_gone(process.pid)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,6 +64,34 @@ def test_it_trains_from_any_folder(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "results.json").is_file()
     assert (tmp_path / "run" / "checkpoints" / "last.pt").is_file()
+
+
+@pytest.mark.slow
+def test_the_examples_of_ones_own_code_work_from_an_empty_folder(environment, tmp_path):
+    """The files of docs/own.md as they stand, all three in one run; a saved run is opened with --trust only."""
+    page = (REPOSITORY / "docs" / "own.md").read_text(encoding="utf-8")
+    files = re.findall(r'```\w+ title="(mine/[^"]+)"\n(.*?)```', page, re.DOTALL)
+    assert len(files) == 6
+    for name, text in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / "pairs" / split).mkdir(parents=True)
+        for number in range(2):
+            place = tmp_path / "pairs" / split / str(number)
+            Image.fromarray(generator.integers(0, 256, (48, 64, 3), np.uint8)).save(f"{place}_rgb.png")
+            Image.fromarray(generator.integers(0, 4, (48, 64), np.uint8)).save(f"{place}_label.png")
+    own = ["--config-dir", "mine/configs", "trust=[mine]", "dataset=pairs", "dataset.root=pairs", "model=small_net"]
+    small = ["schedule=single", "limit_steps=1", "dataset.crop=[32,32]", "batch_size=2", "workers=0", "device=cpu"]
+    done = call(environment, tmp_path, "train", *own, "loss=poly", *small, "hydra.run.dir=run", "cache_dir=cache")
+    assert done.returncode == 0, done.stderr
+    refused = call(environment, tmp_path, "evaluate", "run", "--workers", "0")
+    assert refused.returncode == 2
+    assert "is 'mine.small_net.small_net', but must be one of" in refused.stderr
+    done = call(environment, tmp_path, "evaluate", "run", "--workers", "0", "--trust", "mine")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run" / "evaluations").glob("val-last-*.json"))) == 1
 
 
 @pytest.mark.slow

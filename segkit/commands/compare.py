@@ -6,16 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from segkit.commands.options import verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the verb's arguments."""
-    made = argparse.ArgumentParser(
-        prog="segkit compare",
-        description="Compare finished runs: one HTML file that works offline, and tables. "
+    made = verb_parser(
+        "compare",
+        "Compare finished runs: one HTML file that works offline, and tables. "
         "Runs that differ only in their seed become one row.",
+        example="RUN_A RUN_B --output report.html",
     )
     made.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run folder, the folder of one of its phases, or a sweep's folder"
@@ -24,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--evaluation",
         metavar="NAME",
-        help="compare RUN/evaluations/NAME.json, as segkit evaluate wrote it, in place of the scores after training; "
-        "the hash at the end of NAME may be left out",
+        help="compare RUN/evaluations/NAME.json, as segkit evaluate wrote it; the hash at the end of NAME may be left "
+        "out (default: the scores after training)",
     )
     made.add_argument(
         "--output", metavar="FILE", help="the report (default: report.html, if no other file is asked for)"

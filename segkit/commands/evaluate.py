@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
         "Evaluate a trained run. Writes RUN/evaluations/NAME.json, with a name for every way of evaluating.",
         example="outputs/cityscapes/RUN --tta flip,ms --slide 800x800 --decision miou",
     )
-    add_shared(verb, "run", "--trust", "--phase", "--checkpoint")
+    add_shared(verb, "run", "--phase", "--checkpoint", "--trust")
     verb.add_argument(
         "--split", help="split to score, or holdout for the images of dataset.holdout (default: dataset.val_split)"
     )
@@ -59,11 +59,23 @@ def parser() -> ArgumentParser:
 
 def run(argv: Sequence[str]) -> None:
     """Evaluate, print the table, write the results."""
-    arguments = parser().parse_args(argv)
+    from segkit.report.tables import class_table
+
+    results, written = score(parser().parse_args(argv))
+    print(class_table(results))
+    for name in ("benchmark", "boundary"):
+        for key, value in results.get(name, {}).items():
+            if isinstance(value, float) and key != "boundary_ratio":
+                show(f"{name} {key}: {100 * value:.2f} %")
+    for path in written:
+        show(f"written: {path}")
+
+
+def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
+    """Evaluate and write the results; returns them, in the form of results.json, and the files."""
     limit_pixels(arguments)
     check_writable(arguments, "output")
     from segkit.files import write_atomically, write_json
-    from segkit.report.tables import class_table
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
@@ -81,18 +93,13 @@ def run(argv: Sequence[str]) -> None:
     chosen = decide(arguments, saved, dataset, split, model, device)
     results, per_image = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
-    print(class_table(results))
-    for name in ("benchmark", "boundary"):
-        for key, value in results.get(name, {}).items():
-            if isinstance(value, float) and key != "boundary_ratio":
-                show(f"{name} {key}: {100 * value:.2f} %")
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", per_image.to_bytes())
-    for path in (folder / f"{name}.json", arguments.output):
-        if path is not None:
-            write_json(path, results)
-            show(f"written: {path}")
+    written = [folder / f"{name}.json", *([arguments.output] if arguments.output else [])]
+    for path in written:
+        write_json(path, results)
+    return results, written
 
 
 def _check_output(output: Path | None, saved: Any) -> None:

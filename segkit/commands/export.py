@@ -22,7 +22,7 @@ def parser() -> ArgumentParser:
         "Write a trained model as ONNX or as a program of torch.export; any batch size, height and width.",
         example="outputs/camvid/RUN --format onnx",
     )
-    add_shared(verb, "run", "--trust")
+    add_shared(verb, "run", "--phase", "--trust")
     verb.add_argument("--format", default="onnx", choices=["onnx", "torch_export"], help="kind of file")
     verb.add_argument("--output", type=Path, metavar="FILE", help="(default: RUN/model.onnx or RUN/model.pt2)")
     decision = {"help": "put the decision that segkit evaluate has fitted into the graph"}
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.models.export import agreement, export
     from segkit.run.saved import check_classes, open_run
 
-    saved = open_run(arguments.run)
+    saved = open_run(arguments.run, phase=arguments.phase)
     dataset = dataset_of(saved, arguments)
     split, unreachable = validation_split(dataset)
     if split is not None:
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
         "resize": resize,
         **decision.protocol(),
     }
-    output = arguments.output or saved.path / f"model.{'onnx' if arguments.format == 'onnx' else 'pt2'}"
+    output = arguments.output or saved.folder / f"model.{'onnx' if arguments.format == 'onnx' else 'pt2'}"
     found = export(
         model,
         output,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from segkit.config.targets import trust
 from segkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,20 +27,22 @@ CONFIG_DIR: dict[str, Any] = {
 
 
 class _Trust(argparse.Action):
-    """Permits targets in a package of the user's own, as ``trust=[PACKAGE]`` does in training."""
+    """``--trust``: permits the code of a package as soon as it is read, so that no verb has to think of it."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        from segkit.config.targets import trust
-
-        trust([values])
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        trust(values.split(","))
 
 
 DECISIONS = ("argmax", "bias", "miou")
 
 SHARED: dict[str, dict[str, Any]] = {
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
-    "--trust": {"action": _Trust, "metavar": "PACKAGE", "help": "a package of your own that the run was trained with"},
     "--phase": {"help": "a phase of the run (default: the last)"},
+    "--trust": {
+        "action": _Trust,
+        "metavar": "PACKAGE,...",
+        "help": "packages of your own that the run's model or reader comes from (default: none)",
+    },
     "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
     "--root": {"help": "folder of the data set (default: where it was in training)"},
     "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
@@ -82,14 +86,33 @@ class _WithDefaults(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)" if has_default and "(default" not in text else text
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are InputErrors, for the command line and for Python."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; `{self.prog} --help` explains the arguments")
+
+
 def verb_parser(verb: str, description: str, *, example: str) -> argparse.ArgumentParser:
     """Return a parser without arguments for ``segkit VERB``; ``example`` are arguments that make sense together."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"segkit {verb}",
         description=description,
         epilog=f"example: segkit {verb} {example}",
         formatter_class=_WithDefaults,
     )
+
+
+def words(run: Path | str, options: Mapping[str, Any]) -> list[str]:
+    """Return the command line for keyword arguments: ``slide=True, scales=[0.5, 1]`` is ``--slide --scales=0.5,1``."""
+    found = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list | tuple):
+            value = ",".join(map(str, value))
+        if value is not None and value is not False:
+            found.append(flag if value is True else f"{flag}={value}")
+    return [*found, "--", str(run)]
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str, Any]) -> None:

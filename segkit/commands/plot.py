@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.commands.options import verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -20,13 +21,11 @@ RHOS = (0.0, 0.5, 1.0, 2.0)
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the verb's arguments."""
-    made = argparse.ArgumentParser(prog="segkit plot", description="Draw the losses of margin calibration.")
+    made = verb_parser("plot", "Draw the losses of margin calibration.", example="losses --output losses.png")
     made.add_argument("what", choices=["losses"], help="losses: rho-margin loss and rho-calibrated log-loss")
     made.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
-    made.add_argument(
-        "--rho", type=float, nargs="+", default=list(RHOS), help="margins, in logits (default: 0 0.5 1 2)"
-    )
-    made.add_argument("--range", type=float, default=4.0, metavar="R", help="lambda from -R to R (default: 4)")
+    made.add_argument("--rho", type=float, nargs="+", default=list(RHOS), help="margins, in logits")
+    made.add_argument("--range", type=float, default=4.0, metavar="R", help="lambda from -R to R")
     return made
 
 

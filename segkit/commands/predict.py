@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
 
-def parser() -> ArgumentParser:
-    """Return the parser of the verb's arguments."""
+def parser(*, files: bool = True) -> ArgumentParser:
+    """Return the parser of the verb's arguments; without ``files`` only of those that change the labels."""
     verb = verb_parser(
         "predict",
         "Predict image files: label PNGs, colour overlays with a legend, probabilities.",
         example="outputs/camvid/RUN --input photos --output predictions",
     )
-    add_shared(verb, "run", "--trust", run={"help": "a run folder, or a model.onnx of segkit export"})
-    verb.add_argument("--input", required=True, metavar="DIR|FILE|GLOB", help="images: a folder, a file or a pattern")
-    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
-    verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
+    add_shared(verb, "run", run={"help": "a run folder, or a model.onnx of segkit export"})
+    if files:
+        images = {"metavar": "DIR|FILE|GLOB", "help": "images: a folder, a file or a pattern"}
+        verb.add_argument("--input", required=True, **images)
+        verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+        verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
+        verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
     precision = {"default": "fp32", "help": "of the forward pass"}
-    add_shared(
-        verb, "--checkpoint", "--decision", "--precision", "--device", "--max-pixels", *INFERENCE, precision=precision
-    )
+    shared = ("--phase", "--checkpoint", "--trust", "--decision", "--precision", "--device", "--max-pixels")
+    add_shared(verb, *shared, *INFERENCE, precision=precision)
     return verb
 
 
@@ -68,6 +72,7 @@ def run(argv: Sequence[str]) -> None:
         device=device,
         dtype=DTYPES[arguments.precision],
         inference={name: replace(chosen, decide=loaded.decide) for name, loaded in scorers.items()},
+        prepare={name: loaded.prepare for name, loaded in scorers.items()},
         outputs=Outputs(probabilities=arguments.probabilities),
         progress=lambda names: track(names, description="predicting", unit="images"),
     )
@@ -82,6 +87,32 @@ def run(argv: Sequence[str]) -> None:
             error=True,
         )
     sys.exit(report.exit_code)
+
+
+def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
+    """Return the class map (H, W) of each of ``images``, paths or uint8 arrays (H, W, 3)."""
+    limit_pixels(arguments)
+    from segkit.commands.scorers import load
+    from segkit.data.decode import read_rgb
+    from segkit.evaluation.predict import predict_arrays
+    from segkit.runtime import resolve_device
+    from segkit.training.precision import DTYPES
+
+    def pixels(image: Any) -> np.ndarray:
+        if not isinstance(image, np.ndarray):
+            return read_rgb(Path(image))
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise InputError(
+                f"an image is an array of {image.dtype} of the shape {image.shape}, but must be uint8 RGB of the shape "
+                "(H, W, 3): convert it"
+            )
+        return image
+
+    device = resolve_device(arguments.device)
+    model = load(arguments.run, arguments, device)
+    chosen = replace(inference(arguments, model.window), decide=model.decide)
+    arrays, dtype = map(pixels, images), DTYPES[arguments.precision]
+    return predict_arrays(model.score, arrays, inference=chosen, prepare=model.prepare, device=device, dtype=dtype)
 
 
 def title(run: Path) -> str:

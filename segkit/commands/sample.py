@@ -7,29 +7,35 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from segkit.commands.options import verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
 
-def run(argv: Sequence[str]) -> None:
-    """Write the data set; print a command that uses it."""
-    parser = argparse.ArgumentParser(
-        prog="segkit sample",
-        description="Write a small synthetic data set in the official layout of a real one, quirks included.",
-        epilog="example: segkit sample dataset=cityscapes --n 8 --output /tmp/cityscapes",
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "sample",
+        "Write a small synthetic data set in the official layout of a real one, quirks included.",
+        example="dataset=cityscapes --n 8 --output /tmp/cityscapes",
     )
-    parser.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
-    parser.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default: 0)")
-    parser.add_argument(
+    verb.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
+    verb.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split")
+    verb.add_argument("--seed", type=int, default=0, help="of the pictures")
+    verb.add_argument(
         "--scale",
         type=float,
         default=0.25,
         metavar="S",
-        help="size of the images, relative to the official (default: 0.25)",
+        help="size of the images, relative to the official",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
-    arguments = parser.parse_args(argv)
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
+    return verb
+
+
+def run(argv: Sequence[str]) -> None:
+    """Write the data set; print a command that uses it."""
+    arguments = parser().parse_args(argv)
     key, _, name = arguments.dataset.partition("=")
     if key != "dataset" or not name:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ ONNX_WINDOW = [512, 512]
 class Loaded:
     """``score``: images uint8 (N, 3, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``.
 
-    ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`.
+    ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`. ``resize``: that of
+    the run's evaluation.
     """
 
     score: Any
@@ -29,6 +30,13 @@ class Loaded:
     classes: tuple[str, ...]
     palette: np.ndarray
     decide: Callable[[Any], Any] | None = None
+    resize: Mapping[str, Any] = field(default_factory=dict)
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """Return ``image`` (H, W, 3) at the size at which the run evaluates."""
+        from segkit.data.transforms import resize_image, target_size
+
+        return resize_image(image, target_size(image.shape[:2], self.resize))
 
 
 def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
@@ -39,17 +47,15 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
     from segkit.data.labels import load_table
     from segkit.run.saved import open_run
 
-    saved = open_run(path)
+    saved = open_run(path, phase=arguments.phase)
     dataset = saved.config.phase_dataset(saved.phase_name)
     model = saved.model(arguments.checkpoint).to(device)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
     model = decision.around(model)
-    resize = plain(dataset.eval_resize)
-    if any(resize.values()) and arguments.slide:
-        raise InputError(f"{path} was trained on resized images, which does not go with --slide: leave --slide out")
     counts = saved.label_counts()
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    return _loaded(model, resize, dataset.crop, counts["classes"], palette, decision.decide)
+    resize = plain(dataset.eval_resize)
+    return _loaded(model, dataset.crop, counts["classes"], palette, resize=resize, decide=decision.decide)
 
 
 def _load_onnx(path: Path, arguments: argparse.Namespace) -> Loaded:
@@ -69,10 +75,10 @@ def _load_onnx(path: Path, arguments: argparse.Namespace) -> Loaded:
     compute = runner(path)
     return _loaded(
         lambda images: compute(images.float().cpu()).to(images.device),
-        facts.get("resize") or {},
         ONNX_WINDOW,
         facts["classes"],
         facts["palette"],
+        resize=facts.get("resize") or {},
     )
 
 
@@ -86,33 +92,12 @@ def _check_decision(path: Path, decision: str, arguments: argparse.Namespace) ->
     if decision != "miou":
         return
     for option in ("tta", "slide", "probabilities"):
-        if getattr(arguments, option):
+        if getattr(arguments, option, None):
             raise InputError(
                 f"{path} gives scores of --decision miou and no probabilities, which does not go with --{option}: "
                 "predict with the run folder, or write the file again with segkit export RUN --decision argmax"
             )
 
 
-def _loaded(
-    score: Any, resize: dict[str, Any], window: list[int], classes: Any, palette: Any, decide: Any = None
-) -> Loaded:
-    if any(resize.values()):
-        score = Resized(score, resize)
-    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8), decide)
-
-
-class Resized:
-    """A scorer that resizes its images first, as the evaluation of the run did."""
-
-    def __init__(self, score: Any, resize: dict[str, Any]) -> None:
-        self.score, self.resize = score, resize
-
-    def __call__(self, images: Any) -> Any:
-        import torch
-
-        from segkit.data.transforms import resize_image, target_size
-
-        size = target_size(tuple(images.shape[-2:]), self.resize)
-        resized = [resize_image(image.permute(1, 2, 0).cpu().numpy(), size) for image in images.to(torch.uint8)]
-        stacked = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
-        return self.score(stacked.to(images.device))
+def _loaded(score: Any, window: list[int], classes: Any, palette: Any, **rest: Any) -> Loaded:
+    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8), **rest)

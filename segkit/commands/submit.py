@@ -19,7 +19,7 @@ def parser() -> ArgumentParser:
         "Predict a split and pack it as the benchmark's server wants it; names, sizes and values checked.",
         example="outputs/cityscapes/RUN --output cityscapes.zip --split test",
     )
-    add_shared(verb, "run", "--trust")
+    add_shared(verb, "run", "--phase", "--trust")
     verb.add_argument("--output", type=Path, required=True, metavar="FILE.zip", help="a .zip, .tar, .tar.gz or .tgz")
     verb.add_argument("--split", default="test", help="split to predict; a labelled one is scored again from the files")
     verb.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    saved = open_run(arguments.run)
+    saved = open_run(arguments.run, phase=arguments.phase)
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split)
     check_classes(saved, split.classes)

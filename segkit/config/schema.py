@@ -51,6 +51,16 @@ class Determinism(Enum):
     strict = "strict"
 
 
+class LrSchedule(Enum):
+    """How the learning rate moves: the equations stand in :func:`segkit.training.schedules.lr_factor`."""
+
+    poly = "poly"
+    cosine = "cosine"
+    constant = "constant"
+    step = "step"
+    one_cycle = "one_cycle"
+
+
 class LabelSize(Enum):
     """Size at which a prediction is compared: that of the label file, or that of the resized image."""
 
@@ -91,12 +101,17 @@ class ResizeConfig:
 
 @dataclass(kw_only=True)
 class RecipeConfig:
-    """What a data set's usual training looks like; the schedules and ``batch_size`` read it."""
+    """What a data set's usual training looks like; the schedules and ``batch_size`` read it.
+
+    ``warmup_steps`` is of the first phase; ``finetune_lr`` of a phase that goes on with its weights, null for ``lr``.
+    """
 
     batch_size: int = 8
     epochs: float = 40.0
     finetune_epochs: float = 20.0
     lr: float = 1e-4
+    finetune_lr: float | None = None
+    warmup_steps: int = 0
 
 
 @dataclass(kw_only=True)
@@ -171,7 +186,7 @@ class PhaseConfig:
     """One phase of training: one data set, one loss, one optimizer, a number of epochs or of steps.
 
     ``loss`` and ``dataset`` default to the run's own; ``lr`` to ``optimizer.lr``. The learning rate rises linearly
-    over ``warmup_steps`` and then falls as (1 - step/steps) ** ``poly_power``.
+    over ``warmup_steps`` and then follows ``lr_schedule``; poly falls as (1 - step/steps) ** ``poly_power``.
     """
 
     epochs: float | None = None
@@ -179,6 +194,7 @@ class PhaseConfig:
     loss: dict[str, Any] | None = None
     dataset: DatasetConfig | None = None
     lr: float | None = None
+    lr_schedule: LrSchedule = LrSchedule.poly
     warmup_steps: int = 0
     poly_power: float = 0.9
 
@@ -187,8 +203,7 @@ class PhaseConfig:
         key = f"schedule.{name}"
         _require(
             self.epochs is not None or self.steps is not None,
-            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=..., or remove the phase "
-            f"with '~{key}' (an experiment written for another schedule may have brought it)",
+            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=...",
         )
         _require(
             self.epochs is None or self.steps is None,
@@ -203,6 +218,10 @@ class PhaseConfig:
         _at_least(f"{key}.lr", self.lr, 0)
         _at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
         _at_least(f"{key}.poly_power", self.poly_power, 0)
+        _require(
+            self.lr_schedule is not LrSchedule.one_cycle or not self.warmup_steps,
+            f"{key}.warmup_steps is {self.warmup_steps}, but one_cycle has a rise of its own: set {key}.warmup_steps=0",
+        )
 
 
 @dataclass(kw_only=True)

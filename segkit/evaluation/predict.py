@@ -25,6 +25,9 @@ from segkit.evaluation.inference import Inference, Scorer
 from segkit.evaluation.loop import autocast
 from segkit.evaluation.views import argmax_channel, class_dtype
 
+Prepare = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""An image (H, W, 3) to the one that the scorer sees."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
@@ -70,6 +73,7 @@ def predict_files(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     inference: Inference | Mapping[str, Inference] | None = None,
+    prepare: Mapping[str, Prepare] | None = None,
     outputs: Outputs | None = None,
     threads: int = 2,
     progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
@@ -79,12 +83,13 @@ def predict_files(
     ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
     report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
     written, and with several also ``side_by_side/NAME.png``. ``inference``: that of all scorers, or one for each title.
-    ``dtype``: of autocast. ``progress`` wraps the iterable of names. The report lists the files that could not be read;
-    see `Report.exit_code`.
+    ``prepare``: by title, what an image goes through first, such as a resize. ``progress`` wraps the iterable of names.
+    The report lists the files that could not be read; see `Report.exit_code`.
     """
     titled = dict(scorers) if isinstance(scorers, Mapping) else {"prediction": scorers}
     assert titled, "at least one scorer is needed"
     inference = Inference() if inference is None else inference
+    prepare = dict.fromkeys(titled, np.asarray) if prepare is None else prepare
     inferences = dict(inference) if isinstance(inference, Mapping) else dict.fromkeys(titled, inference)
     outputs = Outputs() if outputs is None else outputs
     device = torch.device(device)
@@ -102,7 +107,7 @@ def predict_files(
                 report.failed.append((images[name], str(image)))
                 continue
             with autocast(device, dtype):
-                done = _predict(titled, image, inferences, device, probabilities=outputs.probabilities)
+                done = _predict(titled, image, inferences, prepare, device, probabilities=outputs.probabilities)
             written.append(writers.submit(writer.write, name, image, done))
             report.num_written += 1
             while len(written) > 2 * threads:
@@ -110,6 +115,26 @@ def predict_files(
         while written:
             written.popleft().result()
     return report
+
+
+def predict_arrays(
+    scorer: Scorer,
+    images: Iterable[NDArray[np.uint8]],
+    *,
+    inference: Inference,
+    prepare: Prepare,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> list[NDArray[np.integer]]:
+    """Return the class maps (H, W) of ``images``, uint8 RGB (H, W, 3), as :func:`predict_files` writes them."""
+    if isinstance(scorer, nn.Module):
+        scorer.eval()
+    with torch.inference_mode(), autocast(device, dtype):
+        found = [
+            _predict({"": scorer}, image, {"": inference}, {"": prepare}, device, probabilities=False)
+            for image in images
+        ]
+    return [done.labels[""] for done in found]
 
 
 def _decoded_ahead(
@@ -143,16 +168,17 @@ def _predict(
     scorers: Mapping[str, Scorer],
     image: NDArray[np.uint8],
     inferences: Mapping[str, Inference],
+    prepare: Mapping[str, Prepare],
     device: torch.device,
     *,
     probabilities: bool,
 ) -> _Done:
     size = (image.shape[0], image.shape[1])
-    tensor = torch.tensor(image).permute(2, 0, 1)[None].contiguous().to(device)
     labels: dict[str, NDArray[np.integer]] = {}
     scores: NDArray[np.float16] | None = None
     for title, scorer in scorers.items():
-        inference = inferences[title]
+        inference, prepared = inferences[title], prepare[title](image)
+        tensor = torch.tensor(prepared).permute(2, 0, 1)[None].contiguous().to(device)
         if not probabilities or scores is not None:
             labels[title] = inference(scorer, tensor, size)[0].cpu().numpy()
             continue

@@ -62,6 +62,25 @@ class AnySize(nn.Module):
         return fit_logits(logits, padded=padded.shape[-2:], size=x.shape[-2:])
 
 
+class Windowed(nn.Module):
+    """Mixin in front of a network class that takes images of ``window`` x ``window`` only.
+
+    Any other image is cut into such windows side by side, which do not see each other; their logits are put together.
+    """
+
+    window: int
+
+    def forward(self, x: torch.Tensor) -> Any:
+        side = self.window
+        padded = pad_to_multiple(x, side)
+        size = padded.shape[-2:]
+        rows, columns = size[0] // side, size[1] // side
+        tiles = padded.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5)
+        logits = super().forward(tiles.flatten(0, 2)).unflatten(0, (-1, rows, columns))
+        logits = logits.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return logits if size == x.shape[-2:] else fit_logits(logits, padded=size, size=x.shape[-2:])
+
+
 @functools.cache
 def _subclass(mixin: Any, cls: Any) -> Any:
     return type(cls.__name__, (mixin, cls), {"__doc__": cls.__doc__})

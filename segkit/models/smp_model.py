@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from segkit.errors import InputError, first_line
-from segkit.models.any_size import accept_any_size
+from segkit.models.any_size import Windowed, accept_any_size, mix_in
 from segkit.models.segmenter import normalisation, set_normalisation
 from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
 
@@ -43,6 +44,7 @@ def smp_model(
     ``mean`` and ``std``: what the input is normalised with; null takes what the encoder was trained with.
 
     H and W are arbitrary: the image is padded as the encoder needs it, and the logits cover the image alone.
+    Transformers of timm take their size from the image where they can; to those that cannot it is given in windows.
     InputError for an unknown name (with the nearest ones), an unknown option, or weights that are unavailable.
     """
     import segmentation_models_pytorch as smp
@@ -55,14 +57,41 @@ def smp_model(
     _check_options(arguments, parameters, name=name)
     if "upsampling" in parameters:
         arguments["upsampling"] = 1
+    dynamic, window = _sizes(encoder)
+    if dynamic:
+        arguments["dynamic_img_size"] = True
     net = _build(cls, encoder, num_classes, arguments)
     if weights is None:
         load_encoder_weights(net.encoder, encoder, encoder_weights)
     set_normalisation(net, *normalisation(encoder), mean=mean, std=std)
-    net = accept_any_size(net, multiple=net.encoder.output_stride if cls.requires_divisible_input_shape else 1)
+    if window:
+        mix_in(Windowed, net)
+        vars(net).update(window=window)
+    else:
+        stride = net.encoder.output_stride * (2 if name == "DPT" else 1)  # whose decoder halves the last features again
+        accept_any_size(net, multiple=stride if dynamic or cls.requires_divisible_input_shape else 1)
     if weights is not None:
         load_model_weights(net, weights)
     return net
+
+
+def _sizes(encoder: str) -> tuple[bool, int | None]:
+    """Whether ``encoder`` can take its size from the image, and the only side that it takes, None for any.
+
+    timm knows the first by an argument of the class, and the second by the entry of the weights.
+    """
+    import timm
+
+    name = encoder.removeprefix("tu-")
+    if name == encoder:
+        return False, None
+    module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
+    classes = [item for item in vars(module).values() if inspect.isclass(item) and issubclass(item, nn.Module)]
+    transformers = [item for item in classes if "img_size" in inspect.signature(item.__init__).parameters]
+    if any("dynamic_img_size" in inspect.signature(item.__init__).parameters for item in transformers):
+        return True, None
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return False, config.input_size[-1] if config is not None and config.fixed_input_size else None
 
 
 def _build(cls: Any, encoder: str, num_classes: int, arguments: dict[str, Any]) -> Any:

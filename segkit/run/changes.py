@@ -20,7 +20,8 @@ FILES = "files.json.gz"
 
 EFFECTIVE = (
     "optimizer.*",
-    *(f"schedule.*.{name}" for name in ("epochs", "steps", "lr", "warmup_steps", "poly_power", "loss", "loss.*")),
+    *(f"schedule.*.{name}" for name in ("epochs", "steps", "lr", "lr_schedule", "warmup_steps", "poly_power")),
+    *("schedule.*.loss", "schedule.*.loss.*"),
     "loss.*",
     "evaluation.*",
     *(f"dataset.{name}" for name in ("flip", "scale", "color_jitter", "jitter.*")),

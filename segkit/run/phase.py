@@ -167,6 +167,7 @@ def make_trainer(
             phase=phase.name,
             num_steps=plan.num_steps,
             seed=config.seed,
+            lr_schedule=settings.lr_schedule.value,
             warmup_steps=settings.warmup_steps,
             poly_power=settings.poly_power,
             accumulate=config.accumulate,

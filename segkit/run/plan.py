@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from segkit.config.schema import Config
 from segkit.data.loader import steps_per_epoch
+from segkit.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
     phase, evaluation = config.schedule[name], config.evaluation
     per_epoch = steps_per_epoch(num_samples, config.batch_size)
     steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
+    if phase.warmup_steps > steps:
+        raise InputError(
+            f"schedule.{name}.warmup_steps is {phase.warmup_steps}, but the phase has {steps} steps: set "
+            f"schedule.{name}.warmup_steps={steps // 10}, or train for longer"
+        )
     every = evaluation.every_steps
     if evaluation.every_epochs is not None:
         every = max(1, round(evaluation.every_epochs * per_epoch))

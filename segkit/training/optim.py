@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate as a function of the step."""
+"""Parameter groups and their learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 def parameter_groups(model: nn.Module, *, lr: float, encoder_lr_factor: float = 1.0) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: weights and (without weight decay) biases and norm parameters, encoder and rest.
 
-    Every group has ``peak_lr``: the learning rate that :func:`lr_factor` scales. Parameters below an attribute named
+    Every group has ``peak_lr``: the learning rate that a schedule scales. Parameters below an attribute named
     ``encoder`` get ``encoder_lr_factor`` times ``lr``. Frozen parameters are left out.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -26,14 +26,6 @@ def parameter_groups(model: nn.Module, *, lr: float, encoder_lr_factor: float = 
             group["weight_decay"] = 0.0
         result.append(group)
     return result
-
-
-def lr_factor(step: int, *, num_steps: int, warmup_steps: int = 0, power: float = 0.9) -> float:
-    """Share of the peak learning rate at ``step`` (from 0): linear warm-up, then (1 - progress) ** power."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    remaining = max(num_steps - warmup_steps, 1)
-    return max(0.0, 1 - (step - warmup_steps) / remaining) ** power
 
 
 def set_lr(optimizer: Any, factor: float) -> float:

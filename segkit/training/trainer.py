@@ -24,8 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 from segkit import memory, runtime
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint, distributed, failure
-from segkit.training.optim import lr_factor, set_lr
+from segkit.training.optim import set_lr
 from segkit.training.precision import Mixed
+from segkit.training.schedules import lr_factor
 from segkit.training.step import followers_of, split, train_step
 from segkit.training.tracking import Tracker
 
@@ -37,6 +38,7 @@ class Settings:
     phase: str
     num_steps: int
     seed: int
+    lr_schedule: str = "poly"
     warmup_steps: int = 0
     poly_power: float = 0.9
     accumulate: int = 1
@@ -199,6 +201,7 @@ class Trainer:
         factor = lr_factor(
             progress.step,
             num_steps=settings.num_steps,
+            schedule=settings.lr_schedule,
             warmup_steps=settings.warmup_steps,
             power=settings.poly_power,
         )

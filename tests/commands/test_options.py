@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from segkit.commands import evaluate, options
 from segkit.errors import InputError
 from segkit.evaluation import protocols
 
-VERBS = ("check", "stats", "evaluate", "predict", "submit", "export", "replay")
+VERBS = tuple(verb for verb in cli.VERBS if verb != "train")  # whose arguments are Hydra's
 
 
 def actions(verb):
@@ -76,3 +77,25 @@ def test_files_need_a_folder(tmp_path):
     options.check_writable(argparse.Namespace(json=tmp_path / "a.json", csv=None), "json", "csv")
     with pytest.raises(InputError, match=r"--csv is .*x\.csv, but the folder .*none does not exist: make it"):
         options.check_writable(argparse.Namespace(csv=Path(tmp_path / "none" / "x.csv")), "csv")
+
+
+def complete(script, *words):
+    """What bash offers for the last of ``words``."""
+    line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _segkit; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_shell_completes_verbs_and_options(capsys):
+    cli.verb_function("completion")(["bash"])
+    script = capsys.readouterr().out
+    assert complete(script, "segkit", "ev") == {"evaluate"}
+    assert complete(script, "segkit", "''") == set(cli.VERBS)
+    assert complete(script, "segkit", "evaluate", "RUN", "--p") == {"--phase", "--precision", "--protocol"}
+    assert complete(script, "segkit", "train", "--p") == set()
+    for shell, line in (
+        ("zsh", "autoload -U +X bashcompinit && bashcompinit"),
+        ("fish", "complete -c segkit -n '__fish_seen_subcommand_from export' -l format -d 'kind of file'"),
+    ):
+        cli.verb_function("completion")([shell])
+        assert line in capsys.readouterr().out.splitlines()

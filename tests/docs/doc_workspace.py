@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,24 @@ class Workspace:
             return compose_module.compose(overrides)
         finally:
             compose_module.config_dir = before
+
+    @contextlib.contextmanager
+    def small_runs(self) -> Iterator[None]:
+        """Within the context ``segkit.train`` makes a tiny run of any overrides."""
+        before = compose_module.compose
+
+        def small(overrides: Any, **rest: Any) -> Config:
+            compose_module.compose = before
+            try:
+                return self.compose(self.small(list(overrides)))
+            finally:
+                compose_module.compose = small
+
+        compose_module.compose = small
+        try:
+            yield
+        finally:
+            compose_module.compose = before
 
     def small(self, overrides: list[str], *, steps: int = 1) -> list[str]:
         """``overrides`` with those that make a run tiny; a model that they name stays."""

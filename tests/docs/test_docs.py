@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def run_page(workspace: Workspace, name: str) -> int:
             elif block.language == "python" and block.title:
                 workspace.add_module(block.title, block.text)
             elif block.language == "python":
-                exec(compile(workspace.substitute(block.text, dataset=dataset), block.where, "exec"), namespace)
+                with workspace.small_runs():
+                    exec(compile(workspace.substitute(block.text, dataset=dataset), block.where, "exec"), namespace)
             elif block.language == "yaml":
                 workspace.add_yaml(block.title, block.text)
             else:
@@ -89,6 +91,19 @@ SLOW_PAGES = ("tutorial.md", "deployment.md")
 def test_every_command_works(workspace, name, capsys):
     count = run_page(workspace, name)
     assert count or name == "faq.md", f"{name} shows no command"
+
+
+@few_pixels[0]
+@few_pixels[1]
+def test_the_notebook_runs(workspace):
+    """Its code cells in order; the last one shows three images beside three predictions."""
+    cells = json.loads((REPOSITORY / "examples" / "first_run.ipynb").read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, object] = {"__name__": "notebook"}
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for source in sources:
+        exec(compile(source, "first_run.ipynb", "exec"), namespace)
+    assert eval(sources[-1].splitlines()[-1], namespace).size == (2 * 96, 3 * 64)
+    assert 0 < namespace["run"]["mean_iou"] < 1
 
 
 def test_commands_in_running_text_work(workspace):

@@ -11,7 +11,8 @@ from torch import nn
 from segkit.errors import Interrupted
 from segkit.runtime import derive_seed
 from segkit.training import checkpoint
-from segkit.training.optim import lr_factor, parameter_groups
+from segkit.training.optim import parameter_groups
+from segkit.training.schedules import lr_factor
 
 
 def test_equals_a_hand_written_loop(tmp_path):

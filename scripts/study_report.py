@@ -23,13 +23,13 @@ Arms = dict[str, dict[int, Any]]
 
 
 def report(folder: Path, study: dict[str, Any]) -> None:
-    """Write table.md, signs.md and the figures from the results in ``folder``."""
+    """Write table.txt, signs.txt and the figures from the results in ``folder``."""
     arms = load(folder, "arms", study["arms"]["each"], study["seeds"])
     if CONTROL in arms:
-        (folder / "table.md").write_text(table(arms))
+        (folder / "table.txt").write_text(table(arms))
         study_figure(folder, arms)
     if CONTROL in arms and WITHOUT in arms:
-        (folder / "signs.md").write_text(signs(arms))
+        (folder / "signs.txt").write_text(signs(arms))
     curves_figure(folder, load(folder, "curves", study["curves"]["each"], study["seeds"][:1]))
 
 

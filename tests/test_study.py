@@ -21,7 +21,7 @@ def test_the_committed_tables_are_those_of_the_stored_results(tmp_path):
     shutil.copytree(STUDY / "results", tmp_path / "results")
     study = yaml.safe_load((STUDY / "study.yaml").read_text())
     study_report.report(tmp_path, study)
-    for name in ("table.md", "signs.md"):
+    for name in ("table.txt", "signs.txt"):
         assert (tmp_path / name).read_text() == (STUDY / name).read_text()
     for figure in STUDY.glob("*.svg"):
         assert (tmp_path / figure.name).read_text().startswith("<?xml")
@@ -52,12 +52,12 @@ def test_figures_by_hand(tmp_path):
         return 50 * (170 / (170 + 30 - pole - 5) + (pole + 5) / 30)
 
     with_margin, without = ([mean_iou(pole) for pole in poles] for poles in ((6, 9), (10, 12)))
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = (tmp_path / "table.txt").read_text().splitlines()
     row = next(line for line in lines if line.startswith("| mc_mean1 | argmax"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[2:5] == [f"{np.mean(with_margin):.2f}", f"{np.std(with_margin, ddof=1):.2f}", "2"]
     assert cells[5].startswith(f"{np.mean(with_margin) - np.mean(without):+.2f} [-")
-    lines = (tmp_path / "signs.md").read_text().splitlines()[2:]
+    lines = (tmp_path / "signs.txt").read_text().splitlines()[2:]
     road, pole, hits = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert road[1].startswith("+")  # predicted too often, and yet it loses with the pole
     assert road[2].endswith("miss")

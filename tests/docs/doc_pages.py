@@ -42,7 +42,11 @@ class Block:
 def pages() -> dict[str, Path]:
     """Name to file of every page, README.md last."""
     found = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
-    for included in ("loss_table.md", "loss_bench.md", "study/registration.md"):  # tables of losses.md; a text as it was
+    for included in (
+        "loss_table.md",
+        "loss_bench.md",
+        "study/registration.md",
+    ):  # included; kept
         del found[included]
     return {**found, "README.md": README}
 

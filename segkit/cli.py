@@ -16,6 +16,7 @@ from segkit.runtime import let_waiting_threads_sleep
 VERBS = {
     "train": "train a model (the same as python train.py)",
     "check": "proof before the GPU hour: the data, and one real step of everything",
+    "browse": "training crops as the trainer sees them: one offline HTML file",
     "stats": "label pixels of every class, and the margins that follow",
     "evaluate": "score a trained run on any split, with any inference",
     "predict": "label images and overlays for any pictures",

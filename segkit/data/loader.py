@@ -61,6 +61,23 @@ def _generator(*key: Any) -> np.random.Generator:
 _cached_order = functools.lru_cache(maxsize=2)(epoch_order)
 
 
+def crop_of(
+    dataset: SampleSet, transform: TrainTransform, index: int, *, seed: int, phase: str, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training crop of sample ``index`` in an epoch: image uint8 (h, w, 3), label uint8 (h, w).
+
+    The label is read first: its size decides the window, and the window how finely the image is decoded.
+    """
+    raw = dataset.raw_label(index)
+    window = transform.draw((raw.shape[0], raw.shape[1]), _generator("augment", seed, phase, epoch, index))
+    shrink = window.shrink if dataset.shrinkable(index) else 1
+    image = dataset.image(index, shrink=shrink)
+    dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
+    shrink = 1 if image.shape[:2] == raw.shape else shrink
+    label_cut = dataset.to_train(index, window.cut_label(raw))
+    return transform.finish(window.cut_image(image, shrink), label_cut, window)
+
+
 @dataclass(eq=False)
 class _TrainSteps(Dataset[Batch | InputError]):
     """Item ``s`` is the batch of step ``s``; an InputError is handed over as a value (see :func:`_run`)."""
@@ -92,21 +109,10 @@ class _TrainSteps(Dataset[Batch | InputError]):
         images = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
         labels = torch.empty((len(indices), height, width), dtype=torch.uint8)
         for row, index in enumerate(indices):
-            image, label = self._crop(index, _generator("augment", self.seed, self.phase, epoch, index))
+            image, label = crop_of(self.dataset, self.transform, index, seed=self.seed, phase=self.phase, epoch=epoch)
             _planes(image, images[row])
             labels[row] = torch.from_numpy(label)
         return Batch(images, labels, [self.dataset.samples[i].name for i in indices], indices)
-
-    def _crop(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Read the label first: its size decides the window, and the window how finely the image is decoded."""
-        raw = self.dataset.raw_label(index)
-        window = self.transform.draw((raw.shape[0], raw.shape[1]), rng)
-        shrink = window.shrink if self.dataset.shrinkable(index) else 1
-        image = self.dataset.image(index, shrink=shrink)
-        self.dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
-        shrink = 1 if image.shape[:2] == raw.shape else shrink
-        label_cut = self.dataset.to_train(index, window.cut_label(raw))
-        return self.transform.finish(window.cut_image(image, shrink), label_cut, window)
 
 
 @dataclass(eq=False)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from segkit.data.files import check_readable
+from segkit.data.formats.masks import load_index
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
@@ -144,7 +145,7 @@ def count_labels(
 def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet) -> str | None:
     """A sentence if a folder's labels hold one class of several, and void, as masks of 0 and 255 without ids do."""
     present = np.flatnonzero(class_pixels)
-    if dataset.name != "folder" or len(dataset.classes) == 1 or len(present) > 1 or ignored_pixels == 0:
+    if dataset.readers[1] is not load_index or len(dataset.classes) == 1 or len(present) > 1 or ignored_pixels == 0:
         return None
     table = dataset.table
     values = [value for value, train in table.raw_to_train.items() if train == table.ignore_index]

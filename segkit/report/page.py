@@ -52,11 +52,17 @@ def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
     first = c.runs[0]
     title = " ".join(str(first.protocol[key]) for key in ("dataset", "split") if key in first.protocol)
     measured = {**flatten(first.protocol), "images": first.results["num_images"], "classes": len(first.classes)}
-    return _environment().get_template("page.html.j2").render(
-        c=c, parts=parts, title=title or "Comparison", num_samples=num_samples,
+    return render(
+        "page.html.j2", c=c, parts=parts, title=title or "Comparison", num_samples=num_samples,
         measured={key: value for key, value in measured.items() if value is not None and value is not False},
-        tiles=_highlights(c), style=_asset("page.css"), script=_asset("page.js"),
+        tiles=_highlights(c),
     )  # fmt: skip
+
+
+def render(template: str, **parts: Any) -> str:
+    """Return a page of this folder with its style and script inside; all text of ``parts`` is escaped."""
+    assets = {"style": _asset("page.css"), "script": _asset("page.js")}
+    return _environment().get_template(template).render(**parts, **assets)
 
 
 @cache

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from segkit.config.schema import Config, plain
-from segkit.data.loader import Batch, epoch_order, eval_batches, train_batches
+from segkit.data.loader import Batch, crop_of, epoch_order, eval_batches, train_batches
 from segkit.data.transforms import EvalTransform
 from segkit.run.build import train_transform
 from segkit.run.plan import PhasePlan
@@ -56,6 +58,14 @@ class PhaseBatches:
         if fixed is None:
             return self._load(start, num_steps, augment=True)
         return (fixed[step % len(fixed)] for step in range(start, num_steps))
+
+    def first_crops(self, num: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """At most ``num`` crops of the first epoch, as they are trained on: image (h, w, 3) and label (h, w)."""
+        split, phase, seed = self.splits.train, self.plan.name, self.config.seed
+        augment = self.config.overfit_batches is None
+        transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)
+        order = epoch_order(len(split), seed=seed, phase=phase, epoch=0)[:num].tolist()
+        return [crop_of(split, transform, index, seed=seed, phase=phase, epoch=0) for index in order]
 
     def names(self, step: int) -> list[str]:
         """The samples of ``step``, in the order of the batch over all ranks."""

@@ -17,6 +17,7 @@ from segkit.config.schema import Config
 from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
 from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
+from segkit.report import pictures
 from segkit.report.text import for_markdown
 from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
@@ -126,6 +127,14 @@ def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: 
     table = [f"| {for_markdown(label)} | {part:.3%} | {own:.4g} | {other:.4g} |" for label, part, own, other in rows]
     head = ["| class | share of the pixels | rho_0k, logits | rho_k0, logits |", "|---|---|---|---|"]
     tracker.text("margins", "\n".join([*head, *table]))
+
+
+def show_crops(tracker: Tracker, crops: Sequence[tuple[np.ndarray, np.ndarray]], *, palette: Any, classes: Any) -> None:
+    """Show training crops, image (h, w, 3) beside label (h, w), and a legend; nothing without crops."""
+    if crops:
+        rows = [np.concatenate([image, pictures.colours(palette)[label]], axis=1) for image, label in crops]
+        grid = [*rows, pictures.legend(palette, classes, rows[0].shape[1])]
+        tracker.pictures(0, "training crops", np.concatenate(grid))
 
 
 def error_shares(counts: Any, classes: Sequence[str]) -> dict[str, float]:

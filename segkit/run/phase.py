@@ -211,6 +211,9 @@ def _open_charts(phase: Phase, tracker: Tracker) -> None:
     config, counts = phase.config, phase.counts
     layout = charts.LAYOUT | (charts.MARGIN_LAYOUT if phase.observer else {})
     tracker.layout(layout | (charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}))
+    table = phase.batches.splits.train
+    crops = phase.batches.first_crops(config.evaluation.pictures) if distributed.is_main() else []
+    charts.show_crops(tracker, crops, palette=table.palette, classes=table.classes)
     charts.show_margins(tracker, charts.margin_buffers(phase.loss), classes=counts.classes, pixels=counts.class_pixels)
     if phase.is_last:
         own = config.schedule[phase.name].lr

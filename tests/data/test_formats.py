@@ -17,6 +17,7 @@ from segkit.cli import verb_function
 from segkit.config.compose import compose
 from segkit.data import open_dataset
 from segkit.data.formats.polygons import Shape, rasterise
+from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
@@ -593,6 +594,14 @@ def test_a_rectangle_of_labelme_is_a_polygon(tmp_path):
     first_shape(points=[[3], 4])(tmp_path, "a.json")
     with pytest.raises(InputError, match=r"shape 0 of .* is a rectangle without two corners: correct or remove it"):
         open_dataset("folder", root=tmp_path, split="train", **options).label(0)
+
+
+def test_polygons_of_one_class_in_void_are_counted(tmp_path):
+    """Void beside one class is suspicious in masks alone, where 255 may be a class."""
+    options = make(tmp_path, "labelme")
+    (tmp_path / "classes.yaml").write_text("names: [tool, other]\nunlabelled: void\nignore: [hand]\n")
+    counts = count_labels(open_dataset("folder", root=tmp_path, split="train", **options), workers=0)
+    assert counts.class_pixels.tolist() == [pixels(SPLITS["train"])[1], 0]
 
 
 def test_a_val_split_that_is_there_is_not_cut_again(tmp_path):

@@ -127,8 +127,9 @@ class Runner:
         if verb == "check":
             overrides, options = options_last(words)
             return [*self.space.small(overrides), *options, *([] if self.trains else ["--skip-step"])]
-        if verb == "stats":
-            small = ["dataset.reader.num_images=4"] if "dataset=synthetic" in words else []
+        if verb in ("stats", "browse"):
+            synthetic = "dataset=synthetic" in words or not any(word.startswith("dataset=") for word in words)
+            small = ["dataset.reader.num_images=4"] if synthetic else []
             return [*words, *small, "workers=0", f"cache_dir={self.space.root / 'cache'}"]
         if verb == "sample":
             return [*replaced(words, "--n", "4"), "--scale", "0.1"]

@@ -1,0 +1,106 @@
+"""``segkit browse``: training crops as the trainer sees them, on one offline page."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
+from segkit.errors import InputError
+from segkit.progress import show
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the verb's arguments."""
+    verb = verb_parser(
+        "browse",
+        "Show training crops, clean and augmented, with their labels and class shares, on one page without a network.",
+        example="dataset=folder dataset.root=/data/mine augment=strong --output browse.html",
+    )
+    verb.add_argument("overrides", **OVERRIDES)
+    verb.add_argument("--config-dir", **CONFIG_DIR)
+    verb.add_argument("--output", type=Path, required=True, metavar="FILE", help="the page to write")
+    verb.add_argument("--n", type=int, default=24, metavar="N", help="samples to show")
+    verb.add_argument("--rare-first", action="store_true", help="look at all labels, and show the rarest classes first")
+    return verb
+
+
+def run(argv: Sequence[str]) -> None:
+    """Write the page."""
+    arguments = parser().parse_intermixed_args(argv)
+    check_writable(arguments, "output")
+    if arguments.n < 1:
+        raise InputError(f"--n is {arguments.n}, but must be at least 1")
+    from segkit.config.compose import compose
+    from segkit.config.schema import check_targets
+    from segkit.data.decode import set_pixel_limit
+    from segkit.files import write_atomically
+    from segkit.report.page import render
+    from segkit.run.splits import open_split
+
+    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
+    check_targets(config)
+    set_pixel_limit(config.max_pixels)
+    phase = list(config.schedule)[-1]
+    dataset = config.phase_dataset(phase)
+    split = open_split(dataset, dataset.train_split)
+    indices = (
+        rarest(split, arguments.n, config) if arguments.rare_first else in_order(split, arguments.n, config, phase)
+    )
+    text = render(
+        "browse.html.j2", title=f"{split.name} {split.split}", samples=samples(config, phase, split, indices),
+        key=list(zip(split.classes, split.palette.tolist(), strict=True)), total=len(split), notes=split.notes,
+        facts={"crop": dataset.crop, "scale": dataset.scale, "flip": dataset.flip, "jitter": dataset.color_jitter,
+               "augment": ", ".join(name for name, node in config.augment.items() if node) or "none beyond"},
+    )  # fmt: skip
+    write_atomically(arguments.output, text)
+    show(f"written: {arguments.output} ({len(indices)} of {len(split)} samples)")
+
+
+def in_order(split: Any, num: int, config: Any, phase: str) -> list[int]:
+    """Return the samples that the phase begins with."""
+    from segkit.data.loader import epoch_order
+
+    return epoch_order(len(split), seed=config.seed, phase=phase, epoch=0)[:num].tolist()
+
+
+def rarest(split: Any, num: int, config: Any) -> list[int]:
+    """Return samples with the most pixels of each class, the rarest class first, in turn."""
+    import numpy as np
+
+    from segkit.data.statistics import label_histogram
+    from segkit.data.workers import map_samples
+
+    counts = np.stack(list(map_samples(label_histogram, split, range(len(split)), workers=config.workers)))
+    counts = counts[:, : split.num_classes]
+    present = [k for k in np.argsort(counts.sum(0), kind="stable") if counts[:, k].any()]
+    best = {k: [i for i in np.argsort(-counts[:, k], kind="stable").tolist() if counts[i, k]] for k in present}
+    places = range(max(map(len, best.values()), default=0))
+    return list(dict.fromkeys(best[k][place] for place in places for k in present if place < len(best[k])))[:num]
+
+
+def samples(config: Any, phase: str, split: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Return name, pictures [(address, caption), ...] and class shares of every sample, clean and as in epoch 0."""
+    from segkit.data.loader import crop_of
+    from segkit.report.pictures import overlay, panel
+    from segkit.run.build import train_transform
+
+    found = []
+    kinds = {
+        kind: train_transform(config, phase, augment=kind == "augmented", ignore_index=split.ignore_index)
+        for kind in ("clean", "augmented")
+    }
+    for index in indices:
+        pictures = []
+        for kind, transform in kinds.items():
+            image, label = crop_of(split, transform, index, seed=config.seed, phase=phase, epoch=0)
+            pictures += [(panel(image), kind), (panel(overlay(image, label, split.palette)), f"{kind}, label")]
+        parts = {name: float((label == k).mean()) for k, name in enumerate(split.classes)}
+        shares = sorted(((share, name) for name, share in parts.items() if share), reverse=True)
+        void = float((label == split.ignore_index).mean())
+        sample = split.samples[index]
+        files = [str(path) for path in (sample.image, *sample.labels)]
+        found.append({"name": sample.name, "files": files, "pictures": pictures, "shares": shares, "void": void})
+    return found

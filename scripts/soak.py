@@ -1,6 +1,9 @@
 """Kill a small run at random moments, resume it, compare hashes; then train 2,000 steps and watch for leaks.
 
-    python scripts/soak.py [--kills 30] [--steps 2000] [--seed 0]
+    python scripts/soak.py [--kills 30] [--steps 2000] [--cases 0] [--seed 0]
+
+``--cases N`` also tries every case of ``soak_cases.py`` N times: two processes in one folder, signals to the group
+while it evaluates or counts labels, a closed terminal, a killed torchrun, a flipped bit.
 
 Every run is a process of its own (forked from one that has the imports behind it, which saves seconds a start) and does
 what ``python train.py`` does. Half of the kills wait for a checkpoint to be half written. Prints a line a run and ends
@@ -284,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -291,7 +295,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="segkit-soak-") as name:
         right = kills(Path(name), number=arguments.kills, seed=arguments.seed) if arguments.kills else True
         tight = leaks(Path(name), steps=arguments.steps) if arguments.steps else True
-    if not (right and tight):
+        held = True
+        if arguments.cases:
+            from soak_cases import try_cases
+
+            held = try_cases(Path(name), times=arguments.cases, seed=arguments.seed)
+    if not (right and tight and held):
         sys.exit(1)
 
 

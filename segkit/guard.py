@@ -78,15 +78,19 @@ MEMORY_ADVICE = (
 )
 
 
+_PLACES = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
 def _explain_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or set "
             "hydra.run.dir and cache_dir to a larger disk, then run the same command again"
         )
-    if error.filename is not None and isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+    if error.filename is not None and isinstance(error, _PLACES):
         return (
-            f"{error.filename} cannot be used ({error.strerror}): give a folder that can be written, hydra.run.dir=DIR"
+            f"{error.filename} cannot be used ({error.strerror}): give a place that can be written, hydra.run.dir=DIR "
+            "or the --output of a verb"
         )
     return str(error)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_shared, dataset_of, verb_parser
+from segkit.commands.options import add_shared, check_writable, dataset_of, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -34,6 +34,7 @@ def parser() -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Write the file, and print how well it agrees with the model."""
     arguments = parser().parse_args(argv)
+    check_writable(arguments, "output")
     from segkit.commands.decision import add_bias, decision_of
     from segkit.config.schema import plain
     from segkit.models.export import agreement, export

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -133,11 +134,18 @@ def limit_pixels(arguments: argparse.Namespace) -> None:
 
 
 def check_writable(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise InputError if the folder of a file that an option names does not exist."""
+    """Raise InputError if an option names a file that cannot be written."""
     for option in options:
-        path = getattr(arguments, option)
-        if path and not path.absolute().parent.is_dir():
-            raise InputError(f"--{option} is {path}, but the folder {path.absolute().parent} does not exist: make it")
+        if (path := getattr(arguments, option)) is None:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise InputError(f"--{option} is {path}, but the folder {folder} does not exist: make it")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"--{option} is {path}, but the folder {folder} cannot be written: give another one")
 
 
 def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:

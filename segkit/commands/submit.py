@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, dataset_of, inference, limit_pixels, verb_parser
+from segkit.commands.options import (
+    INFERENCE,
+    add_shared,
+    check_writable,
+    dataset_of,
+    inference,
+    limit_pixels,
+    verb_parser,
+)
 from segkit.progress import show
 
 
@@ -32,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     arguments = parser().parse_args(argv)
     limit_pixels(arguments)
+    check_writable(arguments, "output")
     from segkit.commands.decision import decision_of
     from segkit.data.decode import image_size
     from segkit.evaluation.submission import check_images, write_submission

@@ -77,6 +77,9 @@ def test_files_need_a_folder(tmp_path):
     options.check_writable(argparse.Namespace(json=tmp_path / "a.json", csv=None), "json", "csv")
     with pytest.raises(InputError, match=r"--csv is .*x\.csv, but the folder .*none does not exist: make it"):
         options.check_writable(argparse.Namespace(csv=Path(tmp_path / "none" / "x.csv")), "csv")
+    for place, kind in ((tmp_path, "a folder"), (Path("/dev/null"), "no regular file"), (Path(""), "a folder")):
+        with pytest.raises(InputError, match=rf"--csv is '.*', which is {kind}: give the name of a file"):
+            options.check_writable(argparse.Namespace(csv=place), "csv")
 
 
 def complete(script, *words):
@@ -99,3 +102,9 @@ def test_a_shell_completes_verbs_and_options(capsys):
     ):
         cli.verb_function("completion")([shell])
         assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match=r"--json is .*, but the folder .* cannot be written: give another one"):
+        options.check_writable(argparse.Namespace(json=tmp_path / "a.json"), "json")

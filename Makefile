@@ -7,7 +7,7 @@ ARGS ?=
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types smoke golden soak audit docs tensorboard loss-table clean
+.PHONY: help setup train test gpu-test lint types smoke golden soak audit docs tensorboard loss-table clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ train: $(STAMP)  ## run the main job: train on the embedded data set (ARGS="key=
 
 test: $(STAMP)  ## run the tests (ARGS="-k name ..." chooses)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+gpu-test: $(STAMP)  ## on a machine with a GPU: its tests, and the benches as a table for the README (gpu.md)
+	$(BIN)/python scripts/gpu_report.py $(ARGS)
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .

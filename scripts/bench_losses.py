@@ -54,7 +54,7 @@ def margin_autograd(logits: Tensor, target: Tensor, *, rho_k0: Tensor, rho_0k: T
     lam = torch.where(logits == first, first - second, logits - first)
     valid = target != VOID
     own = F.one_hot(torch.where(valid, target, 0), logits.shape[1]).movedim(-1, 1).bool()
-    x = torch.where(own, rho_k0.view(1, -1, 1, 1) - lam, lam + rho_0k.view(1, -1, 1, 1))
+    x = torch.where(own, rho_k0.to(lam).view(1, -1, 1, 1) - lam, lam + rho_0k.to(lam).view(1, -1, 1, 1))
     return (F.softplus(math.log(2) * x) / math.log(2)).sum(1)[valid].mean()
 
 
@@ -142,8 +142,12 @@ def example(case: str, trained: float, tiny: bool = False) -> tuple[Tensor, Tens
 def step(loss: Loss, logits: Tensor, target: Tensor) -> float:
     """Seconds of one forward and backward pass."""
     logits.grad = None
+    if logits.is_cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     loss(logits, target).backward()
+    if logits.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -157,9 +161,9 @@ def time_row(
         if turn >= repeats + 2 and time.perf_counter() - start > seconds:
             break
         for way, found in zip((loss, base), times, strict=True):
-            seconds = step(way, logits, target)
+            taken = step(way, logits, target)
             if turn >= 2:
-                found.append(1e3 * seconds)
+                found.append(1e3 * taken)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -194,8 +198,12 @@ def memory_row(case: str, name: str, arguments: argparse.Namespace) -> float:
 
 def bench(case: str, arguments: argparse.Namespace) -> list[list[str]]:
     """The rows of one case: name, ms, ratio, MB, ratio."""
-    logits, target = example(case, arguments.trained)
+    logits, target = (item.detach().to(arguments.device) for item in example(case, arguments.trained))
+    logits.requires_grad_()
     ways = rows(CASES[case][1], arguments.reference)
+    for loss in ways.values():
+        if isinstance(loss, torch.nn.Module):
+            loss.to(arguments.device)
     table = []
     base_memory = memory_row(case, BASE, arguments) if arguments.memory else 0.0
     for name, loss in ways.items():
@@ -213,7 +221,7 @@ def bench(case: str, arguments: argparse.Namespace) -> list[list[str]]:
 
 def show(case: str, table: list[list[str]], arguments: argparse.Namespace) -> None:
     """Print one case, as Markdown or through rich."""
-    title = f"{case}, {arguments.threads} threads"
+    title = f"{case}, {arguments.threads} threads" + ("" if arguments.device == "cpu" else f", {arguments.device}")
     header = ["loss", "ms", "x cross-entropy"] + (["peak extra MB", "x cross-entropy"] if arguments.memory else [])
     if arguments.md:
         print(f"\n**{title}**\n\n| {' | '.join(header)} |\n|---{'|---:' * (len(header) - 1)}|")
@@ -241,6 +249,7 @@ def main() -> None:
     parser.add_argument("--trained", type=float, default=0.0, metavar="X", help="added to the logit of the label")
     parser.add_argument("--only", nargs="*", metavar="WORD", help="rows whose name holds one of these words")
     parser.add_argument("--cases", nargs="*", type=int, default=[1, 2, 3], choices=[1, 2, 3])
+    parser.add_argument("--device", default="cpu", help="on a GPU together with --no-memory")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

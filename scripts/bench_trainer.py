@@ -106,7 +106,7 @@ def diagnostics_cost(model, batches, *, mixed: Mixed, every: int, steps: int) ->
         name, loss = (("without", plain), ("with", watched))[step % 2]
         parts = split(batches[step // 2 % len(batches)], 1)  # the same batch for both
         start = time.perf_counter()
-        train_step(model, loss, optimizer, parts, mixed=mixed, scaler=mixed.scaler())  # waits for the loss's value
+        train_step(model, loss, optimizer, parts, mixed=mixed, scaler=mixed.scaler()).read()
         seconds[name].append(time.perf_counter() - start)
     without, observed = (statistics.median(found[2:]) for found in seconds.values())
     ratio = statistics.median(b / a for a, b in zip(seconds["without"][2:], seconds["with"][2:], strict=True))

@@ -60,11 +60,14 @@ class Span(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def spans(num_in: int, num_out: int, size: int) -> tuple[Span, ...]:
-    """All outputs of one axis in spans of at most ``size``; matrices (outputs, inputs) in float64 on the CPU."""
+def spans(
+    num_in: int, num_out: int, size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Span, ...]:
+    """All outputs of one axis in spans of at most ``size``; matrices (outputs, inputs), kept on their ``device``."""
     count = -(-num_out // size)
     edges = [round(i * num_out / count) for i in range(count + 1)]
-    return tuple(_span(num_in, num_out, slice(start, stop)) for start, stop in itertools.pairwise(edges))
+    found = (_span(num_in, num_out, slice(start, stop)) for start, stop in itertools.pairwise(edges))
+    return tuple(span._replace(matrix=span.matrix.to(device, dtype)) for span in found)
 
 
 def _span(num_in: int, num_out: int, outputs: slice) -> Span:

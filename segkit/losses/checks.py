@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -14,7 +18,8 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
     The two may differ in height and width. Every label must lie in [0, K) or equal ``ignore_index``; ``num_classes``
     is the K that the loss was built for, if it was built for one. The range of the labels costs two reductions over
     them: about 0.05 ms for a batch on a CPU; on an accelerator it also waits for the forward pass once per call, which
-    buys a message with the value instead of a device-side assertion that kills the process.
+    buys a message with the value instead of a device-side assertion that kills the process. Training checks the labels
+    before they go to the device instead (:func:`labels_checked`).
     """
     if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
         raise InputError(f"logits and target must be tensors, got {type(logits).__name__} and {type(target).__name__}")
@@ -56,7 +61,7 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
 
 def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None:
     """Raise InputError, with the value, for a label outside [0, num_classes) that is not ``ignore_index``."""
-    if target.numel() == 0 or torch.compiler.is_compiling():
+    if target.numel() == 0 or torch.compiler.is_compiling() or _checked.get():
         return
     low, high = (int(v) for v in torch.aminmax(target))
     if low >= 0 and high < num_classes:
@@ -73,6 +78,20 @@ def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None
             f"target holds label {examples} ({wrong.numel()} pixels), allowed are 0 to {num_classes - 1} and the "
             f"ignore index {ignore_index}; mend the label table of the data set or the number of classes of the model"
         )
+
+
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
+
+
+@contextmanager
+def labels_checked(target: Tensor, *, num_classes: int, ignore_index: int) -> Iterator[None]:
+    """Check ``target`` while it is on the CPU; within the context no loss asks an accelerator for it."""
+    check_labels(target, num_classes=num_classes, ignore_index=ignore_index)
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
 
 
 def lift_binary(logits: Tensor) -> Tensor:

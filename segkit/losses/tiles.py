@@ -136,11 +136,12 @@ def _low_blocks(logits: Tensor, target: Tensor, n: int) -> Iterator[Block]:
     num_rows = min(height, max(1, math.isqrt(pixels)))
     num_columns = min(width, max(1, pixels // num_rows))
     num_rows = min(height, max(1, pixels // num_columns))
-    for rows in spans(logits.shape[2], height, num_rows):
-        for columns in spans(logits.shape[3], width, num_columns):
+    where = logits.device, compute_dtype(logits)
+    for rows in spans(logits.shape[2], height, num_rows, *where):
+        for columns in spans(logits.shape[3], width, num_columns, *where):
             place = (n, slice(None), slice(rows.first, rows.last), slice(columns.first, columns.last))
-            r, c = (span.matrix.to(logits.device, compute_dtype(logits)) for span in (rows, columns))
-            yield Block(place, logits[place], target[n, rows.out, columns.out], r, c)
+            target_block = target[n, rows.out, columns.out]
+            yield Block(place, logits[place], target_block, rows.matrix, columns.matrix)
 
 
 def pixels_per_tile(num_classes: int, device: torch.device) -> int:

@@ -132,7 +132,7 @@ def measure(
         for images in (PROBES[0], *PROBES):  # the first step makes the optimizer's state
             batch = _noise(images, crop, len(classes))
             with memory.measuring(device) as measured:
-                train_step(model, loss, optimizer, split(batch, 1), mixed=mixed, scaler=scaler)
+                train_step(model, loss, optimizer, split(batch, 1), mixed=mixed, scaler=scaler).read()
             peaks[images] = measured.bytes
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.statistics import LabelCounts, count_labels
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import write_json
+from segkit.losses.checks import labels_checked
 from segkit.models import Segmenter
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
@@ -156,7 +158,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of ``phase``, at its first step."""
     config, plan, settings = phase.config, phase.plan, phase.config.schedule[phase.name]
-    ema = None
+    ema, ignore_index = None, phase.batches.splits.train.ignore_index
     if config.ema_decay is not None:
         ema = AveragedModel(phase.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     return Trainer(
@@ -187,6 +189,7 @@ def make_trainer(
         compile_model=config.compile,
         stop=stop,
         names_of=phase.batches.names,
+        checked=functools.partial(labels_checked, num_classes=len(phase.counts.classes), ignore_index=ignore_index),
     )
 
 

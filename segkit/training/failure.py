@@ -49,7 +49,7 @@ def save_bundle(
     error.json: the error, the phase, the number of steps before the failed one, the rank, the samples' names and the
     ``findings`` of :func:`examine`; config.json; label_counts.json, which the loss may need; batch.pt: images uint8
     (N, 3, H, W), labels uint8 (N, H, W), names, indices, where they could be read; state.pt: what a checkpoint holds,
-    from before the failed step (only the running statistics of batch norm may have seen it already).
+    from before the failed step.
     """
     bundle = folder / (f"failure-{where.step:07d}" + (f"-rank{where.rank}" if where.rank else ""))
     bundle.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,17 @@
-"""One update of the weights."""
+"""One update of the weights, without a wait for the device.
+
+The value of a step is read once the next one is under way (:class:`Outcome`). Until then a step whose loss or gradient
+is not finite must have left the weights alone: fused optimizers read a flag on the device, and skip. Others, fp16 with
+its scaler, a loss that follows the training, and the first step of an optimizer, when it makes its state, read before
+they update.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +31,28 @@ LEAST_SCALE = 2.0**-10
 """Factor of the loss in fp16 below which nothing is gained by halving it once more: it starts at 2^16."""
 
 
+@dataclass
+class Outcome:
+    """What a step computed: ``values`` (3,) on the host, once ``copied``, the loss, the norm of the gradient, and how
+    many ranks want to stop."""
+
+    values: Tensor
+    copied: torch.cuda.Event | None
+    scaled: bool
+
+    def read(self) -> tuple[float, float, bool]:
+        """(loss, norm before clipping, whether a rank wants to stop); NonFiniteLoss if the step was skipped."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        total, norm, stop = self.values.tolist()
+        mean = total / distributed.world_size()
+        if not math.isfinite(mean):
+            raise NonFiniteLoss(f"the loss is {mean}")
+        if not math.isfinite(norm) and not self.scaled:
+            raise NonFiniteLoss(f"the loss is {mean:.6g}, but the norm of its gradient {norm}")
+        return mean, norm, stop > 0
+
+
 def train_step(
     model: nn.Module,
     loss: nn.Module,
@@ -32,13 +62,15 @@ def train_step(
     mixed: Mixed,
     scaler: torch.amp.GradScaler,
     clip_norm: float | None = None,
-) -> tuple[float, float]:
-    """One update from ``parts`` of a batch; returns (loss, norm of the gradient before clipping).
+    stop: bool = False,
+    before_update: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """One update from ``parts`` of a batch; ``before_update`` is called between the gradient and the new weights.
 
     The gradient is that of the whole batch over all ranks in one piece: a pixel-wise loss is divided by the valid
     pixels of all parts and ranks. Other losses (Dice, Lovasz, ...) are averaged over the parts. A non-finite loss or
-    gradient raises :class:`NonFiniteLoss` before the weights are touched. In fp16 the scaler skips such a gradient; the
-    exception comes once it has skipped so many that its scale is below :data:`LEAST_SCALE`.
+    gradient leaves the weights as they are, and raises :class:`NonFiniteLoss` here or where the outcome is read. In
+    fp16 the scaler skips such a gradient; the exception comes once its scale is below :data:`LEAST_SCALE`.
     """
     device, world = mixed.device, distributed.world_size()
     moved = [(images.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for images, labels in parts]
@@ -48,9 +80,10 @@ def train_step(
         # one number, or one for each term of a sum of losses
         count: Any = loss.denominator
         denominator = distributed.sum_over_ranks(torch.stack([count(target) for target in targets]).sum(0))
-    total = torch.zeros((), device=device)
     followers: Any = followers_of(loss).values()
     seen: list[list[Tensor]] = [[] for _ in followers]
+    sums = torch.zeros(2, device=device)
+    sums[1].fill_(float(stop))
     optimizer.zero_grad(set_to_none=True)
     for index, ((images, _), target) in enumerate(zip(moved, targets, strict=True)):
         with _no_sync(model, index < len(moved) - 1):
@@ -64,22 +97,54 @@ def train_step(
             scaler.scale(value).backward()
         for counts, follower in zip(seen, followers, strict=True):
             counts.append(follower.counts_of(logits, target))
-        total += value.detach()
-    mean = float(distributed.sum_over_ranks(total)) / world
-    if not math.isfinite(mean):
-        raise NonFiniteLoss(f"the loss is {mean}")
+        sums[0] += value.detach()
+    sums = distributed.sum_over_ranks(sums)
+    before_update()
+    outcome = _update(model, optimizer, sums, scaler=scaler, clip_norm=clip_norm, reads=bool(seen))
+    for counts, follower in zip(seen, followers, strict=True):
+        follower.follow(distributed.sum_over_ranks(torch.stack(counts).sum(0)))
+    return outcome
+
+
+def _update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sums: Tensor,
+    *,
+    scaler: Any,
+    clip_norm: float | None,
+    reads: bool,
+) -> Outcome:
+    """Update the weights unless a gradient, or the loss in ``sums`` (loss, stop), is not finite.
+
+    ``reads``: the outcome is read before the update in any case.
+    """
     scaler.unscale_(optimizer)
-    limit = math.inf if clip_norm is None else clip_norm
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
-    if not math.isfinite(norm) and not scaler.is_enabled():
-        raise NonFiniteLoss(f"the loss is {mean:.6g}, but the norm of its gradient {norm}")
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([item.grad for item in parameters if item.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    values = torch.stack([sums[0], norm.to(sums.dtype), sums[1]])
+    outcome = Outcome(values.to("cpu", non_blocking=True), None, scaler.is_enabled())
+    if values.device.type == "cuda":
+        outcome.copied = torch.cuda.Event()
+        outcome.copied.record()
+    if skips_by_itself(optimizer) and not scaler.is_enabled() and not reads:
+        optimizer.found_inf = 1 - values[:2].isfinite().all().to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        return outcome
+    mean = outcome.read()[0]
     scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
         raise NonFiniteLoss(f"the gradient of step after step is not finite in fp16, at a loss of {mean:.6g}")
-    for counts, follower in zip(seen, followers, strict=True):
-        follower.follow(distributed.sum_over_ranks(torch.stack(counts).sum(0)))
-    return mean, norm
+    return outcome
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """True for one in its fused form, which reads ``found_inf`` on the device, once it has its state."""
+    return bool(optimizer.state) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def followers_of(loss: nn.Module) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from segkit.files import without_nan
 from segkit.progress import for_terminal, is_terminal, show
+from segkit.runtime import num_cores
 
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's files below that of the phase."""
@@ -238,3 +240,40 @@ def _last_line(content: bytes) -> dict[str, Any]:
     except (IndexError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+MUCH_WAITING = 0.2
+"""Share of the time spent waiting for data, from which on the run says what would help."""
+
+
+def loading_lever(workers: int) -> str:
+    """What would make the loading faster, for the screen."""
+    cores = num_cores()
+    if workers < cores:
+        return f"data-wait: loading is slower than training: set workers={cores} (now {workers}, on {cores} cores)"
+    return (
+        f"data-wait: loading is slower than training with {workers} workers on {cores} cores: if they are busy, store "
+        "the images at the size that is trained on; if not, copy the data to a local disk"
+    )
+
+
+class Clock:
+    """Images a second and the share of time spent waiting for data, without the time of evaluations."""
+
+    def __init__(self) -> None:
+        self.images, self.laps, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
+
+    def lap(self) -> dict[str, float]:
+        """The figures since the last lap."""
+        now = time.perf_counter()
+        seconds = max(now - self.start, 1e-9)
+        figures = {"images_per_second": self.images / seconds, "data_wait_share": self.waited / seconds}
+        self.images, self.laps, self.waited, self.start = 0, self.laps + 1, 0.0, now
+        return figures
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose duration does not count."""
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun

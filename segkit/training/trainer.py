@@ -7,28 +7,30 @@ costs what going on from step 10 costs.
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from segkit import memory, runtime
+from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import set_lr
 from segkit.training.precision import Mixed
 from segkit.training.schedules import lr_factor
-from segkit.training.step import followers_of, split, train_step
-from segkit.training.tracking import Tracker
+from segkit.training.step import Outcome, followers_of, split, train_step
+from segkit.training.tracking import MUCH_WAITING, Clock, Tracker, loading_lever
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,15 @@ class Settings:
     channels_last: bool = False
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose outcome is still to be read, with its batch and the model's buffers from before it."""
+
+    outcome: Outcome
+    batch: Any
+    buffers: list[Tensor]
+
+
 @dataclass
 class Progress:
     """What training has done so far; part of the checkpoint."""
@@ -65,7 +76,8 @@ class Trainer:
 
     ``validate`` is called as ``validate(model, step)`` and returns the results of an evaluation, with ``mean_iou``;
     ``config`` is stored in failure bundles and checkpoints. ``stop`` is asked after every step whether to end.
-    ``names_of(step)`` are the samples of a step that could not be read.
+    ``names_of(step)`` are the samples of a step that could not be read. ``checked(labels)`` checks those of a batch, on
+    the CPU; within the context the loss does not ask the device again.
     """
 
     def __init__(
@@ -85,11 +97,13 @@ class Trainer:
         compile_model: bool = False,
         stop: Callable[[], bool] = lambda: False,
         names_of: Callable[[int], Sequence[str]] = lambda step: (),
+        checked: Callable[[Tensor], AbstractContextManager[None]] = lambda labels: nullcontext(),
     ) -> None:
         self.model, self.loss, self.optimizer, self.ema = model, loss, optimizer, ema
         self.settings, self.mixed, self.tracker = settings, mixed, tracker
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.validate, self.config, self.stop, self.names_of = validate, config, stop, names_of
+        self.checked = checked
         self.scaler = mixed.scaler()
         self.progress = Progress()
         self.results: dict[str, Any] = {}
@@ -97,11 +111,14 @@ class Trainer:
         if compile_model:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         self._clock, self._advised = Clock(), False
+        self._pending: _Pending | None = None
+        self._asked_to_stop, self._failed = False, False
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Everything that training needs to go on."""
+        self._settle()
         progress = self.progress
         return {
             "format": 1,
@@ -168,7 +185,8 @@ class Trainer:
             step, evaluates = self.progress.step, self._evaluates()
             if step % settings.log_every == 0 or step == settings.num_steps:
                 self._log()
-            stopping = distributed.any_rank(self.stop(), self.mixed.device)
+            # of several ranks, once all know that one was asked to in an earlier step
+            stopping = self._asked_to_stop if distributed.world_size() > 1 else self.stop()
             if evaluates or stopping or _due(step, settings.checkpoint_every):
                 self.save(must=stopping or step == settings.num_steps)
             if stopping:
@@ -209,24 +227,57 @@ class Trainer:
         parts = split(batch, settings.accumulate)
         if settings.channels_last:
             parts = [(images.contiguous(memory_format=torch.channels_last), labels) for images, labels in parts]
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        settled = functools.partial(self._settle, buffers)
         try:
-            value, self.grad_norm = train_step(
-                self.wrapped,
-                self.loss,
-                self.optimizer,
-                parts,
-                mixed=self.mixed,
-                scaler=self.scaler,
-                clip_norm=settings.clip_norm,
-            )
+            with self.checked(batch.labels):
+                outcome = train_step(
+                    self.wrapped,
+                    self.loss,
+                    self.optimizer,
+                    parts,
+                    mixed=self.mixed,
+                    scaler=self.scaler,
+                    clip_norm=settings.clip_norm,
+                    stop=distributed.world_size() > 1 and self.stop(),
+                    before_update=settled,
+                )
         except (ValueError, RuntimeError, MemoryError) as error:
+            if self._failed:  # the step before this one
+                raise
+            settled()
+            self._put_back(buffers)
             self._step_failed(error, batch)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
         progress.step += 1
+        self._clock.images += len(batch.names) * distributed.world_size()
+        self._pending = _Pending(outcome, batch, buffers)
+
+    def _settle(self, buffers: list[Tensor] | None = None) -> None:
+        """Read the outcome of the latest step, if that is still to be done: its failure, or its moving average.
+
+        ``buffers``: those of the model after that step, where the next one has changed them already.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        progress = self.progress
+        try:
+            value, self.grad_norm, self._asked_to_stop = pending.outcome.read()
+        except NonFiniteLoss as error:
+            self._failed = True
+            progress.step -= 1
+            self._put_back(pending.buffers)
+            self._step_failed(error, pending.batch)
+        if self.ema is not None:
+            then: Any = SimpleNamespace(parameters=self.model.parameters, buffers=lambda: buffers)
+            self.ema.update_parameters(self.model if buffers is None else then)
         progress.window_loss += value
         progress.window_steps += 1
-        self._clock.images += len(batch.names) * distributed.world_size()
+
+    def _put_back(self, buffers: list[Tensor]) -> None:
+        """Undo what a forward pass has done to the running statistics."""
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     # -- failures ------------------------------------------------------------------------------------------------
 
@@ -273,6 +324,7 @@ class Trainer:
         ) from None
 
     def _loading_failed(self, error: Exception) -> NoReturn:
+        self._settle()
         step, phase = self.progress.step, self.settings.phase
         if step and not self._evaluates():  # else it was saved before its evaluation
             self.save(must=True)
@@ -286,6 +338,7 @@ class Trainer:
         raise error
 
     def _log(self) -> None:
+        self._settle()
         progress = self.progress
         mean = progress.window_loss / max(progress.window_steps, 1)
         progress.window_loss, progress.window_steps = 0.0, 0
@@ -348,40 +401,3 @@ def _ignore_dead_children() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-MUCH_WAITING = 0.2
-"""Share of the time spent waiting for data, from which on the run says what would help."""
-
-
-def loading_lever(workers: int) -> str:
-    """What would make the loading faster, for the screen."""
-    cores = runtime.num_cores()
-    if workers < cores:
-        return f"data-wait: loading is slower than training: set workers={cores} (now {workers}, on {cores} cores)"
-    return (
-        f"data-wait: loading is slower than training with {workers} workers on {cores} cores: if they are busy, store "
-        "the images at the size that is trained on; if not, copy the data to a local disk"
-    )
-
-
-class Clock:
-    """Images a second and the share of time spent waiting for data, without the time of evaluations."""
-
-    def __init__(self) -> None:
-        self.images, self.laps, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
-
-    def lap(self) -> dict[str, float]:
-        """The figures since the last lap."""
-        now = time.perf_counter()
-        seconds = max(now - self.start, 1e-9)
-        figures = {"images_per_second": self.images / seconds, "data_wait_share": self.waited / seconds}
-        self.images, self.laps, self.waited, self.start = 0, self.laps + 1, 0.0, now
-        return figures
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context whose duration does not count."""
-        begun = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - begun

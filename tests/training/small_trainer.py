@@ -68,6 +68,7 @@ def build(
     ema_decay=None,
     compile_model=False,
     stop=lambda: False,
+    fused=True,
     **numbers,
 ):
     net = net or Net()
@@ -82,7 +83,7 @@ def build(
     return Trainer(
         model=net,
         loss=loss or MeanCrossEntropy(),
-        optimizer=torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
+        optimizer=torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, fused=fused),
         settings=settings,
         mixed=Mixed(precision, CPU),
         tracker=Tracker(folder, phase="train", run_metrics=folder.parent / "all.jsonl", num_steps=settings.num_steps),

@@ -19,7 +19,7 @@ def test_equals_a_hand_written_loop(tmp_path):
     trainer = build(tmp_path / "a", warmup_steps=3, clip_norm=0.5)
     trainer.fit(make_batches)
     net = Net()
-    optimizer = torch.optim.AdamW(parameter_groups(net, lr=0.01), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameter_groups(net, lr=0.01), lr=0.01, weight_decay=0.1, fused=True)
     losses = []
     for step, batch in zip(range(12), make_batches(0), strict=False):
         torch.manual_seed(derive_seed(0, "train", step, 0))

@@ -183,23 +183,21 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_computes_without_a_question_in_training_and_in_evaluation(on_gpu, name):
-    def call(model: nn.Module) -> list[torch.Tensor]:
+def test_a_model_trains_without_a_question(on_gpu, name):
+    def call(model: nn.Module) -> torch.Tensor:
         images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, device="cuda")
         images = images.contiguous(memory_format=torch.channels_last)
-        return [model.train()(images), model.eval()(images)]
+        return model.train()(images)
 
     net = MODELS[name]()
     enable_grad_checkpointing(net)
     logits, asked = on_gpu(call, Segmenter(net))
-    assert {value.device.type for value in logits} == {"cuda"}
-    assert asked == set()
+    assert (logits.device.type, asked) == ("cuda", set())
 
 
 PROTOCOLS = {
     "whole": {},
     "windows": {"window": (32, 32), "overlap": 0.5},
-    "views": {"flip": True, "scales": (0.5, 1.0, 1.25)},
     "everything": {"window": (32, 32), "flip": True, "scales": (0.75, 1.0)},
 }
 

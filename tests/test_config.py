@@ -16,7 +16,7 @@ from segkit.config.schema import Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
 
-GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
 FILES = sorted(path for path in config_dir().rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent.name in GROUPS]
 

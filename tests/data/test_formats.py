@@ -329,9 +329,14 @@ BAD = {
         "coco polygons",
         COCO,
         changed(lambda content: content["categories"][0].update(name="cat")),
-        r"is of class 'cat', which classes.yaml does not know; allowed are ground, tool, hand: correct it, add ",
+        r"has annotations of 'cat', which classes.yaml does not know; allowed are ground, tool, hand: correct them, or",
     ),
-    "no category": ("coco polygons", COCO, first_annotation(category_id=[1]), r"is of class None, which classes.yaml"),
+    "no category": (
+        "coco polygons",
+        COCO,
+        first_annotation(category_id=[1]),
+        r"has annotations of None, which classes.yaml",
+    ),
     "image id": (
         "coco polygons",
         COCO,

@@ -59,6 +59,23 @@ def samples(path: Path, top: Path, *, split: str | None, images: str) -> list[Sa
     return found
 
 
+def check_categories(path: Path, meaning: Meaning) -> None:
+    """Raise InputError, once for a whole file, if annotations are of categories that the file of classes lacks."""
+    content = _content(str(path), os.stat(path).st_mtime_ns)
+    used = (item for items in content.annotations.values() for _, item in items if not item.get("iscrowd"))
+    unknown = {_name(item, content) for item in used} - set(meaning.values)
+    if unknown:
+        raise InputError(
+            f"label {path} has annotations of {', '.join(sorted(map(repr, unknown)))}, which classes.yaml does not "
+            f"know; allowed are {', '.join(meaning.values)}: correct them, or add them to names, or to ignore"
+        )
+
+
+def _name(item: dict[str, Any], content: Content) -> str | None:
+    category = item.get("category_id")
+    return content.names.get(category) if isinstance(category, int) else None
+
+
 def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     """Return the label (H, W) of class numbers."""
     path = sample.labels[0]
@@ -68,9 +85,7 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     shapes = []
     for number, item in content.annotations.get(entry["id"], []):
         where = f"annotation {number} of {path} (image {entry['file_name']!r})"
-        category = item.get("category_id")
-        name = content.names.get(category) if isinstance(category, int) else None
-        value = meaning.crowd if item.get("iscrowd") else meaning.value(name, where=where)
+        value = meaning.crowd if item.get("iscrowd") else meaning.value(_name(item, content), where=where)
         region = item.get("segmentation")
         if isinstance(region, dict):
             shapes.append(Shape(value, mask=_mask(region, size, where)))

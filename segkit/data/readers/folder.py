@@ -302,8 +302,11 @@ def _reading(kind: str, table: FolderClasses, first: Sample, path: Path) -> tupl
         values = dict(table.raw_to_train)
     elif kind == "yolo":
         values = dict(enumerate(number for number in numbers.values() if number != table.unlabelled))
+    meaning = Meaning(values, table.unlabelled, table.crowd)
+    if kind == "coco":
+        coco.check_categories(first.labels[0], meaning)
     load = {"coco": coco.load, "labelme": labelme.load, "yolo": yolo.load}[kind]
-    return plain, partial(load, meaning=Meaning(values, table.unlabelled, table.crowd))
+    return plain, partial(load, meaning=meaning)
 
 
 def _key(relative: str) -> str:

@@ -25,8 +25,11 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N: set device=auto") from None
+        known = device.type in ("cpu", "cuda")
+    except (RuntimeError, ValueError, OverflowError):
+        known = False
+    if not known:
+        raise InputError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N: set device=auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but no CUDA device is to be had here: set device=auto or device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

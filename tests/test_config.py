@@ -15,6 +15,7 @@ from segkit.config.compose import config_dir, to_config
 from segkit.config.schema import Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
+from segkit.runtime import resolve_device
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
 FILES = sorted(path for path in config_dir().rglob("*.yaml"))
@@ -84,6 +85,10 @@ def test_the_command_line_wins_over_the_recipe():
     [
         (["dataset.crop=[4,4]"], r"dataset.crop is \[4, 4\].*at least 8.*set dataset.crop"),
         (["dataset.crop=[64]"], r"dataset.crop is \[64\]"),
+        (["dataset.crop=[1000000000,64]"], r"dataset.crop is .* and below 65536"),
+        (["dataset.scale=[1e308,1e308]"], "0 < least <= most <= 100"),
+        (["batch_size=9223372036854775807"], "batch_size is 9223372036854775807, but must be at most 65536"),
+        (["workers=1000000"], "workers is 1000000, but must be at most 1000"),
         (["dataset.scale=[2.0,1.0]"], "0 < least <= most"),
         (["dataset.flip=1.5"], "dataset.flip is 1.5, but is a probability"),
         (["batch_size=5", "accumulate=2"], "batch_size is 5 and accumulate 2.*set batch_size=6"),
@@ -100,6 +105,8 @@ def test_the_command_line_wins_over_the_recipe():
         (["dataset=voc", "dataset.resize.size=[3,3]"], "takes at most one of the two: set dataset.resize.short_side"),
         (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
         (["seed=-1"], "seed is -1"),
+        (["seed=9223372036854775808"], "seed is 9223372036854775808, but must be a whole number of at most 64 bits"),
+        (["schedule.pretrain.loss='${oc.env:PATH}'"], "schedule.pretrain.loss is '.*', but must be a mapping"),
         (["model._target_=os.system"], r"model._target_ is 'os.system', but must be one of segkit.models.COPLENet"),
         (["loss._target_=segkit.losses.__builtins__"], "loss._target_ is"),
     ],
@@ -313,3 +320,9 @@ def test_overrides_that_are_refused(override, message):
 
     with pytest.raises(InputError, match=message):
         compose(["schedule=single", override])
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99999999999999999999", "cpu:-1", "gpu"])
+def test_a_device_that_there_cannot_be(name):
+    with pytest.raises(InputError, match=rf"device is '{name}', but must be auto, cpu, cuda or cuda:N"):
+        resolve_device(name)

@@ -158,12 +158,13 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         _require(
-            len(self.crop) == 2 and min(self.crop) >= 8,
-            f"dataset.crop is {self.crop}, but must be [height, width] of at least 8: set dataset.crop=[512,512]",
+            len(self.crop) == 2 and min(self.crop) >= 8 and max(self.crop) < 2**16,
+            f"dataset.crop is {self.crop}, but must be [height, width] of at least 8 and below 65536: "
+            "set dataset.crop=[512,512]",
         )
         _require(
-            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
-            f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most: "
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 100,
+            f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most <= 100: "
             "set dataset.scale=[0.5,2.0]",
         )
         _require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
@@ -333,6 +334,9 @@ class Config:
             _at_least(key, getattr(self, key), 1)
         for key in ("workers", "profile_steps", "seed"):
             _at_least(key, getattr(self, key), 0)
+        for key, most in {"batch_size": 2**16, "workers": 1000}.items():
+            value = getattr(self, key)
+            _require(value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
         self._check_pairs()
 
         _require(

@@ -325,7 +325,7 @@ def described(hint: Any) -> str:
         return f"a list of {len(inner)} values, each {described(inner[0])}"
     if origin in (list, tuple, collections.abc.Sequence):
         return f"a list of values, each {described(inner[0])}"
-    if origin is dict or dataclasses.is_dataclass(hint):
+    if origin in (dict, collections.abc.Mapping) or dataclasses.is_dataclass(hint):
         return "a mapping of keys to values"
     names = {
         float: "a number",

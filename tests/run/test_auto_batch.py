@@ -47,7 +47,7 @@ def test_the_line_through_two_measurements(peaks, budget, images):
 
 def test_a_step_is_measured_as_it_is():
     """Two more images take more memory, by at least their own activations."""
-    config = compose([*SMALL, "dataset.crop=[256,256]"])
+    config = compose(["precision=fp32", *SMALL, "dataset.crop=[256,256]"])
     phases = open_phases(config)
     peaks = auto_batch.measure_alone(config, "train", phases["train"].train, torch.device("cpu"))
     one_level = 2 * 8 * 256 * 256 * 4  # two images, eight channels of the first convolution, float32

@@ -20,7 +20,7 @@ from segkit.config.compose import config_dir
 from segkit.config.schema import Config, DatasetConfig, EvaluationConfig, PhaseConfig
 from segkit.errors import InputError
 
-GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep")
+GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(config_dir().rglob("*.yaml")) if path.stem != "train"]
 PLAIN = ("text", "yaml", "python", "indented")
 """Languages of blocks beside those of a shell. A block of text shows output or folders, never a command."""

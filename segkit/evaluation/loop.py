@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -105,7 +105,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     predict: Predict = whole_image,
-    pictures: int = 0,
+    pictures: Container[int] = (),
     boundary_ratio: float | None = None,
     reduce: Reduce | None = None,
     progress: Callable[[Iterable[LabelledBatch]], Iterable[LabelledBatch]] | None = None,
@@ -113,7 +113,7 @@ def evaluate(
     """Predict every batch and count it against its labels.
 
     ``dtype``: of autocast; None for none. ``predict`` turns images into predictions of the labels' size. ``pictures``:
-    keep the images whose number in the data set is below it. ``boundary_ratio`` (such as 0.02, a share of the
+    numbers in the data set of the images to keep. ``boundary_ratio`` (such as 0.02, a share of the
     diagonal): also count `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the ranks,
     each of which holds a part of the data set (no image twice). ``progress`` wraps the iterable of batches. The
     model's train/eval mode is restored.
@@ -139,7 +139,7 @@ def evaluate(
                     predictions[i], labels[i], num_classes=num_classes, ignore_index=ignore_index, where=name
                 )
                 counts += found
-                picture = _picture(batch, i, predictions[i]) if index < pictures else None
+                picture = _picture(batch, i, predictions[i]) if index in pictures else None
                 local.images[index] = _Image(name, sparse(found.cpu().numpy()), picture)
                 if boundary is not None:
                     boundary.update(predictions[i].cpu().numpy(), batch.labels[i].cpu().numpy())

@@ -92,6 +92,14 @@ class PhaseBatches:
             world_size=distributed.world_size(),
         )
 
+    def spread(self, wanted: int) -> set[int]:
+        """Numbers of up to ``wanted`` images of an evaluation, from all over the split: neighbours are often alike."""
+        if self.fixed is not None:
+            count = sum(len(batch.names) for batch in self.fixed)
+        else:
+            count = min(len(self.splits.val), self.config.evaluation.max_images or len(self.splits.val))
+        return {number * count // wanted for number in range(wanted)}
+
 
 def _numbered(batches: list[Batch]) -> Iterator[Batch]:
     """The batches with the images numbered from 0, as an evaluation wants them."""

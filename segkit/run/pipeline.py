@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,11 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
                     results = train_phase(phase, folder, stopping)
         print_main(class_table(results))  # within the group: after it every process is a main one
         print_main(f"run folder: {folder.path}")
+        place = shlex.quote(str(folder.path))
+        print_main(
+            f"next: segkit evaluate {place} --tta flip,ms | segkit predict {place} --input IMAGES --output DIR |"
+        )
+        print_main(f"      segkit compare {place} ANOTHER_RUN | tensorboard --logdir {place}")
     return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 

@@ -65,7 +65,7 @@ class Validation:
             ignore_index=self.split.ignore_index,
             device=self.device,
             dtype=DTYPES[config.precision.value],
-            pictures=config.evaluation.pictures,
+            pictures=self.batches.spread(config.evaluation.pictures),
             reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
             predict=whole_image if observed is None else observed.predict,
         )

@@ -50,7 +50,7 @@ def make_batches(num_images, *, num_classes=4, size=(6, 8), batch_size=2, seed=0
 
 def test_counts_pictures_and_per_image_matrices():
     model = RedIsTheClass(4).train()
-    result = evaluate(model, make_batches(5), num_classes=4, pictures=3)
+    result = evaluate(model, make_batches(5), num_classes=4, pictures={0, 1, 2})
     matrix = ConfusionMatrix(4)
     batches = list(make_batches(5))
     for batch in batches:
@@ -87,13 +87,13 @@ def test_labels_may_have_another_size_than_the_images():
     images[..., 2:] = 3
     labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
     labels[..., 4:] = 3
-    result = evaluate(RedIsTheClass(4), [Batch(images, labels, ["a"], [0])], num_classes=4, pictures=1)
+    result = evaluate(RedIsTheClass(4), [Batch(images, labels, ["a"], [0])], num_classes=4, pictures=range(1))
     assert result.counts.sum() == 64
     assert result.pictures[0].image.shape == (8, 8, 3)
 
 
 def test_ranks_together_equal_one_process():
-    whole = evaluate(RedIsTheClass(4), make_batches(6, batch_size=1), num_classes=4, pictures=2)
+    whole = evaluate(RedIsTheClass(4), make_batches(6, batch_size=1), num_classes=4, pictures=range(2))
     shards, parts = [], []
 
     def collect(counts, local):
@@ -103,12 +103,12 @@ def test_ranks_together_equal_one_process():
 
     batches = list(make_batches(6, batch_size=1))
     for rank in (1, 0):
-        evaluate(RedIsTheClass(4), batches[rank::2], num_classes=4, pictures=2, reduce=collect)
+        evaluate(RedIsTheClass(4), batches[rank::2], num_classes=4, pictures=range(2), reduce=collect)
     joined = evaluate(
         RedIsTheClass(4),
         batches[0::2],
         num_classes=4,
-        pictures=2,
+        pictures=range(2),
         reduce=lambda counts, local: (shards[0] + counts, [parts[0], local]),
     )
     np.testing.assert_array_equal(joined.counts, whole.counts)

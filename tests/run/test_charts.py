@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from segkit.data.loader import Batch
 from segkit.evaluation import evaluate
 from segkit.losses import CrossEntropyLoss, IouMarginLoss, MarginCalibrationLoss, margin_sums
 from segkit.run import charts
+from segkit.run.batches import PhaseBatches
 from segkit.run.splits import open_phases
 
 NOT_SHOWN = {"_target_", "defaults", "terms", "compile_tiles", *LOSS_OPTIONS}
@@ -135,3 +137,17 @@ def test_what_a_run_shows(tmp_path):
     start = hparams_metadata.parse_session_start_info_plugin_data(contents[hparams_metadata.SESSION_START_INFO_TAG])
     assert start.hparams["tau"].number_value == 10.0
     assert hparams_metadata.SESSION_END_INFO_TAG in contents
+
+
+def test_pictures_come_from_all_over_the_split():
+    def spread(wanted, *, images, most=None, fixed=None):
+        config = SimpleNamespace(evaluation=SimpleNamespace(max_images=most))
+        batches = PhaseBatches.__new__(PhaseBatches)
+        vars(batches).update(config=config, splits=SimpleNamespace(val=range(images)), fixed=fixed)
+        return sorted(batches.spread(wanted))
+
+    assert spread(4, images=100) == [0, 25, 50, 75]
+    assert spread(4, images=3) == [0, 1, 2]
+    assert spread(0, images=3) == []
+    assert spread(2, images=100, most=10) == [0, 5]
+    assert spread(2, images=100, fixed=[SimpleNamespace(names=["a", "b"])]) == [0, 1]

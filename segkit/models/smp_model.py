@@ -61,6 +61,11 @@ def smp_model(
     if dynamic:
         arguments["dynamic_img_size"] = True
     net = _build(cls, encoder, num_classes, arguments)
+    if name == "DPT" and (odd := [side for side in net.encoder.output_strides if side & (side - 1)]):
+        raise InputError(
+            f"model.encoder is {encoder!r}, whose patches are {odd[0]} pixels wide, but DPT needs a power of two: "
+            "choose an encoder with patch8, patch16 or patch32 in its name"
+        )
     if weights is None:
         load_encoder_weights(net.encoder, encoder, encoder_weights)
     set_normalisation(net, *normalisation(encoder), mean=mean, std=std)

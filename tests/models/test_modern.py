@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from segkit.errors import InputError
 from segkit.models import smp_model
 from segkit.models.any_size import Windowed
 
@@ -48,3 +49,8 @@ def test_a_fixed_size_is_served_window_by_window():
         assert logits.shape == (1, 3, 64, 75)
         torch.testing.assert_close(logits[..., :64], alone(net, image[..., :256]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits[..., 64:], alone(net, right)[..., :11], rtol=1e-4, atol=1e-5)
+
+
+def test_patches_that_the_decoder_cannot_take_are_refused():
+    with pytest.raises(InputError, match="whose patches are 14 pixels wide, but DPT needs a power of two"):
+        smp_model("DPT", "tu-vit_small_patch14_dinov2", 3, encoder_weights="none")

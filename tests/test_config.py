@@ -105,6 +105,7 @@ def test_the_command_line_wins_over_the_recipe():
         (["dataset=voc", "dataset.resize.size=[3,3]"], "takes at most one of the two: set dataset.resize.short_side"),
         (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
         (["seed=-1"], "seed is -1"),
+        (["loss=[[1]]"], r"'loss=\[\[1\]\]' gives a list, but loss takes the name of one of its options"),
         (["seed=9223372036854775808"], "seed is 9223372036854775808, but must be a whole number of at most 64 bits"),
         (["schedule.pretrain.loss='${oc.env:PATH}'"], "schedule.pretrain.loss is '.*', but must be a mapping"),
         (["model._target_=os.system"], r"model._target_ is 'os.system', but must be one of segkit.models.COPLENet"),

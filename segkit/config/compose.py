@@ -71,6 +71,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
             ) from None
         if not key.strip("+~ "):
             raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
+        given = override.value() if (config_dir() / key.strip("+~ ")).is_dir() else None
+        if isinstance(given, list) and not all(isinstance(name, str) for name in given):
+            raise InputError(f"the override {text!r} gives a list, but {key} takes the name of one of its options")
         if override.is_sweep_override() and not sweeps:
             raise InputError(
                 f"the override {text!r} gives several values: add -m for a sweep over them, or put one value with a "

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from segkit.config.compose import config_dir, to_config
+from segkit.config.compose import check_overrides, config_dir, to_config
 from segkit.config.schema import Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
@@ -105,7 +105,6 @@ def test_the_command_line_wins_over_the_recipe():
         (["dataset=voc", "dataset.resize.size=[3,3]"], "takes at most one of the two: set dataset.resize.short_side"),
         (["encoder_lr_factor=0"], "encoder_lr_factor is 0.0"),
         (["seed=-1"], "seed is -1"),
-        (["loss=[[1]]"], r"'loss=\[\[1\]\]' gives a list, but loss takes the name of one of its options"),
         (["seed=9223372036854775808"], "seed is 9223372036854775808, but must be a whole number of at most 64 bits"),
         (["schedule.pretrain.loss='${oc.env:PATH}'"], "schedule.pretrain.loss is '.*', but must be a mapping"),
         (["model._target_=os.system"], r"model._target_ is 'os.system', but must be one of segkit.models.COPLENet"),
@@ -327,3 +326,9 @@ def test_overrides_that_are_refused(override, message):
 def test_a_device_that_there_cannot_be(name):
     with pytest.raises(InputError, match=rf"device is '{name}', but must be auto, cpu, cuda or cuda:N"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize("text", ["loss=[[1]]", "sweep=[null]"])
+def test_a_list_is_no_name_of_an_option(text):
+    with pytest.raises(InputError, match=r"gives a list, but (loss|sweep) takes the name of one of its options"):
+        check_overrides([text])

@@ -12,6 +12,7 @@ from segkit.errors import InputError
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "remote process exited")
 """What the libraries below torch.distributed say when another rank has ended."""
+PARENT = os.getppid()
 
 
 def is_rank() -> bool:
@@ -45,7 +46,7 @@ def start_time(pattern: str) -> str:
 
 def speaks(sentence: str) -> bool:
     """True for the first of the ranks that is to say ``sentence``; the others need not repeat it."""
-    if not has_agent():
+    if not has_agent() or os.getppid() != PARENT:  # the agent has died, and its store with it
         return True
     from segkit.training.distributed import first_value
 

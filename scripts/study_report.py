@@ -57,6 +57,13 @@ def ratios(runs: dict[int, Any], decision: str = "argmax") -> dict[str, np.ndarr
         return {"iou": tp / (target + predicted - tp), "precision": tp / predicted, "recall": tp / target}
 
 
+def change(arms: Arms, arm: str, control: str, decision: str) -> np.ndarray:
+    """(K,) IoU of ``arm`` less that of ``control``, mean over the seeds that both have."""
+    both = [seed for seed in arms[arm] if seed in arms[control]]
+    mine, other = (ratios({seed: arms[name][seed] for seed in both}, decision)["iou"] for name in (arm, control))
+    return np.nanmean(mine - other, 0)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
@@ -95,14 +102,10 @@ def table(arms: Arms) -> str:
         "Losses under one rule, difference to `cross_entropy` with `miou`:\n",
         markdown(head, rows_against(arms, [(arm, "miou") for arm in arms], (CONTROL, "miou"))),
     ]
-    across = {
-        decision: np.std([100 * np.nanmean(ratios(runs, decision)["iou"]) for runs in arms.values()], ddof=1)
-        for decision in DECISIONS
-        if len(arms) > 1
-    }
+    across = {decision: [100 * change(arms, arm, CONTROL, decision).mean() for arm in arms] for decision in DECISIONS}
     parts.append(
-        "Standard deviation between the means of the arms: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in across.items())
+        "Standard deviation over the arms of the paired difference to `cross_entropy` under the same decision: "
+        + ", ".join(f"{name} {np.std(values, ddof=1):.2f}" for name, values in across.items() if len(arms) > 1)
         + " points.\n"
     )
     runs = [run for seeds in arms.values() for run in seeds.values()]
@@ -114,20 +117,20 @@ def table(arms: Arms) -> str:
 
 def signs(arms: Arms) -> str:
     """The registered prediction, class by class: change of IoU against the same loss without margins."""
-    base, without = ratios(arms[CONTROL]), np.mean(ratios(arms[WITHOUT])["iou"], 0)
+    base = ratios(arms[CONTROL])
     lean = (base["recall"] - base["precision"]).mean(0)
     known = np.isfinite(lean)
-    change = {arm: np.mean(ratios(arms[arm])["iou"], 0) - without for arm in SIGNS if arm in arms}
-    hits = {arm: (SIGNS[arm] * np.sign(values) == np.sign(lean)) & known for arm, values in change.items()}
+    changes = {arm: change(arms, arm, WITHOUT, "argmax") for arm in SIGNS if arm in arms}
+    hits = {arm: (SIGNS[arm] * np.sign(values) == np.sign(lean)) & known for arm, values in changes.items()}
     rows = []
     for k, name in enumerate(next(iter(arms[CONTROL].values()))["classes"]):
-        cells = [f"{100 * change[arm][k]:+.2f} {'hit' if hits[arm][k] else 'miss'}" for arm in change]
+        cells = [f"{100 * changes[arm][k]:+.2f} {'hit' if hits[arm][k] else 'miss'}" for arm in changes]
         rows.append(
             [name, f"{100 * lean[k]:+.1f}", *cells] if known[k] else [name, "never predicted", *["-"] * len(cells)]
         )
     shares = [(int(hit.sum()), int(known.sum())) for hit in hits.values()]
     rows.append(["hits", "", *("{} of {} [{:.2f}, {:.2f}]".format(*share, *wilson(*share)) for share in shares)])
-    return markdown(["class", "recall - precision, points", *(f"`{arm}`: change of IoU" for arm in change)], rows)
+    return markdown(["class", "recall - precision, points", *(f"`{arm}`: change of IoU" for arm in changes)], rows)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

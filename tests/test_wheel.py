@@ -58,6 +58,16 @@ def test_configs_travel_in_the_wheel(environment, tmp_path):
 
 
 @pytest.mark.slow
+def test_every_file_of_the_package_travels_in_the_wheel(environment):
+    """Templates, label tables and layouts too: whatever is in segkit/ here."""
+    (folder,) = environment.parent.glob("lib/python*/site-packages/segkit")
+    here = {path.relative_to(REPOSITORY / "segkit") for path in (REPOSITORY / "segkit").rglob("*") if path.is_file()}
+    here = {path for path in here if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+    assert {path.suffix for path in here} >= {".py", ".yaml", ".j2"}
+    assert here <= {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+@pytest.mark.slow
 def test_it_trains_from_any_folder(environment, tmp_path):
     options = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2"]
     done = call(environment, tmp_path, "train", *options, "hydra.run.dir=run", "cache_dir=cache", "device=cpu")

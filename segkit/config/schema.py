@@ -4,7 +4,7 @@ Hydra composes the YAML files of ``configs/`` into this schema; :func:`to_config
 dataclasses once, at the door. Nothing beyond it sees a configuration object of OmegaConf. A misspelt key, a value of
 a wrong type and a contradiction between two keys all fail here, before data or a heavy library is touched.
 
-This module imports nothing of segkit but its error and its targets, and nothing heavy.
+This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from segkit.config.dataset import DatasetConfig, at_least, require
 from segkit.config.targets import check_node, group_name
-from segkit.errors import InputError
 
 FREE_KEYS = (
     "workers",
@@ -61,127 +61,6 @@ class LrSchedule(Enum):
     one_cycle = "one_cycle"
 
 
-class LabelSize(Enum):
-    """Size at which a prediction is compared: that of the label file, or that of the resized image."""
-
-    original = "original"
-    resized = "resized"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _at_least(key: str, value: float | None, least: float) -> None:
-    _require(value is None or value >= least, f"{key} is {value}, but must be at least {least}: set {key}=...")
-
-
-@dataclass(kw_only=True)
-class ResizeConfig:
-    """``short_side``: pixels of the shorter side, aspect kept; ``size``: exactly [height, width]; or neither."""
-
-    short_side: int | None = None
-    size: list[int] | None = None
-
-    def check(self, key: str) -> None:
-        """Raise InputError if the two contradict each other; ``key`` is where they stand."""
-        _require(
-            self.short_side is None or self.size is None,
-            f"{key} has short_side={self.short_side} and size={self.size}, but takes at most one of the two: "
-            f"set {key}.short_side=null or {key}.size=null",
-        )
-        if self.size is not None:
-            _require(
-                len(self.size) == 2 and min(self.size) > 0,
-                f"{key}.size is {self.size}, but must be [height, width]: set {key}.size=[720,1280]",
-            )
-        _at_least(f"{key}.short_side", self.short_side, 1)
-
-
-@dataclass(kw_only=True)
-class RecipeConfig:
-    """What a data set's usual training looks like; the schedules and ``batch_size`` read it.
-
-    ``warmup_steps`` is of the first phase; ``finetune_lr`` of a phase that goes on with its weights, null for ``lr``.
-    """
-
-    batch_size: int = 8
-    epochs: float = 40.0
-    finetune_epochs: float = 20.0
-    lr: float = 1e-4
-    finetune_lr: float | None = None
-    warmup_steps: int = 0
-
-
-@dataclass(kw_only=True)
-class JitterConfig:
-    """Strengths of the colour jitter: factors are from 1 - s to 1 + s, ``hue`` turns by up to a share of the circle."""
-
-    brightness: float = 0.25
-    contrast: float = 0.25
-    saturation: float = 0.25
-    hue: float = 0.05
-
-    def __post_init__(self) -> None:
-        for key, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-            value = getattr(self, key)
-            _require(
-                0 <= value <= most,
-                f"dataset.jitter.{key} is {value}, but is a strength from 0 to {most}: set dataset.jitter.{key}=...",
-            )
-
-
-@dataclass(kw_only=True)
-class DatasetConfig:
-    """One data set: how to read it, and how its images are cut for training and for evaluation.
-
-    ``holdout``: share of the images of ``train_split``, chosen by a hash of their names, that is kept out of training,
-    for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`).
-    """
-
-    name: str
-    reader: dict[str, Any]
-    root: str | None = None
-    train_split: str = "train"
-    val_split: str = "val"
-    holdout: float = 0.0
-    resize: ResizeConfig = field(default_factory=ResizeConfig)
-    eval_resize: ResizeConfig = field(default_factory=ResizeConfig)
-    eval_labels: LabelSize = LabelSize.original
-    crop: list[int] = field(default_factory=lambda: [512, 512])
-    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    flip: float = 0.5
-    color_jitter: float = 0.0
-    jitter: JitterConfig = field(default_factory=JitterConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-
-    def __post_init__(self) -> None:
-        _require(
-            len(self.crop) == 2 and min(self.crop) >= 8 and max(self.crop) < 2**16,
-            f"dataset.crop is {self.crop}, but must be [height, width] of at least 8 and below 65536: "
-            "set dataset.crop=[512,512]",
-        )
-        _require(
-            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 100,
-            f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most <= 100: "
-            "set dataset.scale=[0.5,2.0]",
-        )
-        _require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
-        for key in ("resize", "eval_resize"):
-            getattr(self, key).check(f"dataset.{key}")
-        _require(
-            0 <= self.holdout <= 0.5,
-            f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
-            "set dataset.holdout=0.1",
-        )
-        for key in ("flip", "color_jitter"):
-            value = getattr(self, key)
-            _require(
-                0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."
-            )
-
-
 @dataclass(kw_only=True)
 class PhaseConfig:
     """One phase of training: one data set, one loss, one optimizer, a number of epochs or of steps.
@@ -202,24 +81,24 @@ class PhaseConfig:
     def check(self, name: str) -> None:
         """Raise InputError if the keys of phase ``name`` contradict each other."""
         key = f"schedule.{name}"
-        _require(
+        require(
             self.epochs is not None or self.steps is not None,
             f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=...",
         )
-        _require(
+        require(
             self.epochs is None or self.steps is None,
             f"{key} has epochs={self.epochs} and steps={self.steps}, but needs exactly one of the two: "
             f"set {key}.epochs=null or {key}.steps=null",
         )
-        _require(
+        require(
             self.epochs is None or self.epochs > 0,
             f"{key}.epochs is {self.epochs}, but must be positive: set {key}.epochs=...",
         )
-        _at_least(f"{key}.steps", self.steps, 1)
-        _at_least(f"{key}.lr", self.lr, 0)
-        _at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
-        _at_least(f"{key}.poly_power", self.poly_power, 0)
-        _require(
+        at_least(f"{key}.steps", self.steps, 1)
+        at_least(f"{key}.lr", self.lr, 0)
+        at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
+        at_least(f"{key}.poly_power", self.poly_power, 0)
+        require(
             self.lr_schedule is not LrSchedule.one_cycle or not self.warmup_steps,
             f"{key}.warmup_steps is {self.warmup_steps}, but one_cycle has a rise of its own: set {key}.warmup_steps=0",
         )
@@ -236,16 +115,16 @@ class EvaluationConfig:
     pictures: int = 4
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.every_steps", self.every_steps, 1)
-        _at_least("evaluation.batch_size", self.batch_size, 1)
-        _at_least("evaluation.max_images", self.max_images, 1)
-        _at_least("evaluation.pictures", self.pictures, 0)
-        _require(
+        at_least("evaluation.every_steps", self.every_steps, 1)
+        at_least("evaluation.batch_size", self.batch_size, 1)
+        at_least("evaluation.max_images", self.max_images, 1)
+        at_least("evaluation.pictures", self.pictures, 0)
+        require(
             self.every_epochs is None or self.every_epochs > 0,
             f"evaluation.every_epochs is {self.every_epochs}, but must be positive or null: "
             "set evaluation.every_epochs=1",
         )
-        _require(
+        require(
             self.every_steps is None or self.every_epochs is None,
             f"evaluation has every_steps={self.every_steps} and every_epochs={self.every_epochs}, but takes at most "
             "one of the two: set evaluation.every_epochs=null",
@@ -268,8 +147,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for key in ("jobs", "trials", "prune_after"):
-            _at_least(f"sweep.{key}", getattr(self, key), 1)
-        _require(
+            at_least(f"sweep.{key}", getattr(self, key), 1)
+        require(
             self.hours is None or self.hours > 0,
             f"sweep.hours is {self.hours}, but must be positive or null: set sweep.hours=8",
         )
@@ -319,11 +198,9 @@ class Config:
     max_pixels: int = 200_000_000
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.schedule), "schedule has no phase, but needs at least one: choose schedule=single or another"
-        )
+        require(bool(self.schedule), "schedule has no phase, but needs at least one: choose schedule=single or another")
         for name, phase in self.schedule.items():
-            _require(
+            require(
                 name.isidentifier() and name not in {"checkpoints", "tensorboard"},
                 f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and neither "
                 "'checkpoints' nor 'tensorboard': rename the phase",
@@ -331,15 +208,13 @@ class Config:
             phase.check(name)
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):
-            _at_least(key, getattr(self, key), 1)
+            at_least(key, getattr(self, key), 1)
         for key in ("workers", "profile_steps", "seed"):
-            _at_least(key, getattr(self, key), 0)
+            at_least(key, getattr(self, key), 0)
         for key, most in {"batch_size": 2**16, "workers": 1000}.items():
             value = getattr(self, key)
-            _require(value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
-        self._check_pairs()
-
-        _require(
+            require(value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
+        require(
             self.channels_last in (True, False, "auto"),
             f"channels_last is {self.channels_last!r}, but must be auto, true or false: set channels_last=auto",
         )
@@ -347,25 +222,25 @@ class Config:
 
     def _check_pairs(self) -> None:
         for name, node in self.augment.items():
-            _require(
+            require(
                 node is None or isinstance(node, dict),
                 f"augment.{name} is {node!r}, but must name a transform: set "
                 f"'augment.{name}={{_target_:albumentations.Rotate,limit:10,p:0.5}}'",
             )
-        _require(
+        require(
             self.batch_size % self.accumulate == 0,
             f"batch_size is {self.batch_size} and accumulate {self.accumulate}, but a batch is cut into accumulate "
             f"equal parts: set batch_size={math.ceil(self.batch_size / self.accumulate) * self.accumulate}",
         )
-        _require(
+        require(
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm is {self.clip_norm}, but must be positive or null: set clip_norm=1.0",
         )
-        _require(
+        require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"ema_decay is {self.ema_decay}, but must lie between 0 and 1, or be null: set ema_decay=0.999",
         )
-        _require(
+        require(
             self.encoder_lr_factor > 0,
             f"encoder_lr_factor is {self.encoder_lr_factor}, but must be positive: set encoder_lr_factor=1.0",
         )

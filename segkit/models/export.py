@@ -356,13 +356,11 @@ def agreement(
 
 
 def largest_difference(path: str | Path, segmenter: Segmenter, *, head: Head | None = None, seed: int = 0) -> float:
-    """Return the largest difference between the ONNX file ``path`` and the evaluation of ``segmenter``.
+    """Return the largest difference of logits, or of scores of ``head``, between a file and the evaluation.
 
-    It is that of two logits, or scores of ``head``, relative to the largest one.
-
-    The input is noise, of a batch and size that are neither the traced ones nor multiples of anything. Translators get
-    layers wrong silently (adaptive pooling for example becomes a pooling with the window of the traced size), and only
-    another size reveals it. Infinite if the graph cannot run there.
+    It is relative to the largest one of ``segmenter``. The input is noise, of a batch and size that are neither the
+    traced ones nor multiples of anything. Translators get layers wrong silently (adaptive pooling for example becomes a
+    pooling with the window of the traced size), and only another size reveals it. Infinite if the graph cannot run.
     """
     evaluated = _as_evaluated(segmenter, head)
     side = 5 * max(size_multiple(segmenter.net), 8)

@@ -350,15 +350,8 @@ class Trainer:
             self._advised = True
             self.tracker.message(loading_lever(self.config.get("workers", 0)))
         self.tracker.timing(progress.step, speed)
-        self.tracker.show(
-            progress.step,
-            {
-                "loss": f"{mean:.4f}",
-                "lr": f"{self.lr:.2e}",
-                "images/s": f"{speed['images_per_second']:.1f}",
-                "data-wait": f"{speed['data_wait_share']:.0%}",
-            },
-        )
+        shown = {"loss": f"{mean:.4f}", "lr": f"{self.lr:.2e}", "images/s": f"{speed['images_per_second']:.1f}"}
+        self.tracker.show(progress.step, {**shown, "data-wait": f"{speed['data_wait_share']:.0%}"})
 
     def _evaluate(self) -> None:
         progress = self.progress

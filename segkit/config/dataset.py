@@ -1,0 +1,132 @@
+"""The part of the schema that describes a data set, and the two checks that all of the schema uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from segkit.errors import InputError
+
+
+class LabelSize(Enum):
+    """Size at which a prediction is compared: that of the label file, or that of the resized image."""
+
+    original = "original"
+    resized = "resized"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def at_least(key: str, value: float | None, least: float) -> None:
+    """Raise InputError if ``value`` of ``key`` is below ``least``; None passes."""
+    require(value is None or value >= least, f"{key} is {value}, but must be at least {least}: set {key}=...")
+
+
+@dataclass(kw_only=True)
+class ResizeConfig:
+    """``short_side``: pixels of the shorter side, aspect kept; ``size``: exactly [height, width]; or neither."""
+
+    short_side: int | None = None
+    size: list[int] | None = None
+
+    def check(self, key: str) -> None:
+        """Raise InputError if the two contradict each other; ``key`` is where they stand."""
+        require(
+            self.short_side is None or self.size is None,
+            f"{key} has short_side={self.short_side} and size={self.size}, but takes at most one of the two: "
+            f"set {key}.short_side=null or {key}.size=null",
+        )
+        if self.size is not None:
+            require(
+                len(self.size) == 2 and min(self.size) > 0,
+                f"{key}.size is {self.size}, but must be [height, width]: set {key}.size=[720,1280]",
+            )
+        at_least(f"{key}.short_side", self.short_side, 1)
+
+
+@dataclass(kw_only=True)
+class RecipeConfig:
+    """What a data set's usual training looks like; the schedules and ``batch_size`` read it.
+
+    ``warmup_steps`` is of the first phase; ``finetune_lr`` of a phase that goes on with its weights, null for ``lr``.
+    """
+
+    batch_size: int = 8
+    epochs: float = 40.0
+    finetune_epochs: float = 20.0
+    lr: float = 1e-4
+    finetune_lr: float | None = None
+    warmup_steps: int = 0
+
+
+@dataclass(kw_only=True)
+class JitterConfig:
+    """Strengths of the colour jitter: factors are from 1 - s to 1 + s, ``hue`` turns by up to a share of the circle."""
+
+    brightness: float = 0.25
+    contrast: float = 0.25
+    saturation: float = 0.25
+    hue: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
+            value = getattr(self, key)
+            require(
+                0 <= value <= most,
+                f"dataset.jitter.{key} is {value}, but is a strength from 0 to {most}: set dataset.jitter.{key}=...",
+            )
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """One data set: how to read it, and how its images are cut for training and for evaluation.
+
+    ``holdout``: share of the images of ``train_split``, chosen by a hash of their names, that is kept out of training,
+    for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`).
+    """
+
+    name: str
+    reader: dict[str, Any]
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    holdout: float = 0.0
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    eval_resize: ResizeConfig = field(default_factory=ResizeConfig)
+    eval_labels: LabelSize = LabelSize.original
+    crop: list[int] = field(default_factory=lambda: [512, 512])
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    jitter: JitterConfig = field(default_factory=JitterConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.crop) == 2 and min(self.crop) >= 8 and max(self.crop) < 2**16,
+            f"dataset.crop is {self.crop}, but must be [height, width] of at least 8 and below 65536: "
+            "set dataset.crop=[512,512]",
+        )
+        require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 100,
+            f"dataset.scale is {self.scale}, but must be [least, most] with 0 < least <= most <= 100: "
+            "set dataset.scale=[0.5,2.0]",
+        )
+        require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
+        for key in ("resize", "eval_resize"):
+            getattr(self, key).check(f"dataset.{key}")
+        require(
+            0 <= self.holdout <= 0.5,
+            f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
+            "set dataset.holdout=0.1",
+        )
+        for key in ("flip", "color_jitter"):
+            value = getattr(self, key)
+            require(
+                0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."
+            )

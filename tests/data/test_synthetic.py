@@ -104,7 +104,7 @@ def test_colour_alone_does_not_tell_the_class(scenes):
         ({"size": [32, 64]}, r"scenes of size \[32, 64\] cannot be drawn; set dataset\.reader\.size"),
         ({"size": [64, 1024]}, "each 64 to 512"),
         ({"size": [64]}, "cannot be drawn"),
-        ({"num_images": 0}, r"num_images is 0; set at least 1, or null"),
+        ({"num_images": 0}, r"dataset.reader.num_images is 0; set 1 to 1000000, or null for the default"),
         ({"split": "extra"}, "synthetic has no split 'extra'"),
     ],
 )

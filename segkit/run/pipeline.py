@@ -81,7 +81,8 @@ def _prepare(
     cache_dir = cache_dir_of(config)
     distributed.on_main(PhaseCache(cache_dir).check)
     saved = folder.path / "config.yaml"
-    config, reasons = hardware.choose(config, begun=saved if folder.has_begun() else None, device=device)
+    begun = saved if folder.has_begun() and saved.is_file() else None
+    config, reasons = hardware.choose(config, begun=begun, device=device)
     config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))

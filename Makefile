@@ -34,6 +34,9 @@ test: $(STAMP)  ## run the tests (ARGS="-k name ..." chooses)
 gpu-test: $(STAMP)  ## on a machine with a GPU: its tests, and the benches as a table for the README (gpu.md)
 	$(BIN)/python scripts/gpu_report.py $(ARGS)
 
+test-all: $(STAMP)  ## run all tests, those that take minutes each too
+	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

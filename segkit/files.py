@@ -15,6 +15,9 @@ MOST_BYTES = 2**20
 MOST_JSON_BYTES = 2**26
 """Size of a JSON file beyond which it is not read; a run writes a few thousand times less."""
 
+MOST_DEPTH = 50
+"""Lists and mappings in each other in a YAML file beyond which it is not read."""
+
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
 
@@ -89,12 +92,32 @@ def read_text(path: Path, *, most: int, cure: str) -> str:
         raise InputError(f"{path} cannot be read ({error}): {cure}") from None
 
 
+def more_than_plain(text: str) -> str | None:
+    """What the YAML ``text`` has that is more than plain values, with its line; None if nothing.
+
+    References, of which a few lines can stand for terabytes, tags, ``${...}``, and nesting deeper than
+    :data:`MOST_DEPTH`, which keeps a parser busy for minutes. Raises yaml.YAMLError for text that is no YAML.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            return f"is nested more than {MOST_DEPTH} deep in line {line}"
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            return f"uses references or tags of YAML in line {line}"
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            return f"has '${{' in line {line}"
+    return None
+
+
 def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
-    A stranger may have written it: InputError for a file of more than :data:`MOST_BYTES`, for YAML's own references
-    (a few lines can stand for terabytes), tags, and for ``${...}``, with which OmegaConf would read the environment.
-    It ends with ``cure``.
+    A stranger may have written it: InputError, which ends with ``cure``, for a file of more than :data:`MOST_BYTES`,
+    and for what is :func:`more_than_plain`; with ``${...}`` OmegaConf would read the environment.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -102,17 +125,8 @@ def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
 
     try:
         text = read_text(path, most=MOST_BYTES, cure=cure)
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise InputError(
-                    f"{path} uses references or tags of YAML in line {event.start_mark.line + 1}, but a saved "
-                    f"configuration has plain values only: {cure}"
-                )
-            if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
-                raise InputError(
-                    f"{path} has '${{' in line {event.start_mark.line + 1}, but a saved configuration has plain values "
-                    f"only: {cure}"
-                )
+        if reason := more_than_plain(text):
+            raise InputError(f"{path} {reason}, but a saved configuration has plain values only: {cure}")
         plain = yaml.compose(text, Loader=yaml.SafeLoader)
         is_mapping = isinstance(plain, yaml.MappingNode)  # OmegaConf fails on a number
         content = OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None

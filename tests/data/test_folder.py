@@ -300,3 +300,17 @@ def test_default_colours_differ():
     assert len({tuple(colour) for colour in colours.tolist()}) == 253
     assert colours[0].tolist() == [0, 0, 0]
     assert colours[1].tolist() == [128, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]\n", "uses references or tags of YAML in line 1"),
+        (f"names: {'[' * 3000}{']' * 3000}\n", "is nested more than 50 deep in line 1"),
+        ("names: [!!python/name:os.system a]\n", "uses references or tags of YAML in line 1"),
+    ],
+)
+def test_a_file_of_classes_has_plain_values(tmp_path, text, message):
+    (tmp_path / "classes.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"{message}, but a file of classes has plain values only; write them out"):
+        read_classes(tmp_path / "classes.yaml")

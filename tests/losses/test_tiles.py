@@ -106,7 +106,9 @@ def test_double_backward_says_no():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name == "reference form" else ()) for name in LOSSES]
+)
 def test_compiled_is_plain(name, ties, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 300)
     logits, target = example(dtype=torch.float32, ties=ties)
@@ -119,7 +121,7 @@ def test_compiled_is_plain(name, ties, monkeypatch):
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_half_precision_in_any_layout():
     logits, target = example(dtype=torch.float16)
     logits = logits.to(memory_format=torch.channels_last)

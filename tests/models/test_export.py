@@ -77,7 +77,10 @@ def test_odd_sizes_are_aligned_with_evaluation() -> None:
     torch.testing.assert_close(WholeImage(model)(images)[inner], images[inner], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["tiny", "coplenet", pytest.param("lite", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", pytest.param("coplenet", marks=pytest.mark.nightly), pytest.param("lite", marks=pytest.mark.nightly)],
+)
 def test_onnx(tmp_path: Path, name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -102,7 +105,7 @@ def test_onnx(tmp_path: Path, name: str) -> None:
     assert metadata["normalised_inside"] is True
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("coplenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("coplenet", marks=pytest.mark.nightly)])
 def test_torch_export(tmp_path: Path, name: str) -> None:
     model = segmenter(name)
     path = tmp_path / "model.pt2"
@@ -181,6 +184,7 @@ def test_a_head_is_part_of_the_graph(tmp_path: Path) -> None:
     assert read_metadata(path)["output"] == "scores"
 
 
+@pytest.mark.nightly
 def test_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = segmenter("tiny").train()
     enable_grad_checkpointing(model)

@@ -12,7 +12,9 @@ from segkit.config.compose import config_dir
 from segkit.config.targets import instantiate, locate
 
 FILES = sorted(config_dir().glob("model/**/*.yaml"))
-STRIDES = {"coplenet": 1, "smp": 4, "deeplabv3plus": 4, "deeplabv3plus_lite": 4, "deeplabv3plus_tiny": 4}
+STRIDES = {"coplenet": 1, "dpt_dinov3": 1} | dict.fromkeys(
+    ("smp", "deeplabv3plus", "deeplabv3plus_lite", "deeplabv3plus_tiny", "segformer"), 4
+)
 
 
 def test_the_group() -> None:

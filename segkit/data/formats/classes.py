@@ -12,6 +12,7 @@ import yaml
 from segkit.data.files import read_text
 from segkit.data.labels import VOID, LabelTable
 from segkit.errors import InputError
+from segkit.files import more_than_plain
 
 CLASS_KEYS = ("names", "ids", "ignore", "colours", "unlabelled", "crowd")
 TEXT, NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
@@ -98,9 +99,13 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         "order, or name another file in dataset.reader.classes",
     )
     try:
+        if reason := more_than_plain(text):
+            raise InputError(f"{path} {reason}, but a file of classes has plain values only; write them out")
         node = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is no valid YAML ({reason}); correct it") from None
     if not isinstance(content, dict):

@@ -9,6 +9,9 @@ from segkit.config.schema import Config
 from segkit.data.loader import steps_per_epoch
 from segkit.errors import InputError
 
+MOST_STEPS = 10**9
+"""Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
@@ -30,6 +33,9 @@ def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
     phase, evaluation = config.schedule[name], config.evaluation
     per_epoch = steps_per_epoch(num_samples, config.batch_size)
     steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
+    if steps > MOST_STEPS:
+        length = f"steps={phase.steps}" if phase.steps is not None else f"epochs={phase.epochs}"
+        raise InputError(f"schedule.{name}.{length} makes more than {MOST_STEPS} steps: set a smaller one")
     if phase.warmup_steps > steps:
         raise InputError(
             f"schedule.{name}.warmup_steps is {phase.warmup_steps}, but the phase has {steps} steps: set "

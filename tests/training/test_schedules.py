@@ -66,3 +66,10 @@ def test_a_warm_up_longer_than_the_phase_is_refused():
     assert plan_phase(compose([*fifty, "schedule.train.warmup_steps=50", "limit_steps=3"]), "train", 100).num_steps == 3
     with pytest.raises(InputError, match="warmup_steps is 9, but one_cycle has a rise of its own"):
         compose([*fifty, "schedule.train.lr_schedule=one_cycle", "schedule.train.warmup_steps=9"])
+
+
+@pytest.mark.parametrize("length", ["epochs=1e300", "steps=1000000001"])
+def test_a_phase_without_an_end_is_refused(length):
+    config = compose(["schedule=single", "schedule.train.epochs=null", f"schedule.train.{length}"])
+    with pytest.raises(InputError, match=rf"schedule\.train\.{length[:5]}.* makes more than 1000000000 steps: set a"):
+        plan_phase(config, "train", 100)

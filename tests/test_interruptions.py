@@ -70,7 +70,9 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("variant", soak.VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.nightly if "4 workers" in name else ()) for name in soak.VARIANTS]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, uninterrupted, variant):
     options = soak.VARIANTS[variant]
     expected, duration = uninterrupted(*options)

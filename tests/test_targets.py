@@ -77,14 +77,14 @@ def test_an_outer_node_is_bound_before_an_inner_one_is_built(monkeypatch):
 
 
 def test_a_result_of_another_type_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text("def thing(num_classes):\n    return num_classes\n")
+    (tmp_path / "of_another_type.py").write_text("def thing(num_classes):\n    return num_classes\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match="but must be one of"):
-        instantiate({"_target_": "mine.thing"}, {"num_classes": 3}, key="model")
+        instantiate({"_target_": "of_another_type.thing"}, {"num_classes": 3}, key="model")
     monkeypatch.setattr("segkit.config.targets._trusted", set())
-    trust(["mine"])
-    with pytest.raises(InputError, match=r"model\._target_ is 'mine\.thing', which makes a int, no Module"):
-        instantiate({"_target_": "mine.thing"}, {"num_classes": 3}, key="model")
+    trust(["of_another_type"])
+    with pytest.raises(InputError, match=r"model\._target_ is 'of_another_type\.thing', which makes a int, no Module"):
+        instantiate({"_target_": "of_another_type.thing"}, {"num_classes": 3}, key="model")
     with pytest.raises(InputError, match="takes names of packages"):
         trust(["os.path"])
 

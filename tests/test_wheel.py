@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import os
 import subprocess
 import sys
 import sysconfig
@@ -38,8 +39,12 @@ def environment(tmp_path_factory) -> Path:
     return folder / "env" / "bin"
 
 
+OUTSIDE = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+"""Without a path that might lead to another segkit than the wheel's."""
+
+
 def call(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([environment / "segkit", *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([environment / "segkit", *arguments], cwd=folder, env=OUTSIDE, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -47,6 +52,7 @@ def test_configs_travel_in_the_wheel(environment, tmp_path):
     where = subprocess.run(
         [environment / "python", "-c", "from segkit.config.compose import config_dir; print(config_dir())"],
         cwd=tmp_path,
+        env=OUTSIDE,
         capture_output=True,
         text=True,
         check=True,

@@ -85,6 +85,7 @@ def test_evaluate_with_everything(finished, call, tmp_path):
     assert "benchmark category_mean_iou" in out
 
 
+@pytest.mark.nightly
 def test_a_bias_is_kept_and_used_by_predict_and_export(finished, call, tmp_path):
     assert "fitted on 4 images of the split train" in call(evaluate, finished, "--decision", "bias", "--workers", "0")
     kept = results(finished / "decision.json")
@@ -151,6 +152,7 @@ def test_submit_takes_a_precision_and_refuses_images_that_the_server_would(finis
     assert not (tmp_path / "test.zip").exists()
 
 
+@pytest.mark.nightly
 def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finished, call, tmp_path):
     out = call(export, finished)
     assert f"written: {finished / 'model.onnx'}" in out

@@ -120,6 +120,7 @@ def test_torch_export(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.nightly
 def test_real_images_of_any_size_get_the_classes_of_the_model(tmp_path: Path, shared_data: Path) -> None:
     """CamVid images of several sizes, against the model and against what evaluation makes of it."""
     pytest.importorskip("onnxruntime")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import verb_parser
+from segkit.commands.options import check_writable, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -30,10 +30,12 @@ def parser() -> argparse.ArgumentParser:
         "out (default: the scores after training)",
     )
     made.add_argument(
-        "--output", metavar="FILE", help="the report (default: report.html, if no other file is asked for)"
+        "--output", type=Path, metavar="FILE", help="the report (default: report.html, if no other file is asked for)"
     )
     for kind in ("markdown", "csv", "latex"):
-        made.add_argument(f"--{kind}", metavar="FILE", help=f"write the table of scores as {kind.capitalize()}")
+        made.add_argument(
+            f"--{kind}", type=Path, metavar="FILE", help=f"write the table of scores as {kind.capitalize()}"
+        )
     made.add_argument("--pictures", type=int, default=6, metavar="N", help="images side by side (default: 6)")
     made.add_argument("--samples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: 2000)")
     made.add_argument(
@@ -54,6 +56,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
     if arguments.pictures < 0:
         raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
+    check_writable(arguments, "output", *EXPORTS, makes_folders=True)
     comparison = compare(
         arguments.runs,
         baseline=arguments.baseline,
@@ -74,14 +77,11 @@ def run(argv: Sequence[str]) -> None:
         from segkit.report.page import page
 
         text = page(comparison, num_samples=arguments.samples, pictures=arguments.pictures)
-        write(arguments.output or "report.html", text)
+        write(arguments.output or Path("report.html"), text)
 
 
-def write(name: str, text: str) -> None:
-    """Write ``text`` to the file ``name``, creating missing folders, and print its path."""
-    path = Path(name)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the name of a file, such as {path / 'report.html'}")
+def write(path: Path, text: str) -> None:
+    """Write ``text`` to the file ``path``, creating missing folders, and print its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
     show(f"written: {path}")

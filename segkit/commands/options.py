@@ -133,14 +133,16 @@ def limit_pixels(arguments: argparse.Namespace) -> None:
         set_pixel_limit(arguments.max_pixels)
 
 
-def check_writable(arguments: argparse.Namespace, *options: str) -> None:
-    """Raise InputError if an option names a file that cannot be written."""
+def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: bool = False) -> None:
+    """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not."""
     for option in options:
         if (path := getattr(arguments, option)) is None:
             continue
         folder = path.absolute().parent
+        while makes_folders and not folder.exists():
+            folder = folder.parent
         if not folder.is_dir():
-            raise InputError(f"--{option} is {path}, but the folder {folder} does not exist: make it")
+            raise InputError(f"--{option} is {path}, but {folder} is no folder: make it, or give another one")
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")

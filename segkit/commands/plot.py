@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import verb_parser
+from segkit.commands.options import check_writable, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the verb's arguments."""
     made = verb_parser("plot", "Draw the losses of margin calibration.", example="losses --output losses.png")
     made.add_argument("what", choices=["losses"], help="losses: rho-margin loss and rho-calibrated log-loss")
-    made.add_argument("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    made.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
     made.add_argument("--rho", type=float, nargs="+", default=list(RHOS), help="margins, in logits")
     made.add_argument("--range", type=float, default=4.0, metavar="R", help="lambda from -R to R")
     return made
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Draw the curves and write the picture."""
     arguments = parser().parse_args(argv)
-    path = Path(arguments.output)
+    path = arguments.output
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--output is {path}, but its ending must be one of {', '.join(FORMATS)}")
     if not all(0 <= rho < math.inf for rho in arguments.rho):
@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
         )
     if not 0 < arguments.range < math.inf:
         raise InputError(f"--range is {arguments.range:g}, but must be a positive number of logits: give --range 4")
+    check_writable(arguments, "output", makes_folders=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.rho, arguments.range).savefig(path, dpi=200)
     show(f"written: {path}")

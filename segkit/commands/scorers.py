@@ -42,6 +42,8 @@ class Loaded:
 def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
     """Return the model of the run folder or ONNX file ``path``, ready to score images on ``device``."""
     if path.suffix == ".onnx":
+        if arguments.phase:
+            raise InputError(f"{path} is the export of one phase, which --phase cannot change: leave --phase out")
         return _load_onnx(path, arguments)
     from segkit.commands.decision import decision_of
     from segkit.data.labels import load_table

@@ -98,10 +98,12 @@ def test_bad_input_is_one_sentence(call, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_a_folder_is_no_file(call, make_run, tmp_path):
-    code, _, err = call(make_run("a"), "--csv", tmp_path)
-    assert code == 2
-    assert "is a folder: give the name of a file, such as" in err
+def test_places_that_cannot_be_written_are_refused_before_the_runs_are_read(call, tmp_path):
+    for place, message in ((tmp_path, "which is a folder: give the name"), ("/dev/null/new/t.csv", "is no folder")):
+        code, _, err = call("gone", "--csv", place)
+        assert code == 2
+        assert err.startswith("error: --csv is ")
+        assert message in err
 
 
 def test_the_verb_is_known(make_run, tmp_path):

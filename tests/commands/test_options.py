@@ -75,7 +75,7 @@ def test_a_default_that_the_help_describes_is_not_repeated():
 
 def test_files_need_a_folder(tmp_path):
     options.check_writable(argparse.Namespace(json=tmp_path / "a.json", csv=None), "json", "csv")
-    with pytest.raises(InputError, match=r"--csv is .*x\.csv, but the folder .*none does not exist: make it"):
+    with pytest.raises(InputError, match=r"--csv is .*x\.csv, but .*none is no folder: make it, or give another one"):
         options.check_writable(argparse.Namespace(csv=Path(tmp_path / "none" / "x.csv")), "csv")
     for place, kind in ((tmp_path, "a folder"), (Path("/dev/null"), "no regular file"), (Path(""), "a folder")):
         with pytest.raises(InputError, match=rf"--csv is '.*', which is {kind}: give the name of a file"):

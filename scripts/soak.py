@@ -79,6 +79,7 @@ def _train(overrides: Sequence[str], log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
     sys.argv = ["train.py", *overrides]
     from segkit.launch import main
 

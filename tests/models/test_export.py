@@ -235,6 +235,7 @@ def test_network_that_cannot_be_traced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_graph_that_is_wrong_at_other_sizes(tmp_path: Path) -> None:
     """Pooling to a fixed number of cells, as PSPNet does, is translated to windows of the traced size."""
     pytest.importorskip("onnxscript")

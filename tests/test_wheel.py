@@ -73,7 +73,7 @@ def test_every_file_of_the_package_travels_in_the_wheel(environment):
     assert here <= {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_trains_from_any_folder(environment, tmp_path):
     options = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2"]
     done = call(environment, tmp_path, "train", *options, "hydra.run.dir=run", "cache_dir=cache", "device=cpu")

@@ -105,7 +105,8 @@ def test_onnx(tmp_path: Path, name: str) -> None:
     assert metadata["normalised_inside"] is True
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("coplenet", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["tiny", "coplenet"])
 def test_torch_export(tmp_path: Path, name: str) -> None:
     model = segmenter(name)
     path = tmp_path / "model.pt2"
@@ -234,7 +235,6 @@ def test_network_that_cannot_be_traced(tmp_path: Path) -> None:
         export(Segmenter(Untraceable()), tmp_path / "model.pt2", format="torch_export")
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_graph_that_is_wrong_at_other_sizes(tmp_path: Path) -> None:
     """Pooling to a fixed number of cells, as PSPNet does, is translated to windows of the traced size."""

@@ -240,8 +240,10 @@ def test_a_format_goes_all_the_way(tmp_path, name, small, capsys):
     assert "written: 1 predictions" in capsys.readouterr().out
 
 
-def test_polygons_fill_the_pixels_whose_centres_they_hold():
+@pytest.mark.parametrize("most", [2**22, 7])
+def test_polygons_fill_the_pixels_whose_centres_they_hold(most, monkeypatch):
     """Also those that cross themselves, lie partly outside, or are as narrow as a needle."""
+    monkeypatch.setattr("segkit.data.formats.polygons.MOST_CROSSINGS", most)
     rng = np.random.default_rng(0)
     for size in [(1, 1), (7, 5), (40, 60)]:
         for _ in range(60):
@@ -390,6 +392,12 @@ BAD = {
         "coco rle",
         COCO,
         first_annotation(segmentation={"size": [40, 48], "counts": "PP`"}),
+        r"has counts that are no mask of \[40, 48\]",
+    ),
+    "a number without an end": (
+        "coco rle",
+        COCO,
+        first_annotation(segmentation={"size": [40, 48], "counts": "o" * 10_000}),
         r"has counts that are no mask of \[40, 48\]",
     ),
     "huge mask": (

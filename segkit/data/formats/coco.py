@@ -134,8 +134,8 @@ def _mask(region: dict[str, Any], size: Size, where: str) -> np.ndarray:
     counts: Any = region.get("counts")
     try:
         runs: list[int] = _runs(counts) if isinstance(counts, str) else counts
-        if not all(type(run) is int and 0 <= run <= size[0] * size[1] for run in runs):
-            raise ValueError
+        if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != size[0] * size[1]:
+            raise ValueError  # before anything of the size that they claim is made
         values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return values.reshape(size[::-1]).T
     except (ValueError, TypeError, IndexError):
@@ -150,7 +150,7 @@ def _runs(text: str) -> list[int]:
     runs: list[int] = []
     number = shift = 0
     for bits in (ord(sign) - 48 for sign in text):
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > 60:
             raise ValueError(text)
         number |= (bits & 31) << shift
         shift += 5

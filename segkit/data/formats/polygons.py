@@ -24,6 +24,9 @@ from segkit.errors import InputError
 FARTHEST = 2.0**24
 """Pixels from the corner beyond which a number is no position."""
 
+MOST_CROSSINGS = 2**22
+"""Crossings of edges with rows that are computed at a time: a polygon of a stranger may have any number."""
+
 Size = tuple[int, int]
 
 
@@ -75,15 +78,19 @@ def fill(label: np.ndarray, ring: np.ndarray, value: int) -> None:
     (x, y), (next_x, next_y) = ring.T, np.roll(ring, -1, axis=0).T
     first = np.clip(np.ceil(np.minimum(y, next_y) - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil(np.maximum(y, next_y) - 0.5), 0, height).astype(np.int64)
-    edge = np.repeat(np.arange(len(ring)), last - first)
-    if not edge.size:
+    crossings = last - first
+    if not crossings.any():
         return
-    row = first[edge] + np.arange(edge.size) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
-    along = (row + 0.5 - y[edge]) / (next_y - y)[edge]
-    column = np.clip(np.ceil(x[edge] + along * (next_x - x)[edge] - 0.5), 0, width).astype(np.int64)
-    top, left = row.min(), column.min()
-    cuts = np.zeros((row.max() + 1 - top, column.max() + 1 - left), np.int32)
-    np.add.at(cuts, (row - top, column - left), 1)
+    top, bottom = first.min(), last.max()
+    left, right = (int(np.clip(np.ceil(edge - 0.5), 0, width)) for edge in (x.min(), x.max()))
+    cuts = np.zeros((bottom - top, right + 1 - left), np.int32)
+    for part in np.array_split(np.arange(len(ring)), 1 + crossings.sum() // MOST_CROSSINGS):
+        edge = np.repeat(part, crossings[part])
+        before = np.cumsum(crossings[part]) - crossings[part]
+        row = first[edge] + np.arange(edge.size) - np.repeat(before, crossings[part])
+        along = (row + 0.5 - y[edge]) / (next_y - y)[edge]
+        column = np.clip(np.ceil(x[edge] + along * (next_x - x)[edge] - 0.5), left, right).astype(np.int64)
+        np.add.at(cuts, (row - top, column - left), 1)
     inside = np.cumsum(cuts, axis=1)[:, :-1] % 2 == 1
     label[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = value
 

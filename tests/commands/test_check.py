@@ -144,7 +144,7 @@ def test_nothing_usable(monkeypatch, capsys, arguments, root):
     ("extra", "sentence"),
     [
         (["--sample", "0"], "--sample is 0, but must be at least 1"),
-        (["--json", "/no/such/folder/report.json"], "the folder /no/such/folder does not exist"),
+        (["--json", "/no/such/folder/report.json"], "/no/such/folder is no folder: make it"),
         (["dataset.cropp=[8,8]"], "there is no key dataset.cropp: did you mean dataset.crop"),
         (["loss.tau=1", "+loss.typo=2"], "loss.typo is not an argument of segkit.losses.margin_calibration"),
     ],

@@ -186,7 +186,7 @@ def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finish
         (["--scales", "1"], "--scales is given without --tta ms"),
         (["--tta", "ms", "--scales", "a"], "--scales is 'a', but takes numbers"),
         (["--slide", "64"], "--slide is '64', but takes HxW"),
-        (["--output", "/no/such/folder/all.json"], "--output is .*, but the folder /no/such/folder does not exist"),
+        (["--output", "/no/such/folder/all.json"], "--output is .*, but /no/such/folder is no folder: make it"),
         (["--phase", "nowhere"], "has no phase 'nowhere': its phases are train"),
     ],
 )

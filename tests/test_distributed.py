@@ -137,6 +137,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute(tmp_path):
     assert "SIGKILL" in (tmp_path / "a" / "log").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_restarted_group_goes_on_from_its_checkpoint(tmp_path):
     options = ("optimizer=sgd", "schedule.train.steps=60", "checkpoint_every=1", "hydra.run.dir=run")

@@ -30,23 +30,20 @@ def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_a_sweep_with_a_job_that_fails(tmp_path):
-    done = sweep(tmp_path, "loss.upsilon=1.0,1e-9,2.0")
+    done = sweep(tmp_path, "loss.upsilon=1e-9,2.0")
     assert done.returncode == 1
     status = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert [job["state"] for job in status] == ["finished", "failed", "finished"]
-    assert "upsilon = 1e-09 is too small" in status[1]["error"]
-    assert "1 of 3 jobs did not finish" in done.stderr
-    results = json.loads((tmp_path / "sweep" / "0" / "results.json").read_text())
-    assert status[0]["mean_iou"] == results["mean_iou"]
-    logs = [(tmp_path / "sweep" / str(number) / "log.txt").read_text() for number in range(3)]
-    assert ["taken from the cache" in log for log in logs] == [False, False, True]
+    assert [job["state"] for job in status] == ["failed", "finished"]
+    assert "upsilon = 1e-09 is too small" in status[0]["error"]
+    assert "1 of 2 jobs did not finish" in done.stderr
+    results = json.loads((tmp_path / "sweep" / "1" / "results.json").read_text())
+    assert status[1]["mean_iou"] == results["mean_iou"]
 
-    again = sweep(tmp_path, "loss.upsilon=1.0,1e-9,2.0")  # goes on in the same folders: nothing is trained twice
+    again = sweep(tmp_path, "loss.upsilon=1e-9,2.0")  # goes on in the same folders: nothing is trained twice
     assert again.returncode == 1
     states = [job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())]
-    assert states == ["finished", "failed", "finished"]
-    for number in (0, 2):
-        assert "phase pretrain: finished already" in (tmp_path / "sweep" / str(number) / "log.txt").read_text()
+    assert states == ["failed", "finished"]
+    assert "phase pretrain: finished already" in (tmp_path / "sweep" / "1" / "log.txt").read_text()
 
 
 def test_jobs_must_be_positive(tmp_path):

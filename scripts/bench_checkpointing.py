@@ -1,15 +1,16 @@
 """What gradient checkpointing saves in memory and costs in time.
 
-    python scripts/bench_checkpointing.py [--model se-resnext coplenet] [--precision fp32 bf16] [--steps 5]
+    python scripts/bench_checkpointing.py [--model se-resnext coplenet] [--policy light mixed true]
+        [--precision fp32 bf16] [--steps 5]
 
 One training step (forward, cross-entropy at the stride of the logits, backward) of DeepLabV3+ on SE-ResNeXt-50 at
 output stride 8 and of COPLE-Net with group norm, on a batch of 2 images. Shown: the peak memory beyond weights,
-gradients and images, and the medians of wall and processor time of a step, each without and with checkpointing.
+gradients and images, and the medians of wall and processor time of a step, without checkpointing and with each policy.
 
 On a CPU, memory is the peak resident size of the process during one step, above the size before it, when weights and
 gradients are there and the libraries are warm. Each case has a process of its own, in which malloc returns every
 block above 64 KiB to the system at once, so that freed memory does not count; that slows allocation, hence time is
-measured in another process, where steps without and with checkpointing take turns. On a GPU, memory is what torch's
+measured in another process, where steps without it and with each policy take turns. On a GPU, memory is what torch's
 allocator counts at its peak. Processor time tells the cost on a machine that is busy with other work.
 """
 
@@ -66,11 +67,16 @@ def status(field: str) -> int:
     raise KeyError(field)
 
 
-def measure_memory(name: str, *, precision: str, checkpointing: bool, size: int, device: str) -> int:
+def with_policy(model: nn.Module, policy: str) -> nn.Module:
+    """The same model, its blocks recomputed as ``policy`` says (`false`, `light`, `mixed` or `true`)."""
+    if policy != "false":
+        enable_grad_checkpointing(model, policy == "true" or policy)
+    return model
+
+
+def measure_memory(name: str, *, precision: str, policy: str, size: int, device: str) -> int:
     """Bytes that one step needs at its peak beyond what is there before and after it."""
-    model = build(name).to(device).train()
-    if checkpointing:
-        enable_grad_checkpointing(model)
+    model = with_policy(build(name).to(device).train(), policy)
     step(model, make_images(WARM_SIZE, device), precision=precision)  # gradients exist from here on
     images = make_images(size, device)
     if images.is_cuda:
@@ -84,19 +90,20 @@ def measure_memory(name: str, *, precision: str, checkpointing: bool, size: int,
     return status("VmHWM") - before
 
 
-def measure_time(name: str, *, precision: str, size: int, device: str, num_steps: int) -> dict[str, list[float]]:
-    """Medians over ``num_steps`` of [without, with] checkpointing: seconds of wall time and of processor time."""
+def measure_time(
+    name: str, *, precision: str, policies: list[str], size: int, device: str, num_steps: int
+) -> dict[str, list[float]]:
+    """Medians over ``num_steps`` of each policy: seconds of wall time and of processor time."""
     plain = build(name).to(device).train()
-    wrapped = copy.deepcopy(plain)
-    enable_grad_checkpointing(wrapped)
+    models = [with_policy(copy.deepcopy(plain), policy) for policy in policies]
     images = make_images(size, device)
-    taken: list[list[tuple[float, float]]] = [[], []]
+    taken: list[list[tuple[float, float]]] = [[] for _ in models]
     for number in range(num_steps + 1):
-        for which, model in enumerate((plain, wrapped)):
+        for model, times in zip(models, taken, strict=True):
             wall, processor = time.perf_counter(), time.process_time()
             step(model, images, precision=precision)
             if number:  # the first is for warming up
-                taken[which].append((time.perf_counter() - wall, time.process_time() - processor))
+                times.append((time.perf_counter() - wall, time.process_time() - processor))
     return {
         "wall": [statistics.median(item[0] for item in items) for items in taken],
         "processor": [statistics.median(item[1] for item in items) for items in taken],
@@ -118,6 +125,7 @@ def run_task(task: dict[str, object]) -> object:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["se-resnext", "coplenet"], choices=["se-resnext", "coplenet"])
+    parser.add_argument("--policy", nargs="+", default=["light", "mixed", "true"], choices=["light", "mixed", "true"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind; 0 measures memory only")
@@ -129,21 +137,26 @@ def main() -> None:
         return
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {options.device}, {threads} threads, {BATCH} images of side {options.size}")
-    columns = ("extra MiB", "with", "ratio", "s a step", "with", "ratio", "cpu ratio")
-    print(" " * 18 + "".join(f"{column:>11}" for column in columns))
+    columns = ("extra MiB", "ratio", "s a step", "ratio", "cpu ratio")
+    print(" " * 26 + "".join(f"{column:>11}" for column in columns))
+    policies = ["false", *options.policy]
     for name in options.model:
         for precision in options.precision:
             task = {"name": name, "precision": precision, "size": options.size, "device": options.device}
             memory = [
-                in_process(task | {"kind": "memory", "checkpointing": on}, environment=RETURN_AT_ONCE)
-                for on in (False, True)
+                in_process(task | {"kind": "memory", "policy": policy}, environment=RETURN_AT_ONCE)
+                for policy in policies
             ]
-            line = f"{name:12}{precision:6}{memory[0] / MIB:11.0f}{memory[1] / MIB:11.0f}{memory[1] / memory[0]:11.2f}"
+            taken = {}
             if options.steps:
-                taken = in_process(task | {"kind": "time", "num_steps": options.steps}, environment={})
-                wall, processor = taken["wall"], taken["processor"]
-                line += f"{wall[0]:11.2f}{wall[1]:11.2f}{wall[1] / wall[0]:11.2f}{processor[1] / processor[0]:11.2f}"
-            print(line, flush=True)
+                timing = {"kind": "time", "policies": policies, "num_steps": options.steps}
+                taken = in_process(task | timing, environment={})
+            for row, policy in enumerate(policies):
+                line = f"{name:12}{precision:6}{policy:8}{memory[row] / MIB:11.0f}{memory[row] / memory[0]:11.2f}"
+                if taken:
+                    wall, processor = taken["wall"], taken["processor"]
+                    line += f"{wall[row]:11.2f}{wall[row] / wall[0]:11.2f}{processor[row] / processor[0]:11.2f}"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ BENCHES = (
     (
         "gradient checkpointing, DeepLabV3+ on SE-ResNeXt-50, 2 x 512 x 512, bf16: memory at time",
         "without",
-        "scripts/bench_checkpointing.py --model se-resnext --precision bf16",
-        r"bf16 +\d+ +\d+ +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+)",
+        "scripts/bench_checkpointing.py --model se-resnext --policy true --precision bf16",
+        r"bf16 +true +\d+ +([\d.]+) +[\d.]+ +([\d.]+)",
     ),
     (
         "margin calibration, logits at label size, K=19: time (plain, compiled)",

@@ -176,7 +176,7 @@ def measuring(device: torch.device) -> Iterator[Measured]:
 def training_levers(config: dict[str, Any]) -> str:
     """The first three settings of ``config`` (that of the run, as plain values) that would save memory."""
     levers = []
-    if not config.get("grad_checkpointing"):
+    if config.get("grad_checkpointing") is not True:
         levers.append("grad_checkpointing=true")
     batch, parts = config.get("batch_size", 1), config.get("accumulate", 1)
     finer = next((number for number in range(parts + 1, batch + 1) if batch % number == 0), None)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import segkit
 from segkit import bilinear, losses
 from segkit.bilinear import spans
-from segkit.evaluation.confusion import count_pixels
+from segkit.evaluation.confusion import count_images
 from segkit.evaluation.decision import BiasedModel
 from segkit.evaluation.inference import Inference
 from segkit.evaluation.miou_rule import MiouRule, ScaledModel
@@ -42,7 +42,7 @@ FINITE = {"evaluation/views.py:forward"}
 
 
 VALUES = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
-ANSWERS = {"evaluation/views.py:forward": True, "evaluation/confusion.py:count_pixels": 50 * 70 // 2}
+ANSWERS = {"evaluation/views.py:forward": True}
 
 
 class Questions(TorchDispatchMode):
@@ -223,14 +223,21 @@ def test_inference_stays_on_its_device(on_gpu, protocol, decision):
     assert asked <= FINITE, asked
 
 
-def test_counting_asks_whether_all_pixels_were_counted(on_gpu):
-    def call() -> torch.Tensor:
-        images = torch.zeros(50, 70, dtype=torch.uint8, device="cuda")
-        return count_pixels(images, images.clone(), num_classes=K)
+def test_a_batch_is_counted_with_one_copy_to_the_host(on_gpu):
+    """The size of the histogram is asked for inside of torch; then all matrices are copied together."""
+    copies = []
 
-    counts, asked = on_gpu(call)
-    assert (counts.device.type, counts.shape) == ("cuda", (K, K))
-    assert asked == {f"evaluation/confusion.py:{name}" for name in ("count_pixels", "_byte_histogram")}
+    def call() -> None:
+        labels = torch.zeros(3, 50, 70, dtype=torch.uint8, device="cuda")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor) or torch.zeros(tensor.shape))
+            patch.setattr(torch.Tensor, "numpy", lambda tensor: np.full((3, K * K + 1), 50 * 70 / (K * K + 1)))
+            patch.setattr(torch, "from_numpy", lambda array: array)
+            count_images(labels, labels.clone(), num_classes=K, names=["a", "b", "c"])
+
+    _, asked = on_gpu(call)
+    assert [(tensor.device.type, tensor.shape) for tensor in copies] == [("cuda", (3, K * K + 1))]
+    assert asked == {"evaluation/confusion.py:_byte_histograms"}
 
 
 def test_labels_on_a_device_are_a_mask(on_gpu):

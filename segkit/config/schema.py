@@ -173,7 +173,7 @@ class Config:
     precision: Precision = Precision.auto
     compile: bool = False
     channels_last: bool | str = "auto"
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool | str = False
     sync_batchnorm: bool = False
 
     batch_size: int = 8
@@ -217,6 +217,11 @@ class Config:
         require(
             self.channels_last in (True, False, "auto"),
             f"channels_last is {self.channels_last!r}, but must be auto, true or false: set channels_last=auto",
+        )
+        require(
+            self.grad_checkpointing in (False, "light", "mixed", True),
+            f"grad_checkpointing is {self.grad_checkpointing!r}, but must be false, light, mixed or true: "
+            "set grad_checkpointing=light",
         )
         self._check_pairs()
 

@@ -1,8 +1,10 @@
-"""Counting pixels: the confusion matrix as int64 counts on the device of the labels."""
+"""Counting pixels: the confusion matrix as int64 counts."""
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -18,31 +20,45 @@ _MAX_HISTOGRAM_PIXELS = 2**24
 
 
 def count_pixels(pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, where: str = "") -> Tensor:
-    """Return the confusion matrix of one pair: int64 (K, K), rows = target class, columns = prediction.
+    """Return the confusion matrix of one pair: int64 (K, K) on the CPU, rows = target class, columns = prediction.
 
-    ``pred`` and ``target`` are integer tensors of one shape; pixels whose target is ``ignore_index`` are left out,
-    whatever was predicted there. ``where`` names the image in error messages.
+    As `count_images` for one image of any shape; ``where`` names it in error messages.
+    """
+    one = count_images(pred[None], target[None], num_classes=num_classes, ignore_index=ignore_index, names=[where])
+    return one[0]
+
+
+def count_images(
+    pred: Tensor, target: Tensor, *, num_classes: int, ignore_index: int = 255, names: Sequence[str]
+) -> Tensor:
+    """Return the confusion matrix of every image of a batch: int64 (N, K, K) on the CPU, read from the device at once.
+
+    ``pred`` and ``target`` are integer tensors (N, ...) of one shape; pixels whose target is ``ignore_index`` are left
+    out, whatever was predicted there. ``names`` of the images are for error messages.
 
     Raises `InputError` if a target is neither a class nor ``ignore_index``, or if a prediction is not a class.
     """
     if pred.shape != target.shape:
         raise InputError(
-            f"prediction and label differ in size{_of(where)}: {tuple(pred.shape)} and {tuple(target.shape)}"
+            f"prediction and label differ in size{_of(names[0])}: {tuple(pred.shape[1:])} and {tuple(target.shape[1:])}"
         )
     if pred.is_floating_point() or target.is_floating_point():
         raise InputError(
-            f"prediction and label must hold class numbers{_of(where)}, got {pred.dtype} and {target.dtype}"
+            f"prediction and label must hold class numbers{_of(names[0])}, got {pred.dtype} and {target.dtype}"
         )
     pred = pred.to(target.device)
     if not (0 <= ignore_index < _BYTE and num_classes <= _BYTE and _fits_bytes(pred) and _fits_bytes(target)):
-        return _count_any(pred, target, num_classes, ignore_index, where)
-    histogram = _byte_histogram(*(labels.to(torch.uint8).contiguous().view(-1) for labels in (pred, target)))
-    counts = histogram[:num_classes, :num_classes].contiguous()
+        images = zip(pred, target, names, strict=True)
+        return torch.stack([_count_any(*pair, num_classes, ignore_index, name).cpu() for *pair, name in images])
+    histograms = _byte_histograms(*(labels.to(torch.uint8).flatten(1) for labels in (pred, target)))
+    counts = histograms[:, :num_classes, :num_classes].contiguous()
     if ignore_index < num_classes:
-        counts[ignore_index] = 0
-    if int(counts.sum()) + int(histogram[ignore_index].sum()) != pred.numel():
-        _raise_out_of_range(pred, target, num_classes, ignore_index, where)
-    return counts
+        counts[:, ignore_index] = 0
+    void = histograms[:, ignore_index].sum(1, keepdim=True)
+    read = torch.cat([counts.flatten(1), void], 1).cpu().numpy()
+    for i in np.flatnonzero(read.sum(1) != target[0].numel()):
+        _raise_out_of_range(pred[i], target[i], num_classes, ignore_index, names[i])
+    return torch.from_numpy(read[:, :-1].reshape(counts.shape))
 
 
 def _fits_bytes(labels: Tensor) -> bool:
@@ -52,19 +68,21 @@ def _fits_bytes(labels: Tensor) -> bool:
     return int(low) >= 0 and int(high) < _BYTE
 
 
-def _byte_histogram(pred: Tensor, target: Tensor) -> Tensor:
-    """Return how often each pair (target, prediction) of byte values occurs: int64 (256, 256)."""
+def _byte_histograms(pred: Tensor, target: Tensor) -> Tensor:
+    """Return how often each pair (target, prediction) of bytes occurs in every row of (N, P): int64 (N, 256, 256)."""
+    rows = len(target)
     if target.device.type != "cpu":
-        index = target.to(torch.int32).mul_(_BYTE).add_(pred)
-        return torch.bincount(index, minlength=_BYTE * _BYTE).view(_BYTE, _BYTE)
-    total = np.zeros((_BYTE, _BYTE), np.int64)
-    for start in range(0, target.numel(), _MAX_HISTOGRAM_PIXELS):
+        first = torch.arange(rows, device=target.device)[:, None] * _BYTE * _BYTE
+        index = target.to(torch.int64).mul_(_BYTE).add_(pred).add_(first)
+        return torch.bincount(index.flatten(), minlength=rows * _BYTE * _BYTE).view(rows, _BYTE, _BYTE)
+    total = np.zeros((rows, _BYTE, _BYTE), np.int64)
+    for row, start in itertools.product(range(rows), range(0, target.shape[1], _MAX_HISTOGRAM_PIXELS)):
         part = slice(start, start + _MAX_HISTOGRAM_PIXELS)
-        low_high = [pred[part].numpy(), target[part].numpy()]
+        low_high = [labels[row, part].contiguous().numpy() for labels in (pred, target)]
         # The two bytes of a pixel side by side, read as one 16-bit number target * 256 + prediction.
         pairs = cv2.merge(low_high if sys.byteorder == "little" else low_high[::-1]).view(np.uint16)
         bins = cv2.calcHist([pairs.reshape(1, -1)], [0], None, [_BYTE * _BYTE], [0, _BYTE * _BYTE])
-        total += bins.reshape(_BYTE, _BYTE).astype(np.int64)
+        total[row] += bins.reshape(_BYTE, _BYTE).astype(np.int64)
     return torch.from_numpy(total)
 
 

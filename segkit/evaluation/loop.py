@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from segkit.errors import InputError
 from segkit.evaluation import metrics
 from segkit.evaluation.boundary import BoundaryCounts
-from segkit.evaluation.confusion import count_pixels
+from segkit.evaluation.confusion import count_images
 from segkit.evaluation.inference import whole_image
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
@@ -118,10 +118,10 @@ def evaluate(
     each of which holds a part of the data set (no image twice). ``progress`` wraps the iterable of batches. The
     model's train/eval mode is restored.
 
-    Raises `InputError` if there is no image, or as `count_pixels` and ``predict`` do.
+    Raises `InputError` if there is no image, or as `count_images` and ``predict`` do.
     """
     device = torch.device(device)
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     boundary = None
     if boundary_ratio is not None:
         boundary = BoundaryCounts(num_classes, ignore_index=ignore_index, ratio=boundary_ratio)
@@ -132,20 +132,22 @@ def evaluate(
             labels = batch.labels.to(device, non_blocking=True)
             size = (int(labels.shape[-2]), int(labels.shape[-1]))
             predictions = predict(model, images, size)
+            found = count_images(
+                predictions, labels, num_classes=num_classes, ignore_index=ignore_index, names=batch.names
+            )
+            counts += found.sum(0)
+            if boundary is not None or any(index in pictures for index in batch.indices):
+                predictions = predictions.cpu()
             for i, (index, name) in enumerate(zip(batch.indices, batch.names, strict=True)):
                 if index in local.images:
                     raise InputError(f"image {name} (number {index}) was evaluated twice; give every image once")
-                found = count_pixels(
-                    predictions[i], labels[i], num_classes=num_classes, ignore_index=ignore_index, where=name
-                )
-                counts += found
                 picture = _picture(batch, i, predictions[i]) if index in pictures else None
-                local.images[index] = _Image(name, sparse(found.cpu().numpy()), picture)
+                local.images[index] = _Image(name, sparse(found[i].numpy()), picture)
                 if boundary is not None:
-                    boundary.update(predictions[i].cpu().numpy(), batch.labels[i].cpu().numpy())
+                    boundary.update(predictions[i].numpy(), batch.labels[i].cpu().numpy())
     parts = [local]
     if reduce is not None:
-        counts, parts = reduce(counts, local)
+        counts, parts = reduce(counts.to(device), local)
     return _merge(counts, parts, ignore_index)
 
 
@@ -172,7 +174,7 @@ def _picture(batch: LabelledBatch, i: int, prediction: Tensor) -> Picture:
     image = np.ascontiguousarray(batch.images[i].cpu().permute(1, 2, 0).numpy())
     if image.shape[:2] != label.shape:
         image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
-    return Picture(batch.names[i], image, label, prediction.cpu().numpy().copy())
+    return Picture(batch.names[i], image, label, prediction.numpy().copy())
 
 
 def _merge(counts: Tensor, parts: Sequence[_Local], ignore_index: int) -> Evaluation:

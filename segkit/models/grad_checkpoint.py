@@ -1,14 +1,19 @@
 """Gradient checkpointing: blocks whose activations are computed again in the backward pass instead of kept.
 
-T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input, and the outputs of those
-of its convolutions that are expensive to compute and small to keep; loss, gradients, buffers and random numbers are
-those of the plain network.
+T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input, and outputs of its
+convolutions and matrix products as a policy says:
+
+    light   all of them: norms, activations and gates are computed again
+    mixed   those that are expensive to compute: deep blocks as `light`, blocks of high resolution as a whole
+    True    convolutions that are expensive to compute and small to keep
+
+Loss, gradients, buffers and random numbers are those of the plain network.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,23 +27,29 @@ from segkit.models.any_size import mix_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 DEAR_OUTPUT = 512
-"""Multiplications for one output element, from which on the output of a narrowing convolution is kept."""
+"""Multiplications for one output element, from which on an output is expensive to compute."""
+CONVOLUTION = torch.ops.aten.convolution.default
+PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
 KEPT_WHOLE = ("DeepLabV3Decoder", "DeepLabV3PlusDecoder")
 """Classes of segmentation_models_pytorch that are left alone. What they keep is needed first in the backward pass, and
 would be computed again at once: a twentieth of a step's time, for a fortieth of its memory."""
 RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
 
 
-def enable_grad_checkpointing(model: nn.Module) -> int:
+def enable_grad_checkpointing(model: nn.Module, policy: bool | str = True) -> int:
     """Recompute the blocks of ``model`` in the backward pass, in place; returns the number of blocks.
+
+    ``policy``: one of :data:`POLICIES`, what a block keeps beside its input.
 
     A model may list its blocks itself with a method ``checkpoint_blocks()``. Otherwise they are found by structure: the
     composite members of the sequences and lists that hold a network's stages (residual blocks, the branches of a
     decoder, transformer blocks), and sequences of plain layers that hold a convolution.
 
     The keys and values of the state dict stay as they are. Running statistics are updated once per step. InputError if
-    ``model`` has no such block.
+    ``model`` has no such block, or if there is no such policy.
     """
+    if policy not in POLICIES:
+        raise InputError(f"grad_checkpointing is {policy!r}, but must be light, mixed or true: set it to light")
     listed = (getattr(module, "checkpoint_blocks", None) for module in model.modules())
     own = next((method for method in listed if callable(method)), None)
     blocks = [block for block in (_find_blocks(model) if own is None else own()) if not isinstance(block, Checkpointed)]
@@ -50,6 +61,7 @@ def enable_grad_checkpointing(model: nn.Module) -> int:
     for block in blocks:
         _write_nothing_in_place(block)
         mix_in(Checkpointed, block)
+        vars(block).update(policy=policy)
     return len(blocks)
 
 
@@ -104,21 +116,25 @@ def _is_unit(module: nn.Module) -> bool:
 class Checkpointed(nn.Module):
     """Mixin in front of a block's class: its forward pass is a checkpoint while gradients are recorded."""
 
+    policy: bool | str
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         # A caller may go on to extend a list that it handed in, as densely connected networks do.
         args = tuple(list(value) if isinstance(value, list) else value for value in args)
-        # torch.compile traces buffers as values of the graph and writes them back once; it knows no context_fn.
-        contexts: dict[str, Any] = {} if compiling else {"context_fn": functools.partial(_contexts, self)}
+        # torch.compile traces buffers as values of the graph and writes them back once; it takes torch's own contexts.
+        keeps = POLICIES[self.policy]
+        contexts: Any = create_selective_checkpoint_contexts if compiling else _contexts
+        bound = functools.partial(contexts, keeps) if compiling else functools.partial(contexts, keeps, self)
         versions = [] if compiling else _versions(args)
         output = checkpoint(
             super().forward,
             *args,
             use_reentrant=False,
             preserve_rng_state=_is_random(self, len(args) + len(kwargs)),
-            **contexts,
+            context_fn=bound,
             **kwargs,
         )
         if not compiling and versions != _versions(args):
@@ -153,31 +169,50 @@ def _is_random(block: nn.Module, num_arguments: int) -> bool:
     return False
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _contexts(keeps: Policy, block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return contexts for the first computation and for the second.
 
     In the second, running statistics stay as they are, and outputs that the first one kept are not computed again.
     """
-    if not any(isinstance(layer, nn.Conv2d) and _is_dear(layer.weight) for layer in block.modules()):
+    if keeps is _whole and not any(isinstance(x, nn.Conv2d) and _is_dear_and_small(x.weight) for x in block.modules()):
         return nullcontext(), _frozen_statistics(block, nullcontext())
-    first, second = create_selective_checkpoint_contexts(_policy)
+    first, second = create_selective_checkpoint_contexts(keeps)
     return first, _frozen_statistics(block, second)
 
 
-def _is_dear(weight: torch.Tensor) -> bool:
+Policy = Callable[..., CheckpointPolicy]
+
+
+def _decision(keeps: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _light(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(operation is CONVOLUTION or operation in PRODUCTS)
+
+
+def _mixed(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if operation is CONVOLUTION:
+        return _decision(args[1].shape[1:].numel() >= DEAR_OUTPUT)
+    return _decision(operation in PRODUCTS and args[-1].shape[-2] >= DEAR_OUTPUT)
+
+
+def _whole(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(operation is CONVOLUTION and _is_dear_and_small(args[1]))
+
+
+def _is_dear_and_small(weight: torch.Tensor) -> bool:
     """Return True for the weight (outputs, inputs per group, height, width) of a convolution with an output to keep.
 
     Such an output is expensive to compute and small to keep: an element costs one multiplication for each input channel
     and each place of the kernel, and there are fewer channels than in the input. The narrowing 1x1 convolution of a
     wide bottleneck is nearly half of its work, and the output a tenth of what the bottleneck would keep.
     """
-    return weight.shape[0] < weight.shape[1] and weight[0].numel() >= DEAR_OUTPUT
+    return weight.shape[0] < weight.shape[1] and weight.shape[1:].numel() >= DEAR_OUTPUT
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation is torch.ops.aten.convolution.default and _is_dear(args[1]):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+POLICIES: dict[bool | str, Policy] = {"light": _light, "mixed": _mixed, True: _whole}
+"""Less memory and more time from one to the next."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
     net = instantiate(config.model, {"num_classes": num_classes, "classes": num_classes}, key="model")
     if config.grad_checkpointing:
-        enable_grad_checkpointing(net)
+        enable_grad_checkpointing(net, config.grad_checkpointing)
     return Segmenter(net)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkit.errors import InputError
 from segkit.evaluation import BoundaryCounts, ConfusionMatrix, evaluate, to_results
@@ -65,6 +66,31 @@ def test_counts_pictures_and_per_image_matrices():
     np.testing.assert_array_equal(result.pictures[2].image, batches[1].images[0].permute(1, 2, 0).numpy())
     np.testing.assert_array_equal(result.pictures[2].label, batches[1].labels[0].numpy())
     np.testing.assert_array_equal(result.pictures[2].prediction, batches[1].images[0, 0].numpy())
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is read from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_no_value_is_read_for_a_single_image(batch_size):
+    """One answer a batch: whether the logits are finite; the counts are read as arrays."""
+    with Reads() as reads:
+        evaluate(RedIsTheClass(4), make_batches(6, batch_size=batch_size), num_classes=4, pictures={0})
+    assert reads.count <= 6 // batch_size
+
+
+def test_the_image_of_a_batch_that_is_out_of_range_is_named():
+    *_, batch = make_batches(3, batch_size=3)
+    batch.labels[1, 2, 2] = 77
+    with pytest.raises(InputError, match=r"label value 77 \(1 pixels\) out of range in image1"):
+        evaluate(RedIsTheClass(4), [batch], num_classes=4)
 
 
 def test_model_runs_in_eval_and_inference_mode_and_gets_its_own_mode_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.models import COPLENet, Segmenter, deeplabv3plus, enable_grad_checkpointing, smp_model
 
@@ -69,6 +71,100 @@ def test_same_loss_gradients_buffers_and_keys(name: str) -> None:
             torch.testing.assert_close(value.grad, gradients[key], rtol=1e-6, atol=1e-9, msg=key)
     for key, value in wrapped.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("policy", ["light", "mixed", True])
+@pytest.mark.parametrize("name", ["tiny", "coplenet batch", "attention"])
+def test_several_steps_in_float64(name: str, policy: bool | str) -> None:
+    """Loss, gradients, weights and buffers of three updates are those without checkpointing."""
+    torch.manual_seed(0)
+    plain = (Attention() if name == "attention" else MODELS[name]()).double()
+    wrapped = copy.deepcopy(plain)
+    enable_grad_checkpointing(wrapped, policy)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in (plain, wrapped)]
+    for seed in range(3):
+        images = torch.randn(2, 3, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        losses = []
+        for model, optimizer in zip((plain, wrapped), optimizers, strict=True):
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            losses.append(model(images).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+        assert torch.equal(*losses)
+        for (key, one), other in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-13, msg=key)
+    for (key, one), other in zip(plain.state_dict().items(), wrapped.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-13, msg=key)
+
+
+@pytest.mark.parametrize("name", ["tiny", "coplenet batch"])
+def test_convolutions_that_are_computed_again(name: str) -> None:
+    """None with `light`; with `mixed` those of less than 512 multiplications for an element, which `True` has too."""
+    counts: dict[bool | str, int] = {}
+    cheap: dict[bool | str, bool] = {}
+    for policy in ("light", "mixed", True):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        enable_grad_checkpointing(model, policy)
+        with ConvolutionCounter() as counter:
+            loss = model(torch.randn(2, 3, 32, 48)).square().mean()
+            forward = dict(counter.calls)
+            loss.backward()
+        twice = {shape for shape, number in counter.calls.items() if number > forward[shape]}
+        counts[policy] = sum(counter.calls.values()) - sum(forward.values())
+        cheap[policy] = all(math.prod(shape[1:]) < 512 for shape in twice)
+    assert counts["light"] == 0 < counts["mixed"] < counts[True]
+    assert cheap["mixed"]
+    assert not cheap[True]
+
+
+class Token(nn.Module):
+    """A block of a transformer: matrix products, softmax and a norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return x + self.out(F.gelu((q @ k.mT).softmax(-1) @ v))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, stride=8)
+        self.blocks = nn.ModuleList([Token(16), Token(16)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ProductCounter(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in {torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("light", True), (True, False)])
+def test_matrix_products_are_kept_by_light(policy: bool | str, kept: bool) -> None:
+    """Two blocks of two linear layers and two products; the backward pass of a product is two, of a layer `mm`."""
+    model = Attention()
+    enable_grad_checkpointing(model, policy)
+    with ProductCounter() as counter:
+        loss = model(torch.randn(2, 3, 32, 48)).square().mean()
+        assert counter.count == 2 * (2 + 2)
+        loss.backward()
+    backward = counter.count - 8
+    assert backward == (8 if kept else 8 + 8 - 2)  # what follows the last product of a block is not needed again
 
 
 class Block(nn.Module):
@@ -182,24 +278,31 @@ def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [("coplenet batch", 0.45), ("tiny", 0.4), pytest.param("se-resnext", 0.4, marks=pytest.mark.slow)],
+    ("name", "policy", "share"),
+    [
+        ("coplenet batch", "light", 0.75),
+        ("coplenet batch", True, 0.45),
+        ("tiny", "light", 0.7),
+        ("tiny", True, 0.4),
+        pytest.param("se-resnext", True, 0.4, marks=pytest.mark.slow),
+    ],
 )
-def test_keeps_less_for_the_backward_pass(name: str, share: float) -> None:
+def test_keeps_less_for_the_backward_pass(name: str, policy: bool | str, share: float) -> None:
     torch.manual_seed(0)
     model = (MODELS | SLOW_MODELS)[name]()
     images = torch.randn(2, 3, 64, 64)
     whole = kept_bytes(model, images)
-    enable_grad_checkpointing(model)
+    enable_grad_checkpointing(model, policy)
     assert kept_bytes(model, images) < share * whole
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("policy", ["light", True])
+def test_compiled(policy: bool | str) -> None:
     """Under torch.compile: same loss, gradients and running statistics, without a break of the graph."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(*(Residual(8) for _ in range(3))))
     wrapped = copy.deepcopy(plain)
-    enable_grad_checkpointing(wrapped)
+    enable_grad_checkpointing(wrapped, policy)
     images = torch.randn(2, 3, 8, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, about its internals
@@ -294,6 +397,17 @@ def test_no_blocks() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     with pytest.raises(InputError, match=r"Sequential has no blocks to recompute .* set grad_checkpointing=false"):
         enable_grad_checkpointing(model)
+
+
+def test_policy_that_is_none() -> None:
+    with pytest.raises(InputError, match="grad_checkpointing is 'deep', but must be light, mixed or true"):
+        enable_grad_checkpointing(stack(), "deep")
+    with pytest.raises(InputError, match=r"grad_checkpointing is 'deep', .* set grad_checkpointing=light"):
+        compose(["grad_checkpointing=deep"])
+    assert [compose([f"grad_checkpointing={value}"]).grad_checkpointing for value in ("mixed", "true")] == [
+        "mixed",
+        True,
+    ]
 
 
 def test_twice_is_an_error() -> None:

@@ -56,7 +56,7 @@ def count_images(
         counts[:, ignore_index] = 0
     void = histograms[:, ignore_index].sum(1, keepdim=True)
     read = torch.cat([counts.flatten(1), void], 1).cpu().numpy()
-    for i in np.flatnonzero(read.sum(1) != target[0].numel()):
+    for i in np.flatnonzero(read.sum(1) != target[0].numel()).tolist():
         _raise_out_of_range(pred[i], target[i], num_classes, ignore_index, names[i])
     return torch.from_numpy(read[:, :-1].reshape(counts.shape))
 

@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     made = verb_parser(
         "compare",
         "Compare finished runs: one HTML file that works offline, and tables. "
-        "Runs that differ only in their seed become one row.",
+        "Runs that differ only in their seed become one row, and the folds of a cross-validation one run.",
         example="RUN_A RUN_B --output report.html",
     )
     made.add_argument(

@@ -1,4 +1,4 @@
-"""Read runs, check that they may be compared, and group those that differ in their seed alone.
+"""Read runs, check that they may be compared, pool folds, and group those that differ in their seed alone.
 
 Scores may stand in one table if they are of the same data and classes, measured in the same way.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import InputError
+from segkit.report.folds import pool_folds
 from segkit.report.groups import Group, differences, flatten, group_runs
 from segkit.report.runs import RunRecord, find_runs
 from segkit.report.tables import ScoreTable, score_table
@@ -30,6 +31,11 @@ class Comparison:
     def runs(self) -> list[RunRecord]:
         """All runs, group by group."""
         return [run for group in self.groups for run in group.runs]
+
+    @property
+    def folders(self) -> list[RunRecord]:
+        """The records of all run folders: of each fold where folds are pooled."""
+        return [one for run in self.runs for one in run.folders]
 
     @cached_property
     def table(self) -> ScoreTable:
@@ -86,15 +92,18 @@ def compare(
     evaluation: str | None = None,
     allow_mixed_protocols: bool = False,
 ) -> Comparison:
-    """Read the runs in ``paths`` and group them; the first one's group is the baseline, or that of ``baseline``.
+    """Read the runs in ``paths``, pool their folds and group them.
 
-    ``evaluation`` is as in :func:`segkit.report.runs.find_runs`.
+    The baseline is the first one's group, or that of ``baseline``. ``evaluation`` is as in
+    :func:`segkit.report.runs.find_runs`.
 
     Raises InputError for a run that cannot be read, and for runs that were not
     evaluated alike, unless ``allow_mixed_protocols``.
     """
     named = [baseline, *paths] if baseline is not None else list(paths)
     runs, notes = find_runs(named, evaluation=evaluation)
+    runs, missing = pool_folds(runs)
+    notes += missing
     mixed: list[str] = []
     if allow_mixed_protocols:
         mixed = differing_protocols(runs)

@@ -127,6 +127,7 @@ def _names(grouped: Sequence[tuple[RunRecord, ...]]) -> list[str]:
     if len(set(models)) > 1:
         prefixes = [model.rpartition(".")[2] for model in models]
         names = [f"{prefix}: {name}" for prefix, name in zip(prefixes, names, strict=True)]
+    names = [", ".join(filter(None, (name, run.pooled))) for name, run in zip(names, firsts, strict=True)]
     repeated = {name for name in names if names.count(name) > 1}
     return [f"{name} [{run.path}]" if name in repeated else name for name, run in zip(names, firsts, strict=True)]
 

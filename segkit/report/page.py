@@ -97,7 +97,7 @@ def _highlights(c: Comparison) -> list[tuple[str, str, str]]:
     num_seeds = sorted({len(group.runs) for group in c.groups})
     span = "–".join(map(str, dict.fromkeys((num_seeds[0], num_seeds[-1]))))
     seeds = "one seed each" if num_seeds == [1] else f"{span} seeds each"
-    runs, rows = (f"{len(of)} {word}{'s' * (len(of) != 1)}" for of, word in ((c.runs, "run"), (c.groups, "row")))
+    runs, rows = (f"{len(of)} {word}{'s' * (len(of) != 1)}" for of, word in ((c.folders, "run"), (c.groups, "row")))
     return [*tiles, ("compared", runs, f"{rows}, {seeds}")]
 
 

@@ -93,14 +93,19 @@ def recorded(run: RunRecord, split: str, key: str) -> dict[int, float]:
 
 
 def series(groups: Sequence[Group], split: str, key: str) -> list[Series]:
-    """Return one series per group: the mean over its runs at the steps that all have, and the band of its runs."""
+    """Return one series per group: the mean over its runs at the steps that all have, and the band of its runs.
+
+    Runs without two steps in common are interpolated at those of the first.
+    """
     found = []
     for index, group in enumerate(groups):
-        known = [values for run in group.runs if (values := recorded(run, split, key))]
-        steps = sorted(set.intersection(*map(set, known))) if known else []
-        if not steps:
+        folders = [one for run in group.runs for one in run.folders]
+        known = [values for one in folders if (values := recorded(one, split, key))]
+        if not known:
             continue
-        columns = [[values[step] for values in known] for step in steps]
+        common = sorted(set.intersection(*map(set, known)))
+        steps = common if len(common) > 1 else sorted(known[0])  # folds of unequal size are evaluated at other steps
+        columns = [[float(np.interp(step, list(one), list(one.values()))) for one in known] for step in steps]
         mean, low, high = ([take(values) for values in columns] for take in (statistics.fmean, min, max))
         window = -(-len(steps) // MOST_POINTS)
         thinned = [_thin([float(value) for value in values], window) for values in (steps, mean, low, high)]

@@ -26,7 +26,7 @@ AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --ev
 @dataclass(frozen=True)
 class RunRecord:
     """What one run folder says. ``config`` is as it stood for ``phase``, the phase of the results; ``counts`` are
-    the training pixels of every class.
+    the training pixels of every class. ``folds`` are the records that were pooled in this one, and ``pooled`` says so.
 
     Optional files that are missing are None or empty here, with a sentence in ``notes``.
     """
@@ -43,6 +43,13 @@ class RunRecord:
     per_image: PerImageCounts | None = None
     pictures: dict[str, StoredPicture] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    folds: tuple[RunRecord, ...] = ()
+    pooled: str = ""
+
+    @property
+    def folders(self) -> tuple[RunRecord, ...]:
+        """The record of each run folder: itself, or its folds."""
+        return self.folds or (self,)
 
     @property
     def classes(self) -> tuple[str, ...]:

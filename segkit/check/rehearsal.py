@@ -29,6 +29,7 @@ from segkit.run.phase import Phase, prepare_phase
 from segkit.run.plan import plan_phase
 from segkit.run.saved import read_config
 from segkit.run.splits import Splits
+from segkit.run.start import initial_model
 from segkit.training import checkpoint
 from segkit.training.tracking import Tracker
 
@@ -204,7 +205,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _last_phase(config: Config, phases: dict[str, Splits], device: torch.device) -> Phase:
     """Return the last phase of the run once more, at its start."""
     *_, name = config.schedule
-    model = pipeline.initial_model(config, phases[name].train.classes, device)
+    model, _ = initial_model(config, phases[name].train.classes, device)
     return prepare_phase(config, name, splits=phases[name], model=model, device=device, cache_dir=cache_dir_of(config))
 
 

@@ -51,6 +51,13 @@ class Determinism(Enum):
     strict = "strict"
 
 
+class Head(Enum):
+    """Of the weights of ``init_from``: ``keep`` all, or ``reset`` the last layer, for other classes."""
+
+    keep = "keep"
+    reset = "reset"
+
+
 class LrSchedule(Enum):
     """How the learning rate moves: the equations stand in :func:`segkit.training.schedules.lr_factor`."""
 
@@ -191,6 +198,9 @@ class Config:
     limit_steps: int | None = None
 
     init_from: str | None = None
+    head: Head = Head.keep
+    freeze: Any = field(default_factory=list)
+    lr_factors: dict[str, float] = field(default_factory=dict)
     cache_dir: str | None = None
     resume: bool = True
     ignore_config_change: bool = False
@@ -206,6 +216,16 @@ class Config:
                 "'checkpoints' nor 'tensorboard': rename the phase",
             )
             phase.check(name)
+        self.freeze = [self.freeze] if isinstance(self.freeze, str) else self.freeze or []
+        require(
+            isinstance(self.freeze, list) and all(isinstance(item, str) for item in self.freeze),
+            f"freeze is {self.freeze!r}, but takes names of parts of the model: set freeze=encoder or a list of such",
+        )
+        for pattern, factor in self.lr_factors.items():
+            require(
+                factor > 0,
+                f"lr_factors.{pattern} is {factor}, but must be positive: set freeze={pattern} to keep these weights",
+            )
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):
             at_least(key, getattr(self, key), 1)
@@ -244,6 +264,10 @@ class Config:
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"ema_decay is {self.ema_decay}, but must lie between 0 and 1, or be null: set ema_decay=0.999",
+        )
+        require(
+            self.head is Head.keep or self.init_from is not None,
+            "head=reset replaces the last layer of init_from, but that is null: set init_from=PATH, or head=keep",
         )
         require(
             self.encoder_lr_factor > 0,

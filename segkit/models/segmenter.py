@@ -32,6 +32,8 @@ class Segmenter(nn.Module):
 
     scale: torch.Tensor
     shift: torch.Tensor
+    frozen: tuple[str, ...] = ()
+    """Modules of ``net``, by name, that stay in evaluation mode: their running statistics do not move."""
 
     def __init__(
         self, net: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
@@ -48,6 +50,13 @@ class Segmenter(nn.Module):
         shift = -torch.tensor(self.mean, dtype=torch.float64) / deviations
         self.register_buffer("scale", (1 / (255 * deviations)).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """Set the mode of all modules but the frozen ones, which stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.net.get_submodule(name).training = False
+        return self
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Return ``(images / 255 - mean) / std`` in float32, in the memory format of ``images``."""

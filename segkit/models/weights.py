@@ -25,7 +25,7 @@ WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 
 
 def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
-    """Return the state dict in ``path``: of torch.save, a checkpoint of segkit (its entry ``model``), or safetensors.
+    """Return the state dict in ``path``: of torch.save, a checkpoint of segkit (what it evaluates), or safetensors.
 
     ``key`` is the configuration key that named the file; InputError mentions it. Only tensors are accepted.
     """
@@ -49,7 +49,7 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
         advises = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "it is torn, or holds more than tensors" if advises else first_line(error)
         raise InputError(f"{key} is {path}, which cannot be read as weights ({reason}): {cure}") from None
-    for entry in ("model", "state_dict"):
+    for entry in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(entry), Mapping):
             state = state[entry]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):

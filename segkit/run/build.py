@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.run.splits import Splits
-from segkit.training.optim import parameter_groups
+from segkit.training.optim import freeze, lr_factors_of, parameter_groups
 
 FUSED = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 """Optimizers of which torch has a form in one pass over the parameters, on CPUs and on GPUs."""
@@ -27,12 +28,19 @@ FORMS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_model(config: Config, num_classes: int) -> Segmenter:
-    """The model of ``config`` for ``num_classes``, with its weights drawn from ``config.seed``."""
+    """The model of ``config`` for ``num_classes``, with its weights drawn from ``config.seed``.
+
+    What ``config.freeze`` names is frozen; InputError if that, or ``lr_factors``, does not fit the model.
+    """
     torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
     net = instantiate(config.model, {"num_classes": num_classes, "classes": num_classes}, key="model")
     if config.grad_checkpointing:
         enable_grad_checkpointing(net, config.grad_checkpointing)
-    return Segmenter(net)
+    model = Segmenter(net)
+    factors = {"lr_factors": config.lr_factors, "encoder_lr_factor": config.encoder_lr_factor}
+    lr_factors_of(model, freeze=config.freeze, **factors)
+    freeze(model, config.freeze)
+    return model
 
 
 def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> nn.Module:
@@ -56,7 +64,9 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
         node["lr"] = lr
     if "lr" not in node:
         raise InputError("optimizer.lr is needed: set optimizer.lr=...")
-    groups = parameter_groups(model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor)
+    groups = parameter_groups(
+        model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor, lr_factors=config.lr_factors
+    )
     if config.determinism.value == "none" and node.get("_target_") in FUSED and not node.keys() & FORMS:
         node["fused"] = True
     return instantiate(node, {"params": groups}, key="optimizer")
@@ -69,10 +79,11 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     ones shows when a run is prepared.
     """
     check_targets(config)
+    alone = dataclasses.replace(config, lr_factors={})
     for name, pair in splits.items():
         table = pair.train
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
-        build_optimizer(config, nn.Linear(1, 1), config.schedule[name].lr)
+        build_optimizer(alone, nn.Linear(1, 1), config.schedule[name].lr)
         train_transform(config, name, augment=True, ignore_index=table.ignore_index)
 
 

@@ -7,7 +7,7 @@ import math
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from segkit import runtime
 from segkit.config.schema import Config, cache_dir_of, plain
 from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
-from segkit.files import read_json
+from segkit.files import write_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
-from segkit.run.build import build_model, check_parts
+from segkit.run.build import check_parts
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
-from segkit.run.saved import differing_classes
 from segkit.run.splits import Splits
+from segkit.run.start import REPORT, initial_model, report_lines
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed
 from segkit.training.distributed import print_main
@@ -86,8 +86,8 @@ def _prepare(
     config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
+    model, origin = initial_model(config, next(iter(splits.values())).train.classes, device)
     facts = _facts(config, splits, device)
-    model = initial_model(config, next(iter(splits.values())).train.classes, device)
     distributed.on_main(lambda: folder.check_space(model, has_average=config.ema_decay is not None))
     phases = {}
     for name in config.schedule:
@@ -96,6 +96,9 @@ def _prepare(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
         distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
+    if origin:
+        distributed.on_main(lambda: write_json(folder.path / REPORT, origin))
+        print_main("\n".join(report_lines(origin)))
     why = {key: [plain(getattr(config, key)), reason] for key, reason in reasons.items()}
     distributed.on_main(lambda: folder.start({**facts, "chosen": why, "auto_batch": chosen}, splits, changes))
     for key, (before, now) in changes.items():
@@ -127,32 +130,6 @@ def _stopping(stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def initial_model(config: Config, classes: Sequence[str], device: torch.device) -> Segmenter:
-    """The model that the first phase starts from, on ``device``, with the weights of ``init_from`` where given.
-
-    InputError if that is a run folder of other classes than ``classes``, by name and order.
-    """
-    model = build_model(config, len(classes)).to(device)
-    if config.channels_last is True:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.init_from:
-        source = Path(config.init_from)
-        if source.is_dir():
-            check_origin(source, classes)
-        load_weights(model, source / "checkpoints" / checkpoint.LAST if source.is_dir() else source)
-    return model
-
-
-def check_origin(source: Path, classes: Sequence[str]) -> None:
-    """Raise InputError if the run in ``source`` was trained on other classes than ``classes``."""
-    trained = list(read_json(source / "label_counts.json")["classes"])
-    if difference := differing_classes(classes, trained):
-        raise InputError(
-            f"the data set has other classes than the run of init_from={source} ({difference}): choose a run of the "
-            f"same classes, or give init_from={source / 'checkpoints' / checkpoint.LAST} to use its weights anyway"
-        )
 
 
 def load_weights(model: Segmenter, path: Path) -> None:

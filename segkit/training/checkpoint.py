@@ -131,7 +131,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: name a run folder that has one")
-    _check_digest(path)
+    check_digest(path)
     state = read_archive(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         raise InputError(f"{path} has no entry 'model' with weights, so it is not a checkpoint of segkit: {_ANOTHER}")
@@ -157,7 +157,7 @@ def read_archive(path: Path) -> Any:
 _ANOTHER = "name another file"
 
 
-def _check_digest(path: Path) -> None:
+def check_digest(path: Path) -> None:
     """Raise InputError if checksums.json is beside ``path`` and does not list its content."""
     listing = path.parent / CHECKSUMS
     if not listing.exists():

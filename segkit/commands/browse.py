@@ -46,24 +46,32 @@ def run(argv: Sequence[str]) -> None:
     phase = list(config.schedule)[-1]
     dataset = config.phase_dataset(phase)
     split = open_split(dataset, dataset.train_split)
-    indices = (
-        rarest(split, arguments.n, config) if arguments.rare_first else in_order(split, arguments.n, config, phase)
-    )
+    draws = in_order(config, phase, split, rarest(split, arguments.n, config) if arguments.rare_first else arguments.n)
     text = render(
-        "browse.html.j2", title=f"{split.name} {split.split}", samples=samples(config, phase, split, indices),
+        "browse.html.j2", title=f"{split.name} {split.split}", samples=samples(config, phase, split, draws),
         key=list(zip(split.classes, split.palette.tolist(), strict=True)), total=len(split), notes=split.notes,
         facts={"crop": dataset.crop, "scale": dataset.scale, "flip": dataset.flip, "jitter": dataset.color_jitter,
                "augment": ", ".join(name for name, node in config.augment.items() if node) or "none beyond"},
     )  # fmt: skip
     write_atomically(arguments.output, text)
-    show(f"written: {arguments.output} ({len(indices)} of {len(split)} samples)")
+    show(f"written: {arguments.output} ({len(draws)} of {len(split)} samples)")
 
 
-def in_order(split: Any, num: int, config: Any, phase: str) -> list[int]:
-    """Return the samples that the phase begins with."""
-    from segkit.data.loader import epoch_order
+def in_order(config: Any, phase: str, split: Any, wanted: int | list[int]) -> list[Any]:
+    """Return the draws that the phase begins with, as many as ``wanted``; or of epoch 0 those of a list of samples.
 
-    return epoch_order(len(split), seed=config.seed, phase=phase, epoch=0)[:num].tolist()
+    A sampler may not draw all of these; the others come at the end, as it would crop them anywhere.
+    """
+    from segkit.config.schema import cache_dir_of
+    from segkit.data.loader import Draw, draws_of
+    from segkit.run.build import build_sampler
+
+    sampler = build_sampler(config, phase, split, cache_dir=cache_dir_of(config))
+    draws = draws_of(range(len(split)), split, sampler, seed=config.seed, phase=phase, epoch=0)
+    if isinstance(wanted, int):
+        return draws[:wanted]
+    first = {draw.index: draw for draw in reversed(draws)}
+    return [first.get(index) or Draw(index, -1, ("augment", config.seed, phase, 0, index)) for index in wanted]
 
 
 def rarest(split: Any, num: int, config: Any) -> list[int]:
@@ -81,7 +89,7 @@ def rarest(split: Any, num: int, config: Any) -> list[int]:
     return list(dict.fromkeys(best[k][place] for place in places for k in present if place < len(best[k])))[:num]
 
 
-def samples(config: Any, phase: str, split: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
+def samples(config: Any, phase: str, split: Any, draws: Sequence[Any]) -> list[dict[str, Any]]:
     """Return name, pictures [(address, caption), ...] and class shares of every sample, clean and as in epoch 0."""
     from segkit.data.loader import crop_of
     from segkit.report.pictures import overlay, panel
@@ -92,15 +100,15 @@ def samples(config: Any, phase: str, split: Any, indices: Sequence[int]) -> list
         kind: train_transform(config, phase, augment=kind == "augmented", ignore_index=split.ignore_index)
         for kind in ("clean", "augmented")
     }
-    for index in indices:
+    for draw in draws:
         pictures = []
         for kind, transform in kinds.items():
-            image, label = crop_of(split, transform, index, seed=config.seed, phase=phase, epoch=0)
+            image, label = crop_of(split, transform, draw)
             pictures += [(panel(image), kind), (panel(overlay(image, label, split.palette)), f"{kind}, label")]
         parts = {name: float((label == k).mean()) for k, name in enumerate(split.classes)}
         shares = sorted(((share, name) for name, share in parts.items() if share), reverse=True)
         void = float((label == split.ignore_index).mean())
-        sample = split.samples[index]
+        sample = split.samples[draw.index]
         files = [str(path) for path in (sample.image, *sample.labels)]
         found.append({"name": sample.name, "files": files, "pictures": pictures, "shares": shares, "void": void})
     return found

@@ -108,8 +108,9 @@ def stored_batch(bundle: Path) -> Any:
 
 def read_again(config: Any, failed: dict[str, Any]) -> Any:
     """Read the batch of the failed step from the data set; raises what the reader raises."""
+    from segkit.config.schema import cache_dir_of
     from segkit.data.loader import train_batches
-    from segkit.run.build import train_transform
+    from segkit.run.build import build_sampler, train_transform
     from segkit.run.splits import open_split
 
     dataset = config.phase_dataset(failed["phase"])
@@ -122,6 +123,7 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
         phase=failed["phase"],
         start_step=failed["step"],
         num_steps=failed["step"] + 1,
+        sampler=build_sampler(config, failed["phase"], split, cache_dir=cache_dir_of(config)),
     )
     return next(iter(batches))
 

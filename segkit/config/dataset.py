@@ -16,6 +16,14 @@ class LabelSize(Enum):
     resized = "resized"
 
 
+class SamplerKind(Enum):
+    """What an epoch draws: :mod:`segkit.data.sampling`."""
+
+    uniform = "uniform"
+    class_balanced = "class_balanced"
+    rare_crop = "rare_crop"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise InputError with ``message`` unless ``condition`` holds."""
     if not condition:
@@ -87,7 +95,8 @@ class DatasetConfig:
     """One data set: how to read it, and how its images are cut for training and for evaluation.
 
     ``holdout``: share of the images of ``train_split``, chosen by a hash of their names, that is kept out of training,
-    for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`).
+    for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`). ``rare_crop``: the
+    probability that the sampler of this name takes a crop of a rare class.
     """
 
     name: str
@@ -103,6 +112,8 @@ class DatasetConfig:
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: float = 0.5
     color_jitter: float = 0.0
+    sampler: SamplerKind = SamplerKind.uniform
+    rare_crop: float = 0.5
     jitter: JitterConfig = field(default_factory=JitterConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
@@ -125,7 +136,7 @@ class DatasetConfig:
             f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
             "set dataset.holdout=0.1",
         )
-        for key in ("flip", "color_jitter"):
+        for key in ("flip", "color_jitter", "rare_crop"):
             value = getattr(self, key)
             require(
                 0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."

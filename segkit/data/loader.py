@@ -11,7 +11,6 @@ neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spaw
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segkit.data.decode import pixel_limit
 from segkit.data.samples import SampleSet
+from segkit.data.sampling import Sampler, epoch_draws, generator
 from segkit.data.transforms import EvalTransform, TrainTransform
 from segkit.data.workers import start_worker
 from segkit.errors import InputError
@@ -47,29 +47,44 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return max(1, num_samples // batch_size)
 
 
-def epoch_order(num_samples: int, *, seed: int, phase: str, epoch: int) -> np.ndarray:
-    """Return the order of the samples in one epoch: a permutation (num_samples,) int64, pure in its arguments."""
-    return _generator("order", seed, phase, epoch).permutation(num_samples)
+class Draw(NamedTuple):
+    """A sample of a step: its number, the class that its crop must hold (-1: any), and what seeds its augmentation."""
+
+    index: int
+    held: int
+    key: tuple[Any, ...]
 
 
-def _generator(*key: Any) -> np.random.Generator:
-    """A generator seeded by the text of ``key``."""
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))
+def draws_of(
+    places: Sequence[int], dataset: SampleSet, sampler: Sampler | None, *, seed: int, phase: str, epoch: int
+) -> list[Draw]:
+    """Return what stands at ``places`` in the order of an epoch; places beyond its end are left out.
+
+    A sampler may draw a sample twice in an epoch, so its crops are seeded by their place as well.
+    """
+    drawn = epoch_draws(sampler, len(dataset), seed=seed, phase=phase, epoch=epoch)
+    found = []
+    for place in places:
+        if place < len(dataset):
+            index = int(drawn.indices[place])
+            key = ("augment", seed, phase, epoch, index) + (() if sampler is None else (place,))
+            found.append(Draw(index, int(drawn.classes[place]), key))
+    return found
 
 
-_cached_order = functools.lru_cache(maxsize=2)(epoch_order)
-
-
-def crop_of(
-    dataset: SampleSet, transform: TrainTransform, index: int, *, seed: int, phase: str, epoch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training crop of sample ``index`` in an epoch: image uint8 (h, w, 3), label uint8 (h, w).
+def crop_of(dataset: SampleSet, transform: TrainTransform, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training crop of a draw: image (h, w, C), label uint8 (h, w).
 
     The label is read first: its size decides the window, and the window how finely the image is decoded.
     """
+    index = draw.index
     raw = dataset.raw_label(index)
-    window = transform.draw((raw.shape[0], raw.shape[1]), _generator("augment", seed, phase, epoch, index))
+    hold = None
+    if draw.held >= 0:
+        pixels = np.flatnonzero(dataset.to_train(index, raw) == draw.held)
+        if pixels.size:  # else the label has changed since it was counted
+            hold = divmod(int(pixels[generator("hold", *draw.key).integers(pixels.size)]), raw.shape[1])
+    window = transform.draw((raw.shape[0], raw.shape[1]), generator(*draw.key), hold=hold)
     shrink = window.shrink if dataset.shrinkable(index) else 1
     image = dataset.image(index, shrink=shrink)
     dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
@@ -89,13 +104,14 @@ class _TrainSteps(Dataset[Batch | InputError]):
     phase: str
     rank: int
     world_size: int
+    sampler: Sampler | None
 
-    def indices(self, step: int) -> tuple[int, list[int]]:
-        """Return (epoch, this rank's sample indices) of ``step``."""
-        epoch, place = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
-        order = _cached_order(len(self.dataset), seed=self.seed, phase=self.phase, epoch=epoch)
-        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return epoch, rows[self.rank :: self.world_size].tolist()
+    def draws(self, step: int) -> list[Draw]:
+        """Return this rank's samples of ``step``."""
+        epoch, number = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
+        places = range(number * self.batch_size, (number + 1) * self.batch_size)
+        key = {"seed": self.seed, "phase": self.phase, "epoch": epoch}
+        return draws_of(places, self.dataset, self.sampler, **key)[self.rank :: self.world_size]
 
     def __getitem__(self, step: int) -> Batch | InputError:
         try:
@@ -104,12 +120,13 @@ class _TrainSteps(Dataset[Batch | InputError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        epoch, indices = self.indices(step)
+        draws = self.draws(step)
+        indices = [draw.index for draw in draws]
         height, width = self.transform.crop
         images = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
         labels = torch.empty((len(indices), height, width), dtype=torch.uint8)
-        for row, index in enumerate(indices):
-            image, label = crop_of(self.dataset, self.transform, index, seed=self.seed, phase=self.phase, epoch=epoch)
+        for row, draw in enumerate(draws):
+            image, label = crop_of(self.dataset, self.transform, draw)
             _planes(image, images[row])
             labels[row] = torch.from_numpy(label)
         return Batch(images, labels, [self.dataset.samples[i].name for i in indices], indices)
@@ -168,11 +185,13 @@ def train_batches(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    sampler: Sampler | None = None,
 ) -> Batches:
     """Return the batches of steps ``start_step`` .. ``num_steps`` - 1 of a phase.
 
     Step s is batch s % n of epoch s // n, n = ``steps_per_epoch``; samples that fill no batch are left out of that
     epoch.  ``batch_size`` counts all processes; ``rank`` takes rows ``rank::world_size`` of the global batch.
+    ``sampler``: what an epoch draws, all samples once by default.
     Raises InputError (while iterating, the reader's own) for bad samples, and at once for an unlabelled split or a
     batch that cannot be shared out equally.
     """
@@ -189,7 +208,7 @@ def train_batches(
             f"a batch of {rows} images cannot be shared out equally to {world_size} processes; set batch_size to a "
             f"multiple of {world_size}"
         )
-    steps = _TrainSteps(dataset, transform, batch_size, seed, phase, rank, world_size)
+    steps = _TrainSteps(dataset, transform, batch_size, seed, phase, rank, world_size, sampler)
     todo = range(start_step, max(start_step, num_steps))
     start = functools.partial(_run, steps, todo, workers=workers, pin_memory=pin_memory)
     return Batches(start, len(todo))

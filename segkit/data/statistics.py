@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 import stat
@@ -130,16 +131,41 @@ def count_labels(
     is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
     ``cache_dir`` that cannot be written.
     """
-    mark = fingerprint(dataset)
-    cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
-    counts = _from_cache(cached, dataset, mark) if cached is not None and cached.is_file() else None
-    if counts is None:
-        counts = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
-        if cached is not None:
-            _store(cached, counts)
+    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir, progress=progress, each=False)
     if sentence := one_class(counts.class_pixels, counts.ignored_pixels, dataset):
         raise InputError(sentence)
     return counts
+
+
+def classes_of_images(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> np.ndarray:
+    """Return which sample has a pixel of which class, bool (N, K), from the same count and kept beside it."""
+    return _counted(dataset, workers=workers, cache_dir=cache_dir, progress=True, each=True)[1]
+
+
+def _counted(
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None, progress: bool, each: bool
+) -> tuple[LabelCounts, np.ndarray]:
+    """The counts, and with ``each`` the classes of each sample (else it may be empty), from the cache where kept."""
+    mark = fingerprint(dataset)
+    cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
+    if cached is not None and cached.is_file() and (counts := _from_cache(cached, dataset, mark)) is not None:
+        has_class = _kept_classes(cached.with_suffix(".npy"), counts) if each else np.zeros(0, bool)
+        if has_class is not None:
+            return counts, has_class
+    counts, has_class = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
+    if cached is not None:
+        _store(cached, counts, has_class)
+    return counts, has_class
+
+
+def _kept_classes(path: Path, counts: LabelCounts) -> np.ndarray | None:
+    """What :func:`_store` has kept of each sample; None where it is missing, torn, or does not match the counts."""
+    try:
+        has_class = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    same = has_class.dtype == bool and has_class.shape == (counts.num_images, len(counts.classes))
+    return has_class if same and np.array_equal(has_class.sum(0), counts.class_images) else None
 
 
 def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet) -> str | None:
@@ -167,9 +193,12 @@ def _from_cache(path: Path, dataset: SampleSet, mark: str) -> LabelCounts | None
     return counts if same else None
 
 
-def _store(path: Path, counts: LabelCounts) -> None:
+def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, has_class)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path.with_suffix(".npy"), content.getvalue())
         write_atomically(path, counts.to_json())
     except OSError as error:
         raise InputError(
@@ -178,26 +207,28 @@ def _store(path: Path, counts: LabelCounts) -> None:
         ) from error
 
 
-def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> LabelCounts:
+def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> tuple[LabelCounts, np.ndarray]:
     pixels = np.zeros(256, np.int64)
-    images = np.zeros(256, np.int64)
+    has_class = np.zeros((len(dataset), 256), bool)
     with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as counted:
         samples: Iterable[tuple[list[int], list[int]]] = counted
         if progress:
             description = f"Counting labels of {dataset.name} {dataset.split}"
             samples = track(counted, description=description, total=len(dataset), unit="images")
-        for present, counts in samples:
+        for index, (present, counts) in enumerate(samples):
             pixels[present] += counts
-            images[present] += 1
+            has_class[index, present] = True
     num = dataset.num_classes
-    return LabelCounts(
+    has_class = has_class[:, :num].copy()
+    found = LabelCounts(
         class_pixels=pixels[:num].copy(),
-        class_images=images[:num].copy(),
+        class_images=has_class.sum(0),
         ignored_pixels=int(pixels[dataset.ignore_index]),
         num_images=len(dataset),
         classes=dataset.classes,
         fingerprint=mark,
     )
+    return found, has_class
 
 
 def _count_one(dataset: SampleSet, index: int) -> tuple[list[int], list[int]]:

@@ -179,8 +179,11 @@ class TrainTransform:
         assert image.shape[:2] == label.shape, "image and label must have one size"
         return self.apply(image, label, self.draw((label.shape[0], label.shape[1]), rng))
 
-    def draw(self, size: Size, rng: np.random.Generator) -> Window:
-        """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``."""
+    def draw(self, size: Size, rng: np.random.Generator, *, hold: Size | None = None) -> Window:
+        """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``.
+
+        With ``hold``, a (row, column) of the pair, it is one of those that have this pixel.
+        """
         scale = rng.uniform(*self.scale)
         place = rng.random(4)
         flip = rng.random() < self.flip
@@ -190,7 +193,8 @@ class TrainTransform:
         resized = target_size(size, self.resize)
         scaled = [max(1, round(side * scale)) for side in resized]
         shrink = _shrink(max(scaled[0] / size[0], scaled[1] / size[1]))
-        spans = [_span(size[i], scaled[i], self.crop[i], float(place[i]), shrink) for i in (0, 1)]
+        held = hold or (None, None)
+        spans = [_span(size[i], scaled[i], self.crop[i], float(place[i]), shrink, held[i]) for i in (0, 1)]
         (top, bottom, height), (left, right, width) = spans
         return Window(
             top=top,
@@ -249,16 +253,22 @@ def _shrink(factor: float) -> int:
     return 4 if factor <= 0.25 else 2 if factor <= 0.5 else 1
 
 
-def _span(size: int, scaled: int, crop: int, place: float, shrink: int) -> tuple[int, int, int]:
+def _span(size: int, scaled: int, crop: int, place: float, shrink: int, hold: int | None) -> tuple[int, int, int]:
     """(start, stop, length after resizing) along one axis of ``size`` pixels that is scaled to ``scaled``.
 
     Start and stop are whole source pixels, and multiples of ``shrink`` so that a shrunk image is cut at the same lines
-    as the label.
+    as the label. The pixel ``hold`` lies between them.
     """
     length = min(crop, scaled)
-    offset = math.floor(place * (scaled - length + 1))
+    first, last = 0, scaled - length
+    if hold is not None:
+        centre = int((hold + 0.5) * scaled / size)
+        first, last = min(max(0, centre - length + 1), last), min(centre, last)
+    offset = first + math.floor(place * (last - first + 1))
     start = min(round(offset * size / scaled), size - 1)
     stop = max(start + 1, min(size, round((offset + length) * size / scaled)))
+    if hold is not None:  # which rounding may have left out
+        start, stop = min(start, hold), max(stop, hold + 1)
     return start // shrink * shrink, min(size, -(-stop // shrink) * shrink), length
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from segkit.config.schema import Config, plain
-from segkit.data.loader import Batch, crop_of, epoch_order, eval_batches, train_batches
+from segkit.data.loader import Batch, crop_of, draws_of, eval_batches, train_batches
+from segkit.data.sampling import Sampler
 from segkit.data.transforms import EvalTransform
 from segkit.run.build import train_transform
 from segkit.run.plan import PhasePlan
@@ -29,6 +30,7 @@ class PhaseBatches:
     plan: PhasePlan
     splits: Splits
     pin_memory: bool
+    sampler: Sampler | None = None
 
     @cached_property
     def fixed(self) -> list[Batch] | None:
@@ -50,6 +52,7 @@ class PhaseBatches:
             pin_memory=self.pin_memory,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            sampler=self.sampler,
         )
 
     def training(self, start: int) -> Iterable[Batch]:
@@ -64,17 +67,18 @@ class PhaseBatches:
         split, phase, seed = self.splits.train, self.plan.name, self.config.seed
         augment = self.config.overfit_batches is None
         transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)
-        order = epoch_order(len(split), seed=seed, phase=phase, epoch=0)[:num].tolist()
-        return [crop_of(split, transform, index, seed=seed, phase=phase, epoch=0) for index in order]
+        draws = draws_of(range(num), split, self.sampler, seed=seed, phase=phase, epoch=0)
+        return [crop_of(split, transform, draw) for draw in draws]
 
     def names(self, step: int) -> list[str]:
         """The samples of ``step``, in the order of the batch over all ranks."""
         if self.fixed is not None:
             return list(self.fixed[step % len(self.fixed)].names)
-        samples, size = self.splits.train.samples, self.config.batch_size
-        epoch, place = divmod(step, self.plan.steps_per_epoch)
-        order = epoch_order(len(samples), seed=self.config.seed, phase=self.plan.name, epoch=epoch)
-        return [samples[index].name for index in order[place * size : (place + 1) * size]]
+        split, size = self.splits.train, self.config.batch_size
+        epoch, number = divmod(step, self.plan.steps_per_epoch)
+        places = range(number * size, (number + 1) * size)
+        draws = draws_of(places, split, self.sampler, seed=self.config.seed, phase=self.plan.name, epoch=epoch)
+        return [split.samples[draw.index].name for draw in draws]
 
     def evaluation(self) -> Iterable[Any]:
         """The images of an evaluation, each with its number in the split."""

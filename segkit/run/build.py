@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 
 from segkit import runtime
+from segkit.config.dataset import SamplerKind
 from segkit.config.schema import Config, DatasetConfig, check_targets, plain
 from segkit.config.targets import instantiate, locate
-from segkit.data.statistics import LabelCounts
+from segkit.data import SampleSet
+from segkit.data.sampling import Sampler, make_sampler
+from segkit.data.statistics import LabelCounts, classes_of_images, count_labels
 from segkit.data.transforms import PAD_COLOUR, Augment, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
@@ -120,6 +124,16 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
         augment=build_augment(config.augment, crop=crop, ignore_index=ignore_index) if augment else None,
         ignore_index=ignore_index,
     )
+
+
+def build_sampler(config: Config, phase: str, split: SampleSet, *, cache_dir: Path) -> Sampler | None:
+    """What draws the samples of ``phase`` from ``split``, after its labels were counted; None for all in turn."""
+    dataset = config.phase_dataset(phase)
+    if dataset.sampler is SamplerKind.uniform:
+        return None
+    counts = count_labels(split, workers=config.workers, cache_dir=cache_dir)
+    has_class = classes_of_images(split, workers=config.workers, cache_dir=cache_dir)
+    return make_sampler(dataset.sampler.value, has_class, counts.class_pixels, chance=dataset.rare_crop)
 
 
 def evaluation_protocol(

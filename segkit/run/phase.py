@@ -22,7 +22,7 @@ from segkit.losses.checks import labels_checked
 from segkit.models import Segmenter
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
-from segkit.run.build import build_loss, build_optimizer
+from segkit.run.build import build_loss, build_optimizer, build_sampler
 from segkit.run.folder import RunFolder
 from segkit.run.plan import PhasePlan, plan_phase
 from segkit.run.splits import Splits
@@ -89,7 +89,13 @@ def prepare_phase(
         name=name,
         config=config,
         plan=plan,
-        batches=PhaseBatches(config=config, plan=plan, splits=splits, pin_memory=device.type == "cuda"),
+        batches=PhaseBatches(
+            config=config,
+            plan=plan,
+            splits=splits,
+            pin_memory=device.type == "cuda",
+            sampler=distributed.on_main(lambda: build_sampler(config, name, splits.train, cache_dir=cache_dir)),
+        ),
         counts=counts,
         model=model,
         loss=loss.to(device),

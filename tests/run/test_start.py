@@ -139,7 +139,10 @@ def test_learning_rates_by_name(tmp_path):
     ("options", "message"),
     [
         (["head=reset"], r"head=reset replaces the last layer of init_from, but that is null: set init_from=PATH"),
-        (["freeze=encoder"], r"freeze=encoder fits no parameter of the model, whose parts are in_conv, .*out_conv: name"),
+        (
+            ["freeze=encoder"],
+            r"freeze=encoder fits no parameter of the model, whose parts are in_conv, .*out_conv: n",
+        ),
         (["freeze='*'"], r"freeze=\['\*'\] leaves no parameter to train: name a part of the model"),
         (["freeze=3"], r"freeze is 3, but takes names of parts of the model: set freeze=encoder or a list of such"),
         (["freeze=[[in_conv]]"], r"freeze is \[\['in_conv'\]\], but takes names of parts"),
@@ -154,7 +157,10 @@ def test_learning_rates_by_name(tmp_path):
             r"freeze=in_conv and lr_factors.in_conv=0.1 both fit the parameter in_conv",
         ),
         (["init_from=FOREIGN"], r"foreign.pt holds the weights of another model .*1 unknown, 2 of another shape"),
-        (["init_from=FOREIGN", "head=reset", "model.norm=group"], r"another model \(0 entries missing|\d+ entries miss"),
+        (
+            ["init_from=FOREIGN", "head=reset", "model.norm=group"],
+            r"another model \(\d+ entries missing, \d+ unkn",
+        ),
     ],
 )
 def test_bad_starts_are_refused_before_the_first_step(options, message, foreign, train, tmp_path):
@@ -165,5 +171,5 @@ def test_bad_starts_are_refused_before_the_first_step(options, message, foreign,
 
 def test_the_encoder_has_one_factor():
     config = compose(["model=deeplabv3plus_tiny", "schedule=single", "encoder_lr_factor=0.5", "freeze=encoder.stem"])
-    with pytest.raises(InputError, match=r"freeze=encoder.stem .*|encoder_lr_factor=0.5 both fit the parameter encoder"):
+    with pytest.raises(InputError, match=r"freeze=encoder.stem and encoder_lr_factor=0.5 both fit the parameter"):
         initial_model(config, list("abcdefgh"), torch.device("cpu"))

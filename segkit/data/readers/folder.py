@@ -65,9 +65,9 @@ def read(
     name of a label has more than that of its image. A split named test without any label file is unlabelled; in every
     other split each image needs its label, and each label its image.
 
-    ``val_fraction`` cuts train and val out of one set of images, by a hash of each name alone; ``folds`` cuts that set
-    into equal parts in the order of the hashes, of which number ``fold`` is val. ``groups``, such as ``{group}_*``,
-    says which part of a name is hashed, so that images of one group stay together.
+    ``val_fraction`` and ``folds`` cut train and val out of one set of images, in the order of a hash of each name: val
+    is the first round(``val_fraction`` n) of n, or each ``folds``-th from number ``fold`` on. ``groups``, such as
+    ``{group}_*``, says which part of a name is hashed, so that images of one group stay together, and n counts groups.
     """
     layout = Layout("folder", root, archives=WANTED)
     top = layout.base(images)
@@ -120,16 +120,14 @@ class _Cut:
     def part(self, samples: list[Sample], *, val: bool) -> list[Sample]:
         """The samples of one of the two splits."""
         group = {sample.name: group_of(sample.name, self.groups) for sample in samples}
-        share = {name: name_share(name, salt="val") for name in set(group.values())}
-        if self.folds:
-            chosen = set(sorted(share, key=lambda name: (share[name], name))[self.fold :: self.folds])
-        else:
-            chosen = {name for name in share if share[name] < self.val_fraction}
-        if not chosen or len(chosen) == len(share):
+        order = sorted(set(group.values()), key=lambda name: (name_share(name, salt="val"), name))
+        most = round(self.val_fraction * len(order))
+        chosen = set(order[self.fold :: self.folds] if self.folds else order[:most])
+        if not chosen or len(chosen) == len(order):
             how = f"folds={self.folds}" if self.folds else f"val_fraction={self.val_fraction}"
             raise InputError(
                 f"dataset.reader.{how} puts {'all' if chosen else 'none'} of {len(samples)} images "
-                f"({len(share)} groups) into val, by a hash of their names: set another one"
+                f"({len(order)} groups) into val: set another one"
             )
         return [sample for sample in samples if (group[sample.name] in chosen) == val]
 

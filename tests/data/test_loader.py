@@ -18,7 +18,8 @@ from PIL import Image
 
 from segkit.data import Sample, SampleSet
 from segkit.data.labels import load_table
-from segkit.data.loader import Batch, epoch_order, eval_batches, steps_per_epoch, train_batches
+from segkit.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
+from segkit.data.sampling import epoch_order
 from segkit.data.transforms import EvalTransform, TrainTransform
 from segkit.errors import InputError
 

@@ -200,7 +200,7 @@ class Config:
     init_from: str | None = None
     head: Head = Head.keep
     freeze: Any = field(default_factory=list)
-    lr_factors: dict[str, float] = field(default_factory=dict)
+    lr_factors: Any = None  # not dict[str, float], to which an override could not add
     cache_dir: str | None = None
     resume: bool = True
     ignore_config_change: bool = False
@@ -221,10 +221,16 @@ class Config:
             isinstance(self.freeze, list) and all(isinstance(item, str) for item in self.freeze),
             f"freeze is {self.freeze!r}, but takes names of parts of the model: set freeze=encoder or a list of such",
         )
+        self.lr_factors = self.lr_factors or {}
+        require(
+            isinstance(self.lr_factors, dict),
+            f"lr_factors is {self.lr_factors!r}, but gives factors by parts of the model: set lr_factors={{encoder:0.1}}",
+        )
         for pattern, factor in self.lr_factors.items():
             require(
-                factor > 0,
-                f"lr_factors.{pattern} is {factor}, but must be positive: set freeze={pattern} to keep these weights",
+                type(factor) in (int, float) and 0 < factor < math.inf,
+                f"lr_factors.{pattern} is {factor!r}, but must be a positive number: set freeze={pattern} to keep these "
+                "weights",
             )
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):

@@ -156,7 +156,7 @@ def test_a_changed_file_is_counted_again(tmp_path):
 def test_a_torn_cache_file_is_replaced(tmp_path):
     data = written(tmp_path / "data")
     first = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
-    (path,) = (tmp_path / "cache" / "label_counts").iterdir()
+    (path,) = (tmp_path / "cache" / "label_counts").glob("*.json")
     for text in (path.read_text()[:50], "[]", "{}", path.read_text().replace(first.fingerprint, "0" * 32)):
         path.write_text(text)
         again = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)

@@ -87,7 +87,7 @@ def test_weights_of_another_model_are_refused(train):
     )
     with pytest.raises(InputError, match=message):
         train("second", f"init_from={first}", "model.feature_channels=[8,16,32,64,128]")
-    with pytest.raises(InputError, match=r"there is no checkpoint .*nowhere"):
+    with pytest.raises(InputError, match=r"init_from is .*nowhere.pt, but there is no such file"):
         train("third", f"init_from={first}/nowhere.pt")
 
 

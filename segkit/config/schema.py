@@ -224,13 +224,13 @@ class Config:
         self.lr_factors = self.lr_factors or {}
         require(
             isinstance(self.lr_factors, dict),
-            f"lr_factors is {self.lr_factors!r}, but gives factors by parts of the model: set lr_factors={{encoder:0.1}}",
+            f"lr_factors is {self.lr_factors!r}, but gives factors by parts: set lr_factors={{encoder:0.1}}",
         )
         for pattern, factor in self.lr_factors.items():
             require(
                 type(factor) in (int, float) and 0 < factor < math.inf,
-                f"lr_factors.{pattern} is {factor!r}, but must be a positive number: set freeze={pattern} to keep these "
-                "weights",
+                f"lr_factors.{pattern} is {factor!r}, but must be a positive number: set freeze={pattern} to keep "
+                "these weights",
             )
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):

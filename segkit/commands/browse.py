@@ -70,7 +70,7 @@ def in_order(config: Any, phase: str, split: Any, wanted: int | list[int]) -> li
     draws = draws_of(range(len(split)), split, sampler, seed=config.seed, phase=phase, epoch=0)
     if isinstance(wanted, int):
         return draws[:wanted]
-    first = {draw.index: draw for draw in reversed(draws)}
+    first = {draw.sample: draw for draw in reversed(draws)}
     return [first.get(index) or Draw(index, -1, ("augment", config.seed, phase, 0, index)) for index in wanted]
 
 
@@ -108,7 +108,7 @@ def samples(config: Any, phase: str, split: Any, draws: Sequence[Any]) -> list[d
         parts = {name: float((label == k).mean()) for k, name in enumerate(split.classes)}
         shares = sorted(((share, name) for name, share in parts.items() if share), reverse=True)
         void = float((label == split.ignore_index).mean())
-        sample = split.samples[draw.index]
+        sample = split.samples[draw.sample]
         files = [str(path) for path in (sample.image, *sample.labels)]
         found.append({"name": sample.name, "files": files, "pictures": pictures, "shares": shares, "void": void})
     return found

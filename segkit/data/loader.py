@@ -50,7 +50,7 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 class Draw(NamedTuple):
     """A sample of a step: its number, the class that its crop must hold (-1: any), and what seeds its augmentation."""
 
-    index: int
+    sample: int
     held: int
     key: tuple[Any, ...]
 
@@ -77,7 +77,7 @@ def crop_of(dataset: SampleSet, transform: TrainTransform, draw: Draw) -> tuple[
 
     The label is read first: its size decides the window, and the window how finely the image is decoded.
     """
-    index = draw.index
+    index = draw.sample
     raw = dataset.raw_label(index)
     hold = None
     if draw.held >= 0:
@@ -110,8 +110,8 @@ class _TrainSteps(Dataset[Batch | InputError]):
         """Return this rank's samples of ``step``."""
         epoch, number = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
         places = range(number * self.batch_size, (number + 1) * self.batch_size)
-        key = {"seed": self.seed, "phase": self.phase, "epoch": epoch}
-        return draws_of(places, self.dataset, self.sampler, **key)[self.rank :: self.world_size]
+        draws = draws_of(places, self.dataset, self.sampler, seed=self.seed, phase=self.phase, epoch=epoch)
+        return draws[self.rank :: self.world_size]
 
     def __getitem__(self, step: int) -> Batch | InputError:
         try:
@@ -121,7 +121,7 @@ class _TrainSteps(Dataset[Batch | InputError]):
 
     def _batch(self, step: int) -> Batch:
         draws = self.draws(step)
-        indices = [draw.index for draw in draws]
+        indices = [draw.sample for draw in draws]
         height, width = self.transform.crop
         images = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
         labels = torch.empty((len(indices), height, width), dtype=torch.uint8)

@@ -49,7 +49,7 @@ def count_images(
     pred = pred.to(target.device)
     if not (0 <= ignore_index < _BYTE and num_classes <= _BYTE and _fits_bytes(pred) and _fits_bytes(target)):
         images = zip(pred, target, names, strict=True)
-        return torch.stack([_count_any(*pair, num_classes, ignore_index, name).cpu() for *pair, name in images])
+        return torch.stack([_count_any(p, t, num_classes, ignore_index, name).cpu() for p, t, name in images])
     histograms = _byte_histograms(*(labels.to(torch.uint8).flatten(1) for labels in (pred, target)))
     counts = histograms[:, :num_classes, :num_classes].contiguous()
     if ignore_index < num_classes:

@@ -78,7 +78,7 @@ class PhaseBatches:
         epoch, number = divmod(step, self.plan.steps_per_epoch)
         places = range(number * size, (number + 1) * size)
         draws = draws_of(places, split, self.sampler, seed=self.config.seed, phase=self.plan.name, epoch=epoch)
-        return [split.samples[draw.index].name for draw in draws]
+        return [split.samples[draw.sample].name for draw in draws]
 
     def evaluation(self) -> Iterable[Any]:
         """The images of an evaluation, each with its number in the split."""

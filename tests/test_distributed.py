@@ -89,6 +89,7 @@ def test_two_ranks_train_what_one_trains(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_one_folder_one_voice_and_every_image_once(tmp_path):
     """Five images for two ranks; a learning rate of zero, so that the weights are the same to the last bit."""
     options = ("schedule.train.steps=2", "optimizer.lr=0.0")
@@ -152,6 +153,7 @@ def test_a_restarted_group_goes_on_from_its_checkpoint(tmp_path):
     ]
 
 
+@pytest.mark.nightly
 def test_an_exception_of_one_rank_shows_its_traceback(tmp_path):
     """Rank 1 alone meets a defect in the loss; its traceback is there, and rank 0 says that it lost a peer."""
     script = tmp_path / "defect.py"

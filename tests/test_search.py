@@ -238,6 +238,7 @@ def test_a_search_without_multirun_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_of_a_real_run(tmp_path):
     small = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2"]
     small += ["device=cpu", "schedule=single", "model=deeplabv3plus_tiny", f"cache_dir={tmp_path}/cache"]

@@ -81,12 +81,15 @@ def run_page(workspace: Workspace, name: str) -> int:
     return count
 
 
-SLOW_PAGES = {"tutorial.md": [pytest.mark.slow], "deployment.md": [pytest.mark.slow, pytest.mark.nightly]}
+SLOW, SLOW_PAGES = [pytest.mark.slow, pytest.mark.nightly], ("tutorial.md", "deployment.md")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[*few_pixels, *SLOW_PAGES.get(name, [])]) for name in pages()],
+    [
+        pytest.param(name, marks=[*few_pixels, *[pytest.mark.slow, pytest.mark.nightly] * (name in SLOW_PAGES)])
+        for name in pages()
+    ],
 )
 def test_every_command_works(workspace, name, capsys):
     count = run_page(workspace, name)

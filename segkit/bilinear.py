@@ -20,16 +20,21 @@ Size = tuple[int, int]
 
 
 class Taps(NamedTuple):
-    """For each output the two inputs that it mixes, int64, and the share of the second, float64."""
+    """For each output the two inputs that it mixes, int64, and the share of the second (of :func:`widest`)."""
 
     left: Tensor
     right: Tensor
     share: Tensor
 
 
+def widest(device: torch.device | None) -> torch.dtype:
+    """float64, or float32 on a GPU of Apple's (MPS), which has no wider type."""
+    return torch.float32 if device is not None and device.type == "mps" else torch.float64
+
+
 def taps(outputs: slice, *, ratio: float, num_in: int, device: torch.device | None = None) -> Taps:
     """What the ``outputs`` start..stop-1 of an axis of ``num_in`` inputs are made of."""
-    places = torch.arange(outputs.start, outputs.stop, device=device, dtype=torch.float64)
+    places = torch.arange(outputs.start, outputs.stop, device=device, dtype=widest(device))
     position = ((places + 0.5) * ratio - 0.5).clamp(0, num_in - 1)
     left = position.long()
     return Taps(left, (left + 1).clamp(max=num_in - 1), position - left)

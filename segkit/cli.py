@@ -21,7 +21,7 @@ VERBS = {
     "evaluate": "score a trained run on any split, with any inference",
     "predict": "label images and overlays for any pictures",
     "submit": "predictions in the format of a benchmark's server",
-    "export": "a trained model as ONNX or torch.export",
+    "export": "a trained model as ONNX, torch.export, safetensors, or a folder with its card",
     "compare": "compare finished runs: one offline HTML file, and tables",
     "plot": "the curves of the margin losses as a picture",
     "models": "encoders, their size, and where their weights come from",

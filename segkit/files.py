@@ -55,10 +55,18 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path, *, cure: str = "the run folder is damaged; copy it again, or train again") -> dict[str, Any]:
-    """The JSON object in ``path``; InputError, which ends with ``cure``, if it is missing, torn, or of another type."""
+def read_json(
+    path: Path,
+    *,
+    cure: str = "the run folder is damaged; copy it again, or train again",
+    most: int = MOST_JSON_BYTES,
+) -> dict[str, Any]:
+    """The JSON object in ``path``; InputError, which ends with ``cure``, if it is missing, torn, or of another type.
+
+    So is a file of more than ``most`` bytes.
+    """
     try:
-        content = json.loads(read_text(path, most=MOST_JSON_BYTES, cure=cure))
+        content = json.loads(read_text(path, most=most, cure=cure))
     except FileNotFoundError:
         raise InputError(
             f"{path} is not there: the run has not got so far; run the same command again to go on"

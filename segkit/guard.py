@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from segkit import memory
-from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
+from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, first_line
 from segkit.progress import for_terminal, show
 from segkit.training import ranks
 
@@ -62,6 +62,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if memory.is_out_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"out of memory ({reason}): {MEMORY_ADVICE}", OutOfMemory.exit_code
+    if isinstance(error, NotImplementedError | TypeError) and "MPS" in str(error):
+        return (
+            f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
+            "environment, which computes such parts on the CPU, or set device=cpu"
+        ), InputError.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
     if isinstance(error, ValueError) and "Config group override must be" in str(error):

@@ -25,11 +25,13 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        known = device.type in ("cpu", "cuda")
+        known = device.type in ("cpu", "cuda", "mps")
     except (RuntimeError, ValueError, OverflowError):
         known = False
     if not known:
-        raise InputError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N: set device=auto")
+        raise InputError(f"device is {name!r}, but must be auto, cpu, cuda, cuda:N or mps: set device=auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device is {name!r}, but no GPU of Apple's is to be had here: set device=auto or device=cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but no CUDA device is to be had here: set device=auto or device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -37,6 +39,21 @@ def resolve_device(name: str) -> torch.device:
             f"device is {name!r}, but there are only {torch.cuda.device_count()} CUDA devices: set device=cuda:0"
         )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU of CUDA; of any other device its type."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done all that it was asked for."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def set_determinism(*, strict: bool) -> None:
@@ -117,7 +134,7 @@ def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:
         "processor": processor(),
         "cpus": num_cores(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
     }
 
 

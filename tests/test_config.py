@@ -324,7 +324,7 @@ def test_overrides_that_are_refused(override, message):
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99999999999999999999", "cpu:-1", "gpu"])
 def test_a_device_that_there_cannot_be(name):
-    with pytest.raises(InputError, match=rf"device is '{name}', but must be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(InputError, match=rf"device is '{name}', but must be auto, cpu, cuda, cuda:N or mps"):
         resolve_device(name)
 
 

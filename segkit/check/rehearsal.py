@@ -33,10 +33,10 @@ from segkit.run.start import initial_model
 from segkit.training import checkpoint
 from segkit.training.tracking import Tracker
 
-NUM_STEPS = {"cpu": 3, "cuda": 12}
+NUM_STEPS = {"cpu": 3, "mps": 3, "cuda": 12}
 """Steps of each phase: one to warm up, one after resuming from the checkpoint, the rest are timed."""
 
-NUM_EVALUATED = {"cpu": 2, "cuda": 16}
+NUM_EVALUATED = {"cpu": 2, "mps": 2, "cuda": 16}
 """Images of each evaluation."""
 
 LOADING_SECONDS = 20.0
@@ -129,7 +129,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
             for name in config.schedule
         )
     return Rehearsal(
-        device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        device=runtime.device_name(device),
         is_gpu=is_gpu,
         num_cores=runtime.num_cores(),
         workers=config.workers,
@@ -239,8 +239,7 @@ def evaluation_speed(phase: Phase) -> float:
 
     tracker = Tracker(None, phase=phase.name, num_steps=phase.plan.num_steps)
     results, _ = phase.validation(tracker, stop).evaluate(phase.model)
-    if phase.device.type == "cuda":
-        torch.cuda.synchronize(phase.device)
+    runtime.synchronize(phase.device)
     return results["num_images"] / max(time.perf_counter() - loaded[0], 1e-9)
 
 

@@ -117,6 +117,15 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
     return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
 
 
+def exported(facts: Mapping[str, Any]) -> Decision:
+    """Return what is left to decide for the weights that segkit export wrote with ``facts``: a bias is in them."""
+    from segkit.evaluation.miou_rule import rule_from_json
+
+    if facts.get("decision") != "miou":
+        return Decision()
+    return Decision("miou", rule=rule_from_json(facts.get("rule"), facts["classes"]))
+
+
 def to_fit_on(dataset: DatasetConfig) -> tuple[Any, dict[str, Any]]:
     """Return the images that a decision is fitted on, and what ``fitted_on`` says of them.
 

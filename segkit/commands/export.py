@@ -1,8 +1,8 @@
-"""``segkit export``: a trained run as one file that needs no segkit."""
+"""``segkit export``: a trained run as a file or folder that travels without it."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,47 @@ from segkit.progress import show
 
 NUM_IMAGES = 4
 """Real images on which the file is compared with the model."""
+FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors", "hub": "hub"}
+"""Format -> name of the file or folder in the run folder"""
 
 
 def parser() -> ArgumentParser:
     """Return the parser of the verb's arguments."""
     verb = verb_parser(
         "export",
-        "Write a trained model as ONNX or as a program of torch.export; any batch size, height and width.",
+        "Write a trained model as a graph for any batch size, height and width (ONNX, torch.export), as its weights "
+        "(safetensors), or as a folder with weights, configuration and model card (hub).",
         example="outputs/camvid/RUN --format onnx",
     )
     add_shared(verb, "run", "--phase", "--trust")
-    verb.add_argument("--format", default="onnx", choices=["onnx", "torch_export"], help="kind of file")
-    verb.add_argument("--output", type=Path, metavar="FILE", help="(default: RUN/model.onnx or RUN/model.pt2)")
-    decision = {"help": "put the decision that segkit evaluate has fitted into the graph"}
+    verb.add_argument("--format", default="onnx", choices=list(FORMATS), help="kind of file")
+    verb.add_argument(
+        "--output", type=Path, metavar="FILE", help="file, or folder of hub (default: RUN/model.onnx, ...)"
+    )
+    verb.add_argument("--classes", action="store_true", help="the graph returns the number of the class, not logits")
+    decision = {"help": "put the decision that segkit evaluate has fitted into the file"}
     root = {"help": "folder of the data set, on whose images the file is checked (default: where it was in training)"}
     add_shared(verb, "--checkpoint", "--decision", "--root", decision=decision, root=root)
     return verb
 
 
 def run(argv: Sequence[str]) -> None:
-    """Write the file, and print how well it agrees with the model."""
+    """Write the file or folder, and print how well it agrees with the model."""
     arguments = parser().parse_args(argv)
-    check_writable(arguments, "output")
+    is_graph = arguments.format in ("onnx", "torch_export")
+    if arguments.classes and not is_graph:
+        raise InputError(f"--classes is for a graph, not for --format {arguments.format}: leave it out")
+    if arguments.format != "hub":
+        check_writable(arguments, "output")
     from segkit.commands.decision import add_bias, decision_of
-    from segkit.config.schema import plain
     from segkit.models.export import agreement, export
+    from segkit.run.portable import check_folder, facts_of
     from segkit.run.saved import check_classes, open_run
 
     saved = open_run(arguments.run, phase=arguments.phase)
+    output = arguments.output or saved.folder / FORMATS[arguments.format]
+    if arguments.format == "hub":
+        check_folder(output)
     dataset = dataset_of(saved, arguments)
     split, unreachable = validation_split(dataset)
     if split is not None:
@@ -49,37 +62,45 @@ def run(argv: Sequence[str]) -> None:
     model, evaluated = (saved.model(arguments.checkpoint) for _ in range(2))
     if decision.name == "bias":
         add_bias(saved, model, decision.bias)
+    facts = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())
     head = decision.rule.decide if decision.name == "miou" else None
-    counts, resize = saved.label_counts(), plain(dataset.eval_resize)
-    metadata = {
-        "classes": list(counts["classes"]),
-        "palette": counts.get("palette"),
-        "dataset": dataset.name,
-        "resize": resize,
-        **decision.protocol(),
-    }
-    output = arguments.output or saved.folder / f"model.{'onnx' if arguments.format == 'onnx' else 'pt2'}"
-    found = export(
-        model,
-        output,
-        format=arguments.format,
-        metadata=metadata,
-        images=real_images(split, resize),
-        head=head,
-        predict=predictor(decision, evaluated, "fp32"),
-    )
+    expected, images = predictor(decision, evaluated, "fp32"), list(real_images(split, facts["resize"]))
+    if is_graph:
+        options = {"format": arguments.format, "classes": arguments.classes, "head": head, "predict": expected}
+        found, written = export(model, output, metadata=facts, images=images, **options), output
+    else:
+        if head is not None:
+            facts["rule"] = decision.rule.to_json(facts["classes"])
+        written = write_portable(arguments, output, model, facts)
+        found = agreement(written, model, images, head=head, predict=expected)
     show(f"written: {output}")
     if split is None:
         show(f"not checked on real images, as there are none: {unreachable} (or give --root)")
         return
+    differ = f", logits differ by up to {found.difference:.1e} of the largest"
     show(
         f"checked on {found.num_images} images of {dataset.val_split}: {100 * found.pixels:.3f} % of the pixels get "
-        f"the class of the evaluation in fp32, logits differ by up to {found.difference:.1e} of the largest"
+        f"the class of the evaluation in fp32{differ if is_graph and not arguments.classes else ''}"
     )
     precision = saved.config.precision.value
     if precision != "fp32":
-        same = agreement(output, model, real_images(split, resize), predict=predictor(decision, evaluated, precision))
+        same = agreement(written, model, images, predict=predictor(decision, evaluated, precision))
         show(f"in {precision}, the precision of the run, evaluation gives that class to {100 * same.pixels:.3f} %")
+
+
+def write_portable(arguments: Namespace, output: Path, model: Any, facts: dict[str, Any]) -> Any:
+    """Write weights and facts; return the function from images to classes of the model that is read again."""
+    import torch
+
+    from segkit.commands.decision import exported
+    from segkit.run.portable import open_portable, write_file, write_folder
+
+    (write_folder if arguments.format == "hub" else write_file)(output, model, facts)
+    opened, again = open_portable(output)
+    state = model.state_dict()
+    if any(not torch.equal(value, state[name]) for name, value in again.state_dict().items()):
+        raise InputError(f"{output} does not hold the weights of the model: write it again, elsewhere")
+    return predictor(exported(opened), again, "fp32")
 
 
 def validation_split(dataset: Any) -> tuple[Any, str]:

@@ -32,6 +32,7 @@ class _Trust(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         trust(values.split(","))
+        setattr(namespace, self.dest, values)
 
 
 DECISIONS = ("argmax", "bias", "miou")
@@ -46,7 +47,7 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
     "--root": {"help": "folder of the data set (default: where it was in training)"},
-    "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
+    "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps"},
     "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
     "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
     "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},

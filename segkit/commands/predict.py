@@ -23,7 +23,7 @@ def parser(*, files: bool = True) -> ArgumentParser:
         "Predict image files: label PNGs, colour overlays with a legend, probabilities.",
         example="outputs/camvid/RUN --input photos --output predictions",
     )
-    add_shared(verb, "run", run={"help": "a run folder, or a model.onnx of segkit export"})
+    add_shared(verb, "run", run={"help": "a run folder, or what segkit export wrote: a folder, .onnx, .pt2"})
     if files:
         images = {"metavar": "DIR|FILE|GLOB", "help": "images: a folder, a file or a pattern"}
         verb.add_argument("--input", required=True, **images)

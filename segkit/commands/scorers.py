@@ -1,4 +1,4 @@
-"""What ``segkit predict`` scores images with: the model of a run, or an exported ONNX file."""
+"""What ``segkit predict`` scores images with: the model of a run, or what segkit export has written."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from segkit.config.schema import plain
 from segkit.errors import InputError
 
-ONNX_WINDOW = [512, 512]
-"""Window of a bare ``--slide`` for an ONNX file, which does not say what crop it was trained on."""
+GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
+"""Formats of segkit export that are a graph, by the ending of the file"""
 
 
 @dataclass(frozen=True)
@@ -40,66 +40,83 @@ class Loaded:
 
 
 def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
-    """Return the model of the run folder or ONNX file ``path``, ready to score images on ``device``."""
-    if path.suffix == ".onnx":
-        if arguments.phase:
-            raise InputError(f"{path} is the export of one phase, which --phase cannot change: leave --phase out")
-        return _load_onnx(path, arguments)
-    from segkit.commands.decision import decision_of
+    """Return the model of the run folder or of the export ``path``, ready to score images on ``device``."""
+    from segkit.commands.decision import decision_of, exported
     from segkit.data.labels import load_table
+    from segkit.run.portable import is_portable, open_portable
     from segkit.run.saved import open_run
 
+    if path.suffix in GRAPHS:
+        return _load_graph(path, arguments)
+    if is_portable(path):
+        facts, model = open_portable(path)
+        _check_options(path, facts, arguments)
+        decision = exported(facts)
+        score = decision.around(model.to(device))
+        return _loaded(score, facts, decide=decision.decide)
     saved = open_run(path, phase=arguments.phase)
     dataset = saved.config.phase_dataset(saved.phase_name)
     model = saved.model(arguments.checkpoint).to(device)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
-    model = decision.around(model)
     counts = saved.label_counts()
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    resize = plain(dataset.eval_resize)
-    return _loaded(model, dataset.crop, counts["classes"], palette, resize=resize, decide=decision.decide)
+    facts = {"classes": counts["classes"], "palette": palette}
+    facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
+    return _loaded(decision.around(model), facts, decide=decision.decide)
 
 
-def _load_onnx(path: Path, arguments: argparse.Namespace) -> Loaded:
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
-    from segkit.models.export import read_metadata, runner
+def _load_graph(path: Path, arguments: argparse.Namespace) -> Loaded:
+    """Return the ONNX file or program of torch.export ``path``, which computes on the CPU."""
+    import torch
 
+    from segkit.models.exported import read_metadata, runner
+    from segkit.run.portable import check_facts
+
+    if path.suffix == ".onnx":
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
     if not path.is_file():
-        raise InputError(f"there is no file {path}: write it with segkit export RUN --format onnx")
-    facts = read_metadata(path)
-    for key in ("classes", "palette"):
-        if not facts.get(key):
-            raise InputError(f"{path} has no {key} in its metadata: write it with segkit export RUN --format onnx")
-    _check_decision(path, facts.get("decision", "argmax"), arguments)
-    compute = runner(path)
-    return _loaded(
-        lambda images: compute(images.float().cpu()).to(images.device),
-        ONNX_WINDOW,
-        facts["classes"],
-        facts["palette"],
-        resize=facts.get("resize") or {},
-    )
+        raise InputError(f"there is no file {path}: write it with segkit export RUN --format {GRAPHS[path.suffix]}")
+    facts = {"model": {}, "crop": [512, 512], **read_metadata(path)}  # not in files of earlier versions
+    check_facts(facts, path)
+    _check_options(path, facts, arguments)
+    if path.suffix == ".pt2" and "torch_export" not in (arguments.trust or "").split(","):
+        raise InputError(
+            f"{path} is a program, and to load it is to run what its author put in: add --trust torch_export if you "
+            "know who wrote it, or take a model that is data, segkit export RUN --format hub or onnx"
+        )
+    compute, num_classes = runner(path), len(facts["classes"])
+
+    def score(images: Any) -> Any:
+        found = compute(images.float().cpu()).to(images.device)
+        return found if found.dim() == 4 else torch.nn.functional.one_hot(found.long(), num_classes).movedim(-1, 1)
+
+    return _loaded(score, facts)
 
 
-def _check_decision(path: Path, decision: str, arguments: argparse.Namespace) -> None:
-    """Raise InputError for arguments that do not go with the decision that was exported within the file."""
+def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Raise InputError for arguments that do not go with what was exported."""
+    for option, default in (("phase", None), ("checkpoint", "last")):
+        if getattr(arguments, option) != default:
+            kind = f"one {option}, which --{option} cannot change"
+            raise InputError(f"{path} is the export of {kind}: leave --{option} out")
+    decision, output = facts.get("decision", "argmax"), facts.get("output")
     if arguments.decision not in ("argmax", decision):
         raise InputError(
             f"{path} was exported with --decision {decision}, which cannot be changed: leave --decision out, or write "
             f"the file again with segkit export RUN --decision {arguments.decision}"
         )
-    if decision != "miou":
-        return
-    for option in ("tta", "slide", "probabilities"):
+    gives = {"scores": f"scores of --decision {decision}", "classes": "classes"}.get(str(output))
+    for option in ("tta", "slide", "probabilities") if gives else ():
         if getattr(arguments, option, None):
             raise InputError(
-                f"{path} gives scores of --decision miou and no probabilities, which does not go with --{option}: "
+                f"{path} gives {gives} and no probabilities, which does not go with --{option}: "
                 "predict with the run folder, or write the file again with segkit export RUN --decision argmax"
             )
 
 
-def _loaded(score: Any, window: list[int], classes: Any, palette: Any, **rest: Any) -> Loaded:
-    return Loaded(score, window, tuple(classes), np.asarray(palette, np.uint8), **rest)
+def _loaded(score: Any, facts: Mapping[str, Any], decide: Callable[[Any], Any] | None = None) -> Loaded:
+    palette = np.asarray(facts["palette"], np.uint8)
+    return Loaded(score, facts["crop"], tuple(facts["classes"]), palette, decide=decide, resize=facts["resize"])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segkit.bilinear import spans
+from segkit.bilinear import spans, widest
 from segkit.errors import InputError, check_number
 from segkit.losses.checks import check_inputs
 from segkit.losses.tiles import compute_dtype
@@ -81,10 +81,10 @@ def margin_sums(
     fixed = torch.full_like(rho_k0, FIXED_MARGIN)
 
     def total(values: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, values, 0).sum(1, dtype=torch.float64)
+        return torch.where(where, values, 0).sum(1, dtype=widest(values.device))
 
     return {
-        "pixels": own.sum(1).double(),
+        "pixels": own.sum(1).to(widest(own.device)),
         "margin": total(lam, own),
         "loss_k0": total(rho_margin_loss(lam, rho_k0), own),
         "loss_0k": total(rho_margin_loss(-lam, rho_0k), ~own),
@@ -101,7 +101,7 @@ def _histogram(lam: Tensor, label: Tensor) -> Tensor:
     inner = torch.as_tensor(LAMBDA_EDGES[1:-1], dtype=lam.dtype, device=lam.device)
     bins = torch.bucketize(lam.gather(0, label[None])[0], inner)
     size = (len(lam), len(LAMBDA_EDGES) - 1)
-    return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).double()
+    return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).to(widest(lam.device))
 
 
 def scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Tensor:

@@ -96,7 +96,7 @@ class IouMarginLoss(PixelLoss):
         hits, labels, choices = (
             torch.bincount(part, minlength=logits.shape[1]) for part in (label[label == chosen], label, chosen)
         )
-        return torch.stack([hits, labels + choices - hits]).double()
+        return torch.stack([hits, labels + choices - hits]).to(self.running.dtype)
 
     def follow(self, counts: Tensor) -> None:
         """Move the running IoU by the ``counts`` (2, K) of one step over all ranks; none counted, none moved."""

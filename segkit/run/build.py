@@ -61,7 +61,8 @@ def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) 
 def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over the parameter groups of ``model``; ``lr`` replaces its learning rate.
 
-    One of :data:`FUSED` is so unless the configuration names a form, or is strict: the last bits differ.
+    One of :data:`FUSED` is so on a CPU and with CUDA unless the configuration names a form, or is strict: the last bits
+    differ.
     """
     node = dict(config.optimizer)
     if lr is not None:
@@ -71,7 +72,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
     groups = parameter_groups(
         model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor, lr_factors=config.lr_factors
     )
-    if config.determinism.value == "none" and node.get("_target_") in FUSED and not node.keys() & FORMS:
+    tried = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda", "meta"}
+    if tried and config.determinism.value == "none" and node.get("_target_") in FUSED and not node.keys() & FORMS:
         node["fused"] = True
     return instantiate(node, {"params": groups}, key="optimizer")
 

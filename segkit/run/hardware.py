@@ -14,6 +14,7 @@ from torch import nn
 
 from segkit import runtime
 from segkit.config.schema import Config, Precision, plain
+from segkit.errors import InputError
 from segkit.files import read_config_text
 from segkit.run.changes import CONFIG_CURE
 from segkit.training import distributed
@@ -47,6 +48,8 @@ def choose(config: Config, *, begun: Path | None, device: torch.device) -> tuple
             chosen[key], reasons[key] = kept[key], "as the run was started"
     if chosen["precision"] != "fp32" and device.type == "cpu" and chosen["precision"] != native_precision(device)[0]:
         reasons["precision"] += ", but this CPU only imitates it, several times slower than fp32"
+    if chosen["precision"] == "fp16" and device.type == "mps":
+        raise InputError("precision is fp16, but device=mps takes fp32 or bf16: set precision=fp32")
     chosen = distributed.agree(chosen)
     return dataclasses.replace(config, **{**chosen, "precision": Precision(chosen["precision"])}), reasons
 
@@ -57,6 +60,8 @@ def native_precision(device: torch.device) -> tuple[str, str]:
         capability = torch.cuda.get_device_capability(device)
         what = f"a GPU of capability {'.'.join(map(str, capability))}"
         return {8: "bf16", 7: "fp16"}.get(min(capability[0], 8), "fp32"), what
+    if device.type == "mps":
+        return "fp32", "a GPU of Apple's"
     features = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16") if features.get(name)]
     return ("bf16", f"a CPU with {found[0]}") if found else ("fp32", "a CPU without instructions for bf16")
@@ -75,7 +80,7 @@ def head(
     phases = list(phases)
     cores, load = runtime.num_cores(), os.getloadavg()[0]
     fused = all(group.get("fused") for phase in phases for group in phase.optimizer.param_groups)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else runtime.processor()
+    name = runtime.processor() if device.type == "cpu" else runtime.device_name(device)
     layout = "channels last" if config.channels_last else "contiguous"
     threads, processes = torch.get_num_threads(), distributed.world_size()
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ read with ``weights_only``; nothing that the configuration names is downloaded o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,21 @@ class SavedRun:
 
 def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) -> Any:
     """The model of ``config`` with ``weights`` (of ``source``); InputError if they are another model's."""
-    import torch
-
     from segkit.run import build
-    from segkit.training import checkpoint
 
     config = without_sources(config)
+    return filled(lambda: build.build_model(config, num_classes), weights, source=source)
+
+
+def filled(make: Callable[[], Any], weights: Any, *, source: Path) -> Any:
+    """The model that ``make`` builds, with ``weights`` (of ``source``); InputError if they are another model's."""
+    import torch
+
+    from segkit.training import checkpoint
+
     with torch.device("meta"):  # a configuration may ask for more memory than there is: nothing is allocated yet
-        checkpoint.check_weights(build.build_model(config, num_classes), weights, source=source)
-    model = build.build_model(config, num_classes)
+        checkpoint.check_weights(make(), weights, source=source)
+    model = make()
     checkpoint.load_weights(model, weights, source=source)
     return model
 
@@ -78,7 +84,7 @@ def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) 
 def read_counts(path: Path) -> dict[str, Any]:
     """The label counts in ``path``; InputError if the file does not hold such."""
     content = read_json(path)
-    if not _are_counts(content):
+    if not are_counts(content):
         raise InputError(
             f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
             "colours: the run folder is damaged; copy the file again, or train again"
@@ -86,7 +92,7 @@ def read_counts(path: Path) -> dict[str, Any]:
     return content
 
 
-def _are_counts(content: dict[str, Any]) -> bool:
+def are_counts(content: dict[str, Any]) -> bool:
     """True for the content of a label_counts.json; ``palette`` may be missing."""
     classes, palette = content.get("classes"), content.get("palette")
     if not isinstance(classes, dict) or not 1 <= len(classes) <= 255:

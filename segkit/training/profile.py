@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from segkit import runtime
 from segkit.errors import InputError
 from segkit.training.step import split
 from segkit.training.trainer import Trainer
@@ -57,8 +57,7 @@ def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) ->
             self.record.__enter__()
 
         def __exit__(self, *error: object) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            runtime.synchronize(device)
             self.record.__exit__(*error)
             times.setdefault(self.name, []).append(time.perf_counter() - self.start)
 

@@ -125,8 +125,9 @@ def _update(
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     values = torch.stack([sums[0], norm.to(sums.dtype), sums[1]])
-    outcome = Outcome(values.to("cpu", non_blocking=True), None, scaler.is_enabled())
-    if values.device.type == "cuda":
+    has_events = values.device.type == "cuda"  # elsewhere nothing would tell when the copy is whole
+    outcome = Outcome(values.to("cpu", non_blocking=has_events), None, scaler.is_enabled())
+    if has_events:
         outcome.copied = torch.cuda.Event()
         outcome.copied.record()
     if skips_by_itself(optimizer) and not scaler.is_enabled() and not reads:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from segkit import predict as predict_arrays
 from segkit.commands import evaluate, export, predict, submit
 from segkit.config.compose import compose
 from segkit.errors import InputError
@@ -173,6 +175,68 @@ def test_an_exported_graph_decides_as_the_run_does(run, finished, call, tmp_path
             call(*arguments, *option)
     with pytest.raises(InputError, match="was exported with --decision miou, which cannot be changed"):
         call(*arguments, "--decision", "bias")
+
+
+@pytest.mark.parametrize(
+    "decision",
+    ["miou", pytest.param("argmax", marks=pytest.mark.nightly), pytest.param("bias", marks=pytest.mark.nightly)],
+)
+def test_a_folder_of_weights_predicts_as_its_run_does(run, finished, call, tmp_path, decision):
+    """Also the one file, and the graph that gives classes; the images have sizes that no stride divides."""
+    shutil.copytree(finished.parent / "pictures", tmp_path / "pictures")
+    place, folder = tmp_path / "predictions", tmp_path / "hub"
+    call(evaluate, run, *QUICK, "--decision", decision)
+    options = ["--decision", decision]
+    own = predicted(call, run, place / "own", *options)
+    for format, output in (("hub", folder), ("safetensors", tmp_path / "one.safetensors")):
+        out = call(export, run, *options, "--format", format, "--output", output)
+        assert re.search(r"checked on 4 images of val: (100|99\.9\d+)\.?\d* % of the pixels get the class of the", out)
+        found = predicted(call, output, place / format)
+        for name in own:
+            assert (own[name] == found[name]).mean() >= (0.999 if decision == "bias" else 1.0)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    facts = json.loads((folder / "config.json").read_text())
+    score = facts["scores"][0]
+    low, high = score["interval"]
+    assert low <= score["mean_iou"] <= high
+    assert score["protocol"]["decision"] == facts["decision"] == decision
+    assert str(finished) not in json.dumps(facts)
+    card = (folder / "README.md").read_text()
+    assert f"| {100 * score['mean_iou']:.2f} | {100 * low:.2f} to {100 * high:.2f} |" in card
+    assert "loss cross\\_entropy" in card
+    assert ("Fitted on" in card) == (decision != "argmax")
+    assert predict_arrays([np.zeros((33, 50, 3), np.uint8)], folder, device="cpu")[0].shape == (33, 50)
+    arguments = (predict, folder, "--input", tmp_path / "pictures", "--output", place / "no")
+    with pytest.raises(InputError, match="is the export of one checkpoint, which --checkpoint cannot change: leave"):
+        call(*arguments, "--checkpoint", "best")
+    with pytest.raises(InputError, match="is the export of one phase, which --phase cannot change"):
+        call(*arguments, "--phase", "train")
+    if decision != "argmax":
+        return
+    with pytest.raises(InputError, match="was exported with --decision argmax, which cannot be changed"):
+        call(*arguments, "--decision", "bias")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else than an export: give another folder"):
+        call(export, run, "--format", "hub", "--output", folder)
+    with pytest.raises(InputError, match="--classes is for a graph, not for --format hub: leave it out"):
+        call(export, run, "--format", "hub", "--classes")
+
+
+@pytest.mark.nightly
+def test_a_program_is_run_for_who_trusts_it(run, finished, call, tmp_path):
+    """A graph of torch.export that gives the classes of a decision, as ONNX does."""
+    shutil.copytree(finished.parent / "pictures", tmp_path / "pictures")
+    place, file = tmp_path / "predictions", tmp_path / "model.pt2"
+    call(evaluate, run, *QUICK, "--decision", "miou")
+    own = predicted(call, run, place / "own", "--decision", "miou")
+    call(export, run, "--decision", "miou", "--format", "torch_export", "--classes", "--output", file)
+    with pytest.raises(InputError, match=r"model\.pt2 is a program, .*: add --trust torch_export if"):
+        call(predict, file, "--input", tmp_path / "pictures", "--output", place / "graph", "--device", "cpu")
+    graph = predicted(call, file, place / "graph", "--trust", "torch_export")
+    assert all((own[name] == graph[name]).mean() >= 0.999 for name in own)
+    arguments = (predict, file, "--trust", "torch_export", "--input", tmp_path / "pictures", "--output", place / "no")
+    with pytest.raises(InputError, match="gives classes and no probabilities, which does not go with --tta"):
+        call(*arguments, "--tta", "flip")
 
 
 def test_evaluations_do_not_overwrite_each_other(run, call, tmp_path):

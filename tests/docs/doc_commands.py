@@ -38,6 +38,7 @@ class Runner:
             "tensorboard": self.tensorboard,
             "unzip": self.unpack,
             "tar": self.unpack,
+            "docker": self.docker,
             "mkdir": lambda words: self.shell(["mkdir", *words]),
             "ls": lambda words: self.shell(["ls", *words]),
         }
@@ -164,6 +165,17 @@ class Runner:
             assert found or word == "-e", f"not understood: pip {' '.join(words)}"
             for extra in (found[2] or "").split(",") if found else []:
                 assert not extra or extra in project["optional-dependencies"], f"there is no extra {extra}"
+
+    def docker(self, words: list[str]) -> None:
+        """The image is built, or its entry point called with a verb; tests/test_containers.py reads the Dockerfile."""
+        if words[0] == "build":
+            assert words == ["build", "--tag", "segkit", "."]
+            assert (REPOSITORY / "Dockerfile").is_file()
+            return
+        assert words[0] == "run"
+        place = words.index("segkit")
+        assert " ".join(words[1:place]) in ("--rm --gpus all --volume /data:/data", "--rm"), f"not understood: {words}"
+        self.segkit(words[place + 1 :])
 
     def source(self, words: list[str]) -> None:
         assert words == [".venv/bin/activate"]

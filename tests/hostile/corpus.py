@@ -3,6 +3,7 @@
 Every entry names the file it is about, the readers that must refuse it, and what the sentence must say. ``MODEL`` opens
 the run and loads its weights, ``COMPARE`` is ``segkit compare``, ``DECISION`` reads its fitted bias, ``REPLAY`` repeats
 the step of a bundle that is made of the folder (of its config.yaml, label counts, last.pt, and what lies in bundle/).
+``HUB`` predicts with the folder hub/ that segkit export has written of the run.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
-MODEL, COMPARE, DECISION, REPLAY = "model", "compare", "decision", "replay"
+MODEL, COMPARE, DECISION, REPLAY, HUB = "model", "compare", "decision", "replay", "hub"
 CONFIG = "config.yaml"
 
 
@@ -477,6 +479,98 @@ BUNDLES = [
 ]  # fmt: skip
 
 
+def facts(**changes: Any) -> Callable[[Path], None]:
+    """Exchange values in the configuration of the exported folder; those of its model with ``model__``."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            node, _, name = key.rpartition("__")
+            (content[node] if node else content)[name] = value
+
+    return table("hub/config.json", change)
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Exchange the weights of the exported folder."""
+
+    def harm(run: Path) -> None:
+        state = load_file(run / "hub" / "model.safetensors")
+        changed = change(state)
+        save_file(state if changed is None else changed, run / "hub" / "model.safetensors")
+
+    return harm
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Exchange what the header of the exported weights declares; the values behind it stay."""
+
+    def harm(run: Path) -> None:
+        path = run / "hub" / "model.safetensors"
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        declared = json.loads(content[8 : 8 + size])
+        change(declared)
+        text = json.dumps(declared).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+    return harm
+
+
+def first(declared: dict[str, Any]) -> dict[str, Any]:
+    return declared[next(name for name in declared if name != "__metadata__")]
+
+
+def first_value(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return tensors(lambda state: state.update({(name := next(iter(state))): value(state[name])}))
+
+
+UNREADABLE = r"model\.safetensors cannot be read as safetensors"
+FACTS = r"hub/config\.json"
+NO_CLASSES = r"hub/config\.json has not a name and a colour for each"
+HUBS = [
+    *(Case(f"hub: {name} as the model", facts(model=node), (HUB,), NOT_PERMITTED) for name, node in TARGETS.items()),
+    *(Case(f"hub: config.json is {kind}", written("hub/config.json", content), (HUB,), FACTS)
+      for kind, content in BROKEN.items()),
+    Case("hub: a target within the model", facts(model__norm=EVIL), (HUB,), "holds a _target_"),
+    Case("hub: the environment", facts(model__norm="${oc.env:SECRET}"), (HUB,), r"has '\$\{' in it"),
+    Case("hub: the environment in a key", facts(model={"${oc.env:SECRET}": 1}), (HUB,), r"has '\$\{' in it"),
+    Case("hub: config.json is huge", facts(x="#" * 2**20), (HUB,), "bytes, but at most"),
+    Case("hub: config.json is a pipe", pipe_for("hub/config.json"), (HUB,), FACTS),
+    *(Case(f"hub: {key} leads elsewhere", facts(**{f"model__{key}": "../../../../etc/passwd"}), (HUB,),
+           "reads weights from elsewhere") for key in ("weights", "encoder_weights")),
+    Case("hub: classes that lead elsewhere", facts(classes="../../../../etc/passwd"), (HUB,), NO_CLASSES),
+    Case("hub: a class of lists", facts(classes=[["road"]]), (HUB,), NO_CLASSES),
+    Case("hub: two classes of one name", facts(classes=["\x1b[2J"] * 2), (HUB,), NO_CLASSES),
+    Case("hub: a million classes", facts(classes=[str(n) for n in range(10**5)]), (HUB,), NO_CLASSES),
+    Case("hub: a colour of text", facts(palette=[["red"] * 3] * 8), (HUB,), NO_CLASSES),
+    Case("hub: other classes than weights", facts(classes=["<script>", "\x1b[2J"], palette=[[0, 0, 0]] * 2), (HUB,),
+         OTHER),
+    *(Case(f"hub: resize is {value!r}", facts(resize=value), (HUB,), "crop or resize that is none")
+      for value in ("x", [1], {"size": "x"}, {"short_side": 10**9}, {"path": "/etc/passwd"}, {"short_side": 1e999})),
+    Case("hub: a crop of text", facts(crop=["x", "y"]), (HUB,), "crop or resize that is none"),
+    Case("hub: an endless crop", facts(crop=[2**40, 2**40]), (HUB,), "must be .height, width. of at least 8"),
+    Case("hub: a decision of text", facts(decision="miou", rule="x"), (HUB,), "stored decision"),
+    Case("hub: a network larger than the memory",
+         facts(model__feature_channels=[2**14 * n for n in (1, 2, 4, 8, 16)]), (HUB,), OTHER),
+    Case("hub: channels below zero", facts(model__feature_channels=[-4, 8, 16, 32, 64]), (HUB,), "channel"),
+    Case("hub: no weights", lambda run: (run / "hub" / "model.safetensors").unlink(), (HUB,), "there is no file"),
+    Case("hub: a pipe for the weights", pipe_for("hub/model.safetensors"), (HUB,), "there is no file"),
+    Case("hub: pickled code as weights", written("hub/model.safetensors", pickle.dumps(Code())), (HUB,), UNREADABLE),
+    Case("hub: a header of 2**60 bytes", written("hub/model.safetensors", (2**60).to_bytes(8, "little")), (HUB,),
+         UNREADABLE),
+    Case("hub: a huge tensor is declared", header(lambda all: first(all).update(
+        shape=[2**40], data_offsets=[0, 2**42])), (HUB,), UNREADABLE),
+    Case("hub: a shape beyond its values", header(lambda all: first(all).update(shape=[2**40])), (HUB,), UNREADABLE),
+    Case("hub: a type that there is not", header(lambda all: first(all).update(dtype="PICKLE")), (HUB,), UNREADABLE),
+    Case("hub: weights that are not finite", first_value(lambda value: value * float("nan")), (HUB,), "not finite"),
+    Case("hub: another shape", first_value(lambda value: value[:1].clone()), (HUB,), OTHER),
+    Case("hub: whole numbers", first_value(lambda value: value.to(torch.int64)), (HUB,), NO_TENSOR),
+    Case("hub: keys are missing", tensors(lambda state: dict(list(state.items())[1:])), (HUB,), OTHER),
+    Case("hub: keys of another model", tensors(lambda state: {f"\x1b[2J{name}": state[name] for name in state}), (HUB,),
+         OTHER),
+]  # fmt: skip
+
+
 def also_replayed(case: Case) -> Case:
     """``case`` with the reader ``REPLAY``, where a bundle holds the file that it is about."""
     elsewhere = MODEL not in case.readers or case.name.startswith("checksums") or case.name in SUMS_ONLY
@@ -487,4 +581,4 @@ SUMS_ONLY = tuple(f"checkpoint: {kind}" for kind in ("a flipped bit", "a folder"
 """What the digests of a run find, or what a bundle does not need."""
 
 CORPUS = [*map(also_replayed, CONFIGS[::3]), *(case for n, case in enumerate(CONFIGS) if n % 3)]
-CORPUS += [*map(also_replayed, (*CHECKPOINTS, *TABLES)), *BUNDLES]
+CORPUS += [*map(also_replayed, (*CHECKPOINTS, *TABLES)), *BUNDLES, *HUBS]

@@ -9,15 +9,18 @@ import socket
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from corpus import COMPARE, CORPUS, DECISION, MODEL, REPLAY
+from corpus import COMPARE, CORPUS, DECISION, HUB, MODEL, REPLAY
 
+import segkit
 from segkit.commands import compare as compare_verb
-from segkit.commands import decision, replay
+from segkit.commands import decision, export, replay
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.guard import explain
+from segkit.report.card import card
 from segkit.run import pipeline
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
@@ -75,6 +78,7 @@ def whole(tmp_path_factory):
     (folder / "run" / "bundle" / "error.json").write_text(json.dumps(failed))
     batch = {"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "names": ["a", "b"], "indices": [0, 1]}
     torch.save({**batch, "labels": torch.ones(2, 32, 32, dtype=torch.uint8)}, folder / "run" / "bundle" / "batch.pt")
+    export.run([str(folder / "run"), "--format", "hub", "--root", str(folder / "nowhere")])
     return folder / "run"
 
 
@@ -118,7 +122,17 @@ def replay_bundle(run: Path, output: Path) -> None:
     replay.run([str(bundle), "--json", "--device", "cpu"])
 
 
-READERS = {MODEL: load_model, DECISION: read_decision, COMPARE: compare, REPLAY: replay_bundle}
+def use_export(run: Path, output: Path) -> None:
+    segkit.predict([np.zeros((40, 50, 3), np.uint8)], run / "hub", device="cpu")
+
+
+READERS = {
+    MODEL: load_model,
+    DECISION: read_decision,
+    COMPARE: compare,
+    REPLAY: replay_bundle,
+    HUB: predict_with_the_export,
+}
 
 
 def listed(folder: Path) -> set[str]:
@@ -157,6 +171,21 @@ def test_the_whole_folder_passes_every_reader(whole, tmp_path, capsys):
     assert len({case.name for case in CORPUS}) == len(CORPUS)
     with capsys.disabled():
         print(f"\nhostile corpus: {len(CORPUS)} members, {sum(len(case.readers) for case in CORPUS)} readings")
+
+
+def test_a_card_shows_the_names_of_a_stranger_as_they_are_written(whole, tmp_path):
+    """ANSI codes, Markdown, HTML and a formula of YAML in class and data set names: escaped, and nothing else."""
+    facts = json.loads((whole / "hub" / "config.json").read_text())
+    plain = card(facts)
+    names = ["\x1b[2Jroad", "<script>alert(1)</script>", "[x](http://example.org)", "a|b\n# c", "`${oc.env:SECRET}`"]
+    facts["classes"][: len(names)] = names
+    facts["dataset"] = "---\n{{ 7 * 7 }} <img src=x>"
+    text = card(facts)
+    assert len(text.splitlines()) == len(plain.splitlines())  # no name begins a line, a row or a section of its own
+    for harm in ("\x1b", "<script", "<img", "[x](", "`$", "49", SECRET):
+        assert harm not in text
+    assert r"\\x1b\[2Jroad" in text
+    assert r"a\|b\\n\# c" in text
 
 
 def test_weights_that_are_not_finite_are_said_once(whole, tmp_path):

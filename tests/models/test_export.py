@@ -18,7 +18,9 @@ from segkit.evaluation import whole_image
 from segkit.models import COPLENet, Segmenter, deeplabv3plus, enable_grad_checkpointing
 from segkit.models import export as export_module
 from segkit.models.any_size import accept_any_size
-from segkit.models.export import WholeImage, export, read_metadata
+from segkit.models.export import export
+from segkit.models.exported import read_metadata
+from segkit.models.whole_image import WholeImage, fix_same_padding
 
 
 def coplenet() -> nn.Module:
@@ -186,6 +188,34 @@ def test_a_head_is_part_of_the_graph(tmp_path: Path) -> None:
     assert read_metadata(path)["output"] == "scores"
 
 
+def test_the_numbers_of_the_classes(tmp_path: Path) -> None:
+    """With ``classes`` the graph ends in the argmax of logits or scores, at sizes that no stride divides."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = Segmenter(accept_any_size(nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(3, 5, 1)), multiple=16))
+    images = torch.rand(2, 3, 67, 45) * 255
+    with torch.no_grad():
+        logits = F.interpolate(model(images), size=(67, 45), mode="bilinear", align_corners=False)
+    weights = 1 / logits.softmax(1).mean((0, 2, 3)).view(1, 5, 1, 1)  # so that every class is the largest somewhere
+    heads = {"onnx": lambda logits: logits.softmax(1) * weights, "torch_export": None}
+    for (format, head), name in zip(heads.items(), ("model.onnx", "model.pt2"), strict=True):
+        expected = (logits if head is None else head(logits)).argmax(1)
+        assert len(expected.unique()) > 1
+        path = tmp_path / name
+        export(model, path, format=format, head=head, classes=True)
+        if format == "onnx":
+            session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(["classes"], {"images": images.numpy()})[0])
+        else:
+            found = torch.export.load(path).module()(images)
+        assert (found.dtype, found.shape) == (torch.uint8, (2, 67, 45))
+        assert (found == expected).float().mean() > 0.999
+        assert read_metadata(path)["output"] == "classes"
+    many = WholeImage(Segmenter(nn.Conv2d(3, 257, 1)), classes=True)
+    assert many(images).dtype == torch.int64
+
+
 @pytest.mark.nightly
 def test_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = segmenter("tiny").train()
@@ -204,7 +234,7 @@ def test_static_padding_is_that_of_timm() -> None:
         conv = Conv2dSame(3, 2, kernel, stride=stride, dilation=dilation)
         images = torch.randn(1, 3, 16, 24)
         expected = conv(images)
-        export_module._fix_same_padding(conv)
+        fix_same_padding(conv)
         torch.testing.assert_close(conv(images), expected, rtol=0, atol=0)
 
 

@@ -1,0 +1,15 @@
+# segkit with all extras in an environment of its own: `docker build --tag segkit .`
+FROM python:3.11-slim
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends git make \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home segkit
+WORKDIR /home/segkit/segkit
+COPY --chown=segkit . .
+RUN chown segkit .
+USER segkit
+RUN make setup
+ENV PATH=/home/segkit/segkit/.venv/bin:$PATH
+ENV NO_ALBUMENTATIONS_UPDATE=1
+ENTRYPOINT ["segkit"]
+CMD ["--help"]

@@ -1,0 +1,193 @@
+"""A trained model that travels without its run: what its files say of it, and a folder of weights.
+
+    FOLDER/config.json         the model, its classes, how it was trained and scored
+    FOLDER/model.safetensors   its weights, with the same facts as metadata: can be opened without the folder
+    FOLDER/README.md           the same for people (segkit.report.card)
+
+A stranger may have written the folder. It goes through what a saved run goes through (:mod:`segkit.run.saved`): the
+list of allowed targets, sizes, no resolver, nothing that it names is read or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from segkit import __version__
+from segkit.config.dataset import DatasetConfig, ResizeConfig
+from segkit.config.schema import plain
+from segkit.config.targets import fits, instantiate
+from segkit.errors import InputError
+from segkit.files import MOST_BYTES, read_json, write_atomically
+from segkit.run.saved import SavedRun, are_counts, filled, without_sources
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CURE = "copy it again, or write it again with segkit export"
+NUM_SAMPLES = 1000
+"""Resamples of the images for the interval of a score"""
+
+
+def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every exported file says of the model of ``saved``, as JSON values and without a path.
+
+    ``decision``: what a protocol says of it. InputError for files of the run that are damaged.
+    """
+    from segkit.data.labels import load_table
+    from segkit.models.exported import encoder_licence
+
+    config, counts = saved.config, saved.label_counts()
+    dataset = config.phase_dataset(saved.phase_name)
+    encoder, source = config.model.get("encoder"), config.model.get("encoder_weights")
+    until = list(config.schedule)[: list(config.schedule).index(saved.phase_name) + 1]
+    kept = ("batch_size", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor")
+    return {
+        "segkit": __version__,
+        "model": without_sources(config).model,
+        "classes": list(counts["classes"]),
+        "class_pixels": [row["pixels"] for row in counts["classes"].values()],
+        "palette": counts.get("palette") or load_table(dataset.name).palette.tolist(),
+        "dataset": dataset.name,
+        "resize": plain(dataset.eval_resize),
+        "crop": dataset.crop,
+        **decision,
+        "checkpoint": checkpoint,
+        "encoder": encoder,
+        "encoder_weights": source if source in (None, "none", "imagenet") else "a file",
+        "encoder_licence": encoder_licence(encoder) if encoder and source == "imagenet" else None,
+        "training": {
+            **{key: plain(getattr(config, key)) for key in kept},
+            "optimizer": config.optimizer,
+            "scale": dataset.scale,
+            "flip": dataset.flip,
+            "augment": list(config.augment),
+            "phases": [
+                {
+                    **{key: plain(getattr(config.schedule[name], key)) for key in ("epochs", "steps", "lr")},
+                    "name": name,
+                    "loss": config.phase_loss(name),
+                    "split": config.phase_dataset(name).train_split,
+                }
+                for name in until
+            ],
+        },
+        "scores": scores_of(saved, checkpoint=checkpoint, decision=decision),
+    }
+
+
+def scores_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the scores of this checkpoint with this decision: that of the training first, then the evaluations.
+
+    Shares from 0 to 1; ``interval``: of the mean IoU when images are drawn anew, 95 %, None without counts per image.
+    """
+    from segkit.evaluation.bootstrap import bootstrap_mean_iou
+    from segkit.report.runs import read_run
+
+    names = [None] * (saved.folder / "results.json").is_file()
+    found: list[dict[str, Any]] = []
+    for name in (*names, *sorted(path.stem for path in (saved.folder / "evaluations").glob("*.json"))):
+        record = read_run(saved.folder, evaluation=name)
+        results, protocol = record.results, record.protocol
+        said = {key: protocol.get(key) for key in ("decision", "decision_fitted_on") if key in protocol}
+        again = any(protocol == one["protocol"] for one in found)
+        if again or results.get("checkpoint", "last") != checkpoint or said != dict(decision):
+            continue
+        drawn = None
+        if record.per_image is not None and results["num_images"] > 1 and results["mean_iou"] is not None:
+            drawn = bootstrap_mean_iou(record.per_image, num_samples=NUM_SAMPLES)
+        found.append(
+            {
+                **{key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_images", "num_classes_averaged")},
+                "interval": drawn and [drawn.low, drawn.high],
+                "iou": {key: row["iou"] for key, row in results["classes"].items()},
+                "protocol": protocol,
+            }
+        )
+    return found
+
+
+def write_file(path: Path, model: Any, facts: Mapping[str, Any]) -> None:
+    """Write the weights of ``model`` with ``facts`` as metadata; the file gets its name when it is whole."""
+    from segkit.models.exported import write_weights
+
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write_weights(model.net.state_dict(), temporary, json.dumps(facts))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if a folder cannot be written as ``folder``: only an earlier export is replaced."""
+    present = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or present - {CONFIG, WEIGHTS, CARD}:
+        raise InputError(f"--output is {folder}, which holds something else than an export: give another folder")
+
+
+def write_folder(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:
+    """Write weights, card and facts into ``folder``; config.json comes last, and makes it whole."""
+    from segkit.report.card import card
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_file(folder / WEIGHTS, model, facts)
+    write_atomically(folder / CARD, card(facts))
+    write_atomically(folder / CONFIG, json.dumps(facts, indent=2) + "\n")
+
+
+def is_portable(path: Path) -> bool:
+    """True for a safetensors file, and for a folder that has a config.json and is no run."""
+    return path.suffix == ".safetensors" or ((path / CONFIG).exists() and not (path / "config.yaml").exists())
+
+
+def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
+    """Return the facts and the model (on the CPU, in evaluation mode) of what segkit export wrote as ``path``.
+
+    InputError for anything in it that is not allowed, and for weights that are not those of the model, or not finite.
+    """
+    from segkit.models import Segmenter
+    from segkit.models.exported import read_metadata, read_weights
+
+    is_file = path.suffix == ".safetensors"
+    source, weights = (path, path) if is_file else (path / CONFIG, path / WEIGHTS)
+    facts = read_metadata(path) if is_file else read_json(source, most=MOST_BYTES, cure=CURE)
+    check_facts(facts, source)
+    num_classes = len(facts["classes"])
+    state = read_weights(weights)
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{weights} has values that are not finite under {broken[0]}, so it predicts nothing: {CURE}")
+    numbers = {"num_classes": num_classes, "classes": num_classes}
+    try:
+        make = partial(instantiate, facts["model"], numbers, key="model")
+        return facts, filled(lambda: Segmenter(make()), state, source=weights).eval()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def check_facts(facts: Mapping[str, Any], source: Path) -> None:
+    """Raise InputError unless ``facts`` (of ``source``) have what predictions need, of the right kind."""
+    names: Any = facts.get("classes")
+    palette, model, crop, resize = (facts.get(key) for key in ("palette", "model", "crop", "resize"))
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names) and palette is not None
+    rows = {name: {"pixels": 0, "images": 0} for name in names} if whole else {}
+    if not whole or len(rows) != len(names) or not are_counts({"classes": rows, "palette": palette}):
+        raise InputError(f"{source} has not a name and a colour for each of up to 255 classes: {CURE}")
+    if "${" in json.dumps(facts):
+        raise InputError(f"{source} has '${{' in it, but plain values are needed: {CURE}")
+    sources = [model.get(key) for key in ("weights", "encoder_weights")] if isinstance(model, dict) else ["?"]
+    if any(value not in (None, "none") for value in sources):
+        raise InputError(f"{source} has no model of plain values, or one that reads weights from elsewhere: {CURE}")
+    shapes = {"short_side": int | None, "size": list[int] | None}
+    known = isinstance(resize, dict) and all(key in shapes and fits(resize[key], shapes[key]) for key in resize)
+    sides = [resize.get("short_side") or 1, *(resize.get("size") or [])] if known and isinstance(resize, dict) else []
+    if not fits(crop, list[int]) or not sides or max(sides) >= 2**16:
+        raise InputError(f"{source} has a crop or resize that is none: {CURE}")
+    try:
+        DatasetConfig(name="", reader={}, crop=crop, eval_resize=ResizeConfig(**resize))  # type: ignore[arg-type]
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None

@@ -27,11 +27,15 @@ CONFIG_DIR: dict[str, Any] = {
 }
 
 
+PROGRAMS = "torch_export"
+"""What ``--trust`` says, beside packages, for a program of torch.export"""
+
+
 class _Trust(argparse.Action):
     """``--trust``: permits the code of a package as soon as it is read, so that no verb has to think of it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        trust(values.split(","))
+        trust([name for name in values.split(",") if name != PROGRAMS])
         setattr(namespace, self.dest, values)
 
 
@@ -43,7 +47,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--trust": {
         "action": _Trust,
         "metavar": "PACKAGE,...",
-        "help": "packages of your own that the run's model or reader comes from (default: none)",
+        "help": "packages of your own that the run's model or reader comes from, torch_export for a .pt2 file "
+        "(default: none)",
     },
     "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
     "--root": {"help": "folder of the data set (default: where it was in training)"},

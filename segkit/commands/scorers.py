@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from segkit.commands.options import PROGRAMS
 from segkit.config.schema import plain
 from segkit.errors import InputError
 
@@ -79,12 +80,12 @@ def _load_graph(path: Path, arguments: argparse.Namespace) -> Loaded:
             raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
     if not path.is_file():
         raise InputError(f"there is no file {path}: write it with segkit export RUN --format {GRAPHS[path.suffix]}")
-    facts = {"model": {}, "crop": [512, 512], **read_metadata(path)}  # not in files of earlier versions
+    facts = {"model": {}, "crop": [512, 512], "resize": {}, **read_metadata(path)}  # not in files of earlier versions
     check_facts(facts, path)
     _check_options(path, facts, arguments)
-    if path.suffix == ".pt2" and "torch_export" not in (arguments.trust or "").split(","):
+    if path.suffix == ".pt2" and PROGRAMS not in (arguments.trust or "").split(","):
         raise InputError(
-            f"{path} is a program, and to load it is to run what its author put in: add --trust torch_export if you "
+            f"{path} is a program, and to load it is to run what its author put in: add --trust {PROGRAMS} if you "
             "know who wrote it, or take a model that is data, segkit export RUN --format hub or onnx"
         )
     compute, num_classes = runner(path), len(facts["classes"])

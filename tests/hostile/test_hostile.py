@@ -131,7 +131,7 @@ READERS = {
     DECISION: read_decision,
     COMPARE: compare,
     REPLAY: replay_bundle,
-    HUB: predict_with_the_export,
+    HUB: use_export,
 }
 
 

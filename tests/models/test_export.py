@@ -19,7 +19,7 @@ from segkit.models import COPLENet, Segmenter, deeplabv3plus, enable_grad_checkp
 from segkit.models import export as export_module
 from segkit.models.any_size import accept_any_size
 from segkit.models.export import export
-from segkit.models.exported import read_metadata
+from segkit.models.exported import encoder_licence, read_metadata
 from segkit.models.whole_image import WholeImage, fix_same_padding
 
 
@@ -214,6 +214,12 @@ def test_the_numbers_of_the_classes(tmp_path: Path) -> None:
         assert read_metadata(path)["output"] == "classes"
     many = WholeImage(Segmenter(nn.Conv2d(3, 257, 1)), classes=True)
     assert many(images).dtype == torch.int64
+
+
+def test_the_licence_of_published_weights_is_what_timm_states() -> None:
+    assert encoder_licence("tu-tf_efficientnet_lite0") == "apache-2.0"
+    assert encoder_licence("tu-vit_small_patch16_dinov3") == "dinov3-license"
+    assert encoder_licence("resnet34") is encoder_licence("tu-nothing") is None
 
 
 @pytest.mark.nightly

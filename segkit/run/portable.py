@@ -42,8 +42,10 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
     config, counts = saved.config, saved.label_counts()
     dataset = config.phase_dataset(saved.phase_name)
     encoder, source = config.model.get("encoder"), config.model.get("encoder_weights")
+    if config.init_from or config.model.get("weights") or source not in (None, "none", "imagenet"):
+        source = "a file"  # whose path stays here
     until = list(config.schedule)[: list(config.schedule).index(saved.phase_name) + 1]
-    kept = ("batch_size", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor")
+    kept = ("batch_size", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor", "freeze", "lr_factors")
     return {
         "segkit": __version__,
         "model": without_sources(config).model,
@@ -56,11 +58,12 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
         **decision,
         "checkpoint": checkpoint,
         "encoder": encoder,
-        "encoder_weights": source if source in (None, "none", "imagenet") else "a file",
+        "encoder_weights": source,
         "encoder_licence": encoder_licence(encoder) if encoder and source == "imagenet" else None,
         "training": {
             **{key: plain(getattr(config, key)) for key in kept},
             "optimizer": config.optimizer,
+            "sampler": plain(dataset.sampler),
             "scale": dataset.scale,
             "flip": dataset.flip,
             "augment": list(config.augment),

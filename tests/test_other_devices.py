@@ -95,7 +95,6 @@ def test_nothing_of_float64_reaches_a_gpu_of_apples():
     with FakeTensorMode():
         logits = torch.empty(2, 4, 9, 13, device="mps")
         found = [
-            bilinear.resized_rows(logits, (50, 70), slice(3, 40)),
             fit_logits(logits, padded=(72, 104), size=(67, 97)),
             *bilinear.taps(slice(0, 9), ratio=0.7, num_in=5, device=MPS),
         ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit import __version__
 from segkit.commands.options import add_shared, check_writable, dataset_of, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
@@ -62,7 +63,8 @@ def run(argv: Sequence[str]) -> None:
     model, evaluated = (saved.model(arguments.checkpoint) for _ in range(2))
     if decision.name == "bias":
         add_bias(saved, model, decision.bias)
-    facts = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())
+    described = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())
+    facts = {"segkit": __version__, **described}
     head = decision.rule.decide if decision.name == "miou" else None
     expected, images = predictor(decision, evaluated, "fp32"), list(real_images(split, facts["resize"]))
     if is_graph:

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segkit import __version__
 from segkit.config.dataset import DatasetConfig, ResizeConfig
 from segkit.config.schema import plain
 from segkit.config.targets import fits, instantiate
@@ -47,7 +46,6 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
     until = list(config.schedule)[: list(config.schedule).index(saved.phase_name) + 1]
     kept = ("batch_size", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor", "freeze", "lr_factors")
     return {
-        "segkit": __version__,
         "model": without_sources(config).model,
         "classes": list(counts["classes"]),
         "class_pixels": [row["pixels"] for row in counts["classes"].values()],

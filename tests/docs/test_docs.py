@@ -81,7 +81,7 @@ def run_page(workspace: Workspace, name: str) -> int:
     return count
 
 
-SLOW, SLOW_PAGES = [pytest.mark.slow, pytest.mark.nightly], ("tutorial.md", "deployment.md")
+SLOW_PAGES = ("tutorial.md", "deployment.md")
 
 
 @pytest.mark.parametrize(

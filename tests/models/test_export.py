@@ -188,6 +188,7 @@ def test_a_head_is_part_of_the_graph(tmp_path: Path) -> None:
     assert read_metadata(path)["output"] == "scores"
 
 
+@pytest.mark.nightly
 def test_the_numbers_of_the_classes(tmp_path: Path) -> None:
     """With ``classes`` the graph ends in the argmax of logits or scores, at sizes that no stride divides."""
     ort = pytest.importorskip("onnxruntime")

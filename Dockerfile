@@ -4,12 +4,12 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home segkit
-WORKDIR /home/segkit/segkit
+WORKDIR /opt/segkit
 COPY --chown=segkit . .
 RUN chown segkit .
 USER segkit
 RUN make setup
-ENV PATH=/home/segkit/segkit/.venv/bin:$PATH
+ENV PATH=/opt/segkit/.venv/bin:$PATH
 ENV NO_ALBUMENTATIONS_UPDATE=1
 ENTRYPOINT ["segkit"]
 CMD ["--help"]

@@ -7,6 +7,7 @@ Times go to ``timing.jsonl`` and to TensorBoard.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -83,6 +84,7 @@ class Tracker:
         if self._writer is None and self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _wait_for_a_later_name(self.folder / TENSORBOARD)
             self._writer = SummaryWriter(
                 str(self.folder / TENSORBOARD), purge_step=self._purge_step or None, flush_secs=30
             )
@@ -231,6 +233,28 @@ class Tracker:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new event file sorts after those in ``folder``.
+
+    TensorBoard reads them in the order of their names, which begin with the second of their making, and purges only
+    what it has read before.
+    """
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    ahead = max((int(second) for second in seconds if second.isdigit()), default=0) + 1 - time.time()
+    if ahead > MOST_WAITING:
+        warnings.warn(
+            f"{folder} has files of a clock that is {math.ceil(ahead)} seconds ahead of this machine's: "
+            "TensorBoard may show steps twice; metrics.jsonl does not",
+            stacklevel=2,
+        )
+    elif ahead > 0:
+        time.sleep(ahead + 0.01)
+
+
+MOST_WAITING = 5.0
+"""Seconds that a new event file waits for its name at most."""
 
 
 def _last_line(content: bytes) -> dict[str, Any]:

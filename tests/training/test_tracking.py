@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from small_trainer import build, make_batches
@@ -72,6 +74,49 @@ def test_a_resumed_run_shows_every_step_once(tmp_path, killed_at):
     for tag in tags:
         one, other = ([(event.step, event.value) for event in found.Scalars(tag)] for found in (whole, resumed))
         assert one == other, tag
+
+
+class Clock:
+    """A clock that stands still but for sleeping."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1_700_000_000.25
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def show_steps(folder, steps):
+    """A process that shows ``steps``, going on from a checkpoint of the first of them."""
+    tracker = Tracker(folder, phase="train", num_steps=9)
+    tracker.truncate(0, step=steps[0])
+    for step in steps:
+        tracker.scalars(step, {"train/loss": float(step)})
+    tracker.close()
+
+
+def test_a_writer_of_the_same_second_purges_the_one_before(tmp_path, monkeypatch):
+    """TensorBoard orders the files by name: the second, then the host, the process and a number as text."""
+    clock = Clock(monkeypatch)
+    show_steps(tmp_path, range(1, 8))
+    (first,) = tmp_path.rglob("events*")
+    first = first.rename(first.with_name(f"events.out.tfevents.{int(clock.now)}.zzz.9.9"))
+    show_steps(tmp_path, range(4, 10))
+    (second,) = set(tmp_path.rglob("events*")) - {first}
+    assert second.name > first.name
+    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == list(range(1, 10))
+
+
+def test_a_writer_whose_clock_is_far_behind_says_so_and_does_not_wait(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    show_steps(tmp_path, range(1, 8))
+    clock.now -= 3600
+    begun = clock.now
+    with pytest.warns(UserWarning, match="a clock that is 3601 seconds ahead of this machine's"):
+        show_steps(tmp_path, range(4, 10))
+    assert clock.now == begun
 
 
 def test_histogram_of_counts(tmp_path):

@@ -40,6 +40,8 @@ def guard(*, passes: bool = False) -> Iterator[None]:
         sentence, code = (None, 1) if passes else explain(error)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
+        if len(sentence) > MOST_LETTERS:  # a file that is no list of names can be one name of a million letters
+            sentence = f"{sentence[: MOST_LETTERS // 2]} ... {sentence[-MOST_LETTERS // 2 :]}"
         if ranks.speaks(sentence):
             show(sentence if isinstance(error, Interrupted) else f"error: {sentence}", error=True)
         sys.exit(code)
@@ -83,6 +85,8 @@ MEMORY_ADVICE = (
 )
 
 
+MOST_LETTERS = 2000
+"""Letters of a sentence beyond which its middle is left out."""
 _PLACES = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 

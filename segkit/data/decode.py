@@ -4,7 +4,7 @@ Images become uint8 RGB by these rules:
 
 - 8-bit grey, RGB, CMYK and palette colours are converted; 1, 2 and 4 bits of grey are stretched to 0..255.
 - Of 16 bits a channel the upper byte is kept (a value is divided by 256 and rounded down). Integers of 32 bits are read
-  as if they had 16, and refused if one does not fit. Floating-point pixels are refused.
+  as if they had 16, and refused if one does not fit. Floating-point pixels and negative values are refused.
 - Transparent pixels lie over white, so that no hidden colour shows.
 - Orientation tags (EXIF, TIFF, XMP) are ignored: labels match the pixels as they are stored.
 - Of a file with several pages or frames the first is read.
@@ -43,6 +43,9 @@ _GREY, _RGB, _RGBA, _WITH_ALPHA = 0, 2, 6, (4, 6)  # colour types of a PNG
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
 _ORIENTATION, _WIDTH, _HEIGHT, _PHOTOMETRIC = 274, 256, 257, 262  # tags of EXIF and TIFF
+_BITS, _PLANAR, _SAMPLE_FORMAT = 258, 284, 339
+_LOSSY = ("JPEG", "MPO", "JPEG2000")
+_LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,7 +125,10 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
         _check_lossless(image, content, path)
         _check_index_mode(image, path, colours_too=first_channel or image.format == "WEBP", deep=deep)
         bits = _grey_bits(image)
-        label = np.array(_as_stored(image))
+        label = np.array(_as_stored(image, path))
+        tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(_PHOTOMETRIC) == 0 and label.itemsize == 1:  # white is 0, and Pillow has turned the values around
+        label = ~label
     if label.ndim == 3:
         if not first_channel and (label[..., :3] != label[..., :1]).any():
             raise _no_index(path, image.mode)
@@ -143,7 +149,7 @@ def read_colours(path: Path | str) -> np.ndarray:
                 f"label {path} is an index mask (mode {image.mode}), but others of its folder are colour images: "
                 "convert it, as the masks of a folder are of one kind"
             )
-        return np.ascontiguousarray(np.array(_as_stored(image))[..., :3])
+        return np.ascontiguousarray(np.array(_as_stored(image, path))[..., :3])
 
 
 def colour_mode(path: Path | str) -> str | None:
@@ -192,7 +198,8 @@ def _pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise _damaged(path, "its content is of no known format") from error
+        forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel"
+        raise _damaged(path, f"it is none of {forms}; convert another form to one of these") from error
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
         raise _too_large(path, f"{int(found[0]):,}" if found else "too many", role=role) from None
@@ -205,15 +212,24 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
     return (tags[_HEIGHT], tags[_WIDTH]) if tags else (image.height, image.width)
 
 
-def _as_stored(image: Image.Image) -> Image.Image:
-    """Decode an image and take back what Pillow does to TIFFs only: it turns them by their orientation."""
-    turned = image.getexif().get(_ORIENTATION, 1) if hasattr(image, "tag_v2") else 1
+def _as_stored(image: Image.Image, path: Path) -> Image.Image:
+    """Decode an image and take back what Pillow does to TIFFs only: it turns them by their orientation.
+
+    Raises InputError for TIFFs that Pillow reads wrongly: 16 bits in separate planes, and negative values of 8 bits.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    turned = image.getexif().get(_ORIENTATION, 1) if tags else 1
+    bits = set(tags.get(_BITS, (8,)))
+    if tags.get(_PLANAR) == 2 and image.mode != "L" and bits != {8}:  # Pillow would mix the bytes of 16 bits
+        raise InputError(f"{path} is a TIFF of separate planes of {max(bits)} bits: convert it to interleaved channels")
     image.load()
+    if bits == {8} and 2 in tags.get(_SAMPLE_FORMAT, ()) and np.asarray(image).max(initial=0) > 127:
+        raise InputError(f"{path} holds negative values (8 bits with a sign): convert it to 8 bits without a sign")
     return image.transpose(_UNDO[turned]) if turned in _UNDO else image
 
 
 def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
-    image = _as_stored(opened)
+    image = _as_stored(opened, path)
     if image.mode.startswith("I"):
         tags: Any = getattr(opened, "tag_v2", {})
         return _upper_byte(image, path, white_is_zero=tags.get(_PHOTOMETRIC) == 0)
@@ -329,9 +345,15 @@ def _check_jpeg_end(content: bytes, path: Path) -> None:
 
 
 def _check_lossless(image: Image.Image, content: bytes, path: Path) -> None:
-    if image.format == "JPEG" or (image.format == "WEBP" and not _is_lossless_webp(content)):
+    packed = image.info.get("compression") if image.format == "TIFF" else None
+    if (
+        image.format in _LOSSY
+        or packed in _LOSSY_IN_TIFF
+        or (image.format == "WEBP" and not _is_lossless_webp(content))
+    ):
         raise InputError(
-            f"label {path} is a {image.format} file, which does not keep class indices exactly; "
+            f"label {path} is a {f'TIFF with {packed} inside' if packed else image.format} file, which does not keep "
+            "class indices exactly; "
             "write labels as 8-bit PNG (grey or palette)"
         )
 
@@ -368,13 +390,13 @@ def _no_index(path: Path, mode: str) -> InputError:
 
 
 def _grey_bits(image: Image.Image) -> int | None:
-    """Bits per pixel of a grey PNG that Pillow would scale to 0..255; None for the others."""
+    """Bits per pixel of a grey file that Pillow would scale to 0..255; None for the others."""
     tile: Any = getattr(image, "tile", None)  # Pillow's decoding plan: the file's own sample format is in it
     if image.mode != "L" or not tile:
         return None
     args = tile[0][3]
     rawmode = args if isinstance(args, str) else args[0] if args else ""
-    return {"L;2": 2, "L;4": 4}.get(rawmode)
+    return {"L;2": 2, "L;4": 4}.get(rawmode[:3])
 
 
 def _check_pixels(size: tuple[int, int], path: Path, *, role: str) -> None:

@@ -102,7 +102,7 @@ def walk(folder: Path | str, suffixes: Collection[str] | None = None) -> list[Pa
         seen.add(identity)
         for entry in visible_entries(current):
             path = Path(entry.path)
-            if entry.is_dir():
+            if is_folder(entry):
                 (links if entry.is_symlink() else folders).append(path)
             elif suffixes is None or path.suffix.lower() in suffixes:
                 found.append(path)
@@ -128,6 +128,14 @@ def visible_entries(folder: Path | str) -> list[os.DirEntry[str]]:
             name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
             raise InputError(f"the name of {name} in folder {folder} is no UTF-8, so it cannot be written; rename it")
     return listed
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder and a link to one; False also for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_utf8(name: str) -> bool:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from segkit.data import open_dataset
 from segkit.data.decode import image_size, read_index_png, read_rgb
-from segkit.data.files import IMAGE_SUFFIXES, find_images, read_text, walk
+from segkit.data.files import IMAGE_SUFFIXES, find_images, read_bytes, read_text, walk
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
@@ -70,6 +70,13 @@ def test_links_that_lead_back_neither_loop_nor_repeat_files(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(top, target_is_directory=True)
     assert names(link, walk(link, IMAGE_SUFFIXES)) == expected, "a folder that is a link itself"
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    assert walk(tmp_path) == [tmp_path / "a.png"]
+    with pytest.raises(InputError, match=r"image .*a\.png cannot be read: Too many levels of symbolic links"):
+        read_bytes(tmp_path / "a.png", role="image")
 
 
 def test_names_that_are_no_utf_8_get_a_sentence(tmp_path):

@@ -321,6 +321,18 @@ BAD = {
         first_annotation(segmentation=[["x", 1, 55, 5, 60, 1]]),
         r"is no list of pos",
     ),
+    "image id twice": (
+        "coco polygons",
+        COCO,
+        changed(lambda content: {**content, "images": [{**entry, "id": 0} for entry in content["images"]]}),
+        r"instances_train.json gives the image id 0 twice, as files do that were merged: number them anew",
+    ),
+    "category id twice": (
+        "coco polygons",
+        COCO,
+        changed(lambda content: content["categories"].append({"id": content["categories"][0]["id"], "name": "sky"})),
+        r"instances_train.json gives the category id \d+ twice, as files do that were merged",
+    ),
     "not finite": (
         "coco polygons",
         COCO,

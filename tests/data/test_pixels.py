@@ -62,16 +62,26 @@ def turned(number):
 
 
 def tiff(pixels, *, photometric, sample_format=1):
-    """A TIFF of one strip, written by hand: Pillow writes neither 16 bits whose 0 is white nor signed ones."""
+    """A TIFF of one strip a plane (H, W) or (planes, H, W), written by hand.
+
+    Pillow writes neither 16 bits whose 0 is white, nor signed ones, nor separate planes.
+    """
 
     def write(path):
-        height, width = pixels.shape
-        bits = 8 * pixels.dtype.itemsize
-        tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
-        tags += [(278, height), (279, pixels.nbytes), (339, sample_format)]
-        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        planes, height, width = (1,) * (3 - pixels.ndim) + pixels.shape
+        size = pixels.nbytes // planes
+        starts, places = [8 + size * plane for plane in range(planes)], {}
+        tags = [(256, [width]), (257, [height]), (258, [8 * pixels.itemsize] * planes), (259, [1])]
+        tags += [(262, [photometric]), (273, starts), (277, [planes]), (278, [height]), (279, [size] * planes)]
+        tags += [(284, [2 if planes > 1 else 1]), (339, [sample_format] * planes)]
+        beyond = b""
+        for tag, values in tags:
+            places[tag] = values[0] if len(values) == 1 else 8 + pixels.nbytes + len(beyond)
+            beyond += struct.pack(f"<{len(values)}I", *values) if len(values) > 1 else b""
+        entries = b"".join(struct.pack("<HHII", tag, 4, len(values), places[tag]) for tag, values in tags)
+        head = b"II*\0" + struct.pack("<I", 8 + pixels.nbytes + len(beyond))
         directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
-        path.write_bytes(b"II*\0" + struct.pack("<I", 8 + pixels.nbytes) + pixels.tobytes() + directory)
+        path.write_bytes(head + pixels.tobytes() + beyond + directory)
 
     return write
 
@@ -106,6 +116,7 @@ CASES = {
     "rgb.png": (pillow(RGB), RGB),
     "rgb.bmp": (pillow(RGB), RGB),
     "rgb.tif": (pillow(RGB), RGB),
+    "rgb_planes.tif": (tiff(np.ascontiguousarray(np.moveaxis(RGB, 2, 0)), photometric=2), RGB),
     "rgb_packed.tiff": (pillow(RGB, compression="tiff_lzw"), RGB),
     "rgb.ppm": (pillow(RGB), RGB),
     "rgb.webp": (pillow(RGB, lossless=True), RGB),
@@ -211,8 +222,20 @@ def test_prediction_says_that_orientation_tags_are_ignored(pair, tmp_path, monke
         (pillow(GREY.astype(np.float32)), r"x\.tif holds floating-point values; convert it to 8 or 16 bits"),
         (pillow(np.full(SIZE, 70_000, np.int32)), r"x\.tif holds values beyond 16 bits; convert it to 8 or 16 bits"),
         (tiff(np.full(SIZE, -1, np.int16), photometric=1, sample_format=2), r"x\.tif holds values beyond 16 bits"),
+        (
+            tiff(np.full(SIZE, -1, np.int8), photometric=1, sample_format=2),
+            r"x\.tif holds negative values .*convert it",
+        ),
+        (
+            tiff(np.zeros((3, *SIZE), np.uint16), photometric=2),
+            r"x\.tif is a TIFF of separate planes of 16 bits: convert",
+        ),
+        (
+            tiff(np.zeros(SIZE, np.float64), photometric=1, sample_format=3),
+            r"of 8 or 16 bits a channel; convert another",
+        ),
     ],
-    ids=["float", "32 bits", "negative"],
+    ids=["float", "32 bits", "negative", "negative 8 bits", "16 bits in planes", "64 bits"],
 )
 def test_what_has_no_meaning_as_8_bits_is_refused(tmp_path, write, message):
     write(tmp_path / "x.tif")
@@ -224,6 +247,22 @@ def test_what_has_no_meaning_as_8_bits_is_refused(tmp_path, write, message):
 def test_labels_of_turned_tiffs_are_read_as_stored(tmp_path, number):
     pillow(INDEX, tiffinfo={274: number})(tmp_path / "x.tif")
     np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif"), INDEX)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_label_whose_0_is_white_has_the_stored_values(tmp_path, kind):
+    tiff(INDEX.astype(kind), photometric=0)(tmp_path / "x.tif")
+    np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif", deep=True), INDEX)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("x.tif", {"compression": "jpeg"}), ("x.jp2", {"irreversible": True}), ("x.jpg", {}), ("x.webp", {}),
+])  # fmt: skip
+def test_lossy_labels_are_refused_whatever_holds_them(tmp_path, name, options):
+    pillow(GREY, **options)(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / "x.png")
+    with pytest.raises(InputError, match=r"label .*x\.png is a .*does not keep class indices exactly"):
+        read_index_png(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif"])

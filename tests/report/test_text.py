@@ -201,6 +201,18 @@ def test_the_guard_shows_paths_as_they_are_written(capsys, monkeypatch):
     assert warnings.formatwarning(HOSTILE, UserWarning, "file", 1) == f"warning: {SEEN}\n"
 
 
+def test_the_guard_leaves_out_the_middle_of_an_endless_sentence(capsys):
+    def command():
+        raise InputError(f"the list names {'x' * 100_000}: correct the line")
+
+    with pytest.raises(SystemExit):
+        guarded(command)
+    said = capsys.readouterr().err
+    assert said.startswith("error: the list names xxx")
+    assert said.endswith("xxx: correct the line\n")
+    assert len(said) < 2100
+
+
 def test_findings_of_check_are_one_line_each():
     content = {"splits": [], "rehearsal": None, "findings": [{"level": "error", "text": HOSTILE, "files": []}]}
     assert as_text(content).splitlines()[0] == f"error: {SEEN}"

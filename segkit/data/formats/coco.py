@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,14 @@ def _content(path: str, modified: int) -> Content:
         if key.as_posix() in entries:
             raise InputError(f"label {file} has the image {name!r} twice: remove one of the two")
         entries[key.as_posix()] = entry
+    named = [(item["id"], str(item.get("name"))) for item in content["categories"] if isinstance(item.get("id"), int)]
+    names = dict(named)
+    for kind, found in ("image", [entry["id"] for entry in entries.values()]), ("category", [i for i, _ in set(named)]):
+        if twice := [number for number, times in Counter(found).items() if times > 1]:
+            raise InputError(
+                f"label {file} gives the {kind} id {twice[0]!r} twice, as files do that were merged: number them anew, "
+                "so that each annotation has one meaning"
+            )
     ids = {entry["id"] for entry in entries.values()}
     annotations = defaultdict(list)
     for number, item in enumerate(content["annotations"]):
@@ -120,7 +128,6 @@ def _content(path: str, modified: int) -> Content:
                 "remove it, or add the image to the list"
             )
         annotations[item["image_id"]].append((number, item))
-    names = {item["id"]: str(item.get("name")) for item in content["categories"] if isinstance(item.get("id"), int)}
     return Content(entries, annotations, names)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segkit.data.decode import colour_mode
-from segkit.data.files import IMAGE_SUFFIXES, visible_entries, walk
+from segkit.data.files import IMAGE_SUFFIXES, is_folder, visible_entries, walk
 from segkit.data.formats import coco, labelme, masks, yolo
 from segkit.data.formats.classes import FolderClasses, read_classes
 from segkit.data.formats.polygons import Meaning
@@ -265,7 +265,7 @@ def _suffix(kind: str) -> str:
 
 def _splits(top: Path, images: str) -> str:
     """The splits that are there, for a message."""
-    folders = [entry.name for entry in visible_entries(top / images) if entry.is_dir()]
+    folders = [entry.name for entry in visible_entries(top / images) if is_folder(entry)]
     lists = [entry.name.removesuffix(".txt") for entry in visible_entries(top) if entry.name.endswith(".txt")]
     return ", ".join(sorted({*folders, *lists})) or "splits that you make"
 

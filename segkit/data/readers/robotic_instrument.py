@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from segkit.data.decode import read_index_png
-from segkit.data.files import visible_entries
+from segkit.data.files import is_folder, visible_entries
 from segkit.data.labels import LabelTable, load_table
 from segkit.data.layout import Layout, check_option, check_split, refuse, table_file
 from segkit.data.samples import Sample, SampleSet
@@ -141,7 +141,7 @@ def _frames(folder: Path) -> dict[int, Path]:
 def instrument_folders(sequence: Path) -> list[Path]:
     """Return the folders of ``sequence``/ground_truth that hold frames, without the paper's merged ones, by name."""
     truth = Layout("robotic_instrument", sequence.parent, archives=ARCHIVES).folder(sequence / "ground_truth")
-    folders = [Path(entry.path) for entry in visible_entries(truth) if entry.is_dir() and entry.name not in MERGED]
+    folders = [Path(entry.path) for entry in visible_entries(truth) if is_folder(entry) and entry.name not in MERGED]
     return [folder for folder in folders if _frames(folder)]
 
 

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,11 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         ), InputError.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
+    if override := _override_in(error):
+        return (
+            f"the override {override!r} cannot be applied: something before its last dot is null, a list or one "
+            "value; set that as a whole, or choose one of a group's options, as +loss@schedule.PHASE.loss=NAME"
+        ), InputError.exit_code
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         text = "a group takes the name of one of its options: `python train.py --help` lists the groups"
         return text, InputError.exit_code
@@ -88,6 +94,14 @@ MEMORY_ADVICE = (
 MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
 _PLACES = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def _override_in(error: BaseException) -> str | None:
+    """The override at which OmegaConf failed with an exception that is none of its own."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            return getattr(frame.f_locals.get("override"), "input_line", None)
+    return None
 
 
 def _explain_os_error(error: OSError) -> str:

@@ -15,6 +15,7 @@ from segkit.config.compose import check_overrides, config_dir, to_config
 from segkit.config.schema import Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
+from segkit.guard import explain
 from segkit.runtime import resolve_device
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
@@ -320,6 +321,32 @@ def test_overrides_that_are_refused(override, message):
 
     with pytest.raises(InputError, match=message):
         compose(["schedule=single", override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "schedule.finetune.loss={a:1}",
+        "++schedule.finetune.dataset={a:1}",
+        "schedule.finetune.loss.a=1",
+        "dataset.crop.x=4",
+    ],
+)
+def test_an_override_within_null_or_a_list_is_named(override):
+    """OmegaConf fails at these with exceptions that are none of its own."""
+    from segkit.config.compose import compose
+
+    with pytest.raises(Exception) as failed:
+        compose(["schedule=pretrain_finetune", override])
+    sentence, code = explain(failed.value)
+    assert code == 2
+    assert f"the override {override!r} cannot be applied: something" in sentence
+    assert "+loss@schedule.PHASE.loss=NAME" in sentence
+
+
+def test_what_a_run_tells_its_reader_is_no_option():
+    with pytest.raises(InputError, match=r"dataset\.reader\.split is 'train', but that is what the run itself tells"):
+        check_targets(composed("+dataset.reader.split=train"))
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99999999999999999999", "cpu:-1", "gpu"])

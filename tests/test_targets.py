@@ -112,6 +112,17 @@ def test_what_a_trusted_package_merely_imports_is_refused(monkeypatch, tmp_path)
             r"optimizer\.betas is \[0\.9\], but must be a",
         ),
         ("optimizer", {"_target_": "torch.optim.SGD", "lr": 1.0, "nesterov": True}, "Nesterov momentum requires"),
+        (
+            "optimizer",
+            {"_target_": "torch.optim.SGD", "fused": True, "foreach": True},
+            r"refuses its arg.*optimizer\.fo",
+        ),
+        ("optimizer", {"_target_": "torch.optim.SGD", "params": [1]}, r"optimizer\.params is \[1\], but that is what"),
+        (
+            "model",
+            {"_target_": "segkit.models.COPLENet", "num_classes": 7},
+            r"run itself tells .*: remove model\.num_cl",
+        ),
         ("loss", {"_target_": "segkit.losses.DiceLoss", "smooth": "much"}, r"loss\.smooth is 'much', but must be a nu"),
         ("loss", {"_target_": "segkit.losses.FocalLoss", "compile_tiles": "maybe"}, "must be true or false or null"),
         ("loss", {"_target_": "segkit.losses.DiceLoss", "diagnostics": "maybe"}, r"loss\.diagnostics is 'maybe', but"),

@@ -212,6 +212,12 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
             f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: "
             f"remove {key}.{unknown[0]} or correct its name"
         )
+    given = [name for name in facts if arguments.get(name) is not None and group_name(key) != "augment"]
+    if given:
+        raise InputError(
+            f"{key}.{given[0]} is {arguments[given[0]]!r}, but that is what the run itself tells {node['_target_']}: "
+            f"remove {key}.{given[0]}"
+        )
     options = {name: node.get(name) for name in LOSS_OPTIONS if group_name(key) == "loss"}
     hints = {**_hints(function), **dict.fromkeys(options, bool)}
     for name, value in (arguments | options).items():
@@ -261,8 +267,9 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     arguments = {name: build(value, f"{key}.{name}") if name in node else value for name, value in arguments.items()}
     try:
         built = function(**arguments)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        if function.__module__.partition(".")[0] == "segkit":
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        is_own = function.__module__.partition(".")[0] == "segkit"
+        if is_own or (isinstance(error, RuntimeError) and group_name(key) != "optimizer"):  # memory, for one
             raise
         given = ", ".join(f"{key}.{name}={value}" for name, value in node.items() if name != "_target_")
         reason = " ".join(str(error).split()).partition(" [type=")[0]  # of pydantic's text the part for people

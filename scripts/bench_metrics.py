@@ -1,8 +1,11 @@
 """Time of one confusion-matrix update on a label map, beside torchmetrics and a plain torch loop.
 
     python scripts/bench_metrics.py [--size 1024 2048] [--classes 19 150] [--threads 2] [--repeats 15]
+    python scripts/bench_metrics.py --loop 8 --size 512 1024 --classes 19 --repeats 5
 
-torchmetrics is optional (`pip install torchmetrics`); without it its rows are left out. All ways count the
+``--loop N``: a whole evaluation instead, of N images in memory with DeepLabV3+ on EfficientNet-Lite0,
+beside the shortest loop over the same model and tensors: forward pass, interpolation to the label's size, argmax,
+bincount. torchmetrics is optional (`pip install torchmetrics`); without it its rows are left out. All ways count the
 same maps and must give the same matrix. Figures are medians of wall time on the machine that runs the script.
 """
 
@@ -18,8 +21,11 @@ from collections.abc import Callable
 import cv2
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from segkit.evaluation import ConfusionMatrix
+from segkit.data.loader import Batch
+from segkit.evaluation import ConfusionMatrix, evaluate
+from segkit.models import Segmenter, deeplabv3plus
 
 
 def label_maps(size: tuple[int, int], num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -83,6 +89,37 @@ def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
 
 
+def loops(num_images: int, size: tuple[int, int], num_classes: int) -> dict[str, Callable[[], Tensor]]:
+    """A whole evaluation by segkit, and by the shortest loop, both (K, K)."""
+    torch.manual_seed(0)
+    net = deeplabv3plus("tu-tf_efficientnet_lite0", num_classes, output_stride=16, encoder_weights="none")
+    model = Segmenter(net).eval().to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (num_images, 1, 3, *size), dtype=torch.uint8)
+    labels = torch.randint(0, num_classes, (num_images, 1, *size), dtype=torch.uint8)
+    batches = [Batch(images[i], labels[i], [str(i)], [i]) for i in range(num_images)]
+
+    @torch.inference_mode()
+    def bare() -> Tensor:
+        total = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        for image, label in zip(images, labels, strict=True):
+            scores = F.interpolate(model(image), size, mode="bilinear", align_corners=False)
+            total += plain_torch(scores.argmax(1), label, num_classes)
+        return total
+
+    return {"segkit": lambda: torch.from_numpy(evaluate(model, batches, num_classes=num_classes).counts), "bare": bare}
+
+
+def compare_loops(num_images: int, size: tuple[int, int], num_classes: int, repeats: int) -> None:
+    """Print images a second of both loops."""
+    calls = loops(num_images, size, num_classes)
+    differing = int((calls["segkit"]() - calls["bare"]()).abs().sum()) // 2
+    taken = medians_ms(calls, repeats)
+    for name, ms in taken.items():
+        speed, ratio = num_images / ms * 1e3, taken["bare"] / ms
+        print(f"K={num_classes:<4} evaluation, {name:8} {speed:8.2f} images/s  {ratio:6.2f} of bare")
+    print(f"       {differing} of {num_images * size[0] * size[1]} pixels counted in another cell")
+
+
 def main() -> None:
     """Print one table row per number of classes, kind of map, label type and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,12 +127,16 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[19, 150])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--loop", type=int, metavar="N", help="compare whole evaluations of N images")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     warnings.simplefilter("ignore")
     print(f"{args.size[0]}x{args.size[1]} pixels, {args.threads} threads, median of {args.repeats}")
     for num_classes in args.classes:
+        if args.loop:
+            compare_loops(args.loop, tuple(args.size), num_classes, args.repeats)
+            continue
         counters = ways(num_classes)
         for kind, (pred, target) in label_maps(tuple(args.size), num_classes).items():
             for dtype in (torch.uint8, torch.int64):

@@ -85,10 +85,8 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-MEMORY_ADVICE = (
-    "set grad_checkpointing=true, or accumulate=2 (or twice what it is: half as many images at once), or a smaller "
-    "dataset.crop"
-)
+FEWER_AT_ONCE = "accumulate=2 (or twice what it is: half as many images at once), or a smaller dataset.crop"
+MEMORY_ADVICE = f"set grad_checkpointing=light (or mixed, or true: less memory still), or {FEWER_AT_ONCE}"
 
 
 MOST_LETTERS = 2000

@@ -173,11 +173,16 @@ def measuring(device: torch.device) -> Iterator[Measured]:
         thread.join()
 
 
+def next_policy(grad_checkpointing: bool | str) -> str:
+    """The policy of gradient checkpointing with the next lower need of memory."""
+    return {False: "light", "light": "mixed"}.get(grad_checkpointing, "true")
+
+
 def training_levers(config: dict[str, Any]) -> str:
     """The first three settings of ``config`` (that of the run, as plain values) that would save memory."""
     levers = []
     if config.get("grad_checkpointing") is not True:
-        levers.append("grad_checkpointing=true")
+        levers.append(f"grad_checkpointing={next_policy(config.get('grad_checkpointing', False))}")
     batch, parts = config.get("batch_size", 1), config.get("accumulate", 1)
     finer = next((number for number in range(parts + 1, batch + 1) if batch % number == 0), None)
     if finer is not None:

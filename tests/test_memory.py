@@ -104,8 +104,10 @@ def test_available_memory_shrinks_with_what_is_taken():
 def test_levers_leave_out_what_is_pulled_already():
     config = {"batch_size": 6, "accumulate": 2, "dataset": {"crop": [512, 512]}, "precision": "fp32"}
     assert memory.training_levers(config) == (
-        "grad_checkpointing=true, or accumulate=3 (2 of 6 images at once), or a smaller dataset.crop than [512, 512]"
+        "grad_checkpointing=light, or accumulate=3 (2 of 6 images at once), or a smaller dataset.crop than [512, 512]"
     )
+    assert memory.training_levers({**config, "grad_checkpointing": "light"}).startswith("grad_checkpointing=mixed, or")
+    assert memory.training_levers({**config, "grad_checkpointing": "mixed"}).startswith("grad_checkpointing=true, or")
     used = {**config, "grad_checkpointing": True, "accumulate": 6}
     assert memory.training_levers(used) == (
         "a smaller dataset.crop than [512, 512], or precision=bf16, or a smaller batch_size than 6"

@@ -99,13 +99,13 @@ def rehearse(report: Report) -> None:
         try:
             report.rehearsal = rehearsal.rehearse(config, phases, sizes=sizes)
         except Exception as error:
-            report.add("error", _failure(error))
+            report.add("error", _failure(error, config, phases))
     # Where only a part of the labels is counted, what the loss says of rare classes says little of the whole.
     level = "warning" if is_whole else "note"
     for text in dict.fromkeys(str(item.message) for item in caught if _is_ours(item)):
         report.add(level, f"while training: {text}")
     if report.rehearsal is not None:
-        _judge(report)
+        _judge(report, phases)
 
 
 def _audits_to_rehearse(report: Report) -> dict[str, tuple[SplitAudit, SplitAudit]] | None:
@@ -156,14 +156,29 @@ def _tolerating_absent(config: Config) -> Config:
     return dataclasses.replace(config, loss=tolerant(config.loss), schedule=schedule)
 
 
-def _failure(error: Exception) -> str:
+def _memory_advice(config: Config, phases: dict[str, Splits]) -> str:
+    """Return what to set for a run that needs less memory; names the cheapest policy that was measured to fit."""
+    from segkit import memory, runtime
+    from segkit.guard import FEWER_AT_ONCE, MEMORY_ADVICE
+    from segkit.run import auto_batch
+
+    device = runtime.resolve_device(config.device)
+    if not memory.can_measure(device):
+        return MEMORY_ADVICE
+    policy = auto_batch.cheapest_policy(config, phases, device)
+    if policy is None:
+        return f"no further grad_checkpointing makes its steps fit: set {FEWER_AT_ONCE}"
+    return f"set grad_checkpointing={policy} (the cheapest with which its steps fit, measured), or {FEWER_AT_ONCE}"
+
+
+def _failure(error: Exception, config: Config, phases: dict[str, Splits]) -> str:
     """Return one sentence for what ended the rehearsal; a defect of segkit also prints its traceback."""
     from segkit import memory
-    from segkit.guard import MEMORY_ADVICE, explain
+    from segkit.guard import explain
 
     if memory.is_out_of_memory(error):
-        size = memory.total() / memory.GIB
-        return f"the run would fail: this machine has {size:.0f} GiB of memory, too little: {MEMORY_ADVICE}"
+        size, advice = memory.total() / memory.GIB, _memory_advice(config, phases)
+        return f"the run would fail: this machine has {size:.0f} GiB of memory, too little: {advice}"
     sentence, _ = explain(error)
     if sentence is not None:
         return f"the run would fail: {sentence}"
@@ -180,17 +195,16 @@ def _is_ours(item: warnings.WarningMessage) -> bool:
     return issubclass(item.category, UserWarning) and f"{Path(__file__).parent.parent}" in item.filename
 
 
-def _judge(report: Report) -> None:
+def _judge(report: Report, phases: dict[str, Splits]) -> None:
     """Add what the figures measured on a GPU mean for the run."""
-    from segkit.guard import MEMORY_ADVICE
-
     measured, workers = report.rehearsal, report.config.workers
     assert measured is not None
     if not measured.is_gpu:
         return
     share = measured.peak_reserved / measured.memory_limit
     if share > MEMORY_SHARE:
-        report.add("warning", f"the run takes {share:.0%} of the GPU's memory: {MEMORY_ADVICE}")
+        advice = _memory_advice(report.config, phases)
+        report.add("warning", f"the run takes {share:.0%} of the GPU's memory: {advice}")
     model = min(measured.batch_size / phase.step_seconds for phase in measured.phases)
     if measured.loader_images_per_second < LOADING_SHARE * model:
         report.add(

@@ -19,6 +19,11 @@ All are sums over images, so that parts of a data set can be merged.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +32,8 @@ from segkit.errors import InputError
 from segkit.evaluation.metrics import Floats, Ints, divide, mean_iou, mean_of_present, number
 
 Labels = NDArray[np.integer]
+MOST_WAITING = 4
+"""Images that may wait for `BoundaryCounts.in_background` before it is given another."""
 _OUTSIDE = -1
 _VOID = -2
 
@@ -54,6 +61,24 @@ class BoundaryCounts:
         self._add_bands(pred, target, width)
         self._add_contours(pred, target, width)
         self._add_trimap(pred, target, width)
+
+    @contextmanager
+    def in_background(self) -> Iterator[Callable[[Labels, Labels], None]]:
+        """Yield a function like `update` that returns at once; a thread adds the images, all by the context's end.
+
+        The arrays must stay as they are until then. What `update` raises is raised by a later call, or at the end.
+        """
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+
+            def update(pred: Labels, target: Labels) -> None:
+                if len(waiting) >= MOST_WAITING:
+                    waiting.popleft().result()
+                waiting.append(pool.submit(self.update, pred, target))
+
+            yield update
+            for future in waiting:
+                future.result()
 
     def _add_bands(self, pred: Labels, target: Labels, width: int) -> None:
         target_band, predicted_band = near_other_label(target, width), near_other_label(pred, width)

@@ -126,7 +126,8 @@ def evaluate(
     if boundary_ratio is not None:
         boundary = BoundaryCounts(num_classes, ignore_index=ignore_index, ratio=boundary_ratio)
     local = _Local({}, boundary)
-    with evaluating(model, device, dtype):
+    background = nullcontext() if boundary is None else boundary.in_background()
+    with evaluating(model, device, dtype), background as add_boundary:
         for batch in batches if progress is None else progress(batches):
             images = batch.images.to(device, non_blocking=True)
             labels = batch.labels.to(device, non_blocking=True)
@@ -143,8 +144,8 @@ def evaluate(
                     raise InputError(f"image {name} (number {index}) was evaluated twice; give every image once")
                 picture = _picture(batch, i, predictions[i]) if index in pictures else None
                 local.images[index] = _Image(name, sparse(found[i].numpy()), picture)
-                if boundary is not None:
-                    boundary.update(predictions[i].numpy(), batch.labels[i].cpu().numpy())
+                if add_boundary is not None:
+                    add_boundary(predictions[i].numpy(), batch.labels[i].cpu().numpy().copy())
     parts = [local]
     if reduce is not None:
         counts, parts = reduce(counts.to(device), local)

@@ -17,6 +17,7 @@ from segkit.config.schema import Config
 from segkit.data.loader import Batch
 from segkit.errors import InputError, OutOfMemory
 from segkit.files import read_config_text
+from segkit.models.grad_checkpoint import POLICIES
 from segkit.run.build import build_loss, build_model, build_optimizer, even_counts
 from segkit.run.changes import CONFIG_CURE
 from segkit.run.splits import Splits
@@ -57,16 +58,52 @@ def with_largest_batch(
             return dataclasses.replace(config, batch_size=size), None
     parts = config.accumulate * distributed.world_size()
     most = min(len(splits.train) for splits in phases.values()) // parts
-    report: dict[str, Any] = {"phases": {}, "asked": config.batch_size}
+    report: dict[str, Any] = {"phases": {}, "asked": config.batch_size, "policy": None}
     for name, splits in phases.items():
-        budget = memory.held(device) + int(SHARE * memory.available(device))
+        budget = _budget(device)
         peaks = measure_alone(config, name, splits.train, device)
         fits = images_that_fit(peaks, budget)
         report["phases"][name] = {"peaks": peaks, "budget": budget, "images_at_once": fits}
         most = min(most, fits)
     most = max(1, min(distributed.gather_objects(most)))
     report["batch_size"] = most * parts
+    if most < images_at_once(config) <= min(len(splits.train) for splits in phases.values()):
+        report["policy"] = cheapest_policy(config, phases, device)
     return dataclasses.replace(config, batch_size=most * parts), report
+
+
+def images_at_once(config: Config) -> int:
+    """The images of one process in one forward pass."""
+    return max(1, config.batch_size // (config.accumulate * distributed.world_size()))
+
+
+def _budget(device: torch.device) -> int:
+    """The bytes that a process may hold during a step."""
+    return memory.held(device) + int(SHARE * memory.available(device))
+
+
+def cheapest_policy(config: Config, phases: dict[str, Splits], device: torch.device) -> str | None:
+    """The grad_checkpointing that costs least time and with which steps of ``config.batch_size`` fit in every phase.
+
+    Measured, from the policies that need less memory than ``config.grad_checkpointing``. None if none of them fits, or
+    if the model has no blocks to compute again.
+    """
+    policies: list[bool | str] = [False, *POLICIES]
+    for policy in policies[policies.index(config.grad_checkpointing) + 1 :]:
+        tried = dataclasses.replace(config, grad_checkpointing=policy)
+        try:
+            fits = all(
+                images_that_fit(measure_alone(tried, name, splits.train, device), _budget(device))
+                >= images_at_once(config)
+                for name, splits in phases.items()
+            )
+        except OutOfMemory:
+            continue
+        except InputError:
+            return None
+        if fits:
+            return str(policy).lower()
+    return None
 
 
 def sentence(report: dict[str, Any]) -> str:
@@ -76,9 +113,10 @@ def sentence(report: dict[str, Any]) -> str:
         f"{phase['budget'] / memory.GIB:.2f} GiB"
         for name, phase in report["phases"].items()
     ]
+    cure = f"; {report['asked']} fit with grad_checkpointing={report['policy']}" if report["policy"] else ""
     return (
-        f"auto_batch: batch_size={report['batch_size']} instead of {report['asked']} ({'; '.join(measured)}); the "
-        "learning rate stays as it is"
+        f"auto_batch: batch_size={report['batch_size']} instead of {report['asked']} ({'; '.join(measured)}){cure}; "
+        "the learning rate stays as it is"
     )
 
 
@@ -99,14 +137,21 @@ def measure_alone(config: Config, name: str, table: Any, device: torch.device) -
         return measure(*arguments)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, *arguments).result()
+            return pool.submit(_measure_bounded, *arguments).result()
         except BrokenProcessPool as error:  # the system has killed it
             raise _does_not_fit(config, name, device, MemoryError("the system ended the process that tried")) from error
 
 
+def _measure_bounded(*arguments: Any) -> dict[int, int]:
+    with memory.bounded():
+        return measure(*arguments)
+
+
 def _does_not_fit(config: Config, name: str, device: torch.device, error: BaseException) -> OutOfMemory:
     crop = config.phase_dataset(name).crop
-    levers = f"grad_checkpointing=true, or precision=bf16, or a smaller dataset.crop than {crop}"
+    levers = f"precision=bf16, or a smaller dataset.crop than {crop}"
+    if config.grad_checkpointing is not True:
+        levers = f"grad_checkpointing={memory.next_policy(config.grad_checkpointing)}, or {levers}"
     where = f"while auto_batch tried {PROBES[0]} to {PROBES[-1]} images at once"
     return memory.out_of_memory(error, device=device, where=where, levers=levers)
 

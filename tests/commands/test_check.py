@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from segkit.commands import check as command
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.guard import guarded
+from segkit.run import auto_batch
 from segkit.run.batches import PhaseBatches
 from segkit.run.plan import plan_phase
 from segkit.run.splits import open_phases
@@ -185,24 +187,32 @@ def test_a_defect_is_a_finding_with_its_traceback(monkeypatch, capsys, arguments
     assert "Traceback" in err
 
 
-def test_out_of_memory_gives_advice(monkeypatch, arguments):
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "machine"])
+@pytest.mark.parametrize(
+    ("fitting", "advice"),
+    [
+        ("mixed", "too little: set grad_checkpointing=mixed (the cheapest with which its steps fit, measured), or acc"),
+        ("none", "too little: no further grad_checkpointing makes its steps fit: set accumulate=2"),
+    ],
+)
+def test_too_little_memory_gives_advice_that_was_measured(monkeypatch, arguments, error, fitting, advice):
     def fail(*args, **options):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
+
+    def measure(config, *args):
+        return {2: 2 * 2**20, 4: 4 * 2**20} if config.grad_checkpointing == fitting else {2: 2**60, 4: 2**61}
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
+    monkeypatch.setattr(auto_batch, "measure_alone", measure)
     report = check.check(compose(arguments))
     (text,) = [finding.text for finding in report.findings if finding.level == "error"]
-    assert "grad_checkpointing=true" in text
-
-
-def test_too_little_memory_of_the_machine_gives_advice(monkeypatch, arguments):
-    def fail(*args, **options):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(rehearsal, "rehearse", fail)
-    report = check.check(compose(arguments))
-    (text,) = [finding.text for finding in report.findings if finding.level == "error"]
-    assert "GiB of memory, too little: set grad_checkpointing=true" in text
+    assert re.search(r"this machine has \d+ GiB of memory, " + re.escape(advice), text)
 
 
 def test_validation_on_the_training_split_is_a_warning(arguments):
@@ -377,13 +387,13 @@ def judged(arguments, **figures):
     }  # fmt: skip
     report = Report(compose(arguments))
     report.rehearsal = type("Measured", (), measured)
-    check._judge(report)
+    check._judge(report, {})
     return [finding.text for finding in report.findings]
 
 
 def test_figures_of_a_gpu_are_judged(arguments):
     assert judged(arguments) == []
-    assert "takes 95% of the GPU's memory" in judged(arguments, peak_reserved=95)[0]
+    assert "takes 95% of the GPU's memory: set grad_check" in judged(arguments, peak_reserved=95)[0]
     assert "0 workers load 4.0 images/s, but the model takes 20.0" in judged(arguments, loader_images_per_second=4.0)[0]
     assert judged(arguments, loader_images_per_second=4.0, is_gpu=False) == []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import cv2
 import numpy as np
 import pytest
 
 from segkit.errors import InputError
-from segkit.evaluation.boundary import BoundaryCounts, band_width, contour, near_other_label, within
+from segkit.evaluation.boundary import MOST_WAITING, BoundaryCounts, band_width, contour, near_other_label, within
 
 K, IGNORE = 4, 255
 
@@ -145,3 +148,33 @@ def test_nothing_but_void_and_single_colour():
 def test_ratio_is_checked():
     with pytest.raises(InputError, match="the boundary ratio is 2; it is a share of the diagonal between 0 and 1"):
         BoundaryCounts(K, ratio=2)
+
+
+def test_in_background_counts_the_same_and_keeps_a_few_images_only(monkeypatch):
+    rng = np.random.default_rng(0)
+    pairs = [tuple(rng.integers(0, 3, (2, 20, 30))) for _ in range(12)]
+    one, other = BoundaryCounts(3), BoundaryCounts(3)
+    for pair in pairs:
+        one.update(*pair)
+    begun, given = [], []
+    slow = other.update
+
+    def update(pred, target):
+        begun.append(threading.get_ident())
+        time.sleep(0.01)
+        slow(pred, target)
+
+    monkeypatch.setattr(other, "update", update)
+    with other.in_background() as add:
+        for pair in pairs:
+            add(*pair)
+            given.append(len(begun))
+    assert max(number + 1 - done for number, done in enumerate(given)) <= MOST_WAITING + 1
+    assert threading.get_ident() not in begun
+    assert len(begun) == 12
+    assert one.summary() == other.summary()
+
+
+def test_what_fails_in_background_is_raised():
+    with pytest.raises(IndexError), BoundaryCounts(2).in_background() as add:
+        add(np.zeros((4, 4), int), np.full((3, 3), 1))

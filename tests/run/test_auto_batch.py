@@ -87,6 +87,32 @@ def test_probes_that_do_not_fit_say_what_helps(monkeypatch):
     monkeypatch.setattr(auto_batch, "train_step", greedy)
     config = compose([*SMALL])
     with pytest.raises(
-        errors.OutOfMemory, match=r"while auto_batch tried 2 to 4 images at once.*grad_checkpointing=true"
+        errors.OutOfMemory, match=r"while auto_batch tried 2 to 4 images at once.*grad_checkpointing=light"
     ):
         auto_batch.measure(config, "train", ("a", "b"), 255, torch.device("cpu"))
+
+
+PEAKS = {False: 300, "light": 200, "mixed": 120, True: 100}
+
+
+@pytest.mark.parametrize(
+    ("now", "budget", "policy"),
+    [(False, 850, "light"), (False, 700, "mixed"), ("light", 850, "mixed"), ("mixed", 450, "true"), (False, 300, None)],
+)
+def test_the_cheapest_policy_that_fits(monkeypatch, now, budget, policy):
+    """Bytes an image are those of PEAKS, and 4 of 8 images are taken at once."""
+    peaks = {name: {2: 2 * size, 4: 4 * size} for name, size in PEAKS.items()}
+    monkeypatch.setattr(auto_batch, "measure_alone", lambda config, *rest: peaks[config.grad_checkpointing])
+    monkeypatch.setattr(auto_batch, "_budget", lambda device: budget)
+    config = compose([*SMALL, "batch_size=8", "accumulate=2", f"grad_checkpointing={str(now).lower()}"])
+    assert auto_batch.cheapest_policy(config, open_phases(config), torch.device("cpu")) == policy
+
+
+def test_a_smaller_batch_than_was_asked_for_names_the_policy_with_which_it_fits(monkeypatch, tmp_path, capsys):
+    peaks = {False: {2: 300 * MIB, 4: 400 * MIB}, "light": {2: 200 * MIB, 4: 250 * MIB}}
+    monkeypatch.setattr(auto_batch, "measure_alone", lambda config, *rest: peaks[config.grad_checkpointing])
+    monkeypatch.setattr(memory, "held", lambda device: 0)
+    monkeypatch.setattr(memory, "available", lambda device: 600 * MIB)  # 85 % of it: 510, 6 images, or 14
+    run(tmp_path / "run")
+    assert "batch_size=6 instead of 8" in (text := capsys.readouterr().out)
+    assert "8 fit with grad_checkpointing=light" in text

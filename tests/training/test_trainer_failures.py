@@ -189,8 +189,8 @@ def test_out_of_memory_says_what_was_used_and_what_helps(tmp_path):
     trainer.config = {"batch_size": 4, "accumulate": 1, "dataset": {"crop": [8, 8]}}
     message = (
         r"out of memory at step 1 of phase train: at most \d+\.\d\d GiB of RAM were in use and .* set "
-        r"grad_checkpointing=true, or accumulate=2 \(2 of 4 images at once\), or a smaller dataset.crop than \[8, 8\]; "
-        r"the batch is in .*failure-0000000"
+        r"grad_checkpointing=light, or accumulate=2 \(2 of 4 images at once\), or a smaller dataset.crop than \[8, 8\]"
+        r"; the batch is in .*failure-0000000"
     )
     with pytest.raises(OutOfMemory, match=message):
         trainer.fit(make_batches)

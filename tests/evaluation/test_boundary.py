@@ -176,5 +176,5 @@ def test_in_background_counts_the_same_and_keeps_a_few_images_only(monkeypatch):
 
 
 def test_what_fails_in_background_is_raised():
-    with pytest.raises(IndexError), BoundaryCounts(2).in_background() as add:
+    with pytest.raises(ValueError, match="broadcast"), BoundaryCounts(2).in_background() as add:
         add(np.zeros((4, 4), int), np.full((3, 3), 1))

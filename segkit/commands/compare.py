@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from segkit.commands.options import check_writable, verb_parser
+from segkit.commands.options import add_shared, check_writable, dataset_of, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
+
+if TYPE_CHECKING:
+    from segkit.report.pictures import PredictedPicture
+    from segkit.report.runs import RunRecord
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,12 +42,19 @@ def parser() -> argparse.ArgumentParser:
             f"--{kind}", type=Path, metavar="FILE", help=f"write the table of scores as {kind.capitalize()}"
         )
     made.add_argument("--pictures", type=int, default=6, metavar="N", help="images side by side (default: 6)")
+    made.add_argument(
+        "--predict",
+        action="store_true",
+        help="predict the images with the largest gains and losses for the report; needs data and checkpoints "
+        "(default: show pictures that the runs stored)",
+    )
     made.add_argument("--samples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: 2000)")
     made.add_argument(
         "--allow-mixed-protocols",
         action="store_true",
         help="show runs together although they were not evaluated alike; the report lists what differs",
     )
+    add_shared(made, "--root", "--device", "--trust")
     return made
 
 
@@ -56,12 +68,15 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
     if arguments.pictures < 0:
         raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
+    if arguments.predict and arguments.evaluation:
+        raise InputError("--predict shows what was scored after training, which --evaluation is not: leave one out")
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)
     comparison = compare(
         arguments.runs,
         baseline=arguments.baseline,
         evaluation=arguments.evaluation,
         allow_mixed_protocols=arguments.allow_mixed_protocols,
+        num_samples=arguments.samples,
     )
     for note in comparison.notes:
         show(f"note: {note}")
@@ -74,10 +89,75 @@ def run(argv: Sequence[str]) -> None:
     for kind, path in asked.items():
         write(path, EXPORTS[kind](comparison.table))
     if arguments.output or not asked:
-        from segkit.report.page import page
+        from segkit.report.page import extremes, image_ranking, page, shown_runs
 
-        text = page(comparison, num_samples=arguments.samples, pictures=arguments.pictures)
+        names = [one.name for one in extremes(image_ranking(comparison), arguments.pictures)]
+        for _, record in shown_runs(comparison) if arguments.predict else ():
+            for one in record.folders:
+                record.pictures.update(
+                    predicted(one, [name for name in names if name not in record.pictures], arguments)
+                )
+        text = page(comparison, pictures=arguments.pictures)
         write(arguments.output or Path("report.html"), text)
+
+
+def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, PredictedPicture]:
+    """Return the pictures of those images ``names`` that ``record`` scored, predicted again by its last checkpoint.
+
+    InputError if its data or checkpoint are not there, or are not what was scored.
+    """
+    import numpy as np
+
+    from segkit.config.schema import plain
+    from segkit.data.loader import eval_batches
+    from segkit.data.transforms import EvalTransform
+    from segkit.evaluation import evaluate
+    from segkit.report.pictures import PredictedPicture
+    from segkit.run.saved import check_classes, open_run
+    from segkit.run.splits import open_split
+    from segkit.runtime import resolve_device
+    from segkit.training.precision import DTYPES
+
+    scored = record.per_image
+    if scored is None or not (known := set(names) & set(scored.names)):
+        return {}
+    top = record.path if (record.path / "config.yaml").is_file() else record.path.resolve().parent
+    saved = open_run(top, phase=record.phase)
+    dataset = dataset_of(saved, arguments)
+    split = open_split(dataset, str(record.protocol.get("split")))
+    check_classes(saved, split.classes)
+    show(f"predicting {len(known)} images with {record.path}")
+    device = resolve_device(arguments.device)
+    found = evaluate(
+        saved.model().to(device),
+        eval_batches(
+            split.subset([at for at, sample in enumerate(split.samples) if sample.name in known]),
+            transform=EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value),
+            batch_size=1,
+            workers=0,
+        ),
+        num_classes=split.num_classes,
+        ignore_index=split.ignore_index,
+        device=device,
+        dtype=DTYPES[saved.config.precision.value],
+        pictures=range(len(known)),
+    )
+    for at, name in enumerate(found.names):
+        before = scored.matrix(scored.names.index(name))
+        if np.abs(found.per_image.matrix(at) - before).sum() > MOST_CHANGED * 2 * before.sum():
+            raise InputError(
+                f"the prediction of {name} is not the one that {record.path} has the score of: its data or its "
+                "checkpoint have changed; leave --predict out, or train again"
+            )
+    palette = tuple(map(tuple, split.palette.tolist()))
+    return {
+        one.name: PredictedPicture((one.image, one.label, one.prediction.astype(np.uint8)), palette)
+        for one in found.pictures
+    }
+
+
+MOST_CHANGED = 0.01
+"""Share of an image's pixels whose class may be another on another machine."""
 
 
 def write(path: Path, text: str) -> None:

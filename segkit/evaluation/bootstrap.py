@@ -114,17 +114,35 @@ def compare_totals(
         classes.append((drawn[..., None] * (iou_b - iou_a)).sum(1))
     low, high = _percentiles(np.concatenate(means), confidence)
 
-    both = a.sum(1) + b.sum(1)
-    num_extreme = 0
-    for swap in _swaps(num_images, num_samples, seed):
-        swapped_a = a.sum(1) + np.tensordot(swap, b - a, (1, 1))
-        swapped = (_mean(_iou(both - swapped_a)) - _mean(_iou(swapped_a))).mean(1)
-        num_extreme += int(np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-12))
-    p_value = (num_extreme + 1) / (num_samples + 1)
+    p_value = float(randomisation_test(a, b, num_samples=num_samples, seed=seed)[1][0])
     per_class = class_difference, *_percentiles(np.concatenate(classes), confidence)
     return PairedComparison(
         difference, float(low), float(high), p_value, *per_class, confidence, num_samples, num_images
     )
+
+
+def paired_test(
+    first: PerImageCounts, second: PerImageCounts, *, num_samples: int = 2000, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Return :func:`randomisation_test` of two runs; InputError as of :func:`compare_runs`."""
+    a, b = _totals(first), _totals(_aligned(first, second))
+    return randomisation_test(a[None], b[None], num_samples=num_samples, seed=seed)
+
+
+def randomisation_test(a: Floats, b: Floats, *, num_samples: int, seed: int = 0) -> tuple[Floats, Floats]:
+    """Return the scores of ``b`` less those of ``a``, and their two-sided p-values, (2 + K,) each.
+
+    The scores are mean IoU, pixel accuracy and the IoU of every class; a class without a union has nan for both.
+    ``a`` and ``b`` are as for :func:`compare_totals`.
+    """
+    both = a.sum(1) + b.sum(1)
+    difference = (_scores(b.sum(1)) - _scores(a.sum(1))).mean(0)
+    num_extreme = np.zeros(difference.shape)
+    for swap in _swaps(a.shape[1], num_samples, seed):
+        swapped_a = a.sum(1) + np.tensordot(swap, b - a, (1, 1))
+        swapped = (_scores(both - swapped_a) - _scores(swapped_a)).mean(1)
+        num_extreme += np.count_nonzero(np.abs(swapped) >= np.abs(difference) - 1e-12, axis=0)
+    return difference, np.where(np.isnan(difference), np.nan, (num_extreme + 1) / (num_samples + 1))
 
 
 def _check(num_samples: int, confidence: float) -> None:
@@ -146,6 +164,14 @@ def _iou(totals: Floats) -> Floats:
     """Return the IoU (..., K) of totals (..., 2 K); nan where the union is 0."""
     tp, both = np.split(totals, 2, axis=-1)
     return divide(tp, both - tp)
+
+
+def _scores(totals: Floats) -> Floats:
+    """Return (..., 2 + K): mean IoU, pixel accuracy, and the IoU of every class. T and P add up to all pixels each."""
+    iou = _iou(totals)
+    tp, both = np.split(totals, 2, axis=-1)
+    accuracy = divide(2 * tp.sum(-1, keepdims=True), both.sum(-1, keepdims=True))
+    return np.concatenate([_mean(iou)[..., None], accuracy, iou], axis=-1)
 
 
 def _mean(iou: Floats) -> Floats:

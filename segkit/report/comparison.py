@@ -5,15 +5,15 @@ Scores may stand in one table if they are of the same data and classes, measured
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from segkit.errors import InputError
 from segkit.report.folds import pool_folds
-from segkit.report.groups import Group, differences, flatten, group_runs
+from segkit.report.groups import Group, group_runs
+from segkit.report.protocols import check_comparable, differing_protocols
 from segkit.report.runs import RunRecord, find_runs
 from segkit.report.tables import ScoreTable, score_table
 
@@ -26,6 +26,8 @@ class Comparison:
     baseline: Group
     notes: tuple[str, ...]
     mixed: tuple[str, ...]
+    num_samples: int = 2000
+    """Bootstrap resamples, and swaps of a test."""
 
     @property
     def runs(self) -> list[RunRecord]:
@@ -40,7 +42,7 @@ class Comparison:
     @cached_property
     def table(self) -> ScoreTable:
         """The table of scores."""
-        return score_table(self.groups)
+        return score_table(self.groups, num_samples=self.num_samples)
 
     @property
     def advice(self) -> str | None:
@@ -71,8 +73,7 @@ class Comparison:
 
     def mean_iou(self, group: Group) -> float:
         """Return the mean IoU of a group, averaged over its runs; -1 if it has none, so that it sorts last."""
-        mean = self.table.rows[self.groups.index(group)][self.table.keys.index("mean_iou")].mean
-        return -1.0 if mean is None else mean
+        return statistics.fmean(group.scores("mean_iou") or [-1.0])
 
     @property
     def best(self) -> Group:
@@ -91,6 +92,7 @@ def compare(
     baseline: Path | str | None = None,
     evaluation: str | None = None,
     allow_mixed_protocols: bool = False,
+    num_samples: int = 2000,
 ) -> Comparison:
     """Read the runs in ``paths``, pool their folds and group them.
 
@@ -110,53 +112,4 @@ def compare(
     else:
         check_comparable(runs)
     groups = tuple(group_runs(runs))
-    return Comparison(groups, groups[0], tuple(dict.fromkeys(notes)), tuple(mixed))
-
-
-# -- protocols -----------------------------------------------------------------------------------------------------
-
-
-def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
-    """Return one phrase for every way in which the evaluations of ``runs`` differ from that of the first run."""
-    phrases = []
-    measured = [{**flatten(run.protocol), "number of images": run.results["num_images"]} for run in runs]
-    for key, values in differences(measured).items():
-        at = next(index for index, value in enumerate(values) if value != values[0])
-        phrases.append(
-            f"{key} is {_written(values[0])} in {runs[0].path} and {_written(values[at])} in {runs[at].path}"
-        )
-    differing = next((run for run in runs if run.classes != runs[0].classes), None)
-    if differing is not None:
-        classes = [f"{_classes(run)} in {run.path}" for run in (runs[0], differing)]
-        phrases.append(f"the classes are {' and '.join(classes)}")
-    images = [(run.path, sorted(run.per_image.names)) for run in runs if run.per_image is not None]
-    other = next((path for path, names in images if names != images[0][1]), None)
-    if not phrases and other is not None:
-        phrases.append(f"the images of {images[0][0]} and of {other} have different names")
-    return phrases
-
-
-def check_comparable(runs: Sequence[RunRecord]) -> None:
-    """Raise InputError, which names what differs, if the runs were not evaluated alike."""
-    phrases = differing_protocols(runs)
-    if phrases:
-        raise InputError(
-            f"these runs were not evaluated alike: {'; '.join(phrases)}. Compare runs of one protocol, evaluate them "
-            "alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side all the same"
-        )
-
-
-def comparable(one: RunRecord, other: RunRecord) -> bool:
-    """Return True if a paired test of the two makes sense: same protocol, same classes, same images by name."""
-    if one.per_image is None or other.per_image is None:
-        return False
-    return not differing_protocols([one, other])
-
-
-def _classes(run: RunRecord) -> str:
-    first = ", ".join(run.classes[:4])
-    return f"{len(run.classes)} ({first}{', ...' if len(run.classes) > 4 else ''})"
-
-
-def _written(value: Any) -> str:
-    return repr(value) if isinstance(value, int | float | str | list | type(None)) else "not given"
+    return Comparison(groups, groups[0], tuple(dict.fromkeys(notes)), tuple(mixed), num_samples)

@@ -37,10 +37,12 @@ class Group:
 
 
 def score(results: dict[str, Any], key: str) -> float | None:
-    """Return one score of a ``results.json``: ``mean_iou``, ``pixel_accuracy`` or ``iou/CLASS``; None if missing."""
-    if key.startswith("iou/"):
-        return results["classes"].get(key.removeprefix("iou/"), {}).get("iou")
-    return results[key]
+    """Return one score of a ``results.json``: None if missing.
+
+    ``key`` is ``mean_iou``, ``pixel_accuracy``, or ``iou/CLASS``, ``precision/CLASS``, ``recall/CLASS``.
+    """
+    kind, slash, name = key.partition("/")
+    return results["classes"].get(name, {}).get(kind) if slash else results[key]
 
 
 def settings(run: RunRecord) -> dict[str, Any]:

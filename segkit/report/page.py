@@ -18,9 +18,10 @@ from markupsafe import Markup
 
 from segkit.evaluation import metrics
 from segkit.report import plots, uncertainty
-from segkit.report.comparison import Comparison, comparable
+from segkit.report.comparison import Comparison
 from segkit.report.groups import MISSING, Group, differences, find_grids, flatten
 from segkit.report.pictures import overlay, panel
+from segkit.report.protocols import comparable
 from segkit.report.runs import RunRecord
 from segkit.report.tables import percent
 
@@ -32,14 +33,11 @@ NUM_LISTED = 5
 Part = dict[str, Any] | list[Any] | None
 
 
-def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
-    """Return the report on ``c``. The same runs give the same bytes.
-
-    ``num_samples`` is the number of bootstrap resamples, ``pictures`` the most images shown side by side.
-    """
+def page(c: Comparison, *, pictures: int = 6) -> str:
+    """Return the report on ``c``, with at most ``pictures`` images side by side. The same runs give the same bytes."""
     parts: dict[str, tuple[str, Part]] = {
         "scores": ("Scores", scores(c)),
-        "certainty": ("Certainty", certainty(c, num_samples=num_samples)),
+        "certainty": ("Certainty", certainty(c)),
         "grid": ("Grid", grids(c)),
         "training": ("Training", training(c)),
         "classes": ("Classes", classes(c)),
@@ -53,7 +51,7 @@ def page(c: Comparison, *, num_samples: int = 2000, pictures: int = 6) -> str:
     title = " ".join(str(first.protocol[key]) for key in ("dataset", "split") if key in first.protocol)
     measured = {**flatten(first.protocol), "images": first.results["num_images"], "classes": len(first.classes)}
     return render(
-        "page.html.j2", c=c, parts=parts, title=title or "Comparison", num_samples=num_samples,
+        "page.html.j2", c=c, parts=parts, title=title or "Comparison",
         measured={key: value for key, value in measured.items() if value is not None and value is not False},
         tiles=_highlights(c),
     )  # fmt: skip
@@ -114,12 +112,12 @@ def scores(c: Comparison) -> Part:
     }
 
 
-def certainty(c: Comparison, *, num_samples: int) -> Part:
+def certainty(c: Comparison) -> Part:
     """Return bootstrap intervals, and paired tests against the baseline."""
-    found = uncertainty.intervals(c.groups, num_samples=num_samples)
+    found = list(c.table.intervals.items())
     if not found:
         return None
-    tests = uncertainty.paired_tests(c.groups, c.baseline, num_samples=num_samples)
+    tests = uncertainty.paired_tests(c.groups, c.baseline, num_samples=c.num_samples)
     numbers = [c.groups.index(test.group) for test in tests]
     scored = [(at, c.groups[at].name, one.low, one.mean_iou, one.high) for at, one in found]
     gained = [
@@ -184,16 +182,16 @@ def confusions(c: Comparison) -> Part:
 
 
 class ImageScore(NamedTuple):
-    """Mean IoU of one image over the classes that it has, with the baseline and with another run."""
+    """Mean IoU of one image over the classes that it has, with the baseline and with another run if there is one."""
 
     name: str
     baseline: float
-    other: float
+    other: float | None = None
 
     @property
     def gain(self) -> float:
-        """How much better the other run is."""
-        return self.other - self.baseline
+        """How much better the other run is; without one the baseline's score."""
+        return self.baseline if self.other is None else self.other - self.baseline
 
 
 def image_scores(run: RunRecord) -> dict[str, float]:
@@ -214,28 +212,44 @@ def image_gains(baseline: RunRecord, other: RunRecord) -> list[ImageScore]:
     return sorted(both, key=lambda one: -one.gain)
 
 
+def image_ranking(c: Comparison) -> list[ImageScore]:
+    """Return all images from largest gain to largest loss; of one row alone from the best to the worst."""
+    if c.contender is not None:
+        return image_gains(c.baseline.runs[0], c.contender.runs[0])
+    scored = (ImageScore(*one) for one in image_scores(c.baseline.runs[0]).items())
+    return sorted(scored, key=lambda one: -one.gain)
+
+
+def extremes(ranked: Sequence[Any], most: int) -> list[Any]:
+    """Return at most ``most`` of ``ranked``, half from its front and half from its end."""
+    return list(ranked) if len(ranked) <= most else [*ranked[: -(-most // 2)], *ranked[len(ranked) - most // 2 :]]
+
+
+def shown_runs(c: Comparison) -> list[tuple[Group, RunRecord]]:
+    """Return the groups whose predictions stand side by side, each with the run that they are of."""
+    first = [(group, next((run for run in group.runs if run.pictures), group.runs[0])) for group in _ordered(c)]
+    return first[:MOST_OVERLAYS]
+
+
 def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) -> list[str]:
     """Return at most ``most`` images that all ``runs`` stored, half from the front of ``ranked``, half from its end."""
     common = [name for name in runs[0].pictures if all(name in run.pictures for run in runs)]
     ordered = [name for name in ranked if name in common] + [name for name in common if name not in ranked]
-    if len(ordered) <= most:
-        return ordered
-    return ordered[: -(-most // 2)] + ordered[len(ordered) - most // 2 :]
+    return extremes(ordered, most)
 
 
 def images(c: Comparison, *, most: int) -> Part:
     """Return images with the largest gains and losses: their scores, and their predictions where runs stored them."""
-    ranked = image_gains(c.baseline.runs[0], c.contender.runs[0]) if c.contender is not None else []
-    listed = ranked if len(ranked) <= 2 * NUM_LISTED else ranked[:NUM_LISTED] + ranked[-NUM_LISTED:]
-    first = [(group, next((run for run in group.runs if run.pictures), None)) for group in _ordered(c)]
-    stored = [(group, run) for group, run in first if run is not None][:MOST_OVERLAYS]
+    ranked = image_ranking(c)
+    stored = [(group, run) for group, run in shown_runs(c) if run.pictures]
     names = chosen_names([run for _, run in stored], [one.name for one in ranked], most) if stored and most else []
     if not ranked and not names:
         return None
     scored = [image_scores(run) for _, run in stored]
     gallery = [(name, _panels(stored, scored, name)) for name in names]
     key = [pair for _, run in stored[:1] for pair in zip(run.classes, run.palette, strict=False)]
-    return {"ranked": listed, "key": key, "gallery": gallery}
+    is_extreme = names == [one.name for one in extremes(ranked, most)]
+    return {"ranked": extremes(ranked, 2 * NUM_LISTED), "key": key, "gallery": gallery, "is_extreme": is_extreme}
 
 
 def _panels(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,26 @@ def colours(palette: Any) -> NDArray[np.uint8]:
 
 
 def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """Return a strip of ``width`` pixels that names every class beside its colour."""
-    widest = max(cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)[0][0] for name in classes)
-    column = widest + 26
+    """Return a strip of ``width`` pixels that names every class beside its colour; long names take several lines."""
+
+    def pixels(text: str) -> int:
+        return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)[0][0]
+
+    names = [textwrap.wrap(name, max(1, (width - 26) // pixels("W"))) for name in classes]
+    column = max(pixels(line) for name in names for line in name) + 26
     per_row = max(1, width // column)
-    strip = np.full((ROW * -(-len(classes) // per_row) + 4, width, 3), 255, np.uint8)
-    for number, (name, colour) in enumerate(zip(classes, colours(palette), strict=False)):
-        x, y = number % per_row * column + 4, number // per_row * ROW + 4
-        cv2.rectangle(strip, (x, y), (x + 12, y + 10), [int(value) for value in colour], -1)
-        cv2.putText(strip, name, (x + 17, y + 10), cv2.FONT_HERSHEY_SIMPLEX, TEXT, (0, 0, 0), 1, cv2.LINE_AA)
-    return strip
+    strips = []
+    for first in range(0, len(names), per_row):
+        row = names[first : first + per_row]
+        strip = np.full((ROW * max(map(len, row)) + 4, width, 3), 255, np.uint8)
+        for number, (lines, colour) in enumerate(zip(row, colours(palette)[first:], strict=False)):
+            x = number * column + 4
+            cv2.rectangle(strip, (x, 4), (x + 12, 14), [int(value) for value in colour], -1)
+            for at, line in enumerate(lines):
+                place = (x + 17, ROW * at + 14)
+                cv2.putText(strip, line, place, cv2.FONT_HERSHEY_SIMPLEX, TEXT, (0, 0, 0), 1, cv2.LINE_AA)
+        strips.append(strip)
+    return np.concatenate(strips)
 
 
 def picture_grid(
@@ -82,6 +93,18 @@ def picture_grid(
 
 
 # -- pictures in a run folder ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PredictedPicture:
+    """An image (H, W, 3) with its label and prediction (H, W), uint8, as :class:`StoredPicture`."""
+
+    arrays: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+    palette: tuple[tuple[int, int, int], ...]
+
+    def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return image, label and prediction."""
+        return self.arrays
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ def write_pictures(folder: Path, pictures: Sequence[Any], *, palette: Any, class
     write_json(folder / "index.json", index)
 
 
-def read_pictures(folder: Path) -> dict[str, StoredPicture]:
+def read_pictures(folder: Path) -> dict[str, StoredPicture | PredictedPicture]:
     """Return the pictures in ``folder`` by the name of their image; empty if there are none."""
     path = folder / "index.json"
     if not path.is_file():
@@ -148,7 +171,7 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
         index = read_json(path, cure=f"delete the folder {folder}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
         # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
-        stored = {}
+        stored: dict[str, StoredPicture | PredictedPicture] = {}
         for entry in index["pictures"]:
             image, label, prediction = (folder / Path(entry[part]).name for part in PARTS)
             stored[str(entry["name"])] = StoredPicture(str(entry["name"]), image, label, prediction, palette)

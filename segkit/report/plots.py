@@ -18,7 +18,7 @@ from PIL import Image
 from segkit.report.groups import SYMBOLS, Grid, Group
 from segkit.report.pictures import data_uri
 from segkit.report.runs import RunRecord
-from segkit.report.scales import Scale, Tick, compact, percent_tick, scale
+from segkit.report.scales import POINT, Scale, Tick, compact, percent_tick, scale
 from segkit.report.tables import percent
 
 MOST_POINTS = 240
@@ -34,8 +34,9 @@ INK = (44, 110, 200)
 
 
 def points(value: float, digits: int = 2) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.{digits}f}"
+    """Return a difference of shares in percentage points, with its sign unless it is 0 as written."""
+    text = f"{100 * value:+.{digits}f}"
+    return text if float(text) else text[1:]
 
 
 # -- curves over the steps of training, all phases one after the other, from metrics.jsonl ---------------------------
@@ -133,11 +134,11 @@ def marks(groups: Sequence[Group]) -> list[tuple[float, str]]:
 
 def line_chart(
     drawn: Sequence[Series], *, label: str, y_label: str, y_text: Callable[[float], str] = compact,
-    log: bool = False, marks: Sequence[tuple[float, str]] = (),
+    log: bool = False, least: float = 0.0, marks: Sequence[tuple[float, str]] = (),
 ) -> LineChart:  # fmt: skip
-    """Return the chart of ``drawn`` over the steps; ``marks`` are (step, word)."""
+    """Return the chart of ``drawn`` over the steps; ``least`` as for a scale, ``marks`` are (step, word)."""
     x = scale([value for one in drawn for value in one.x], zero=True)
-    y = scale([value for one in drawn for value in (*one.y, *one.low, *one.high)], log=log)
+    y = scale([value for one in drawn for value in (*one.y, *one.low, *one.high)], log=log, least=least)
     curves = []
     for one in drawn:
         line, low, high = ([(x(a), 100 - y(b)) for a, b in zip(one.x, values, strict=False)]
@@ -158,8 +159,8 @@ def training_curve(groups: Sequence[Group], key: str) -> LineChart | None:
     log = is_loss and min(values) > 0 and max(values) > LOG_RATIO * min(values)
     label = "Training loss" if is_loss else "Mean IoU during training"
     y_label = "training loss" + (", logarithmic" if log else "") if is_loss else "mean IoU, validation, %"
-    y_text = compact if is_loss else percent_tick
-    return line_chart(drawn, label=label, y_label=y_label, y_text=y_text, log=log, marks=marks(groups))
+    y_text, least = (compact, 0.0) if is_loss else (percent_tick, POINT)
+    return line_chart(drawn, label=label, y_label=y_label, y_text=y_text, log=log, least=least, marks=marks(groups))
 
 
 # -- bars, dots and intervals --------------------------------------------------------------------------------------
@@ -217,8 +218,8 @@ def interval_chart(
     rows: Sequence[tuple[int, str, float, float, float]], *, label: str, x_label: str, text: Callable[[float], str],
     zero: bool = False,
 ) -> AxisChart:  # fmt: skip
-    """Return the chart of rows (series, name, low, value, high); ``zero`` puts 0 on the axis."""
-    axis = scale([value for row in rows for value in row[2:]], zero=zero)
+    """Return the chart of rows (series, name, low, value, high), all shares; ``zero`` puts 0 on the axis."""
+    axis = scale([value for row in rows for value in row[2:]], zero=zero, least=POINT)
     drawn = [
         Interval(number, name, axis(low), axis(value), axis(high), f"{text(value)} [{text(low)}, {text(high)}]")
         for number, name, low, value, high in rows
@@ -250,8 +251,7 @@ def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, B
     """Return, for each group except the baseline, bars of its gain in IoU per class, all on one scale."""
     order, _ = class_order(groups)
     gains = [(group, class_gains(group, baseline, order)) for group in groups if group is not baseline]
-    values = [0.0, *(value for _, rows in gains for _, value in rows if value is not None)]
-    axis = Scale(min(values), max(values) if max(values) > min(values) else 1.0)
+    axis = scale([value for _, rows in gains for _, value in rows if value is not None], zero=True, least=POINT)
     return [
         (group, BarChart(f"IoU per class, {group.name} less {baseline.name}", axis(0.0),
                          [_gain_bar(name, value, axis) for name, value in rows]))
@@ -273,7 +273,7 @@ def share_chart(groups: Sequence[Group]) -> BarChart | None:
     if not shares:
         return None
     least, most = min(known, default=0.1), max(known, default=1.0)
-    axis = Scale(10 ** math.floor(math.log10(least) - 1e-9), most, log=True)
+    axis = Scale(min(10 ** math.floor(math.log10(least) - 1e-9), most / 10), most, log=True)
     bars = [
         Bar(name, f"{100 * shares[name]:.3g} %", 0.0, axis(shares[name]), "s7") if shares[name] > 0
         else Bar(name, "none")
@@ -297,7 +297,7 @@ def margin_chart(groups: Sequence[Group], key: str) -> AxisChart | None:
     if not values:
         return None
     log = any(value > 0 for value in values)
-    axis = scale([value for value in values if value > 0] if log else values, log=log, zero=not log)
+    axis = scale([value for value in values if value > 0] if log else values, log=log, zero=not log, least=0.1)
     rows = [
         (name, [Dot(index, group.name, axis(margins[name]), f"{margins[name]:.4g}")
                 for index, group, margins in known if name in margins and (margins[name] > 0 or not log)])
@@ -328,7 +328,7 @@ class HeatMap(NamedTuple):
 def _heat_cell(value: float | None, low: float, high: float, text: Callable[[float], str], missing: str) -> HeatCell:
     if value is None or math.isnan(value):
         return missing, None
-    return text(value), 50 if high == low else round(100 * (value - low) / (high - low))
+    return text(value), round(100 * (value - low) / (high - low))
 
 
 def grid_chart(grid: Grid) -> HeatMap:
@@ -337,11 +337,10 @@ def grid_chart(grid: Grid) -> HeatMap:
         [statistics.fmean(scores) if cell and (scores := cell.scores("mean_iou")) else None for cell in row]
         for row in grid.cells
     ]
-    known = [value for row in means for value in row if value is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
+    axis = scale([value for row in means for value in row if value is not None], least=POINT)
     names = [SYMBOLS.get(last, last) for key in (grid.row_key, grid.column_key) for last in [key.rpartition(".")[2]]]
     rows = [
-        (f"{value:g}", [_heat_cell(mean, low, high, percent, "not run") for mean in row])
+        (f"{value:g}", [_heat_cell(mean, axis.low, axis.high, percent, "not run") for mean in row])
         for value, row in zip(grid.rows, means, strict=True)
     ]
     columns = [f"{value:g}" for value in grid.columns]
@@ -379,9 +378,12 @@ def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> HeatMa
 
 
 def top_confusions(counts: NDArray[np.int64], classes: Sequence[str], most: int = 6) -> list[tuple[str, str, float]]:
-    """Return the largest (label, prediction, share of the label's pixels) off the diagonal, largest first."""
+    """Return the largest (label, prediction, share of the label's pixels) off the diagonal, largest first.
+
+    None is so small that it would be written as 0.0 %.
+    """
     shares = np.nan_to_num(row_shares(counts))
     np.fill_diagonal(shares, 0.0)
     flat = np.argsort(-shares, axis=None, kind="stable")[:most]
     pairs = [divmod(int(at), shares.shape[1]) for at in flat]
-    return [(classes[row], classes[at], float(shares[row, at])) for row, at in pairs if shares[row, at] > 0]
+    return [(classes[row], classes[at], float(shares[row, at])) for row, at in pairs if shares[row, at] >= 0.0005]

@@ -13,7 +13,7 @@ from typing import Any
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import MOST_JSON_BYTES, read_config_text, read_json, read_text
-from segkit.report.pictures import StoredPicture, read_pictures
+from segkit.report.pictures import PredictedPicture, StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
@@ -41,7 +41,7 @@ class RunRecord:
     margins: dict[str, Any] | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     per_image: PerImageCounts | None = None
-    pictures: dict[str, StoredPicture] = field(default_factory=dict)
+    pictures: dict[str, StoredPicture | PredictedPicture] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folds: tuple[RunRecord, ...] = ()
     pooled: str = ""
@@ -243,7 +243,8 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     classes = results["classes"]
     rows = list(classes.values()) if isinstance(classes, dict) else []
     ious = [row.get("iou") for row in rows if isinstance(row, dict)]
-    scores = [results["mean_iou"], results["pixel_accuracy"], *ious]
+    more = [row.get(key) for row in rows if isinstance(row, dict) for key in ("precision", "recall")]
+    scores = [results["mean_iou"], results["pixel_accuracy"], *ious, *more]
     are_shares = all(map(_is_share, scores))
     if len(ious) != len(rows) or not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")

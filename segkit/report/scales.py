@@ -31,14 +31,24 @@ class Scale:
         return [(self(value), text(value)) for value in self.values(count)]
 
 
-def scale(values: Sequence[float], *, log: bool = False, zero: bool = False) -> Scale:
-    """The scale that ``values`` fill, with a small margin; ``zero`` puts 0 on it too."""
+POINT = 0.01
+"""The least span of scores, one percentage point: on a shorter one, noise would look like a difference."""
+LEAST_SHARE = 0.01
+"""The least span of other values, as a share of the largest."""
+
+
+def scale(values: Sequence[float], *, log: bool = False, zero: bool = False, least: float = 0.0) -> Scale:
+    """The scale that ``values`` fill, with a small margin; ``zero`` puts 0 on it too.
+
+    It is at least ``least`` and :data:`LEAST_SHARE` of the largest value long; a logarithmic one spans 1.56.
+    """
     finite = [value for value in values if math.isfinite(value)] + ([0.0] if zero else [])
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     if log:
         return Scale(low / 1.25, high * 1.25, log=True)
-    if high == low:
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    least = max(least, LEAST_SHARE * max(abs(low), abs(high))) or 1.0
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     margin = 0.04 * (high - low)
     return Scale(low if zero and low == 0 else low - margin, high if zero and high == 0 else high + margin)
 

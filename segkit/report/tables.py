@@ -10,11 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from segkit.evaluation.bootstrap import MeanIoUInterval
 from segkit.report.groups import Group, score
 from segkit.report.text import for_csv, for_latex, for_markdown, for_terminal
+from segkit.report.uncertainty import RowTests, intervals
 
 DIGITS = 2
-"""Digits behind the point of a score in percent; scores that look equal are ranked as equal."""
+"""Digits behind the point of a score in percent."""
 
 
 def percent(value: float | None, missing: str = "-") -> str:
@@ -36,7 +38,7 @@ def screen_table(
 
     table = Table(box=box.SIMPLE_HEAD, title=for_terminal(title) or None)
     for name in head:
-        table.add_column(for_terminal(name), justify="left" if name in left else "right")
+        table.add_column(for_terminal(name), justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(for_terminal, row))
     table.add_section()
@@ -75,8 +77,8 @@ class Cell:
     """A score of one group, 0..1: the mean over its runs, and their sample standard deviation."""
 
     values: tuple[float, ...]
-    rank: int | None = None
-    """1 for the best of the column, 2 for the second best, else None."""
+    is_best: bool = False
+    """True if it is larger than all others of its column, and the paired tests support that."""
 
     @property
     def mean(self) -> float | None:
@@ -107,6 +109,9 @@ class ScoreTable:
     keys: tuple[str, ...]
     titles: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    intervals: dict[int, MeanIoUInterval]
+    """Of the mean IoU, by the number of the row."""
+    num_samples: int
 
     @property
     def has_seeds(self) -> bool:
@@ -119,51 +124,60 @@ class ScoreTable:
         run = self.groups[0].runs[0]
         measured = " ".join(str(run.protocol[key]) for key in ("dataset", "split") if key in run.protocol)
         spread = ", mean ± standard deviation over runs" if self.has_seeds else ""
-        return f"{measured}, {run.results['num_images']} images; in percent{spread}.".lstrip(", ")
+        text = f"{measured}, {run.results['num_images']} images; in percent{spread}.".lstrip(", ")
+        return text + (f" {MARKED}" if len(self.groups) > 1 else "")
 
 
-def score_table(groups: Sequence[Group]) -> ScoreTable:
-    """Return pixel accuracy, mean IoU and the IoU of every class for ``groups``, the best two of a column marked."""
+MARKED = "Marked: better than every other row (paired randomisation tests over images, p <= 0.05, Bonferroni)."
+
+
+def score_table(groups: Sequence[Group], *, num_samples: int = 2000) -> ScoreTable:
+    """Return pixel accuracy, mean IoU and the IoU of every class for ``groups``, the best of a column marked.
+
+    See :class:`segkit.report.uncertainty.RowTests`. ``num_samples`` is that of the tests and of the intervals.
+    """
     classes = dict.fromkeys(name for group in groups for name in group.classes)
     keys = ("pixel_accuracy", "mean_iou", *(f"iou/{name}" for name in classes))
-    columns = [_ranked([Cell(tuple(group.scores(key))) for group in groups]) for key in keys]
-    rows = tuple(tuple(column[index] for column in columns) for index in range(len(groups)))
-    return ScoreTable(tuple(groups), keys, ("pixel acc.", "mIoU", *classes), rows)
+    tests, columns = RowTests(groups, num_samples=num_samples), []
+    for key in keys:
+        cells = [Cell(tuple(group.scores(key))) for group in groups]
+        best = tests.best(key, [cell.mean for cell in cells])
+        columns.append([replace(cell, is_best=at == best) for at, cell in enumerate(cells)])
+    rows = tuple(zip(*columns, strict=True))
+    found = dict(intervals(groups, num_samples=num_samples))
+    return ScoreTable(tuple(groups), keys, ("pixel acc.", "mIoU", *classes), rows, found, num_samples)
 
 
-def _ranked(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells with the best marked if two scores differ, and the second best if three do."""
-    levels = sorted({float(cell.mean_text) for cell in cells if cell.mean is not None}, reverse=True)
-    ranks = {level: rank for rank, level in enumerate(levels[: min(2, len(levels) - 1)], start=1)}
-    return [replace(cell, rank=ranks.get(float(cell.mean_text))) if cell.mean is not None else cell for cell in cells]
+def _marked(cell: Cell, best: str, plus_minus: str) -> str:
+    form = best if cell.is_best else "{}"
+    return form.format(cell.mean_text) + (f"{plus_minus}{cell.spread_text}" if plus_minus and cell.spread_text else "")
 
 
-def _marked(cell: Cell, best: str, second: str, plus_minus: str) -> str:
-    form = {1: best, 2: second}.get(cell.rank or 0, "{}")
-    return form.format(cell.mean_text) + (f"{plus_minus}{cell.spread_text}" if cell.spread_text else "")
+def _written(table: ScoreTable, escape: Callable[[str], str], best: str, plus_minus: str) -> Iterable[list[str]]:
+    """Yield the head and the rows of the table in the marks of a text format.
 
-
-def _written(
-    table: ScoreTable, escape: Callable[[str], str], best: str, second: str, plus_minus: str
-) -> Iterable[list[str]]:
-    """Yield the head and the rows of the table in the marks of a text format."""
-    runs = ["runs"] if table.has_seeds else []
-    yield ["", *runs, *map(escape, table.titles)]
-    for group, cells in zip(table.groups, table.rows, strict=True):
-        runs = [str(len(group.runs))] if table.has_seeds else []
-        yield [escape(group.name), *runs, *(_marked(cell, best, second, plus_minus) for cell in cells)]
+    The standard deviation and the interval of the mean IoU have columns of their own.
+    """
+    runs, std = (["runs"], ["std"]) if table.has_seeds else ([], [])
+    yield ["", *runs, *map(escape, (*table.titles[:2], *std, "95 % interval", *table.titles[2:]))]
+    for at, (group, (accuracy, mean, *rest)) in enumerate(zip(table.groups, table.rows, strict=True)):
+        runs, std = ([str(len(group.runs))], [mean.spread_text or "–"]) if table.has_seeds else ([], [])
+        one = table.intervals.get(at)
+        interval = "–" if one is None else f"{percent(one.low)}–{percent(one.high)}"
+        own = [_marked(accuracy, best, plus_minus), _marked(mean, best, ""), *std, interval]
+        yield [escape(group.name), *runs, *own, *(_marked(cell, best, plus_minus) for cell in rest)]
 
 
 def markdown(table: ScoreTable) -> str:
-    """Return a table for a README: in percent, the best in bold, the second best underlined."""
-    head, *rows = _written(table, for_markdown, "**{}**", "<u>{}</u>", " ± ")
+    """Return a table for a README: in percent, in bold what is marked."""
+    head, *rows = _written(table, for_markdown, "**{}**", " ± ")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
     return "\n".join([*lines, "", for_markdown(table.caption), ""])
 
 
 def latex(table: ScoreTable) -> str:
-    """Return a tabular with the rules of booktabs: in percent, the best in bold, the second best underlined."""
-    head, *rows = _written(table, for_latex, r"\textbf{{{}}}", r"\underline{{{}}}", r" $\pm$ ")
+    """Return a tabular with the rules of booktabs: in percent, in bold what is marked."""
+    head, *rows = _written(table, for_latex, r"\textbf{{{}}}", r" $\pm$ ")
     head[0] = r"\textbf{Loss}"
     head_line, *lines = [" & ".join(cells).replace("–", "--") + r" \\" for cells in (head, *rows)]
     top = [f"% {for_terminal(table.caption)}", f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
@@ -171,22 +185,32 @@ def latex(table: ScoreTable) -> str:
 
 
 def csv_text(table: ScoreTable) -> str:
-    """Return one row per run, scores from 0 to 1 with every digit of ``results.json``; a missing score is empty."""
+    """Return one row per run, scores from 0 to 1 with every digit of ``results.json``; a missing score is empty.
+
+    Beside the mean IoU stand the 95 % interval of the run and the standard deviation over the runs of its group.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", "run", "phase", "seed", *map(for_csv, table.keys)])
-    for group in table.groups:
-        for run in group.runs:
-            values = [score(run.results, key) for key in table.keys]
-            names = map(for_csv, (group.name, str(run.path), run.phase))
-            writer.writerow([*names, run.seed, *("" if value is None else repr(value) for value in values)])
+    names = [key.removeprefix("iou/") for key in table.keys[2:]]
+    keys = [*table.keys, *(f"{kind}/{name}" for kind in ("precision", "recall") for name in names)]
+    more = ["mean_iou_low", "mean_iou_high", "mean_iou_std"]
+    writer.writerow(["group", "run", "phase", "seed", *map(for_csv, [*keys[:2], *more, *keys[2:]])])
+    single = [(cells[1], Group(group.name, (run,)))
+              for group, cells in zip(table.groups, table.rows, strict=True) for run in group.runs]  # fmt: skip
+    found = dict(intervals([group for _, group in single], num_samples=table.num_samples))
+    for at, (cell, group) in enumerate(single):
+        (run,), one = group.runs, found.get(at)
+        own = [score(run.results, key) for key in keys]
+        values = [*own[:2], *((one.low, one.high) if one else (None, None)), cell.spread, *own[2:]]
+        texts = map(for_csv, (group.name, str(run.path), run.phase))
+        writer.writerow([*texts, run.seed, *("" if value is None else repr(value) for value in values)])
     return out.getvalue()
 
 
 def screen(table: ScoreTable) -> str:
-    """Return the table for a terminal: pixel accuracy and mean IoU only, the best marked with a star."""
+    """Return the table for a terminal: pixel accuracy and mean IoU only, with a star what is marked."""
     rows = [
-        [group.name, str(len(group.runs)), *(_marked(cell, "{} *", "{}  ", " ± ") for cell in cells[:2])]
+        [group.name, str(len(group.runs)), *(_marked(cell, "{} *", " ± ") for cell in cells[:2])]
         for group, cells in zip(table.groups, table.rows, strict=True)
     ]
     return screen_table(["", "runs", *table.titles[:2]], rows, title=table.caption, left=[""])

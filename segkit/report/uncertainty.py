@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
+from segkit.evaluation.bootstrap import (
+    MeanIoUInterval,
+    PairedComparison,
+    bootstrap_mean_iou,
+    compare_runs,
+    paired_test,
+)
+from segkit.evaluation.metrics import Floats
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.report.comparison import comparable
 from segkit.report.groups import Group
+from segkit.report.protocols import comparable
 from segkit.report.runs import RunRecord
 
 
@@ -22,6 +30,43 @@ class PairedTest:
     result: PairedComparison
     num_pairs: int
     holm: float
+
+
+LEVEL = 0.05
+"""Of the tests that mark the best row of a column."""
+
+
+class RowTests:
+    """Paired tests between ``groups``, the rows of a table; two of them are tested when that is first asked for."""
+
+    def __init__(self, groups: Sequence[Group], *, num_samples: int) -> None:
+        self.groups, self.num_samples = groups, num_samples
+        self._tested = cache(self._test)
+
+    def best(self, key: str, means: Sequence[float | None]) -> int | None:
+        """Return the row with the largest of ``means``, its scores ``key``, if it is better than each other row.
+
+        It is if the paired randomisation tests have p-values of at most :data:`LEVEL` divided by the number of other
+        rows (Bonferroni); None if not, and where rows cannot be paired.
+        """
+        known = {at: mean for at, mean in enumerate(means) if mean is not None}
+        first, *others = sorted(known, key=lambda at: -known[at]) or [-1]
+        better = all(self._is_better(first, at, key, LEVEL / len(others)) for at in others)
+        return first if others and better else None
+
+    def _is_better(self, one: int, other: int, key: str, level: float) -> bool:
+        if (found := self._tested(one, other)) is None:
+            return False
+        keys = ("mean_iou", "pixel_accuracy", *(f"iou/{name}" for name in self.groups[one].classes))
+        gain, p_value = (values[keys.index(key)] for values in found)
+        return bool(gain > 0 and p_value <= level)
+
+    def _test(self, one: int, other: int) -> tuple[Floats, Floats] | None:
+        pairs = _pairs(self.groups[other], self.groups[one])
+        if not pairs or pairs[0][0].results["num_images"] < 2:
+            return None
+        first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
+        return paired_test(first, second, num_samples=self.num_samples)
 
 
 def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.commands import evaluate, export, predict, submit
+from segkit.commands import compare, evaluate, export, predict, submit
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.report.runs import read_run
 from segkit.run import saved as saved_run
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
@@ -68,6 +70,28 @@ def test_evaluate_repeats_the_score_of_the_training(finished, call):
         assert again[key] == trained[key], key
     assert "mean over" in out
     assert written.with_suffix(".npz").is_file()
+
+
+def test_compare_predicts_images_again(finished, call, tmp_path):
+    """What training kept of the same images is the reference."""
+    record = read_run(finished)
+    stored = dict(record.pictures)
+    assert stored
+    arguments = compare.parser().parse_args([str(finished), "--device", "cpu"])
+    again = compare.predicted(record, list(stored), arguments)
+    assert set(again) == set(stored)
+    for name, picture in stored.items():
+        image, label, prediction = again[name].read()
+        kept_image, kept_label, kept_prediction = picture.read()
+        np.testing.assert_array_equal(label, kept_label)
+        np.testing.assert_array_equal(prediction, kept_prediction)
+        assert np.abs(image.astype(int) - kept_image).mean() < 8  # a JPEG
+        assert again[name].palette == picture.palette
+    turned = dataclasses.replace(record.per_image, names=record.per_image.names[::-1])
+    with pytest.raises(InputError, match=r"is not the one that .* has the score of: its data or its checkpoint"):
+        compare.predicted(dataclasses.replace(record, per_image=turned), list(stored), arguments)
+    call(compare, finished, "--predict", "--device", "cpu", "--pictures", 2, "--output", tmp_path / "r.html")
+    assert "The extremes of all images" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_evaluate_with_everything(finished, call, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from segkit.errors import InputError
 from segkit.evaluation import bootstrap, metrics
-from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs, compare_totals
+from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs, compare_totals, paired_test
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
 
@@ -190,3 +190,25 @@ def test_seeds_and_images_are_drawn_and_swapped_together():
     span = high - low
     assert found.low == pytest.approx(low, abs=0.05 * span)
     assert found.high == pytest.approx(high, abs=0.05 * span)
+
+
+def test_every_score_is_tested_by_swapping_images():
+    """Against all 2^6 swaps of six images, with scores from dense matrices; a class without pixels has no p-value."""
+    runs = [make_run(6, 4, accuracy=accuracy, seed=seed) for accuracy, seed in ((0.6, 1), (0.75, 2))]
+    matrices = np.array([[run.matrix(image) for image in range(6)] for run in runs])
+    matrices[..., 3, :] = matrices[..., :, 3] = 0  # class 3 is absent
+    runs = [PerImageCounts.from_sparse([sparse(m) for m in part], runs[0].names, num_classes=4) for part in matrices]
+
+    def scores(matrix):
+        iou = [matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in range(3)]
+        return np.array([np.mean(iou), np.trace(matrix) / matrix.sum(), *iou])
+
+    observed = scores(matrices[1].sum(0)) - scores(matrices[0].sum(0))
+    swapped = []
+    for swap in itertools.product([0, 1], repeat=6):
+        sides = [sum(matrices[side ^ s][image] for image, s in enumerate(swap)) for side in (0, 1)]
+        swapped.append(np.abs(scores(sides[1]) - scores(sides[0])))
+    difference, p_value = paired_test(*runs, num_samples=20_000)
+    np.testing.assert_allclose(difference[:5], observed, rtol=1e-12)
+    np.testing.assert_allclose(p_value[:5], np.mean(np.array(swapped) >= np.abs(observed) - 1e-12, axis=0), atol=0.02)
+    assert np.isnan([difference[5], p_value[5]]).all()

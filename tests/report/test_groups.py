@@ -7,9 +7,10 @@ import statistics
 
 import pytest
 
+from segkit.evaluation.bootstrap import bootstrap_mean_iou
 from segkit.report.comparison import compare
 from segkit.report.groups import Group, differences, find_grids, flatten, loss_name
-from segkit.report.tables import Cell, _ranked, csv_text, latex, markdown, screen
+from segkit.report.tables import Cell, csv_text, latex, markdown, screen
 
 RECIPE = "schedule=pretrain_finetune"
 
@@ -116,26 +117,6 @@ def test_cells_have_mean_and_sample_deviation():
     assert (Cell(()).mean, Cell(()).mean_text) == (None, "–")
 
 
-@pytest.mark.parametrize(
-    ("values", "ranks"),
-    [
-        ([0.1, 0.3, 0.2], [None, 1, 2]),
-        ([0.3, 0.300001, 0.2], [1, 1, None]),  # equal as shown
-        ([0.3, 0.3, 0.2, 0.1], [1, 1, 2, None]),
-        ([0.3, 0.2], [1, None]),
-        ([0.3], [None]),
-        ([0.3, 0.3], [None, None]),
-    ],
-)
-def test_best_and_second_best(values, ranks):
-    assert [cell.rank for cell in _ranked([Cell((value,)) for value in values])] == ranks
-
-
-def test_an_absent_class_is_neither_best_nor_averaged():
-    ranked = _ranked([Cell(()), Cell((0.2,)), Cell((0.1,)), Cell((0.0,))])
-    assert [cell.rank for cell in ranked] == [None, 1, 2, None]
-
-
 @pytest.fixture
 def table(make_run):
     runs = [make_run(f"ce{s}", "loss=cross_entropy", seed=s) for s in (0, 1)]
@@ -150,17 +131,23 @@ def test_csv_has_every_digit(table):
     for row, run in zip(rows, runs, strict=True):
         assert row["run"] == str(run.path)
         assert float(row["mean_iou"]) == run.results["mean_iou"]
-        assert float(row["iou/sign"]) == run.results["classes"]["sign"]["iou"]
+        for kind in ("iou", "precision", "recall"):
+            assert float(row[f"{kind}/sign"]) == run.results["classes"]["sign"][kind]
+        interval = bootstrap_mean_iou(run.per_image)
+        assert (float(row["mean_iou_low"]), float(row["mean_iou_high"])) == (interval.low, interval.high)
+    pair = [run.results["mean_iou"] for run in runs[:2]]
+    assert [row["mean_iou_std"] for row in rows] == [repr(statistics.stdev(pair))] * 2 + ["", ""]
 
 
 def test_markdown(table):
     lines = markdown(table).splitlines()
-    assert lines[0].startswith("|  | runs | pixel acc. | mIoU | road | ")
+    assert lines[0].startswith("|  | runs | pixel acc. | mIoU | std | 95 % interval | road | ")
     assert len({line.count("|") for line in lines[:5]}) == 1
     score = table.groups[1].runs[0].results["mean_iou"]
-    assert f"| **{100 * score:.2f}** |" in lines[3]
+    own = bootstrap_mean_iou(table.groups[1].runs[0].per_image)
+    assert f"| **{100 * score:.2f}** | – | {100 * own.low:.2f}–{100 * own.high:.2f} |" in lines[3]
     pair = [run.results["mean_iou"] for run in table.groups[0].runs]
-    assert f"| <u>{50 * sum(pair):.2f}</u> ± {100 * statistics.stdev(pair):.2f} |" in lines[2]
+    assert f"| {50 * sum(pair):.2f} | {100 * statistics.stdev(pair):.2f} | " in lines[2]
 
 
 def test_latex(table):
@@ -169,8 +156,11 @@ def test_latex(table):
     assert len({line.count("&") for line in body}) == 1
     assert lines[1] == r"\begin{tabular}{l" + "r" * body[0].count("&") + "}"
     assert r"$\tau$=10, $\upsilon$=1" in body[2]
+    assert r"& mIoU & std & 95 \% interval &" in body[0]
     assert r"\textbf{" in body[2]
+    assert r"\textbf{" not in body[1] + body[3]
     assert r" $\pm$ " in body[1]
+    assert re.search(r"& \d\d\.\d\d--\d\d\.\d\d &", body[1])
 
 
 def test_screen(table):

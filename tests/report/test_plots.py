@@ -12,7 +12,9 @@ from PIL import Image
 
 from segkit.report import plots, scales
 from segkit.report.comparison import compare
+from segkit.report.groups import Group, find_grids
 from segkit.report.page import _environment
+from segkit.report.pictures import legend
 
 
 def drawn(macro, chart):
@@ -69,6 +71,70 @@ def test_tick_text(value, text):
 
 def test_a_constant_has_a_scale():
     assert scales.scale([3.0, 3.0])(3.0) == 50.0
+    assert scales.scale([0.0])(0.0) == 50.0
+
+
+def test_scales_have_a_least_span():
+    axis = scales.scale([0.5, 0.5 + 1e-7], least=0.01)
+    assert axis.high - axis.low == pytest.approx(0.01 * 1.08)
+    axis = scales.scale([2.0, 2.0 + 1e-7])  # a loss
+    assert axis.high - axis.low == pytest.approx(0.02 * 1.08)
+    axis = scales.scale([0.0, 3.0], zero=True, least=0.01)
+    assert (axis.low, axis.high) == (0.0, 3.0 * 1.04)
+
+
+TINY = 1e-7
+"""A difference of shares, 1e-5 points."""
+
+
+def test_differences_of_1e_5_points_are_not_drawn_as_differences(make_run, monkeypatch):
+    runs = [make_run(f"t{t}u{u}", f"loss.tau={t}", f"loss.upsilon={u}") for t in (5, 20) for u in (1, 2)]
+    groups = compare(runs).groups
+    scores = {group.name: 0.5 + number * TINY for number, group in enumerate(groups)}
+    monkeypatch.setattr(Group, "scores", lambda group, key: [scores[group.name]])
+    (grid,) = find_grids(groups)
+    strengths = [cell[1] for _, cells in plots.grid_chart(grid).rows for cell in cells]
+    assert len(strengths) == 4
+    assert max(strengths) - min(strengths) <= 1
+    for _, chart in plots.gain_charts(groups, groups[0]):
+        assert {row.text for row in chart.rows} == {"0.0"}
+        assert max(row.width for row in chart.rows) < 0.1
+    curves = [plots.Series(name, 0, [0, 1], [score, 0.5]) for name, score in scores.items()]
+    monkeypatch.setattr(plots, "series", lambda *_: curves)
+    for key in ("mean_iou", "loss"):
+        heights = [y for curve in plots.training_curve(groups, key).curves for _, y in curve.line]
+        assert max(heights) - min(heights) < 0.1
+    rows = [(0, "a", 0.5 - TINY, 0.5, 0.5 + TINY)]
+    (interval,) = plots.interval_chart(rows, label="", x_label="", text=str).rows
+    assert interval.high - interval.low < 0.1
+
+
+def test_equal_shares_and_margins_look_equal(make_run):
+    groups = compare([make_run("a", margins=True)]).groups
+    run, number = groups[0].runs[0], len(groups[0].classes)
+    run.counts.update(dict.fromkeys(run.counts, 10**7) | {"sign": 10**7 - 1})
+    widths = [row.width for row in plots.share_chart(groups).rows]
+    assert max(widths) - min(widths) < 0.1
+    for values in ([1.0] * (number - 1) + [1 + TINY], [0.0] * (number - 1) + [-TINY]):
+        run.margins["rho_0k"] = values
+        places = [dot.at for _, dots in plots.margin_chart(groups, "rho_0k").rows for dot in dots]
+        assert len(places) == number
+        assert max(places) - min(places) < 0.1
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0123, "+1.23"), (-1e-7, "0.00"), (0.0, "0.00"), (-0.02, "-2.00")])
+def test_points_have_a_sign_unless_they_are_zero(value, text):
+    assert plots.points(value) == text
+
+
+def test_a_legend_holds_all_letters_of_its_names():
+    """As many dark pixels on a narrow strip as on a wide one; the names have no spaces to lose."""
+    names = ["traffic_sign_frame_of_a_temporary_board__", "road", "W" * 60]
+    palette = np.full((3, 3), 200, np.uint8)
+    ink = [255 * strip.size - int(strip.sum()) for width in (2000, 330, 120)
+           for strip in [legend(palette, names, width)]]  # fmt: skip
+    assert ink[1] == pytest.approx(ink[0], rel=0.01)
+    assert ink[2] == pytest.approx(ink[0], rel=0.01)
 
 
 def test_bars_are_as_long_as_their_values():

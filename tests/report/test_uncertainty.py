@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from segkit.evaluation import metrics
 from segkit.report import page, pictures, uncertainty
 from segkit.report.comparison import compare
 
@@ -71,6 +72,37 @@ def test_holm_by_hand():
     assert uncertainty.holm([]) == []
 
 
+def test_a_row_is_best_if_every_paired_test_supports_it(make_run):
+    runs = [make_run("a", skill=0.7), make_run("b", "loss=dice", skill=0.8), make_run("c", "loss=focal", skill=0.6)]
+    table = compare(runs, num_samples=300).table
+    marked = [[cell.is_best for cell in row] for row in table.rows]
+    assert [row[table.keys.index("mean_iou")] for row in marked] == [False, True, False]
+    assert [row[table.keys.index("pixel_accuracy")] for row in marked] == [False, True, False]
+    assert not any(marked[0] + marked[2])
+    means = [0.7, 0.8, None]
+    tests = uncertainty.RowTests(table.groups, num_samples=300)
+    assert tests.best("mean_iou", means) == 1
+    assert tests.best("mean_iou", [0.8, 0.7, None]) is None  # the largest mean, but the test shows the contrary
+    assert tests.best("mean_iou", [0.7, None, None]) is None  # nothing to be better than
+    assert uncertainty.RowTests(table.groups, num_samples=10).best("mean_iou", means) is None  # p is at least 1 / 11
+
+
+def test_a_row_that_is_better_by_chance_is_not_marked(make_run):
+    """The same predictions but for one pixel of one image."""
+    comparison = compare([make_run("a"), make_run("b", "loss=dice")], num_samples=300)
+    counts = comparison.runs[1].per_image
+    right = int(np.flatnonzero((counts.target == counts.prediction) & (counts.count > 1))[0])
+    wrong = int(np.flatnonzero((counts.image == counts.image[right]) & (counts.target == counts.target[right])
+                               & (counts.target != counts.prediction))[0])  # fmt: skip
+    changed = counts.count.copy()
+    changed[[right, wrong]] += (1, -1)
+    run = replace(comparison.runs[1], per_image=replace(counts, count=changed))
+    means = [float(metrics.mean_iou(one.total())) for one in (counts, run.per_image)]
+    assert 0 < means[1] - means[0] < 1e-5
+    tests = uncertainty.RowTests([comparison.groups[0], replace(comparison.groups[1], runs=(run,))], num_samples=300)
+    assert tests.best("mean_iou", means) is None
+
+
 # -- images --------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +127,16 @@ def test_best_and_worst_stored_images_are_chosen(make_run):
     assert page.chosen_names([run], ranked, 3) == ["val_0005", "val_0003", "val_0004"]
     assert page.chosen_names([run], ranked, 1) == ["val_0005"]
     assert len(page.chosen_names([run], [], 10)) == 6
+
+
+def test_the_images_of_one_run_are_ranked_by_their_scores(make_run):
+    comparison = compare([make_run("a", num_pictures=2)])
+    ranked = page.image_ranking(comparison)
+    scores = page.image_scores(comparison.runs[0])
+    assert [one.name for one in ranked] == sorted(scores, key=lambda name: -scores[name])
+    part = page.images(comparison, most=4)
+    assert [one.name for one in part["ranked"]] == [one.name for one in (*ranked[:5], *ranked[-5:])]
+    assert not part["is_extreme"]  # the two images that are stored are not the best and the worst
 
 
 def test_overlay_keeps_the_image_where_there_is_no_class():

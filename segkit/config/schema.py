@@ -29,6 +29,7 @@ FREE_KEYS = (
     "ignore_config_change",
     "profile_steps",
     "sweep",
+    "tracker",
     "trust",
     "max_pixels",
 )
@@ -56,6 +57,15 @@ class Head(Enum):
 
     keep = "keep"
     reset = "reset"
+
+
+class TrackerKind(Enum):
+    """Where curves are shown beside metrics.jsonl: see :mod:`segkit.training.sinks`."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+    none = "none"
 
 
 class LrSchedule(Enum):
@@ -192,6 +202,7 @@ class Config:
 
     workers: int = 4
     log_every: int = 10
+    tracker: TrackerKind = TrackerKind.tensorboard
     checkpoint_every: int | None = None
     profile_steps: int = 0
     overfit_batches: int | None = None
@@ -211,9 +222,9 @@ class Config:
         require(bool(self.schedule), "schedule has no phase, but needs at least one: choose schedule=single or another")
         for name, phase in self.schedule.items():
             require(
-                name.isidentifier() and name not in {"checkpoints", "tensorboard"},
+                name.isidentifier() and name not in {"checkpoints", "wandb"},
                 f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and neither "
-                "'checkpoints' nor 'tensorboard': rename the phase",
+                "'checkpoints' nor 'wandb': rename the phase",
             )
             phase.check(name)
         self.freeze = [self.freeze] if isinstance(self.freeze, str) else self.freeze or []

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a phase beside its records: margins, errors, lambda, the hyper-parameters, the layout.
+"""What the tracker shows of a phase beside its records: margins, errors, lambda, the hyper-parameters, the layout.
 
 The tab "Custom scalars" holds the charts of :data:`LAYOUT`; "HParams" has a row for each run, of its last phase, with
 the final scores. Both look alike in every run, so that ``tensorboard --logdir outputs`` can lay sweeps side by side.
@@ -24,8 +24,8 @@ from segkit.training.tracking import Tracker
 
 LAYOUT = {
     "training": {
-        "loss": ["train/loss"],
-        "mean IoU, and its lower bound (of the loss's margins; of 1 logit)": ["val/mean_iou.*"],
+        "loss": ["curves/loss"],
+        "mean IoU, and its lower bound (of the loss's margins; of 1 logit)": ["curves/mean_iou.*"],
         "learning rate": ["train/lr"],
         "IoU of each class": ["val_iou/.*"],
         "precision of each class": ["val_precision/.*"],
@@ -46,7 +46,6 @@ RUNNING_LAYOUT = {
 
 MARGIN_LAYOUT = {
     "margins": {
-        "rho_0k: margin of a class against pixels of others": ["margins_rho_0k/.*"],
         "pixels of other classes inside rho_0k, share": ["margins_inside_0k/.*"],
         "pixels of the class inside rho_k0, share": ["margins_inside_k0/.*"],
         "mean distance to the strongest rival, logits": ["margins_mean_margin/.*"],
@@ -54,7 +53,7 @@ MARGIN_LAYOUT = {
 }
 """The same for ``loss.diagnostics=true``."""
 
-SCORES = ("val/mean_iou", "val/pixel_accuracy")
+SCORES = ("curves/mean_iou", "val/pixel_accuracy")
 NUMBER, TEXT = 0.0, ""
 HPARAMS: dict[str, float | str] = {
     **dict.fromkeys(("dataset", "model", "loss", "schedule", "optimizer", "precision"), TEXT),
@@ -117,11 +116,9 @@ def running_iou(loss: nn.Module, classes: Sequence[str]) -> dict[str, float]:
 
 
 def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: Sequence[str], pixels: Any) -> None:
-    """The margins (:func:`margin_buffers`) of each class, once: as scalars, and as a table beside its ``pixels``."""
+    """The margins (:func:`margin_buffers`) of each class, once, as a table beside its ``pixels``."""
     if not margins:
         return
-    for name, values in margins.items():
-        tracker.scalars(0, {f"margins_{name}/{label}": value for label, value in zip(classes, values, strict=True)})
     share = np.asarray(pixels) / np.sum(pixels)
     rows = zip(classes, share, margins["rho_0k"], margins["rho_k0"], strict=True)
     table = [f"| {for_markdown(label)} | {part:.3%} | {own:.4g} | {other:.4g} |" for label, part, own, other in rows]
@@ -230,4 +227,4 @@ class ObservedEvaluation:
 def bounds(sums: dict[str, Tensor]) -> dict[str, float]:
     """Scalars: the lower bounds of the validation's mean IoU, at the margins of the loss and at FIXED_MARGIN."""
     found = summarise(sums)
-    return {f"val/{name}": float(found[name]) for name in ("mean_iou_bound", "mean_iou_bound_fixed")}
+    return {f"curves/{name}": float(found[name]) for name in ("mean_iou_bound", "mean_iou_bound_fixed")}

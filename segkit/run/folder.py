@@ -1,7 +1,7 @@
 """The run folder: what it holds, and whether a run may go on in it.
 
     RUN/config.yaml provenance.json files.json.gz metrics.jsonl           of the whole run
-    RUN/<phase>/    checkpoints/ metrics.jsonl timing.jsonl tensorboard/ label_counts.json per_image.npz results.json
+    RUN/<phase>/    checkpoints/ metrics.jsonl timing.jsonl events.* label_counts.json per_image.npz results.json
     RUN/checkpoints label_counts.json per_image.npz results.json     relative links to the last phase's
     RUN/running.json                                                 while a process trains in it
 

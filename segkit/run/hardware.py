@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from segkit import runtime
-from segkit.config.schema import Config, Precision, plain
+from segkit.config.schema import Config, Precision, TrackerKind, plain
 from segkit.errors import InputError
 from segkit.files import read_config_text
 from segkit.run.changes import CONFIG_CURE
@@ -84,6 +84,7 @@ def head(
     layout = "channels last" if config.channels_last else "contiguous"
     threads, processes = torch.get_num_threads(), distributed.world_size()
     size = sum(parameter.numel() for parameter in model.parameters())
+    curves = f" (tensorboard --logdir {shlex.quote(str(path))})" if config.tracker is TrackerKind.tensorboard else ""
     table = [
         ("device", f"{device} ({name}), {cores} cores, {processes} process{'es' if processes > 1 else ''}"),
         ("threads", f"{threads} to compute, and {config.workers} workers to load"),
@@ -99,7 +100,7 @@ def head(
             )
             for phase in phases
         ),
-        ("folder", f"{path} (tensorboard --logdir {shlex.quote(str(path))})"),
+        ("folder", f"{path}{curves}"),
     ]
     if load > cores:
         table.append(

@@ -115,11 +115,15 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         distributed.print_main(f"phase {phase.name}: finished already")
         run_folder.join_metrics(phase.name)
         return run_folder.results(phase.name)
+    names = list(phase.config.schedule)
+    offset = sum(run_folder.results(name)["step"] for name in names[: names.index(phase.name)])
     tracker = Tracker(
         folder if distributed.is_main() else None,
         phase=phase.name,
         run_metrics=run_folder.metrics,
         num_steps=phase.plan.num_steps,
+        offset=offset,
+        kind=phase.config.tracker.value,
     )
     validation = phase.validation(tracker, stop)
     trainer = make_trainer(phase, folder, tracker=tracker, validate=validation, stop=stop)
@@ -128,6 +132,8 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     earlier = run_folder.earlier_metrics(phase.name)
     if last is None:
         tracker.truncate(0, step=0, earlier=earlier)
+        if offset == 0:
+            distributed.on_main(tracker.open)
         _start_from_last_phase(phase, run_folder)
         _open_charts(phase, tracker)
     else:
@@ -137,8 +143,7 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         )
     try:
         results = trainer.fit(phase.batches.training)
-        if phase.is_last:
-            tracker.finished()
+        tracker.finished(is_last=phase.is_last)
     finally:
         tracker.close()
     results = {**results, **_training_facts(phase, trainer)}
@@ -216,7 +221,7 @@ def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequen
 
 
 def _open_charts(phase: Phase, tracker: Tracker) -> None:
-    """Write what TensorBoard shows once a phase; a run that goes on has it already."""
+    """Show what is shown once a phase; a run that goes on has it already."""
     config, counts = phase.config, phase.counts
     layout = charts.LAYOUT | (charts.MARGIN_LAYOUT if phase.observer else {})
     tracker.layout(layout | (charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from segkit import runtime
-from segkit.config.schema import Config, cache_dir_of, plain
+from segkit.config.schema import Config, TrackerKind, cache_dir_of, plain
 from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
 from segkit.files import write_json
@@ -29,7 +29,7 @@ from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
 from segkit.run.splits import Splits
 from segkit.run.start import REPORT, initial_model, report_lines
 from segkit.run.validation import interrupted_by
-from segkit.training import checkpoint, distributed
+from segkit.training import checkpoint, distributed, sinks
 from segkit.training.distributed import print_main
 from segkit.training.tracking import Tracker
 
@@ -64,7 +64,8 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
         print_main(
             f"next: segkit evaluate {place} --tta flip,ms | segkit predict {place} --input IMAGES --output DIR |"
         )
-        print_main(f"      segkit compare {place} ANOTHER_RUN | tensorboard --logdir {place}")
+        curves = f" | tensorboard --logdir {place}" if config.tracker is TrackerKind.tensorboard else ""
+        print_main(f"      segkit compare {place} ANOTHER_RUN{curves}")
     return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 
@@ -78,6 +79,7 @@ def _prepare(
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
             "or set sync_batchnorm=false"
         )
+    sinks.check_installed(config.tracker.value)
     cache_dir = cache_dir_of(config)
     distributed.on_main(PhaseCache(cache_dir).check)
     saved = folder.path / "config.yaml"

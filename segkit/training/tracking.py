@@ -1,41 +1,43 @@
-"""What a run leaves behind while it trains: metrics.jsonl, timing.jsonl, TensorBoard, and lines on the screen.
+"""What a run leaves behind while it trains: metrics.jsonl, timing.jsonl, curves, and lines on the screen.
 
 ``metrics.jsonl`` holds no clock: two runs of the same command write the same bytes under ``determinism=strict``.
-Times go to ``timing.jsonl`` and to TensorBoard.
+Times go to ``timing.jsonl`` and to the curves.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from segkit.errors import InputError
 from segkit.files import without_nan
 from segkit.progress import for_terminal, is_terminal, show
 from segkit.runtime import num_cores
-
-TENSORBOARD = "tensorboard"
-"""Folder of TensorBoard's files below that of the phase."""
+from segkit.training import sinks
 
 
 class Tracker:
     """Writes records of one phase. ``run_metrics`` is the run's own metrics.jsonl, of all phases so far.
 
-    With ``folder`` None (a rank that does not write) every method does nothing.
+    Curves go to the sink ``kind`` as well (:mod:`segkit.training.sinks`), over the steps of the whole run: ``offset``
+    is the number of steps of the phases before. With ``folder`` None (a rank that does not write) nothing is done.
     """
 
-    def __init__(self, folder: Path | None, *, phase: str, run_metrics: Path | None = None, num_steps: int) -> None:
-        self.folder, self.phase, self.num_steps = folder, phase, num_steps
+    def __init__(
+        self, folder: Path | None, *, phase: str, num_steps: int, run_metrics: Path | None = None, offset: int = 0,
+        kind: str = "tensorboard",
+    ) -> None:  # fmt: skip
+        self.folder, self.phase, self.num_steps, self.offset, self.kind = folder, phase, num_steps, offset, kind
         self.files = [path for path in (folder and folder / "metrics.jsonl", run_metrics) if path is not None]
-        self._writer: Any = None
+        self._sink: sinks.Sink | None = None
+        self._is_lost = False
         self._bar: Any = None
         self._last_line = 0.0
         self._purge_step = 0
@@ -46,13 +48,14 @@ class Tracker:
         """Cut the phase's metrics.jsonl to ``size`` bytes, and start the run's own again as ``earlier`` plus that.
 
         A record written after the checkpoint that training goes on from would otherwise stand there twice. The same
-        goes for TensorBoard: what a process before this one wrote for ``step`` and later steps is not shown any more.
+        goes for the curves: what a process before this one showed for ``step`` and later steps is not shown twice.
         """
         self._purge_step = step
         if self.folder is None:
             return
         if step == 0:
-            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+            for path in self.folder.glob(sinks.EVENTS):
+                path.unlink()
         own = self.files[0]
         kept = own.read_bytes()[:size] if own.exists() else b""
         if len(kept) < size:
@@ -78,22 +81,41 @@ class Tracker:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
-    @property
-    def writer(self) -> Any:
-        """The TensorBoard writer; imported and opened when it is first needed."""
-        if self._writer is None and self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+    def open(self) -> None:
+        """Open the sink before the first step of a run; InputError if that fails. Otherwise it opens when needed."""
+        if self.folder is not None:
+            try:
+                self._sink = self._opened(self.folder)
+            except Exception as error:
+                raise InputError(
+                    f"tracker={self.kind} could not be opened ({error}): see what it says, or set tracker=none"
+                ) from None
 
-            _wait_for_a_later_name(self.folder / TENSORBOARD)
-            self._writer = SummaryWriter(
-                str(self.folder / TENSORBOARD), purge_step=self._purge_step or None, flush_secs=30
+    def _opened(self, folder: Path) -> sinks.Sink:
+        step, last = self._purge_step, self._last_record
+        purge_step = self.offset + step if step else None
+        run = self.files[-1].parent
+        sink = sinks.open_sink(self.kind, folder, phase=self.phase, run=run, purge_step=purge_step)
+        if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
+            speed = {f"speed/{name}": value for name, value in self._last_speed.items()}
+            shown = {**_training_tags(last), **speed}
+            sink.scalars(self.offset + step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
+        return sink
+
+    def _tell(self, show: Callable[[sinks.Sink], None]) -> None:
+        """Call ``show`` with the sink. One that fails (a network, say) is given up, with one warning."""
+        if self.folder is None or self._is_lost:
+            return
+        try:
+            self._sink = self._sink or self._opened(self.folder)
+            show(self._sink)
+        except Exception as error:
+            self._is_lost = True
+            warnings.warn(
+                f"tracker={self.kind} failed ({error}): from here on the curves of phase {self.phase} stand in "
+                "metrics.jsonl alone, until the run is started again",
+                stacklevel=2,
             )
-            last = self._last_record
-            if last.get("step") == self._purge_step and last.get("split") == "train":  # purged with the later ones
-                shown = {f"train/{name}": value for name, value in last.items() if isinstance(value, float)}
-                shown |= {f"speed/{name}": item for name, item in self._last_speed.items() if isinstance(item, float)}
-                self.scalars(last["step"], shown)
-        return self._writer
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -104,8 +126,13 @@ class Tracker:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line)
 
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """Record and show what the steps up to ``step`` have computed."""
+        self.record(step, {"split": "train", **values})
+        self.scalars(step, _training_tags(values))
+
     def timing(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to timing.jsonl and show the values in TensorBoard."""
+        """Append one line to timing.jsonl and show the values."""
         if self.folder is None:
             return
         with open(self.folder / "timing.jsonl", "a", encoding="utf-8") as file:
@@ -113,81 +140,40 @@ class Tracker:
         self.scalars(step, {f"speed/{name}": value for name, value in values.items()})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Show scalars in TensorBoard; NaN (an absent class) is left out."""
-        if self.folder is None:
-            return
-        for name, value in values.items():
-            if value == value:
-                self.writer.add_scalar(for_terminal(name), value, step)
+        """Show scalars; NaN (an absent class) is left out."""
+        known = {for_terminal(name): float(value) for name, value in values.items() if value == value}
+        self._tell(lambda sink: sink.scalars(self.offset + step, known))
 
     def pictures(self, step: int, tag: str, grid: Any) -> None:
-        """Show an RGB picture, uint8 (H, W, 3), in TensorBoard."""
-        if self.folder is not None:
-            self.writer.add_image(tag, grid, step, dataformats="HWC")
+        """Show an RGB picture, uint8 (H, W, 3)."""
+        self._tell(lambda sink: sink.picture(self.offset + step, tag, grid))
 
     def text(self, tag: str, text: str) -> None:
-        """Show a text in Markdown in TensorBoard, at step 0."""
-        if self.folder is not None:
-            self.writer.add_text(tag, text, 0)
+        """Show a text in Markdown, at the first step of the phase."""
+        self._tell(lambda sink: sink.text(self.offset, tag, text))
 
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
-        """Show a histogram in TensorBoard: ``counts`` (B,) of the bins between ``edges`` (B + 1,); none if empty."""
+        """Show a histogram: ``counts`` (B,) of the bins between ``edges`` (B + 1,); none if empty."""
         filled = counts.nonzero()[0]
-        if self.folder is None or not len(filled):
-            return
-        first, last = filled[0], filled[-1] + 1
-        counts, low, high = counts[first:last], edges[first:last], edges[first + 1 : last + 1]
-        middle = (low + high) / 2
-        self.writer.add_histogram_raw(
-            tag,
-            min=low[0],
-            max=high[-1],
-            num=counts.sum(),
-            sum=(counts * middle).sum(),
-            sum_squares=(counts * middle**2).sum(),
-            bucket_limits=high.tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
+        if len(filled):
+            first, last = filled[0], filled[-1] + 1
+            self._tell(
+                lambda sink: sink.histogram(self.offset + step, tag, counts[first:last], edges[first : last + 1])
+            )
 
     def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
-        """Arrange TensorBoard's tab of custom scalars: category -> title of a chart -> patterns of its scalars."""
-        if self.folder is not None:
-            charts = {
-                name: {title: ["Multiline", tags] for title, tags in items.items()}
-                for name, items in categories.items()
-            }
-            self.writer.add_custom_scalars(charts)
+        """Arrange the charts; see :meth:`segkit.training.sinks.Sink.layout`."""
+        self._tell(lambda sink: sink.layout(categories))
 
     def hparams(
         self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
     ) -> None:
-        """Begin this run's row in TensorBoard's table of hyper-parameters.
+        """Show hyper-parameters; see :meth:`segkit.training.sinks.Sink.hparams`."""
+        self._tell(lambda sink: sink.hparams(values, columns=columns, first=first, scores=scores))
 
-        ``columns`` are all hyper-parameters, each with a value of its type, and ``first`` those that the table begins
-        with; ``scores`` are the scalars whose last values it shows. ``SummaryWriter.add_hparams`` would make a run of
-        its own for this.
-        """
-        if self.folder is not None:
-            from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-            from torch.utils.tensorboard.summary import hparams
-
-            head, _, _ = hparams(columns, dict.fromkeys(scores, 0.0))
-            plugin = head.value[0].metadata.plugin_data
-            content = HParamsPluginData.FromString(plugin.content)
-            for column in content.experiment.hparam_infos:
-                column.differs = column.name in first  # TensorBoard shows the columns that differ before the others
-            plugin.content = content.SerializeToString()
-            _, start, _ = hparams(values, {})
-            for summary in (head, start):
-                self.writer.file_writer.add_summary(summary)
-
-    def finished(self) -> None:
-        """End the row that :meth:`hparams` began."""
-        if self.folder is not None:
-            from torch.utils.tensorboard.summary import hparams
-
-            self.writer.file_writer.add_summary(hparams({}, {})[2])
+    def finished(self, *, is_last: bool = True) -> None:
+        """Note that the phase was trained to its end."""
+        self._tell(lambda sink: sink.finished(is_last=is_last))
 
     def show(self, step: int, values: dict[str, str]) -> None:
         """Show the state of training: a bar on a terminal, a line at most every two seconds elsewhere."""
@@ -230,31 +216,14 @@ class Tracker:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._sink is not None:
+            self._tell(lambda sink: sink.close())
+            self._sink = None
 
 
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait until a new event file sorts after those in ``folder``.
-
-    TensorBoard reads them in the order of their names, which begin with the second of their making, and purges only
-    what it has read before.
-    """
-    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-    ahead = max((int(second) for second in seconds if second.isdigit()), default=0) + 1 - time.time()
-    if ahead > MOST_WAITING:
-        warnings.warn(
-            f"{folder} has files of a clock that is {math.ceil(ahead)} seconds ahead of this machine's: "
-            "TensorBoard may show steps twice; metrics.jsonl does not",
-            stacklevel=2,
-        )
-    elif ahead > 0:
-        time.sleep(ahead + 0.01)
-
-
-MOST_WAITING = 5.0
-"""Seconds that a new event file waits for its name at most."""
+def _training_tags(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of training steps by the tags of their charts; what matters most comes first there."""
+    return {"curves/loss" if name == "loss" else f"train/{name}": value for name, value in values.items()}
 
 
 def _last_line(content: bytes) -> dict[str, Any]:

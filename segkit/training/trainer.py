@@ -343,8 +343,7 @@ class Trainer:
         mean = progress.window_loss / max(progress.window_steps, 1)
         progress.window_loss, progress.window_steps = 0.0, 0
         values = {"loss": mean, "lr": self.lr, "grad_norm": self.grad_norm}
-        self.tracker.record(progress.step, {"split": "train", **values})
-        self.tracker.scalars(progress.step, {f"train/{name}": value for name, value in values.items()})
+        self.tracker.training(progress.step, values)
         speed = self._clock.lap()
         if speed["data_wait_share"] > MUCH_WAITING and self._clock.laps > 1 and not self._advised:
             self._advised = True

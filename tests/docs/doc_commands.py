@@ -193,7 +193,7 @@ class Runner:
         assert files, f"no events below {words[1]}"
         events = EventAccumulator(str(files[-1]))
         events.Reload()
-        assert "val/mean_iou" in events.Tags()["scalars"]
+        assert "curves/mean_iou" in events.Tags()["scalars"]
 
     def unpack(self, words: list[str]) -> None:
         """The archive is one that the configurations of the data sets or their readers name."""

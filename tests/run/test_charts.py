@@ -119,20 +119,22 @@ def test_what_a_run_shows(tmp_path):
         [*small, "schedule=single", "loss.diagnostics=true", "evaluation.every_steps=2", f"cache_dir={tmp_path}/cache"]
     )
     pipeline.run(config, tmp_path / "run", open_phases(config))
-    found = EventAccumulator(str(tmp_path / "run" / "train" / "tensorboard"))
+    found = EventAccumulator(str(tmp_path / "run" / "train"))
     found.Reload()
     scalars = found.Tags()["scalars"]
     for chart_tags in (charts.LAYOUT["training"] | charts.MARGIN_LAYOUT["margins"]).values():
         for pattern in chart_tags:
             assert any(re.match(pattern, tag) for tag in scalars), pattern
-    score, bound, fixed = (found.Scalars(f"val/mean_iou{suffix}") for suffix in ("", "_bound", "_bound_fixed"))
+    score, bound, fixed = (found.Scalars(f"curves/mean_iou{suffix}") for suffix in ("", "_bound", "_bound_fixed"))
     assert [event.step for event in score] == [event.step for event in bound] == [2, 4]
     assert all(lower.value <= upper.value for lower, upper in zip(fixed, bound, strict=True))
     assert {"lambda", "lambda_of_class/road"} <= set(found.Tags()["histograms"])
     assert "val/image_label_prediction" in found.Tags()["images"]
     text = found.Tensors("margins/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| class | share of the pixels | rho_0k, logits | rho_k0, logits |" in text
-    assert text.count("\n") == 1 + sum(tag.startswith("margins_rho_0k/") for tag in scalars)
+    assert text.count("\n") == 1 + sum(tag.startswith("val_iou/") for tag in scalars)
+    assert sorted(scalars)[:2] == ["curves/loss", "curves/mean_iou"]  # the order of TensorBoard's charts
+    assert all(len(found.Scalars(tag)) > 1 for tag in scalars)  # a chart of one point shows nothing
     contents = found.PluginTagToContent(hparams_metadata.PLUGIN_NAME)
     start = hparams_metadata.parse_session_start_info_plugin_data(contents[hparams_metadata.SESSION_START_INFO_TAG])
     assert start.hparams["tau"].number_value == 10.0

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from small_trainer import build, make_batches
+from small_trainer import build, make_batches, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -17,7 +17,7 @@ from segkit.training.tracking import Tracker
 
 
 def events(folder):
-    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0})
     found.Reload()
     return found
 
@@ -67,7 +67,7 @@ def test_a_resumed_run_shows_every_step_once(tmp_path, killed_at):
         train(tmp_path / "b", killed_at=killed_at)
     train(tmp_path / "b")
     whole, resumed = events(tmp_path / "a"), events(tmp_path / "b")
-    tags = {"train/loss", "train/lr", "train/grad_norm", "val/mean_iou"}
+    tags = {"curves/loss", "train/lr", "train/grad_norm", "val/mean_iou"}
     assert tags <= set(whole.Tags()["scalars"])
     steps = [[event.step for event in found.Scalars("speed/images_per_second")] for found in (whole, resumed)]
     assert steps[0] == steps[1]
@@ -88,12 +88,12 @@ class Clock:
         self.now += seconds
 
 
-def show_steps(folder, steps):
+def show_steps(folder, steps, **options):
     """A process that shows ``steps``, going on from a checkpoint of the first of them."""
-    tracker = Tracker(folder, phase="train", num_steps=9)
+    tracker = Tracker(folder, phase="train", num_steps=9, **options)
     tracker.truncate(0, step=steps[0])
     for step in steps:
-        tracker.scalars(step, {"train/loss": float(step)})
+        tracker.scalars(step, {"curves/loss": float(step)})
     tracker.close()
 
 
@@ -106,7 +106,7 @@ def test_a_writer_of_the_same_second_purges_the_one_before(tmp_path, monkeypatch
     show_steps(tmp_path, range(4, 10))
     (second,) = set(tmp_path.rglob("events*")) - {first}
     assert second.name > first.name
-    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in events(tmp_path).Scalars("curves/loss")] == list(range(1, 10))
 
 
 def test_a_writer_whose_clock_is_far_behind_says_so_and_does_not_wait(tmp_path, monkeypatch):
@@ -117,6 +117,30 @@ def test_a_writer_whose_clock_is_far_behind_says_so_and_does_not_wait(tmp_path, 
     with pytest.warns(UserWarning, match="a clock that is 3601 seconds ahead of this machine's"):
         show_steps(tmp_path, range(4, 10))
     assert clock.now == begun
+
+
+def test_phases_stand_on_one_axis_and_resume_on_it(tmp_path):
+    """metrics.jsonl counts the steps of its phase, the curves those of the run; both lose what is trained again."""
+
+    def process(steps, size):
+        tracker = Tracker(tmp_path, phase="finetune", num_steps=9, offset=100)
+        tracker.truncate(size, step=steps[0] - 1)
+        sizes = []
+        for step in steps:
+            tracker.training(step, {"loss": float(step), "lr": 0.1})
+            sizes.append(tracker.size())
+        tracker.text("margins", "a text")
+        tracker.close()
+        return sizes
+
+    sizes = process(range(1, 6), 0)
+    process(range(4, 8), sizes[2])
+    found = events(tmp_path)
+    for tag in ("curves/loss", "train/lr"):
+        assert [event.step for event in found.Scalars(tag)] == list(range(101, 108))
+    assert [event.value for event in found.Scalars("curves/loss")] == list(range(1, 8))
+    assert found.Tensors("margins/text_summary")[0].step == 100
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 8))
 
 
 def test_histogram_of_counts(tmp_path):
@@ -137,7 +161,7 @@ def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
     tracker = Tracker(tmp_path, phase="train", num_steps=1)
     columns = {"loss": "", "lr": 0.0, "tau": 0.0}
     tracker.hparams({"loss": "dice", "lr": 0.1}, columns=columns, first=["tau"], scores=["val/mean_iou"])
-    tracker.layout({"training": {"loss": ["train/loss"], "IoU": ["val_iou/.*"]}})
+    tracker.layout({"training": {"loss": ["curves/loss"], "IoU": ["val_iou/.*"]}})
     tracker.close()
     found = events(tmp_path)
     experiment, start, end = hparams_of(found)
@@ -151,10 +175,10 @@ def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
     layout = layout_pb2.Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     (category,) = layout.category
     assert [(chart.title, list(chart.multiline.tag)) for chart in category.chart] == [
-        ("loss", ["train/loss"]),
+        ("loss", ["curves/loss"]),
         ("IoU", ["val_iou/.*"]),
     ]
-    assert [path.parent.name for path in tmp_path.rglob("events*")] == ["tensorboard"]
+    assert [path.parent for path in tmp_path.rglob("events*")] == [tmp_path]
 
     tracker = Tracker(tmp_path, phase="train", num_steps=1)
     tracker.finished()

@@ -1,0 +1,290 @@
+"""Where the curves of a phase are shown beside metrics.jsonl: TensorBoard, Weights & Biases or MLflow.
+
+TensorBoard is told at which step a run goes on, and hides what was shown from there on. The others cannot take anything
+back, so they show no step of a scalar or picture that an earlier process has shown.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+import uuid
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from segkit.errors import InputError
+from segkit.files import read_json, write_json
+
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+"""What a tracker needs that segkit does not install by itself, as package and as extra."""
+
+
+class Sink:
+    """What a tracker tells it to show; a sink shows what it can. ``step`` counts over all phases of the run."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Show numbers by their tags."""
+
+    def picture(self, step: int, tag: str, pixels: Any) -> None:
+        """Show an RGB picture, uint8 (H, W, 3)."""
+
+    def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
+        """Show a histogram: ``counts`` (B,) of the bins between ``edges`` (B + 1,), numpy arrays."""
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show a text in Markdown."""
+
+    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
+        """Arrange charts: category -> title of a chart -> patterns of its scalars."""
+
+    def hparams(
+        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
+    ) -> None:
+        """Show hyper-parameters.
+
+        A table of runs has ``columns``, each with a value of its type, and begins with ``first``; ``scores`` are the
+        scalars whose last values it shows.
+        """
+
+    def finished(self, *, is_last: bool) -> None:
+        """Note that the phase was trained to its end, and whether it is the run's last."""
+
+    def close(self) -> None:
+        """Write what is pending."""
+
+
+def check_installed(kind: str) -> None:
+    """Raise InputError if the package that the tracker ``kind`` needs is not installed."""
+    if kind in PACKAGES:
+        found = find_spec(PACKAGES[kind])
+        if found is None or found.origin is None:  # None: a folder of that name, which wandb leaves behind
+            raise InputError(f"tracker={kind} needs a package that is not installed: pip install 'segkit[{kind}]'")
+
+
+def open_sink(kind: str, folder: Path, *, phase: str, run: Path, purge_step: int | None) -> Sink:
+    """Return the sink ``kind`` of the phase in ``folder``, which goes on at ``purge_step``; None for a new one."""
+    if kind == "tensorboard":
+        return TensorBoard(folder, purge_step=purge_step)
+    return {"wandb": WandB, "mlflow": MLflow, "none": Sink}[kind](*(() if kind == "none" else (run, phase)))
+
+
+# -- TensorBoard ---------------------------------------------------------------------------------------------------
+
+EVENTS = "events.out.tfevents.*"
+MOST_WAITING = 5.0
+"""Seconds that a new event file waits for its name at most."""
+
+
+class TensorBoard(Sink):
+    """Event files in the folder of the phase."""
+
+    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        _wait_for_a_later_name(folder)
+        self.writer: Any = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, tag: str, pixels: Any) -> None:
+        self.writer.add_image(tag, pixels, step, dataformats="HWC")
+
+    def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
+        low, high = edges[:-1], edges[1:]
+        middle = (low + high) / 2
+        self.writer.add_histogram_raw(
+            tag,
+            min=low[0],
+            max=high[-1],
+            num=counts.sum(),
+            sum=(counts * middle).sum(),
+            sum_squares=(counts * middle**2).sum(),
+            bucket_limits=high.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self.writer.add_text(tag, text, step)
+
+    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
+        """Arrange the tab of custom scalars."""
+        charts = {
+            name: {title: ["Multiline", tags] for title, tags in items.items()} for name, items in categories.items()
+        }
+        self.writer.add_custom_scalars(charts)
+
+    def hparams(
+        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
+    ) -> None:
+        """Begin this run's row; ``SummaryWriter.add_hparams`` would make a run of its own for this."""
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
+
+        head, _, _ = hparams(columns, dict.fromkeys(scores, 0.0))
+        plugin = head.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in first  # TensorBoard shows the columns that differ before the others
+        plugin.content = content.SerializeToString()
+        _, start, _ = hparams(values, {})
+        for summary in (head, start):
+            self.writer.file_writer.add_summary(summary)
+
+    def finished(self, *, is_last: bool) -> None:
+        """End the row that :meth:`hparams` began, which stands with the last phase."""
+        from torch.utils.tensorboard.summary import hparams
+
+        if is_last:
+            self.writer.file_writer.add_summary(hparams({}, {})[2])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new event file sorts after those in ``folder``.
+
+    TensorBoard reads them in the order of their names, which begin with the second of their making, and purges only
+    what it has read before.
+    """
+    seconds = [path.name.split(".")[3] for path in folder.glob(EVENTS)]
+    ahead = max((int(second) for second in seconds if second.isdigit()), default=0) + 1 - time.time()
+    if ahead > MOST_WAITING:
+        warnings.warn(
+            f"{folder} has files of a clock that is {math.ceil(ahead)} seconds ahead of this machine's: "
+            "TensorBoard may show steps twice; metrics.jsonl does not",
+            stacklevel=2,
+        )
+    elif ahead > 0:
+        time.sleep(ahead + 0.01)
+
+
+# -- sinks that take nothing back ----------------------------------------------------------------------------------
+
+
+class _Remembering(Sink):
+    """Keeps in RUN/``kind``-``phase``.json which run of the service is its own, and the last step shown of each tag."""
+
+    kind = ""
+
+    def __init__(self, run: Path, phase: str) -> None:
+        self.path = run / f"{self.kind}-{phase}.json"
+        self.name = f"{run.resolve().name}/{phase}"
+        content = read_json(self.path, cure="delete it, and a new run is shown") if self.path.is_file() else {}
+        self.id: str | None = content.get("id")
+        self.shown: dict[str, int] = content.get("shown", {})
+
+    def new(self, step: int, tags: Iterable[str]) -> set[str]:
+        """Return the ``tags`` that have not been shown at ``step`` yet, and note on the disk that they are now."""
+        found = {tag for tag in tags if self.shown.get(tag, -1) < step}
+        if found:
+            self.shown |= dict.fromkeys(found, step)
+            write_json(self.path, {"id": self.id, "shown": self.shown})
+        return found
+
+
+class WandB(_Remembering):
+    """A run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are read by the package."""
+
+    kind = "wandb"
+
+    def __init__(self, run: Path, phase: str) -> None:
+        import wandb
+
+        super().__init__(run, phase)
+        self.id = self.id or uuid.uuid4().hex
+        self.wandb: Any = wandb
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "segkit",
+            id=self.id,
+            name=self.name,
+            group=str(run),
+            dir=run,
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._log(step, values)
+
+    def picture(self, step: int, tag: str, pixels: Any) -> None:
+        self._log(step, {tag: self.wandb.Image(pixels)})
+
+    def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
+        self._log(step, {tag: self.wandb.Histogram(np_histogram=(counts, edges))})
+
+    def hparams(
+        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
+    ) -> None:
+        self.run.config.update(values, allow_val_change=True)
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if new := self.new(step, values):
+            self.run.log({"step": step, **{tag: value for tag, value in values.items() if tag in new}})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+MOST_METRICS = 1000
+"""MLflow takes no more in one call."""
+
+
+class MLflow(_Remembering):
+    """A run of MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are read from the environment."""
+
+    kind = "mlflow"
+
+    def __init__(self, run: Path, phase: str) -> None:
+        from mlflow import MlflowClient
+
+        super().__init__(run, phase)
+        self.client: Any = MlflowClient()
+        self.status = "KILLED"
+        if self.id is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "segkit"
+            known = self.client.get_experiment_by_name(name)
+            experiment = self.client.create_experiment(name) if known is None else known.experiment_id
+            self.id = self.client.create_run(experiment, run_name=self.name).info.run_id
+        self.client.update_run(self.id, status="RUNNING")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        new, now = self.new(step, values), int(1000 * time.time())
+        metrics = [Metric(_mlflow_name(tag), value, now, step) for tag, value in values.items() if tag in new]
+        for at in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(self.id, metrics=metrics[at : at + MOST_METRICS])
+
+    def picture(self, step: int, tag: str, pixels: Any) -> None:
+        if self.new(step, [tag]):
+            self.client.log_image(self.id, pixels, f"{_mlflow_name(tag)}/{step:08d}.png")
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self.client.log_text(self.id, text, f"{_mlflow_name(tag)}.md")
+
+    def hparams(
+        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
+    ) -> None:
+        for name in self.new(0, values):
+            self.client.log_param(self.id, name, values[name])
+
+    def finished(self, *, is_last: bool) -> None:
+        self.status = "FINISHED"
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id, self.status)
+
+
+def _mlflow_name(tag: str) -> str:
+    """Return ``tag`` with other letters than MLflow takes written as their numbers."""
+    return re.sub(r"[^\w\-. /]|\.(?=\.)", lambda letter: f"_{ord(letter[0]):x}_", tag)

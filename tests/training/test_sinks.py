@@ -1,0 +1,195 @@
+"""Sinks beside TensorBoard: what each shows after a resume, without a network, with the packages themselves."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from segkit.errors import InputError
+from segkit.training import sinks
+from segkit.training.tracking import Tracker
+
+PICTURE = np.zeros((4, 6, 3), np.uint8)
+
+
+def train(folder, steps, *, kind, is_finished=False):
+    """A process that goes on from a checkpoint at the step before ``steps``, the second phase of a run."""
+    run = folder.parent / "metrics.jsonl"
+    tracker = Tracker(folder, phase="train", run_metrics=run, num_steps=9, offset=100, kind=kind)
+    tracker.truncate(10**6 if steps[0] > 1 else 0, step=steps[0] - 1)
+    if steps[0] == 1:
+        tracker.hparams({"lr": 0.1, "loss": "dice"}, columns={"lr": 0.0, "loss": "", "tau": 0.0}, first=[], scores=[])
+        tracker.layout({"training": {"loss": ["curves/loss"]}})
+        tracker.text("margins", "| a |")
+    for step in steps:
+        tracker.training(step, {"loss": float(step), "lr": 0.5 / step})
+        if step % 2 == 0:
+            tracker.scalars(step, {"curves/mean_iou": step / 10, "val_iou/traffic (sign)": 0.5, "absent": np.nan})
+            tracker.pictures(step, "val/pictures", PICTURE)
+            tracker.histogram(step, "lambda", np.array([0, 2, 1]), np.array([-1.0, 0.0, 1.0, 2.0]))
+    if is_finished:
+        tracker.finished()
+    tracker.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run" / "train").mkdir(parents=True)
+    return tmp_path / "run" / "train"
+
+
+class Fake(sinks.Sink):
+    """Notes what it is told; fails at a step."""
+
+    def __init__(self, fails_at=None):
+        self.told, self.fails_at = [], fails_at
+
+    def scalars(self, step, values):
+        if step == self.fails_at:
+            raise ConnectionError("no route to host")
+        self.told += [(step, tag, value) for tag, value in values.items()]
+
+    def picture(self, step, tag, pixels):
+        self.told.append((step, tag, pixels.shape))
+
+    def hparams(self, values, *, columns, first, scores):
+        self.told.append(("hparams", values))
+
+    def close(self):
+        self.told.append("closed")
+
+
+def test_a_sink_is_told_everything(folder, monkeypatch):
+    fake, asked = Fake(), []
+    monkeypatch.setattr(sinks, "open_sink", lambda kind, place, **options: asked.append((kind, place, options)) or fake)
+    train(folder, range(1, 3), kind="tensorboard")
+    assert asked == [("tensorboard", folder, {"phase": "train", "run": folder.parent, "purge_step": None})]
+    assert fake.told == [
+        ("hparams", {"lr": 0.1, "loss": "dice"}),
+        (101, "curves/loss", 1.0),
+        (101, "train/lr", 0.5),
+        (102, "curves/loss", 2.0),
+        (102, "train/lr", 0.25),
+        (102, "curves/mean_iou", 0.2),
+        (102, "val_iou/traffic (sign)", 0.5),
+        (102, "val/pictures", (4, 6, 3)),
+        "closed",
+    ]
+
+
+def test_a_sink_that_fails_does_not_end_the_run(folder, monkeypatch, recwarn):
+    fake = Fake(fails_at=103)
+    monkeypatch.setattr(sinks, "open_sink", lambda *_, **__: fake)
+    train(folder, range(1, 9), kind="mlflow")
+    (warning,) = recwarn
+    assert "tracker=mlflow failed (no route to host): from here on the curves of phase train" in str(warning.message)
+    assert {entry[0] for entry in fake.told if isinstance(entry[0], int)} == {101, 102}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_sink_that_cannot_be_opened_is_refused_at_the_start(folder, monkeypatch):
+    def no_login(*_, **__):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(sinks, "open_sink", no_login)
+    tracker = Tracker(folder, phase="train", num_steps=1, kind="wandb")
+    with pytest.raises(InputError, match=r"tracker=wandb could not be opened \(no API key\): .* or set tracker=none"):
+        tracker.open()
+
+
+def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "modules", {name: item for name, item in sys.modules.items() if name != "wandb"})
+    (tmp_path / "wandb").mkdir()  # what wandb leaves in the folder that it ran in
+    with pytest.raises(InputError, match=r"tracker=wandb needs a package .*: pip install 'segkit\[wandb\]'"):
+        sinks.check_installed("wandb")
+    sinks.check_installed("none")
+    sinks.check_installed("tensorboard")
+
+
+def test_none_writes_metrics_alone(folder):
+    train(folder, range(1, 5), kind="none")
+    assert {path.name for path in folder.rglob("*")} == {"metrics.jsonl"}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+EXPECTED = {
+    "curves/loss": [(100 + step, float(step)) for step in range(1, 9)],
+    "train/lr": [(100 + step, 0.5 / step) for step in range(1, 9)],
+    "curves/mean_iou": [(100 + step, step / 10) for step in (2, 4, 6, 8)],
+}
+"""After a process that was killed at step 5, and one that went on from the checkpoint of step 3."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the package
+def test_mlflow_shows_every_step_once(folder, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", str(tmp_path / "artifacts"))
+    monkeypatch.chdir(tmp_path)
+    train(folder, range(1, 6), kind="mlflow")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("segkit").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "KILLED"
+    train(folder, range(4, 9), kind="mlflow", is_finished=True)
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run/train")
+    assert run.data.params == {"lr": "0.1", "loss": "dice"}
+    for tag, expected in EXPECTED.items():
+        assert [(item.step, item.value) for item in client.get_metric_history(run.info.run_id, tag)] == expected, tag
+    assert len(client.get_metric_history(run.info.run_id, "val_iou/traffic _28_sign_29_")) == 4
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "val/pictures")]
+    assert pictures == [f"val/pictures/00000{step}.png" for step in (102, 104, 106, 108)]
+
+
+def log_records(content):
+    """The records of a file in the log format of LevelDB: blocks of 32 KiB with pieces of a header and data each."""
+    at, record, block = 7, b"", 2**15  # seven bytes say what file it is
+    while at + 7 <= len(content):
+        if block - at % block < 7:
+            at += block - at % block  # a block's end without room for a header is empty
+            continue
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+@pytest.mark.filterwarnings("ignore")  # of the package
+def test_wandb_shows_every_step_once(folder, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(folder, range(1, 6), kind="wandb")
+    time.sleep(1.01)  # the package names a folder by the second
+    train(folder, range(4, 9), kind="wandb", is_finished=True)
+    found, ids, config = {}, set(), {}
+    for path in sorted(folder.parent.glob("wandb/offline-run-*/*.wandb")):
+        for data in log_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            items = [
+                (item.nested_key[0] if item.nested_key else item.key, item.value_json) for item in record.history.item
+            ]
+            row = {tag: json.loads(value) for tag, value in items}
+            for tag, value in row.items():
+                found.setdefault(tag, []).append((row["step"], value))
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    assert ids == {json.loads((folder.parent / "wandb-train.json").read_text())["id"]}
+    assert (config["lr"], config["loss"]) == (0.1, "dice")
+    for tag, expected in EXPECTED.items():
+        assert found[tag] == expected, tag
+    for tag in ("val/pictures", "lambda", "val_iou/traffic (sign)"):
+        assert [step for step, _ in found[tag]] == [102, 104, 106, 108], tag

@@ -12,7 +12,7 @@ from segkit.errors import InputError
 from segkit.progress import show
 
 if TYPE_CHECKING:
-    from segkit.report.pictures import PredictedPicture
+    from segkit.report.pictures import StoredPicture
     from segkit.report.runs import RunRecord
 
 
@@ -101,63 +101,44 @@ def run(argv: Sequence[str]) -> None:
         write(arguments.output or Path("report.html"), text)
 
 
-def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, PredictedPicture]:
-    """Return the pictures of those images ``names`` that ``record`` scored, predicted again by its last checkpoint.
+def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, StoredPicture]:
+    """Predict those of the images ``names`` that ``record`` scored again; returns what is stored in RUN/evaluations.
 
     InputError if its data or checkpoint are not there, or are not what was scored.
     """
     import numpy as np
 
-    from segkit.config.schema import plain
-    from segkit.data.loader import eval_batches
-    from segkit.data.transforms import EvalTransform
-    from segkit.evaluation import evaluate
-    from segkit.report.pictures import PredictedPicture
+    from segkit.commands import decision, evaluate
+    from segkit.report.pictures import read_pictures, write_pictures
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
-    from segkit.training.precision import DTYPES
 
     scored = record.per_image
     if scored is None or not (known := set(names) & set(scored.names)):
         return {}
     top = record.path if (record.path / "config.yaml").is_file() else record.path.resolve().parent
-    saved = open_run(top, phase=record.phase)
+    saved, device = open_run(top, phase=record.phase), resolve_device(arguments.device)
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, str(record.protocol.get("split")))
     check_classes(saved, split.classes)
+    split = split.subset([at for at, sample in enumerate(split.samples) if sample.name in known])
     show(f"predicting {len(known)} images with {record.path}")
-    device = resolve_device(arguments.device)
-    found = evaluate(
-        saved.model().to(device),
-        eval_batches(
-            split.subset([at for at, sample in enumerate(split.samples) if sample.name in known]),
-            transform=EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value),
-            batch_size=1,
-            workers=0,
-        ),
-        num_classes=split.num_classes,
-        ignore_index=split.ignore_index,
-        device=device,
-        dtype=DTYPES[saved.config.precision.value],
-        pictures=range(len(known)),
-    )
+    options, pictures = evaluate.parser().parse_args(["--workers=0", str(top)]), range(len(known))
+    model, argmax = saved.model().to(device), decision.Decision()
+    _, found = evaluate.evaluate_split(options, saved, dataset, split, model, device, argmax, pictures)
     for at, name in enumerate(found.names):
         before = scored.matrix(scored.names.index(name))
-        if np.abs(found.per_image.matrix(at) - before).sum() > MOST_CHANGED * 2 * before.sum():
+        if (
+            np.abs(found.per_image.matrix(at) - before).sum() > 0.02 * before.sum()
+        ):  # more than another machine explains
             raise InputError(
                 f"the prediction of {name} is not the one that {record.path} has the score of: its data or its "
                 "checkpoint have changed; leave --predict out, or train again"
             )
-    palette = tuple(map(tuple, split.palette.tolist()))
-    return {
-        one.name: PredictedPicture((one.image, one.label, one.prediction.astype(np.uint8)), palette)
-        for one in found.pictures
-    }
-
-
-MOST_CHANGED = 0.01
-"""Share of an image's pixels whose class may be another on another machine."""
+    folder = saved.folder / "evaluations" / "pictures"
+    write_pictures(folder, found.pictures, palette=split.palette, classes=split.classes)
+    return read_pictures(folder)
 
 
 def write(path: Path, text: str) -> None:

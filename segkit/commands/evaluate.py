@@ -91,11 +91,11 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model, device)
-    results, per_image = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
+    results, evaluation = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
-    write_atomically(folder / f"{name}.npz", per_image.to_bytes())
+    write_atomically(folder / f"{name}.npz", evaluation.per_image.to_bytes())
     written = [folder / f"{name}.json", *([arguments.output] if arguments.output else [])]
     for path in written:
         write_json(path, results)
@@ -141,9 +141,10 @@ def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
 
 
 def evaluate_split(
-    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any, decision: Any
-) -> tuple[dict[str, Any], Any]:
-    """Return the results in the form of results.json, and the sparse matrices of the images."""
+    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any, decision: Any,
+    pictures: Sequence[int] = (),
+) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    """Return the results in the form of results.json, and the evaluation, which keeps ``pictures``."""
     from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
     from segkit.data.transforms import EvalTransform
@@ -165,6 +166,7 @@ def evaluate_split(
         device=device,
         dtype=DTYPES[precision],
         predict=predict,
+        pictures=pictures,
         boundary_ratio=BOUNDARY_RATIO if arguments.boundary else None,
         progress=lambda items: track(items, description="evaluating", unit="batches"),
     )
@@ -177,4 +179,4 @@ def evaluate_split(
     results = to_results(evaluation, class_names=split.classes, protocol=protocol)
     if arguments.protocol != "standard":
         results["benchmark"] = benchmark_scores(arguments.protocol, evaluation.counts, split.classes)
-    return results, evaluation.per_image
+    return results, evaluation

@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from segkit.report.folds import pool_folds
-from segkit.report.groups import Group, group_runs
-from segkit.report.protocols import check_comparable, differing_protocols
+from segkit.report.groups import Group, check_comparable, differing_protocols, group_runs
 from segkit.report.runs import RunRecord, find_runs
 from segkit.report.tables import ScoreTable, score_table
 

@@ -19,9 +19,8 @@ from markupsafe import Markup
 from segkit.evaluation import metrics
 from segkit.report import plots, uncertainty
 from segkit.report.comparison import Comparison
-from segkit.report.groups import MISSING, Group, differences, find_grids, flatten
+from segkit.report.groups import MISSING, Group, comparable, differences, find_grids, flatten
 from segkit.report.pictures import overlay, panel
-from segkit.report.protocols import comparable
 from segkit.report.runs import RunRecord
 from segkit.report.tables import percent
 

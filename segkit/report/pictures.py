@@ -96,18 +96,6 @@ def picture_grid(
 
 
 @dataclass(frozen=True)
-class PredictedPicture:
-    """An image (H, W, 3) with its label and prediction (H, W), uint8, as :class:`StoredPicture`."""
-
-    arrays: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
-    palette: tuple[tuple[int, int, int], ...]
-
-    def read(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return image, label and prediction."""
-        return self.arrays
-
-
-@dataclass(frozen=True)
 class StoredPicture:
     """Files of one evaluated image."""
 
@@ -162,7 +150,7 @@ def write_pictures(folder: Path, pictures: Sequence[Any], *, palette: Any, class
     write_json(folder / "index.json", index)
 
 
-def read_pictures(folder: Path) -> dict[str, StoredPicture | PredictedPicture]:
+def read_pictures(folder: Path) -> dict[str, StoredPicture]:
     """Return the pictures in ``folder`` by the name of their image; empty if there are none."""
     path = folder / "index.json"
     if not path.is_file():
@@ -171,7 +159,7 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture | PredictedPicture]:
         index = read_json(path, cure=f"delete the folder {folder}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
         # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
-        stored: dict[str, StoredPicture | PredictedPicture] = {}
+        stored = {}
         for entry in index["pictures"]:
             image, label, prediction = (folder / Path(entry[part]).name for part in PARTS)
             stored[str(entry["name"])] = StoredPicture(str(entry["name"]), image, label, prediction, palette)

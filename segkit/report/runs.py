@@ -13,7 +13,7 @@ from typing import Any
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import MOST_JSON_BYTES, read_config_text, read_json, read_text
-from segkit.report.pictures import PredictedPicture, StoredPicture, read_pictures
+from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
@@ -41,7 +41,7 @@ class RunRecord:
     margins: dict[str, Any] | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     per_image: PerImageCounts | None = None
-    pictures: dict[str, StoredPicture | PredictedPicture] = field(default_factory=dict)
+    pictures: dict[str, StoredPicture] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     folds: tuple[RunRecord, ...] = ()
     pooled: str = ""

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from segkit.evaluation.bootstrap import (
-    MeanIoUInterval,
-    PairedComparison,
-    bootstrap_mean_iou,
-    compare_runs,
-    paired_test,
-)
-from segkit.evaluation.metrics import Floats
+from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.report.groups import Group
-from segkit.report.protocols import comparable
+from segkit.report.groups import Group, comparable
 from segkit.report.runs import RunRecord
 
 
@@ -40,8 +33,8 @@ class RowTests:
     """Paired tests between ``groups``, the rows of a table; two of them are tested when that is first asked for."""
 
     def __init__(self, groups: Sequence[Group], *, num_samples: int) -> None:
-        self.groups, self.num_samples = groups, num_samples
-        self._tested = cache(self._test)
+        self.groups = groups
+        self.compared = cache(lambda one, other: compare_groups(groups[one], groups[other], num_samples=num_samples))
 
     def best(self, key: str, means: Sequence[float | None]) -> int | None:
         """Return the row with the largest of ``means``, its scores ``key``, if it is better than each other row.
@@ -55,18 +48,19 @@ class RowTests:
         return first if others and better else None
 
     def _is_better(self, one: int, other: int, key: str, level: float) -> bool:
-        if (found := self._tested(one, other)) is None:
-            return False
-        keys = ("mean_iou", "pixel_accuracy", *(f"iou/{name}" for name in self.groups[one].classes))
-        gain, p_value = (values[keys.index(key)] for values in found)
-        return bool(gain > 0 and p_value <= level)
+        result, num_pairs = self.compared(other, one)
+        at = ["mean_iou", "pixel_accuracy", *(f"iou/{name}" for name in self.groups[one].classes)].index(key)
+        return num_pairs > 0 and bool(result.differences[at] > 0 and result.p_values[at] <= level)
 
-    def _test(self, one: int, other: int) -> tuple[Floats, Floats] | None:
-        pairs = _pairs(self.groups[other], self.groups[one])
-        if not pairs or pairs[0][0].results["num_images"] < 2:
-            return None
-        first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
-        return paired_test(first, second, num_samples=self.num_samples)
+
+def compare_groups(one: Group, other: Group, *, num_samples: int) -> tuple[Any, int]:
+    """Return the comparison (PairedComparison) of ``other`` with ``one``, and of how many pairs of runs; None and 0
+    if they cannot be paired."""
+    pairs = _pairs(one, other)
+    if not pairs or pairs[0][0].results["num_images"] < 2:
+        return None, 0
+    first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
+    return compare_runs(first, second, num_samples=num_samples), len(pairs)
 
 
 def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
@@ -98,14 +92,9 @@ def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, M
 
 def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) -> list[PairedTest]:
     """Test every other group against ``baseline`` on the same images; groups that cannot be paired are left out."""
-    found = []
-    for group in groups:
-        if group is baseline:
-            continue
-        pairs = _pairs(baseline, group)
-        if pairs and pairs[0][0].results["num_images"] > 1:
-            first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
-            found.append((group, compare_runs(first, second, num_samples=num_samples), len(pairs)))
+    others = [group for group in groups if group is not baseline]
+    tested = [(group, *compare_groups(baseline, group, num_samples=num_samples)) for group in others]
+    found = [one for one in tested if one[2]]
     corrected = holm([result.p_value for _, result, _ in found])
     return [PairedTest(*one, p_value) for one, p_value in zip(found, corrected, strict=True)]
 

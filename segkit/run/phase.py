@@ -29,6 +29,7 @@ from segkit.run.splits import Splits
 from segkit.run.validation import Validation
 from segkit.training import checkpoint, distributed
 from segkit.training.precision import Mixed
+from segkit.training.sinks import Row
 from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
 from segkit.training.trainer import Settings, Trainer
@@ -224,16 +225,16 @@ def _open_charts(phase: Phase, tracker: Tracker) -> None:
     """Show what is shown once a phase; a run that goes on has it already."""
     config, counts = phase.config, phase.counts
     layout = charts.LAYOUT | (charts.MARGIN_LAYOUT if phase.observer else {})
-    tracker.layout(layout | (charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}))
+    layout |= charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}
+    own = config.schedule[phase.name].lr
+    lr = own if own is not None else config.optimizer["lr"]
+    values = charts.hparams(config, phase.name, lr=lr, num_steps=phase.plan.num_steps)
+    row = Row(values, charts.HPARAMS, charts.FIRST_HPARAMS, charts.SCORES)
+    tracker.describe(layout, row if phase.is_last else None)
     table = phase.batches.splits.train
     crops = phase.batches.first_crops(config.evaluation.pictures) if distributed.is_main() else []
     charts.show_crops(tracker, crops, palette=table.palette, classes=table.classes)
     charts.show_margins(tracker, charts.margin_buffers(phase.loss), classes=counts.classes, pixels=counts.class_pixels)
-    if phase.is_last:
-        own = config.schedule[phase.name].lr
-        lr = own if own is not None else config.optimizer["lr"]
-        values = charts.hparams(config, phase.name, lr=lr, num_steps=phase.plan.num_steps)
-        tracker.hparams(values, columns=charts.HPARAMS, first=charts.FIRST_HPARAMS, scores=charts.SCORES)
 
 
 def _training_facts(phase: Phase, trainer: Trainer) -> dict[str, Any]:

@@ -87,11 +87,8 @@ class Validation:
         classes = {name: {score: values[score] for score in SCORES} for name, values in results["classes"].items()}
         summary = {key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_classes_averaged")}
         self.tracker.record(step, {"split": "val", **summary, "classes": classes})
-        scalars = {
-            "curves/mean_iou" if key == "mean_iou" else f"val/{key}": value
-            for key, value in summary.items()
-            if value is not None
-        }
+        tags = {key: f"val/{key}" for key in summary} | {"mean_iou": "curves/mean_iou"}
+        scalars = {tags[key]: value for key, value in summary.items() if value is not None}
         for score in SCORES:
             scalars |= {
                 f"val_{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None

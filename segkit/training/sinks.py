@@ -12,20 +12,28 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from segkit.errors import InputError
 from segkit.files import read_json, write_json
 
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
-"""What a tracker needs that segkit does not install by itself, as package and as extra."""
+
+class Row(NamedTuple):
+    """Hyper-parameters, and how a table of runs shows them: all its ``columns``, each with a value of its type, those
+    that come ``first``, and the scalars whose last values stand beside them."""
+
+    values: dict[str, Any]
+    columns: dict[str, Any]
+    first: Sequence[str]
+    scores: Sequence[str]
 
 
 class Sink:
-    """What a tracker tells it to show; a sink shows what it can. ``step`` counts over all phases of the run."""
+    """What a tracker tells; each sink shows what it can. ``step`` counts over all phases of the run."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Show numbers by their tags."""
@@ -34,22 +42,13 @@ class Sink:
         """Show an RGB picture, uint8 (H, W, 3)."""
 
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
-        """Show a histogram: ``counts`` (B,) of the bins between ``edges`` (B + 1,), numpy arrays."""
+        """Show ``counts`` (B,) of the bins between ``edges`` (B + 1,), numpy arrays."""
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text in Markdown."""
 
-    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
-        """Arrange charts: category -> title of a chart -> patterns of its scalars."""
-
-    def hparams(
-        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
-    ) -> None:
-        """Show hyper-parameters.
-
-        A table of runs has ``columns``, each with a value of its type, and begins with ``first``; ``scores`` are the
-        scalars whose last values it shows.
-        """
+    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
+        """Arrange charts (category -> title -> patterns of scalars) and, in the last phase, begin a row of a table."""
 
     def finished(self, *, is_last: bool) -> None:
         """Note that the phase was trained to its end, and whether it is the run's last."""
@@ -60,17 +59,16 @@ class Sink:
 
 def check_installed(kind: str) -> None:
     """Raise InputError if the package that the tracker ``kind`` needs is not installed."""
-    if kind in PACKAGES:
-        found = find_spec(PACKAGES[kind])
-        if found is None or found.origin is None:  # None: a folder of that name, which wandb leaves behind
-            raise InputError(f"tracker={kind} needs a package that is not installed: pip install 'segkit[{kind}]'")
+    found = find_spec(kind) if kind in ("wandb", "mlflow") else None
+    if kind in ("wandb", "mlflow") and (found is None or found.origin is None):  # None: a folder that wandb has left
+        raise InputError(f"tracker={kind} needs a package that is not installed: pip install 'segkit[{kind}]'")
 
 
 def open_sink(kind: str, folder: Path, *, phase: str, run: Path, purge_step: int | None) -> Sink:
     """Return the sink ``kind`` of the phase in ``folder``, which goes on at ``purge_step``; None for a new one."""
     if kind == "tensorboard":
         return TensorBoard(folder, purge_step=purge_step)
-    return {"wandb": WandB, "mlflow": MLflow, "none": Sink}[kind](*(() if kind == "none" else (run, phase)))
+    return Sink() if kind == "none" else {"wandb": WandB, "mlflow": MLflow}[kind](run, phase)
 
 
 # -- TensorBoard ---------------------------------------------------------------------------------------------------
@@ -114,32 +112,26 @@ class TensorBoard(Sink):
     def text(self, step: int, tag: str, text: str) -> None:
         self.writer.add_text(tag, text, step)
 
-    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
-        """Arrange the tab of custom scalars."""
-        charts = {
-            name: {title: ["Multiline", tags] for title, tags in items.items()} for name, items in categories.items()
-        }
-        self.writer.add_custom_scalars(charts)
-
-    def hparams(
-        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
-    ) -> None:
-        """Begin this run's row; ``SummaryWriter.add_hparams`` would make a run of its own for this."""
+    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
+        """Arrange the tab of custom scalars; ``SummaryWriter.add_hparams`` would make a run of its own for the row."""
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
-        head, _, _ = hparams(columns, dict.fromkeys(scores, 0.0))
+        layout = {name: {title: ["Multiline", tags] for title, tags in of.items()} for name, of in charts.items()}
+        self.writer.add_custom_scalars(layout)
+        if row is None:
+            return
+        head, _, _ = hparams(row.columns, dict.fromkeys(row.scores, 0.0))
         plugin = head.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
         for column in content.experiment.hparam_infos:
-            column.differs = column.name in first  # TensorBoard shows the columns that differ before the others
+            column.differs = column.name in row.first  # TensorBoard shows the columns that differ before the others
         plugin.content = content.SerializeToString()
-        _, start, _ = hparams(values, {})
-        for summary in (head, start):
+        for summary in (head, hparams(row.values, {})[1]):
             self.writer.file_writer.add_summary(summary)
 
     def finished(self, *, is_last: bool) -> None:
-        """End the row that :meth:`hparams` began, which stands with the last phase."""
+        """End the row that :meth:`describe` began."""
         from torch.utils.tensorboard.summary import hparams
 
         if is_last:
@@ -171,20 +163,17 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
 
 class _Remembering(Sink):
-    """Keeps in RUN/``kind``-``phase``.json which run of the service is its own, and the last step shown of each tag."""
+    """Keeps in a file of the run folder which run of the service is its own, and the last step shown of each tag."""
 
-    kind = ""
-
-    def __init__(self, run: Path, phase: str) -> None:
-        self.path = run / f"{self.kind}-{phase}.json"
-        self.name = f"{run.resolve().name}/{phase}"
+    def __init__(self, kind: str, run: Path, phase: str) -> None:
+        self.path, self.name = run / f"{kind}-{phase}.json", f"{run.resolve().name}/{phase}"
         content = read_json(self.path, cure="delete it, and a new run is shown") if self.path.is_file() else {}
         self.id: str | None = content.get("id")
         self.shown: dict[str, int] = content.get("shown", {})
 
-    def new(self, step: int, tags: Iterable[str]) -> set[str]:
-        """Return the ``tags`` that have not been shown at ``step`` yet, and note on the disk that they are now."""
-        found = {tag for tag in tags if self.shown.get(tag, -1) < step}
+    def new(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Return what of ``values`` no process has shown at ``step`` or later, and note on the disk that it is now."""
+        found = {tag: value for tag, value in values.items() if self.shown.get(tag, -1) < step}
         if found:
             self.shown |= dict.fromkeys(found, step)
             write_json(self.path, {"id": self.id, "shown": self.shown})
@@ -192,64 +181,42 @@ class _Remembering(Sink):
 
 
 class WandB(_Remembering):
-    """A run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are read by the package."""
-
-    kind = "wandb"
+    """A run of Weights & Biases; the package reads WANDB_MODE and the like."""
 
     def __init__(self, run: Path, phase: str) -> None:
-        import wandb
-
-        super().__init__(run, phase)
+        wandb: Any = import_module("wandb")
+        super().__init__("wandb", run, phase)
         self.id = self.id or uuid.uuid4().hex
-        self.wandb: Any = wandb
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "segkit",
-            id=self.id,
-            name=self.name,
-            group=str(run),
-            dir=run,
-            resume="allow",
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        project, settings = os.environ.get("WANDB_PROJECT") or "segkit", wandb.Settings(console="off", silent=True)
+        facts = {"project": project, "name": self.name, "group": str(run), "dir": run}
+        self.run: Any = wandb.init(id=self.id, resume="allow", settings=settings, **facts)
         self.run.define_metric("*", step_metric="step")
+        self.image, self.bins = wandb.Image, wandb.Histogram
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._log(step, values)
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        if new := self.new(step, values):
+            self.run.log({"step": step, **new})
 
     def picture(self, step: int, tag: str, pixels: Any) -> None:
-        self._log(step, {tag: self.wandb.Image(pixels)})
+        self.scalars(step, {tag: self.image(pixels)})
 
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
-        self._log(step, {tag: self.wandb.Histogram(np_histogram=(counts, edges))})
+        self.scalars(step, {tag: self.bins(np_histogram=(counts, edges))})
 
-    def hparams(
-        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
-    ) -> None:
-        self.run.config.update(values, allow_val_change=True)
-
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        if new := self.new(step, values):
-            self.run.log({"step": step, **{tag: value for tag, value in values.items() if tag in new}})
+    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
+        self.run.config.update(row.values if row else {}, allow_val_change=True)
 
     def close(self) -> None:
         self.run.finish()
 
 
-MOST_METRICS = 1000
-"""MLflow takes no more in one call."""
-
-
 class MLflow(_Remembering):
-    """A run of MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are read from the environment."""
-
-    kind = "mlflow"
+    """A run of MLflow; the package reads MLFLOW_TRACKING_URI."""
 
     def __init__(self, run: Path, phase: str) -> None:
-        from mlflow import MlflowClient
-
-        super().__init__(run, phase)
-        self.client: Any = MlflowClient()
-        self.status = "KILLED"
+        super().__init__("mlflow", run, phase)
+        self.mlflow: Any = import_module("mlflow")
+        self.client, self.status = self.mlflow.MlflowClient(), "KILLED"
         if self.id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "segkit"
             known = self.client.get_experiment_by_name(name)
@@ -258,25 +225,20 @@ class MLflow(_Remembering):
         self.client.update_run(self.id, status="RUNNING")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        new, now = self.new(step, values), int(1000 * time.time())
-        metrics = [Metric(_mlflow_name(tag), value, now, step) for tag, value in values.items() if tag in new]
-        for at in range(0, len(metrics), MOST_METRICS):
-            self.client.log_batch(self.id, metrics=metrics[at : at + MOST_METRICS])
+        metric, now = self.mlflow.entities.Metric, int(1000 * time.time())
+        metrics = [metric(_mlflow_name(tag), value, now, step) for tag, value in self.new(step, values).items()]
+        for at in range(0, len(metrics), 1000):  # it takes no more in one call
+            self.client.log_batch(self.id, metrics=metrics[at : at + 1000])
 
     def picture(self, step: int, tag: str, pixels: Any) -> None:
-        if self.new(step, [tag]):
-            self.client.log_image(self.id, pixels, f"{_mlflow_name(tag)}/{step:08d}.png")
+        self.client.log_image(self.id, pixels, f"{_mlflow_name(tag)}/{step:08d}.png")
 
     def text(self, step: int, tag: str, text: str) -> None:
         self.client.log_text(self.id, text, f"{_mlflow_name(tag)}.md")
 
-    def hparams(
-        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
-    ) -> None:
-        for name in self.new(0, values):
-            self.client.log_param(self.id, name, values[name])
+    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
+        for name, value in self.new(0, row.values if row else {}).items():
+            self.client.log_param(self.id, name, value)
 
     def finished(self, *, is_last: bool) -> None:
         self.status = "FINISHED"

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,20 +156,12 @@ class Tracker:
         """Show a histogram: ``counts`` (B,) of the bins between ``edges`` (B + 1,); none if empty."""
         filled = counts.nonzero()[0]
         if len(filled):
-            first, last = filled[0], filled[-1] + 1
-            self._tell(
-                lambda sink: sink.histogram(self.offset + step, tag, counts[first:last], edges[first : last + 1])
-            )
+            first, last, at = filled[0], filled[-1] + 1, self.offset + step
+            self._tell(lambda sink: sink.histogram(at, tag, counts[first:last], edges[first : last + 1]))
 
-    def layout(self, categories: dict[str, dict[str, list[str]]]) -> None:
-        """Arrange the charts; see :meth:`segkit.training.sinks.Sink.layout`."""
-        self._tell(lambda sink: sink.layout(categories))
-
-    def hparams(
-        self, values: dict[str, Any], *, columns: dict[str, Any], first: Sequence[str], scores: Sequence[str]
-    ) -> None:
-        """Show hyper-parameters; see :meth:`segkit.training.sinks.Sink.hparams`."""
-        self._tell(lambda sink: sink.hparams(values, columns=columns, first=first, scores=scores))
+    def describe(self, charts: dict[str, dict[str, list[str]]], row: sinks.Row | None) -> None:
+        """Arrange the charts, and begin the run's row; see :meth:`segkit.training.sinks.Sink.describe`."""
+        self._tell(lambda sink: sink.describe(charts, row))
 
     def finished(self, *, is_last: bool = True) -> None:
         """Note that the phase was trained to its end."""

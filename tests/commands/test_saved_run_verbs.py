@@ -87,6 +87,7 @@ def test_compare_predicts_images_again(finished, call, tmp_path):
         np.testing.assert_array_equal(prediction, kept_prediction)
         assert np.abs(image.astype(int) - kept_image).mean() < 8  # a JPEG
         assert again[name].palette == picture.palette
+        assert again[name].image.parent.parent == finished.resolve() / record.phase / "evaluations"
     turned = dataclasses.replace(record.per_image, names=record.per_image.names[::-1])
     with pytest.raises(InputError, match=r"is not the one that .* has the score of: its data or its checkpoint"):
         compare.predicted(dataclasses.replace(record, per_image=turned), list(stored), arguments)

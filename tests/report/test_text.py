@@ -146,7 +146,7 @@ def test_csv_reads_back(table):
 def test_a_long_name_is_whole_on_a_narrow_terminal():
     name = "traffic_sign_" * 10
     text = screen_table(["class", "IoU"], [[name, "61.20"]], left=["class"], width=80)
-    assert "".join(line.split()[0] for line in text.splitlines()[2:]) == name
+    assert "".join(line.split()[0] for line in text.splitlines()[2:] if "─" not in line) == name
     assert "61.20" in text
 
 

@@ -23,8 +23,8 @@ def train(folder, steps, *, kind, is_finished=False):
     tracker = Tracker(folder, phase="train", run_metrics=run, num_steps=9, offset=100, kind=kind)
     tracker.truncate(10**6 if steps[0] > 1 else 0, step=steps[0] - 1)
     if steps[0] == 1:
-        tracker.hparams({"lr": 0.1, "loss": "dice"}, columns={"lr": 0.0, "loss": "", "tau": 0.0}, first=[], scores=[])
-        tracker.layout({"training": {"loss": ["curves/loss"]}})
+        row = sinks.Row({"lr": 0.1, "loss": "dice"}, {"lr": 0.0, "loss": "", "tau": 0.0}, [], [])
+        tracker.describe({"training": {"loss": ["curves/loss"]}}, row)
         tracker.text("margins", "| a |")
     for step in steps:
         tracker.training(step, {"loss": float(step), "lr": 0.5 / step})
@@ -57,8 +57,8 @@ class Fake(sinks.Sink):
     def picture(self, step, tag, pixels):
         self.told.append((step, tag, pixels.shape))
 
-    def hparams(self, values, *, columns, first, scores):
-        self.told.append(("hparams", values))
+    def describe(self, charts, row):
+        self.told.append(("row", row.values))
 
     def close(self):
         self.told.append("closed")
@@ -70,7 +70,7 @@ def test_a_sink_is_told_everything(folder, monkeypatch):
     train(folder, range(1, 3), kind="tensorboard")
     assert asked == [("tensorboard", folder, {"phase": "train", "run": folder.parent, "purge_step": None})]
     assert fake.told == [
-        ("hparams", {"lr": 0.1, "loss": "dice"}),
+        ("row", {"lr": 0.1, "loss": "dice"}),
         (101, "curves/loss", 1.0),
         (101, "train/lr", 0.5),
         (102, "curves/loss", 2.0),
@@ -127,7 +127,7 @@ EXPECTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the package
+@pytest.mark.filterwarnings("ignore", "error:tracker")  # those of the package, and not ours
 def test_mlflow_shows_every_step_once(folder, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -164,15 +164,16 @@ def log_records(content):
             record = b""
 
 
-@pytest.mark.filterwarnings("ignore")  # of the package
+@pytest.mark.filterwarnings("ignore", "error:tracker")  # those of the package, and not ours
 def test_wandb_shows_every_step_once(folder, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(folder, range(1, 6), kind="wandb")
-    time.sleep(1.01)  # the package names a folder by the second
-    train(folder, range(4, 9), kind="wandb", is_finished=True)
+    for steps in (range(1, 6), range(4, 9)):
+        train(folder, steps, kind="wandb")
+        wandb.teardown()  # as the end of a process
+        time.sleep(1.01)  # the package names a folder by the second
     found, ids, config = {}, set(), {}
     for path in sorted(folder.parent.glob("wandb/offline-run-*/*.wandb")):
         for data in log_records(path.read_bytes()):

@@ -13,6 +13,7 @@ from tensorboard.plugins.hparams import metadata
 
 from segkit.errors import Interrupted
 from segkit.training import checkpoint
+from segkit.training.sinks import Row
 from segkit.training.tracking import Tracker
 
 
@@ -160,14 +161,14 @@ def test_histogram_of_counts(tmp_path):
 def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
     tracker = Tracker(tmp_path, phase="train", num_steps=1)
     columns = {"loss": "", "lr": 0.0, "tau": 0.0}
-    tracker.hparams({"loss": "dice", "lr": 0.1}, columns=columns, first=["tau"], scores=["val/mean_iou"])
-    tracker.layout({"training": {"loss": ["curves/loss"], "IoU": ["val_iou/.*"]}})
+    row = Row({"loss": "dice", "lr": 0.1}, columns, ["tau"], ["curves/mean_iou"])
+    tracker.describe({"training": {"loss": ["curves/loss"], "IoU": ["val_iou/.*"]}}, row)
     tracker.close()
     found = events(tmp_path)
     experiment, start, end = hparams_of(found)
     assert {item.name: item.type for item in experiment.hparam_infos} == {"loss": 1, "lr": 3, "tau": 3}
     assert [item.name for item in experiment.hparam_infos if item.differs] == ["tau"]
-    assert [item.name.tag for item in experiment.metric_infos] == ["val/mean_iou"]
+    assert [item.name.tag for item in experiment.metric_infos] == ["curves/mean_iou"]
     assert start.hparams["loss"].string_value == "dice"
     assert start.hparams["lr"].number_value == 0.1
     assert set(start.hparams) == {"loss", "lr"}
@@ -189,8 +190,7 @@ def test_hyper_parameters_and_layout_are_of_the_run_itself(tmp_path):
 def test_a_rank_that_does_not_write_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = Tracker(None, phase="train", num_steps=1)
-    tracker.hparams({}, columns={}, first=[], scores=[])
-    tracker.layout({})
+    tracker.describe({}, Row({}, {}, [], []))
     tracker.text("a", "b")
     tracker.histogram(0, "a", np.ones(2), np.arange(3))
     tracker.finished()

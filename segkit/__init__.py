@@ -68,9 +68,9 @@ def evaluate(run: Path | str, **options: Any) -> dict[str, Any]:
 def predict(images: Iterable[Path | str | ndarray], run: Path | str, **options: Any) -> list[ndarray]:
     """Label images as ``segkit predict RUN`` does; returns one array (H, W) of class numbers an image, in order.
 
-    ``images``: paths, or uint8 RGB arrays (H, W, 3). ``run``: a run folder, or what ``segkit export`` wrote.
-    ``options`` are those of the verb, with underscores: ``tta="flip", slide="512x512", device="cpu"``. Raises
-    :class:`segkit.errors.InputError` also for an image that cannot be read.
+    ``images``: paths, or arrays (H, W, C) of what the model was trained on, uint8 RGB by default. ``run``: a run
+    folder, or what ``segkit export`` wrote. ``options`` are those of the verb, with underscores: ``tta="flip",
+    slide="512x512", device="cpu"``. Raises :class:`segkit.errors.InputError` also for an image that cannot be read.
     """
     from segkit.commands import predict as verb
     from segkit.commands.options import words

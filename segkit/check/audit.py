@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segkit.data.decode import image_size, orientation
+from segkit.data.bands import image_size
+from segkit.data.decode import orientation
 from segkit.data.samples import SampleSet
 from segkit.data.statistics import byte_histogram
 from segkit.data.workers import map_samples

@@ -92,6 +92,7 @@ def rarest(split: Any, num: int, config: Any) -> list[int]:
 def samples(config: Any, phase: str, split: Any, draws: Sequence[Any]) -> list[dict[str, Any]]:
     """Return name, pictures [(address, caption), ...] and class shares of every sample, clean and as in epoch 0."""
     from segkit.data.loader import crop_of
+    from segkit.evaluation.overlay import visible
     from segkit.report.pictures import overlay, panel
     from segkit.run.build import train_transform
 
@@ -104,6 +105,7 @@ def samples(config: Any, phase: str, split: Any, draws: Sequence[Any]) -> list[d
         pictures = []
         for kind, transform in kinds.items():
             image, label = crop_of(split, transform, draw)
+            image = visible(image)
             pictures += [(panel(image), kind), (panel(overlay(image, label, split.palette)), f"{kind}, label")]
         parts = {name: float((label == k).mean()) for k, name in enumerate(split.classes)}
         shares = sorted(((share, name) for name, share in parts.items() if share), reverse=True)

@@ -210,7 +210,7 @@ def add_bias(saved: SavedRun, model: Any, bias: Any) -> None:
 
     biased = BiasedModel(model, bias)
     layers = [part for part in model.modules() if isinstance(part, nn.Conv2d) and part.out_channels == len(bias)]
-    images = torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.rand(1, len(model.mean), 64, 64, generator=torch.Generator().manual_seed(0)) * model.divisor
     if not layers or layers[-1].bias is None:
         raise InputError(f"the model of {saved.path} has no last layer with a bias: export it with --decision argmax")
     with torch.no_grad():

@@ -133,7 +133,7 @@ def predictor(decision: Any, model: Any, precision: str) -> Any:
 
 
 def real_images(split: Any, resize: dict[str, Any]) -> Iterator[Any]:
-    """Yield up to :data:`NUM_IMAGES` images (H, W, 3) from all over the split, at the size of the evaluation.
+    """Yield up to :data:`NUM_IMAGES` images (H, W, C) from all over the split, at the size of the evaluation.
 
     Every second one is cut to odd sides, which no stride divides. None for a split that is not there.
     """

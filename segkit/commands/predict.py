@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
+from segkit.config.dataset import RGB
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -41,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     limit_pixels(arguments)
     from segkit.commands.scorers import load
-    from segkit.data.decode import orientation, read_rgb
+    from segkit.data.decode import orientation
     from segkit.data.files import find_images
     from segkit.evaluation.predict import Outputs, predict_files
     from segkit.progress import track
@@ -56,7 +57,9 @@ def run(argv: Sequence[str]) -> None:
     scorers = {title(arguments.run): first}
     if arguments.side_by_side:
         other = load(arguments.side_by_side, arguments, device)
-        if difference := differing_classes(other.classes, first.classes):
+        difference = differing_classes(other.classes, first.classes)
+        if difference or other.kind != first.kind:
+            difference = difference or f"of images of {other.kind} instead of {first.kind}"
             raise InputError(
                 f"{arguments.side_by_side} predicts other classes than {arguments.run} ({difference}): name two runs "
                 "of one data set"
@@ -66,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
         {name: loaded.score for name, loaded in scorers.items()},
         images,
         arguments.output,
-        read_image=read_rgb,
+        read_image=first.read,
         classes=first.classes,
         palette=first.palette,
         device=device,
@@ -90,29 +93,29 @@ def run(argv: Sequence[str]) -> None:
 
 
 def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
-    """Return the class map (H, W) of each of ``images``, paths or uint8 arrays (H, W, 3)."""
+    """Return the class map (H, W) of each of ``images``, paths or arrays (H, W, C) of what the model was trained on."""
     limit_pixels(arguments)
     from segkit.commands.scorers import load
-    from segkit.data.decode import read_rgb
     from segkit.evaluation.predict import predict_arrays
     from segkit.runtime import resolve_device
     from segkit.training.precision import DTYPES
 
+    device = resolve_device(arguments.device)
+    model = load(arguments.run, arguments, device)
+
     def pixels(image: Any) -> np.ndarray:
         if not isinstance(image, np.ndarray):
-            return read_rgb(Path(image))
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            return model.read(Path(image))
+        if image.ndim != 3 or (image.shape[2], image.dtype) != model.kind or not image.size:
             raise InputError(
-                f"an image is an array of {image.dtype} of the shape {image.shape}, but must be uint8 RGB of the shape "
-                "(H, W, 3): convert it"
+                f"an image is an array of {image.dtype} of the shape {image.shape}, but must be "
+                f"{model.kind[1]}{' RGB' if model.kind == RGB else ''} of the shape (H, W, {model.kind[0]}): convert it"
             )
         return image
 
-    device = resolve_device(arguments.device)
-    model = load(arguments.run, arguments, device)
     chosen = replace(inference(arguments, model.window), decide=model.decide)
-    arrays, dtype = map(pixels, images), DTYPES[arguments.precision]
-    return predict_arrays(model.score, arrays, inference=chosen, prepare=model.prepare, device=device, dtype=dtype)
+    options = {"inference": chosen, "prepare": model.prepare, "device": device, "dtype": DTYPES[arguments.precision]}
+    return predict_arrays(model.score, map(pixels, images), **options)
 
 
 def title(run: Path) -> str:

@@ -67,7 +67,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     config = read_config(bundle / "config.json")
     if failed["phase"] not in config.schedule:
         raise InputError(f"{bundle / 'error.json'} names phase {failed['phase']!r}, which config.json lacks: {CURE}")
-    batch = stored_batch(bundle) if (bundle / "batch.pt").is_file() else read_again(config, failed)
+    batch = stored_batch(bundle, config.images) if (bundle / "batch.pt").is_file() else read_again(config, failed)
     content = read_counts(bundle / failure.COUNTS) | {"ignored_pixels": 0, "num_images": 1, "fingerprint": ""}
     counts = LabelCounts.from_json(json.dumps(content))
     runtime.set_determinism(strict=config.determinism.value == "strict")
@@ -85,8 +85,8 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     return failure.examine(model, loss, batch, mixed=mixed, seed=where.seed(config.seed))
 
 
-def stored_batch(bundle: Path) -> Any:
-    """Return the batch that was saved with the bundle; InputError if the file holds none."""
+def stored_batch(bundle: Path, kind: Any) -> Any:
+    """Return the batch that was saved with the bundle; InputError if the file holds none of the ``kind`` of images."""
     import torch
 
     from segkit.data.loader import Batch
@@ -97,12 +97,14 @@ def stored_batch(bundle: Path) -> Any:
     try:
         batch = Batch(**content)
         images, labels = batch.images, batch.labels
-        good = images.dtype == labels.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
-        good = good and labels.shape == (len(images), *images.shape[2:]) and labels.numel() > 0
+        good = images.dtype == getattr(torch, kind.dtype.value) and labels.dtype == torch.uint8 and images.dim() == 4
+        shape = len(images), kind.in_channels, *labels.shape[1:]
+        good = good and labels.dim() == 3 and images.shape == shape and labels.numel() > 0
     except (TypeError, AttributeError):
         good = False
     if not good:
-        raise InputError(f"{path} holds no images (N, 3, H, W) and labels (N, H, W) of 8 bits: {CURE}")
+        wanted = f"(N, {kind.in_channels}, H, W) of {kind.dtype.value}"
+        raise InputError(f"{path} holds no images {wanted} and labels (N, H, W) of 8 bits: {CURE}")
     return batch
 
 

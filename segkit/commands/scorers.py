@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from segkit.commands.options import PROGRAMS
+from segkit.config.dataset import RGB
 from segkit.config.schema import plain
 from segkit.errors import InputError
 
@@ -20,10 +21,10 @@ GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
 
 @dataclass(frozen=True)
 class Loaded:
-    """``score``: images uint8 (N, 3, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``.
+    """``score``: images (N, C, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``.
 
     ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`. ``resize``: that of
-    the run's evaluation.
+    the run's evaluation. ``kind``: channels and type of its images.
     """
 
     score: Any
@@ -32,9 +33,16 @@ class Loaded:
     palette: np.ndarray
     decide: Callable[[Any], Any] | None = None
     resize: Mapping[str, Any] = field(default_factory=dict)
+    kind: tuple[int, str] = RGB
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return the image (H, W, C) in the file ``path``, as the data set of the run reads it."""
+        from segkit.data.bands import read_bands
+
+        return read_bands(path, self.kind)
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """Return ``image`` (H, W, 3) at the size at which the run evaluates."""
+        """Return ``image`` (H, W, C) at the size at which the run evaluates."""
         from segkit.data.transforms import resize_image, target_size
 
         return resize_image(image, target_size(image.shape[:2], self.resize))
@@ -63,6 +71,7 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
     facts = {"classes": counts["classes"], "palette": palette}
     facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
+    facts |= dict(zip(("in_channels", "dtype"), dataset.kind, strict=True))
     return _loaded(decision.around(model), facts, decide=decision.decide)
 
 
@@ -120,4 +129,6 @@ def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Nam
 
 def _loaded(score: Any, facts: Mapping[str, Any], decide: Callable[[Any], Any] | None = None) -> Loaded:
     palette = np.asarray(facts["palette"], np.uint8)
-    return Loaded(score, facts["crop"], tuple(facts["classes"]), palette, decide=decide, resize=facts["resize"])
+    kind = facts.get("in_channels", 3), facts.get("dtype", "uint8")
+    classes = tuple(facts["classes"])
+    return Loaded(score, facts["crop"], classes, palette, decide=decide, resize=facts["resize"], kind=kind)

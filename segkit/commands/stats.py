@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
+from segkit.config.dataset import RGB
 from segkit.config.schema import Config
 from segkit.errors import InputError
 from segkit.files import write_atomically, write_json
@@ -22,7 +23,8 @@ def parser() -> ArgumentParser:
     """Return the parser of the verb's arguments."""
     verb = verb_parser(
         "stats",
-        "Count the label pixels of every class, and show the margins of the loss that follow from them.",
+        "Count the label pixels of every class, and show the margins of the loss that follow from them; of images that "
+        "are not 8-bit RGB also mean and deviation of each channel.",
         example="dataset=camvid dataset.root=data/CamVid loss.tau=5 --plot shares.png",
     )
     verb.add_argument("overrides", **OVERRIDES)
@@ -74,7 +76,7 @@ def margin_arguments(loss: dict[str, Any]) -> dict[str, Any]:
 def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return one row a class, and what the rows have in common."""
     from segkit.config.schema import cache_dir_of
-    from segkit.data.statistics import count_labels
+    from segkit.data.statistics import count_labels, image_statistics
     from segkit.margins import compute_margins
 
     counts = count_labels(split, workers=config.workers, cache_dir=cache_dir_of(config))
@@ -102,6 +104,9 @@ def rows_of(config: Config, split: Any) -> tuple[list[dict[str, Any]], dict[str,
         "ignored_share": ignored / (valid + ignored),
         "margins": arguments,
     }
+    if config.dataset.kind != RGB:
+        found = image_statistics(split, divisor=config.dataset.dtype.divisor, workers=config.workers)
+        summary |= {key: [float(f"{value:.6g}") for value in found[key]] for key in found}
     return rows, summary
 
 
@@ -122,7 +127,8 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["#", "class", "pixels", "share %", "images", "rho_0k", "rho_k0"]
     ignored = f"ignored: {summary['ignored_pixels']:,} pixels, {100 * summary['ignored_share']:.2f} % of all"
-    return f"{for_terminal(title)}\n{screen_table(head, cells, left=['class'])}\n{ignored}"
+    images = [f"dataset.{key}=[{','.join(map(str, summary[key]))}]" for key in ("mean", "std") if key in summary]
+    return "\n".join([for_terminal(title), screen_table(head, cells, left=["class"]), ignored, *images])
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

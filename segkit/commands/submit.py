@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     limit_pixels(arguments)
     check_writable(arguments, "output")
     from segkit.commands.decision import decision_of
-    from segkit.data.decode import image_size
+    from segkit.data.bands import image_size
     from segkit.evaluation.submission import check_images, write_submission
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,6 +23,23 @@ class SamplerKind(Enum):
     uniform = "uniform"
     class_balanced = "class_balanced"
     rare_crop = "rare_crop"
+
+
+RGB = (3, "uint8")
+"""Channels and type of images that are colours."""
+
+
+class ImageType(Enum):
+    """Type of the values of an image, as numpy names it."""
+
+    uint8 = "uint8"
+    uint16 = "uint16"
+    float32 = "float32"
+
+    @property
+    def divisor(self) -> float:
+        """What values are divided by before the mean is subtracted: the greatest of an integer type."""
+        return {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}[self.value]
 
 
 def require(condition: bool, message: str) -> None:
@@ -96,12 +114,18 @@ class DatasetConfig:
 
     ``holdout``: share of the images of ``train_split``, chosen by a hash of their names, that is kept out of training,
     for what is to be fitted on images that the weights have not seen (:mod:`segkit.run.splits`). ``rare_crop``: the
-    probability that the sampler of this name takes a crop of a rare class.
+    probability that the sampler of this name takes a crop of a rare class. ``in_channels``, ``dtype``: of images; those
+    that are not 8-bit RGB need ``mean`` and ``std``, one value a channel, of values divided by ``dtype.divisor``, which
+    `segkit stats` prints. Null is what the model's encoder was trained with.
     """
 
     name: str
     reader: dict[str, Any]
     root: str | None = None
+    in_channels: int = 3
+    dtype: ImageType = ImageType.uint8
+    mean: list[float] | None = None
+    std: list[float] | None = None
     train_split: str = "train"
     val_split: str = "val"
     holdout: float = 0.0
@@ -131,6 +155,7 @@ class DatasetConfig:
         require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
         for key in ("resize", "eval_resize"):
             getattr(self, key).check(f"dataset.{key}")
+        self._check_images()
         require(
             0 <= self.holdout <= 0.5,
             f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
@@ -141,3 +166,32 @@ class DatasetConfig:
             require(
                 0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."
             )
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        """Channels and type of the images; :data:`RGB` by default."""
+        return self.in_channels, self.dtype.value
+
+    def _check_images(self) -> None:
+        most, mean, std = 1000, self.mean or [], self.std or []
+        require(
+            1 <= self.in_channels <= most,
+            f"dataset.in_channels is {self.in_channels}, but must be from 1 to {most}: set dataset.in_channels=3",
+        )
+        whole = self.dtype.divisor > 1
+        require(
+            self.mean is self.std is None
+            or (len(mean) == len(std) == self.in_channels and min(std) > 0 and max(mean) < (1 if whole else math.inf)),
+            f"dataset.mean is {self.mean} and dataset.std {self.std}, but {self.in_channels} values each are wanted "
+            f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations: set both "
+            "to what `segkit stats` prints, and leave a channel of one value out",
+        )
+
+    def check_statistics(self) -> None:
+        """Raise InputError if images need a mean and a deviation that are not given."""
+        require(
+            self.kind == RGB or self.mean is not None,
+            f"images of {self.in_channels} channels of {self.dtype.value} are not what an encoder was trained with, so "
+            "they need their own mean and deviation: run `segkit stats` with the same dataset.* and add the two lines "
+            "dataset.mean=... dataset.std=... that it prints",
+        )

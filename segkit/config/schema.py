@@ -282,6 +282,13 @@ class Config:
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"ema_decay is {self.ema_decay}, but must lie between 0 and 1, or be null: set ema_decay=0.999",
         )
+        for name in self.schedule:
+            first, own = ((item.kind, item.mean, item.std) for item in (self.images, self.phase_dataset(name)))
+            require(
+                own == first,
+                f"phase {name} has images of {own} and the first phase of {first} (in_channels, dtype, mean, std), but "
+                f"one model goes through all phases: set the same in schedule.{name}.dataset",
+            )
         require(
             self.head is Head.keep or self.init_from is not None,
             "head=reset replaces the last layer of init_from, but that is null: set init_from=PATH, or head=keep",
@@ -290,6 +297,11 @@ class Config:
             self.encoder_lr_factor > 0,
             f"encoder_lr_factor is {self.encoder_lr_factor}, but must be positive: set encoder_lr_factor=1.0",
         )
+
+    @property
+    def images(self) -> DatasetConfig:
+        """The data set that says of what kind the images of all phases are."""
+        return self.phase_dataset(next(iter(self.schedule)))
 
     def phase_dataset(self, name: str) -> DatasetConfig:
         """The data set of phase ``name``."""
@@ -328,7 +340,7 @@ def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
 
 
 FACTS: dict[str, tuple[str, ...]] = {
-    "model": ("num_classes", "classes"),
+    "model": ("num_classes", "classes", "in_channels"),
     "optimizer": ("params",),
     "loss": ("class_pixels", "class_names", "ignore_index", "palette", "num_classes"),
     "reader": ("root", "split"),

@@ -37,7 +37,7 @@ MAX_PIXELS = 200_000_000
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may try; its other readers are little tested, or start other programs."""
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _GREY, _RGB, _RGBA, _WITH_ALPHA = 0, 2, 6, (4, 6)  # colour types of a PNG
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
@@ -59,7 +59,7 @@ _UNDO = {
 
 # What the libraries raise on damaged files: OSError (also UnidentifiedImageError), SyntaxError of Pillow's PNG reader,
 # RuntimeError from imagecodecs, the others from Pillow's readers of chunks and tags.
-_DAMAGED = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError)
+DAMAGED = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 _limit = MAX_PIXELS
@@ -92,18 +92,18 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
     content = read_bytes(path, role="image")
     if content[:3] == _JPEG:
         height, width, channels = _jpeg_frame(content, path)
-        _check_pixels((height, width), path, role="image")
+        check_pixels((height, width), path, role="image")
         _check_jpeg_end(content, path)
         if channels < 4:
             return _with_opencv(content, path, shrink=shrink)
-    elif content[:8] == _PNG:
-        bits, colours = _png_header(content, path, role="image")
+    elif content[:8] == PNG:
+        bits, colours = png_header(content, path, role="image")
         if bits == 8 and colours in (_RGB, _RGBA):
-            image = _with_imagecodecs(content, path)
+            image = decode_png(content, path)
             return image if image.shape[2:] == (3,) else _over_white(image)
         if colours not in _WITH_ALPHA and not _has_transparent_colour(content):
             return _with_opencv(content, path)
-    with _pillow(io.BytesIO(content), path, role="image") as opened:
+    with pillow(io.BytesIO(content), path, role="image") as opened:
         return _rgb(opened, path)
 
 
@@ -117,15 +117,15 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
     """
     path = Path(path)
     content = read_bytes(path, role="label")
-    if content[:8] == _PNG and _png_header(content, path, role="label") == (8, _GREY):
-        label = _with_imagecodecs(content, path)
+    if content[:8] == PNG and png_header(content, path, role="label") == (8, _GREY):
+        label = decode_png(content, path)
         if label.ndim == 2:  # else the file has transparent grey values, which Pillow leaves out below
             return label
-    with _pillow(io.BytesIO(content), path, role="label") as image:
+    with pillow(io.BytesIO(content), path, role="label") as image:
         _check_lossless(image, content, path)
         _check_index_mode(image, path, colours_too=first_channel or image.format == "WEBP", deep=deep)
         bits = _grey_bits(image)
-        label = np.array(_as_stored(image, path))
+        label = np.array(as_stored(image, path))
         tags: Any = getattr(image, "tag_v2", {})
     if tags.get(_PHOTOMETRIC) == 0 and label.itemsize == 1:  # white is 0, and Pillow has turned the values around
         label = ~label
@@ -142,29 +142,23 @@ def read_colours(path: Path | str) -> np.ndarray:
     """Return the colours (H, W, 3) uint8 of a label file as they are stored; raises InputError if it has none."""
     path = Path(path)
     content = read_bytes(path, role="label")
-    with _pillow(io.BytesIO(content), path, role="label") as image:
+    with pillow(io.BytesIO(content), path, role="label") as image:
         _check_lossless(image, content, path)
         if image.mode not in ("RGB", "RGBA"):
             raise InputError(
                 f"label {path} is an index mask (mode {image.mode}), but others of its folder are colour images: "
                 "convert it, as the masks of a folder are of one kind"
             )
-        return np.ascontiguousarray(np.array(_as_stored(image, path))[..., :3])
+        return np.ascontiguousarray(np.array(as_stored(image, path))[..., :3])
 
 
 def colour_mode(path: Path | str) -> str | None:
     """Return RGB or RGBA for an image of colours, WEBP for a file of that format, None for others and damaged ones."""
     try:
-        with _lazily_opened(Path(path)) as image:
+        with lazily_opened(Path(path)) as image:
             return "WEBP" if image.format == "WEBP" else image.mode if image.mode in ("RGB", "RGBA") else None
     except InputError:  # for the reader of its pixels to say
         return None
-
-
-def image_size(path: Path | str) -> tuple[int, int]:
-    """Return (height, width) as stored, from the header alone; raises InputError for a file that is damaged."""
-    with _lazily_opened(Path(path)) as image:
-        return _stored_size(image)
 
 
 def orientation(path: Path | str) -> int:
@@ -172,7 +166,7 @@ def orientation(path: Path | str) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of a damaged tag
-            with _lazily_opened(Path(path)) as image:
+            with lazily_opened(Path(path)) as image:
                 found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # not PNG's own, which decodes the image
     except Exception:  # whatever is wrong with the file is for the reader of its pixels to say
         return 1
@@ -180,39 +174,41 @@ def orientation(path: Path | str) -> int:
 
 
 @contextmanager
-def _lazily_opened(path: Path) -> Iterator[Image.Image]:
+def lazily_opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file, of which the header is read; InputErrors as :func:`pillow`."""
     check_readable(path, role="image")
-    with path.open("rb") as file, _pillow(file, path, role="image") as image:
+    with path.open("rb") as file, pillow(file, path, role="image") as image:
         yield image
 
 
 @contextmanager
-def _pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
+def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
     """Open a file with Pillow, which reads the header only; what is wrong, also later on, becomes an InputError."""
     try:
         if size := _webp_size(file.read(30)):  # Pillow would take memory for a WebP on opening it
-            _check_pixels(size, path, role=role)
+            check_pixels(size, path, role=role)
         with Image.open(file, formats=FORMATS) as image:
-            _check_pixels(_stored_size(image), path, role=role)
+            check_pixels(stored_size(image), path, role=role)
             yield image
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
         forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel"
-        raise _damaged(path, f"it is none of {forms}; convert another form to one of these") from error
+        raise damaged(path, f"it is none of {forms}; convert another form to one of these") from error
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
         raise _too_large(path, f"{int(found[0]):,}" if found else "too many", role=role) from None
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
+    except DAMAGED as error:
+        raise damaged(path, error) from error
 
 
-def _stored_size(image: Image.Image) -> tuple[int, int]:
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of an opened file as stored."""
     tags: Any = getattr(image, "tag_v2", None)  # of a TIFF; Pillow gives the size of the turned image
     return (tags[_HEIGHT], tags[_WIDTH]) if tags else (image.height, image.width)
 
 
-def _as_stored(image: Image.Image, path: Path) -> Image.Image:
+def as_stored(image: Image.Image, path: Path) -> Image.Image:
     """Decode an image and take back what Pillow does to TIFFs only: it turns them by their orientation.
 
     Raises InputError for TIFFs that Pillow reads wrongly: 16 bits in separate planes, and negative values of 8 bits.
@@ -229,7 +225,7 @@ def _as_stored(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
-    image = _as_stored(opened, path)
+    image = as_stored(opened, path)
     if image.mode.startswith("I"):
         tags: Any = getattr(opened, "tag_v2", {})
         return _upper_byte(image, path, white_is_zero=tags.get(_PHOTOMETRIC) == 0)
@@ -262,14 +258,14 @@ def _over_white(image: np.ndarray) -> np.ndarray:
     return ((image[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _with_imagecodecs(content: bytes, path: Path) -> np.ndarray:
-    """The samples of a PNG; imagecodecs takes 0.7 of the time of OpenCV and Pillow, thanks to its zlib."""
+def decode_png(content: bytes, path: Path) -> np.ndarray:
+    """Return the samples of a PNG; imagecodecs takes 0.7 of the time of OpenCV and Pillow, thanks to its zlib."""
     import imagecodecs
 
     try:
         return imagecodecs.png_decode(content)
     except (imagecodecs.PngError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _with_opencv(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
@@ -280,24 +276,24 @@ def _with_opencv(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:  # OpenCV's own limits: 2**20 pixels a side, 2**30 in all
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if image is None:
-        raise _damaged(path)
+        raise damaged(path)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if shrink > 1 else image
 
 
-def _png_header(content: bytes, path: Path, *, role: str) -> tuple[int, int]:
-    """Bits a channel and colour type of a PNG, after its size was checked."""
+def png_header(content: bytes, path: Path, *, role: str) -> tuple[int, int]:
+    """Return bits a channel and colour type of a PNG, after its size was checked."""
     if content[12:16] != b"IHDR" or len(content) < 26:
-        raise _damaged(path, "its header is cut off")
+        raise damaged(path, "its header is cut off")
     width, height, bits, colours = struct.unpack(">IIBB", content[16:26])
-    _check_pixels((height, width), path, role=role)
+    check_pixels((height, width), path, role=role)
     return bits, colours
 
 
 def _has_transparent_colour(content: bytes) -> bool:
     """True for a PNG with a chunk tRNS, which comes before its samples."""
-    place = len(_PNG)
+    place = len(PNG)
     while place + 8 <= len(content):
         length, kind = struct.unpack(">I4s", content[place : place + 8])
         if kind in (b"tRNS", b"IDAT"):
@@ -318,7 +314,7 @@ def _jpeg_frame(content: bytes, path: Path) -> tuple[int, int, int]:
             return height, width, channels
         else:
             place += 2 if marker in _BARE else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    raise _damaged(path, "its header is cut off")
+    raise damaged(path, "its header is cut off")
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:
@@ -341,7 +337,7 @@ def _check_jpeg_end(content: bytes, path: Path) -> None:
     The end marker must come after the last start of a scan; inside scans its bytes cannot occur.
     """
     if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-        raise _damaged(path)
+        raise damaged(path)
 
 
 def _check_lossless(image: Image.Image, content: bytes, path: Path) -> None:
@@ -399,7 +395,8 @@ def _grey_bits(image: Image.Image) -> int | None:
     return {"L;2": 2, "L;4": 4}.get(rawmode[:3])
 
 
-def _check_pixels(size: tuple[int, int], path: Path, *, role: str) -> None:
+def check_pixels(size: tuple[int, int], path: Path, *, role: str) -> None:
+    """Raise InputError for a file of more pixels than the limit."""
     if size[0] * size[1] > _limit:
         raise _too_large(path, f"{size[1]}x{size[0]}", role=role)
 
@@ -411,7 +408,8 @@ def _too_large(path: Path, pixels: str, *, role: str) -> InputError:
     )
 
 
-def _damaged(path: Path, error: BaseException | str | None = None) -> InputError:
+def damaged(path: Path, error: BaseException | str | None = None) -> InputError:
+    """Return the sentence for a file that cannot be decoded."""
     text = str(error or "").strip()
     reason = text.splitlines()[-1] if text else "decoding stopped before its end"
     return InputError(f"{path} is damaged or no image file ({reason}); copy or unpack it again")

@@ -34,7 +34,7 @@ PREFETCH = 2
 
 
 class Batch(NamedTuple):
-    """``images`` uint8 (N, 3, H, W), ``labels`` uint8 (N, H, W), the samples' names and their indices in the set."""
+    """``images`` (N, C, H, W) of the set's kind, ``labels`` uint8 (N, H, W), the samples' names and their indices."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -123,7 +123,8 @@ class _TrainSteps(Dataset[Batch | InputError]):
         draws = self.draws(step)
         indices = [draw.sample for draw in draws]
         height, width = self.transform.crop
-        images = torch.empty((len(indices), 3, height, width), dtype=torch.uint8)
+        channels, dtype = self.dataset.kind
+        images = torch.empty((len(indices), channels, height, width), dtype=getattr(torch, dtype))
         labels = torch.empty((len(indices), height, width), dtype=torch.uint8)
         for row, draw in enumerate(draws):
             image, label = crop_of(self.dataset, self.transform, draw)
@@ -145,15 +146,19 @@ class _EvalItems(Dataset[Batch | InputError]):
         except InputError as error:
             return error
         image, label = self.transform(item.image, item.label)
-        images = torch.empty((1, 3, *image.shape[:2]), dtype=torch.uint8)
+        channels, dtype = self.dataset.kind
+        images = torch.empty((1, channels, *image.shape[:2]), dtype=getattr(torch, dtype))
         _planes(image, images[0])
         return Batch(images, torch.from_numpy(np.ascontiguousarray(label))[None], [item.name], [index])
 
 
 def _planes(image: np.ndarray, target: torch.Tensor) -> None:
-    """Write an image (H, W, 3) into a contiguous tensor (3, H, W)."""
+    """Write an image (H, W, C) into a contiguous tensor (C, H, W)."""
     planes = target.numpy()
-    cv2.split(image, [planes[0], planes[1], planes[2]])
+    if len(planes) == 3:
+        cv2.split(image, [planes[0], planes[1], planes[2]])
+    else:  # of which OpenCV has no fast or no way
+        planes[:] = image.transpose(2, 0, 1)
 
 
 class Batches(Iterable[Batch]):

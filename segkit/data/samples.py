@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from segkit.config.compose import config_dir
+from segkit.config.dataset import RGB
 from segkit.config.targets import instantiate
-from segkit.data import decode
+from segkit.data import bands, decode
 from segkit.data.labels import LabelTable
 from segkit.errors import InputError
 
@@ -32,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A read pair: ``image`` uint8 (H, W, 3) RGB, ``label`` uint8 (H, W) train ids, 255 ignored."""
+    """A read pair: ``image`` (H, W, C), uint8 RGB by default, ``label`` uint8 (H, W) train ids, 255 ignored."""
 
     image: np.ndarray
     label: np.ndarray
@@ -44,18 +46,18 @@ def first_label(sample: Sample) -> np.ndarray:
     return decode.read_index_png(sample.labels[0])
 
 
-def rgb_image(sample: Sample) -> np.ndarray:
-    """Return the image (H, W, 3) uint8 of a sample's image file."""
-    return decode.read_rgb(sample.image)
+def image_of(sample: Sample, *, kind: tuple[int, str] = RGB) -> np.ndarray:
+    """Return the image (H, W, C) in a sample's image file, of the channels and the type ``kind``."""
+    return bands.read_bands(sample.image, kind)
 
 
 class SampleSet(Sequence[Item]):
     """The samples of one split, read on access; cheap to build, picklable, without state.
 
     ``load_label(sample)`` gives the raw label as an integer array (H, W), ``load_image(sample)`` the image as uint8
-    (H, W, 3); both must be picklable (module-level functions or ``functools.partial`` of them). ``notes`` are sentences
-    for the user (what was skipped and why). ``labelled`` is worked out from the samples unless given; an unlabelled set
-    gives images, and items with a label of ``ignore_index`` only.
+    (H, W, 3), or what :meth:`of_kind` says; both must be picklable (module-level functions or ``functools.partial`` of
+    them). ``notes`` are sentences for the user (what was skipped and why). ``labelled`` is worked out from the samples
+    unless given; an unlabelled set gives images, and items with a label of ``ignore_index`` only.
 
     Raises InputError for an empty split, names that occur twice, and splits where only some have labels.
     """
@@ -68,7 +70,7 @@ class SampleSet(Sequence[Item]):
         name: str,
         split: str,
         load_label: Callable[[Sample], np.ndarray] = first_label,
-        load_image: Callable[[Sample], np.ndarray] = rgb_image,
+        load_image: Callable[[Sample], np.ndarray] = image_of,
         notes: Sequence[str] = (),
         labelled: bool | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class SampleSet(Sequence[Item]):
         self.notes = tuple(notes)
         self._load_label = load_label
         self._load_image = load_image
+        self.kind = RGB
         if not self.samples:
             raise InputError(
                 f"split {split!r} of {name} has no samples; check dataset.root and the split's folder or list file"
@@ -142,21 +145,31 @@ class SampleSet(Sequence[Item]):
         self.check_sizes(index, image.shape[:2], label.shape)
         return Item(image=image, label=label, name=self.samples[index].name)
 
+    def of_kind(self, kind: tuple[int, str]) -> SampleSet:
+        """Return the set with images of so many channels of a type (uint8, uint16, float32), as its files have."""
+        same = self.subset(range(len(self)))
+        same.kind = kind
+        if self._load_image is image_of and kind != RGB:  # whose fingerprint stays
+            same._load_image = functools.partial(image_of, kind=kind)
+        return same
+
     def _no_label(self, image: np.ndarray) -> np.ndarray:
         return np.full(image.shape[:2], self.ignore_index, np.uint8)
 
     def shrinkable(self, index: int) -> bool:
         """Return True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""
         suffix = self.samples[index].image.suffix.lower()
-        return self._load_image is rgb_image and suffix in (".jpg", ".jpeg")
+        return self._load_image is image_of and suffix in (".jpg", ".jpeg")
 
     def image(self, index: int, *, shrink: int = 1) -> np.ndarray:
-        """Return the image (H, W, 3) uint8 RGB alone; where :meth:`shrinkable`, at 1/``shrink`` of its size."""
+        """Return the image (H, W, C) alone; where :meth:`shrinkable`, at 1/``shrink`` of its size.
+
+        Raises InputError for one of other channels or another type than the set's.
+        """
         sample = self.samples[index]
         shrunk = shrink > 1 and self.shrinkable(index)
         image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self._load_image(sample)
-        assert image.shape[2:] == (3,), f"load_image must give (H, W, 3), got {image.shape}"
-        assert image.dtype == np.uint8, f"load_image must give uint8, got {image.dtype}"
+        bands.check_bands(image, sample.image, self.kind)
         return image
 
     def label(self, index: int) -> np.ndarray:
@@ -201,7 +214,7 @@ class SampleSet(Sequence[Item]):
 
     def subset(self, indices: Sequence[int]) -> SampleSet:
         """Return the same set with these samples only."""
-        return SampleSet(
+        part = SampleSet(
             [self.samples[i] for i in indices],
             table=self.table,
             name=self.name,
@@ -211,15 +224,19 @@ class SampleSet(Sequence[Item]):
             notes=self.notes,
             labelled=self.labelled,
         )
+        part.kind = self.kind
+        return part
 
 
 def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:
     """Open ``split`` of data set ``name`` (as in configs/dataset/) under ``root``.
 
-    ``root`` defaults to the folder that the data set's config names. ``options`` replace reader options of that config.
+    ``root`` defaults to the folder that the data set's config names. ``options`` replace reader options of that config;
+    ``in_channels`` (3) and ``dtype`` ("uint8") are those of its images.
     Raises InputError for unknown names, splits and options, and for all that a reader refuses.
     """
     config = _dataset_config(name)
+    kind = options.pop("in_channels", RGB[0]), options.pop("dtype", RGB[1])
     reader = dict(config["reader"])
     unknown = sorted(set(options) - set(reader) | set(options) & {"_target_"})
     if unknown:
@@ -227,7 +244,8 @@ def open_dataset(name: str, *, root: Path | str | None = None, split: str, **opt
         raise InputError(f"data set {name} has no option {unknown[0]!r}; its options are: {allowed}")
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     facts = {"root": root if root is not None else config.get("root"), "split": split}
-    return instantiate({**reader, **options}, facts, key="dataset.reader")
+    opened: SampleSet = instantiate({**reader, **options}, facts, key="dataset.reader")
+    return opened.of_kind(kind)
 
 
 def _dataset_config(name: str) -> dict[str, Any]:

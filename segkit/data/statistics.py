@@ -257,6 +257,27 @@ def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
     return mapped
 
 
+def image_statistics(dataset: SampleSet, *, divisor: float, workers: int) -> dict[str, list[float]]:
+    """Return ``mean`` and ``std`` of each channel over all pixels of all images, of values divided by ``divisor``.
+
+    Raises InputError as the readers do.
+    """
+    with closing(map_samples(_moments, dataset, range(len(dataset)), workers=workers)) as found:
+        description = f"Averaging images of {dataset.name} {dataset.split}"
+        rows = list(track(found, description=description, total=len(dataset), unit="images"))
+    pixels, means, variances = (np.array(column) for column in zip(*rows, strict=True))
+    share = (pixels / pixels.sum())[:, None]
+    mean = (share * means).sum(0)
+    deviation = np.sqrt((share * (variances + (means - mean) ** 2)).sum(0))
+    return {"mean": (mean / divisor).tolist(), "std": (deviation / divisor).tolist()}
+
+
+def _moments(dataset: SampleSet, index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Number of pixels of an image, mean and variance of each channel, in float64."""
+    image = dataset.image(index).astype(np.float64)
+    return image.shape[0] * image.shape[1], image.mean((0, 1)), image.var((0, 1))
+
+
 def byte_histogram(array: np.ndarray) -> np.ndarray:
     """Count each value 0..255 of a uint8 array: int64 (256,).
 

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from segkit.config.dataset import RGB
 from segkit.errors import InputError, first_line
 
 # Albumentations looks for a newer version of itself on the network unless told not to.
@@ -97,30 +98,35 @@ class Augment:
     """Transforms of Albumentations on a crop, one after the other; what they do is a pure function of a seed.
 
     ``transforms``: {name of the configuration: transform}. Geometric ones act on image and label, others on the image.
-    Raises InputError, by a trial on a crop of (height, width), for those that change its size or cannot run on it, and
-    for those that would mix labels.
+    Raises InputError, by a trial on a crop of (height, width), of ``kind`` (channels, type), for those that change its
+    size or cannot run on it, and for those that would mix labels. Values beyond 8 bits are no colours for
+    Albumentations, which would cut them off: there all but geometric transforms are refused.
     """
 
-    def __init__(self, transforms: Mapping[str, albumentations.BasicTransform], *, crop: Size) -> None:
+    def __init__(
+        self, transforms: Mapping[str, albumentations.BasicTransform], *, crop: Size, kind: tuple[int, str] = RGB
+    ) -> None:
         self.transforms = dict(transforms)
         for key, transform in self.transforms.items():
             if getattr(transform, "mask_interpolation", 0) not in (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT):
                 raise InputError(f"{key} mixes the classes of neighbouring pixels: remove {key}.mask_interpolation")
-        noise = np.random.default_rng(0).integers(0, 256, (*crop, 3), np.uint8)
+            if kind[1] != "uint8" and not isinstance(transform, albumentations.DualTransform):
+                raise InputError(f"{key} changes colours of 8 bits, but the images are of {kind[1]}: remove it")
+        noise = np.random.default_rng(0).integers(0, 256, (*crop, kind[0]), np.uint8).astype(kind[1])
         for seed in range(6):
             self(noise, np.zeros(crop, np.uint8), seed, always=True)
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, seed: int, *, always: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return image (h, w, 3) and label (h, w) uint8 after all transforms; ``always``: whatever their chance."""
+        """Return image (h, w, C) and label (h, w) uint8 after all transforms; ``always``: whatever their chance."""
         for key, transform in self.transforms.items():
             # each has generators of its own, so that adding or removing one leaves the others as they are
             transform.set_random_state(np.random.default_rng([seed, *key.encode()]), random.Random(f"{seed} {key}"))
             try:
                 out = transform(image=image, mask=label, force_apply=always)
             except Exception as error:  # whatever a transform raises, it is the configuration's fault
-                size = f"{image.shape[0]}x{image.shape[1]}"
+                size = f"{image.shape[0]}x{image.shape[1]} with {image.shape[2]} channels of {image.dtype}"
                 raise InputError(
                     f"{key} cannot run on a crop of {size} ({first_line(error)}): correct or remove it"
                 ) from error
@@ -129,7 +135,7 @@ class Augment:
                     f"{key} changes a crop of {list(label.shape)} to {list(out['image'].shape[:2])}, but all of "
                     "a batch have one size: remove it, or set dataset.crop to a square if it turns the crop"
                 )
-            assert out["image"].dtype == out["mask"].dtype == np.uint8, key
+            assert (out["image"].dtype, out["mask"].dtype) == (image.dtype, np.uint8), key
             image, label = out["image"], out["mask"]
         return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
@@ -140,9 +146,9 @@ class TrainTransform:
     The pair is thought to be resized (``resize``, see :func:`target_size`), then scaled by a factor uniform in
     ``scale``, then cropped at a uniform place, then mirrored with probability ``flip``; in fact only the window
     that the crop needs is cut out (at whole pixels) and resized once: bilinear (area-averaged below half size) for
-    the image, nearest for the label.  Where the scaled pair is smaller than the crop, the rest is ``PAD_COLOUR``
-    and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter, ``jitter`` its
-    strengths (:data:`JITTER`).  ``augment`` comes last.
+    the image, nearest for the label.  Where the scaled pair is smaller than the crop, the rest is ``pad``, one
+    value a channel, and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter,
+    ``jitter`` its strengths (:data:`JITTER`).  ``augment`` comes last.
     """
 
     def __init__(
@@ -155,6 +161,7 @@ class TrainTransform:
         color_jitter: float = 0.0,
         jitter: Mapping[str, float] = JITTER,
         augment: Augment | None = None,
+        pad: Sequence[float] = PAD_COLOUR,
         ignore_index: int = 255,
     ) -> None:
         if len(crop) != 2 or min(crop) < 1:
@@ -172,10 +179,11 @@ class TrainTransform:
         self.color_jitter = float(color_jitter)
         self.jitter = {key: (float(key != "hue") - jitter[key], float(key != "hue") + jitter[key]) for key in JITTER}
         self.augment = augment
+        self.pad = tuple(pad)
         self.ignore_index = ignore_index
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the crop: image uint8 (h, w, 3), label uint8 (h, w), new arrays of size ``crop``."""
+        """Return the crop: image (h, w, C), label uint8 (h, w), new arrays of size ``crop``."""
         assert image.shape[:2] == label.shape, "image and label must have one size"
         return self.apply(image, label, self.draw((label.shape[0], label.shape[1]), rng))
 
@@ -228,10 +236,12 @@ class TrainTransform:
             image = _jittered(image, window)
         label = resize_label(label_cut, size)
         if size != self.crop:
-            image = self._padded(image, window, PAD_COLOUR)
+            image = self._padded(image, window, self.pad)
             label = self._padded(label, window, self.ignore_index)
         if window.flip:
-            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+            # OpenCV drops an axis of one channel, and takes 128 channels at most
+            image = cv2.flip(image, 1) if image.shape[2] == 3 else image[:, ::-1]
+            label = cv2.flip(label, 1)
         if self.augment is not None:
             image, label = self.augment(image, label, window.seed)
         return np.array(image, copy=None, order="C"), np.array(label, copy=None, order="C")
@@ -273,12 +283,16 @@ def _span(size: int, scaled: int, crop: int, place: float, shrink: int, hold: in
 
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
-    """Return image (H, W, 3) at ``size`` (height, width): bilinear, or area-averaged where it shrinks below half."""
+    """Return image (H, W, C) at ``size`` (height, width): bilinear, or area-averaged where it shrinks below half."""
     if image.shape[:2] == size:
         return image.copy()
     factor = min(size[0] / image.shape[0], size[1] / image.shape[1])
     method = cv2.INTER_AREA if factor < AREA_BELOW else cv2.INTER_LINEAR
-    return cv2.resize(image, (size[1], size[0]), interpolation=method)
+    if image.shape[2] == 3:
+        return cv2.resize(image, (size[1], size[0]), interpolation=method)
+    # OpenCV averages areas of four channels at most, and drops an axis of one channel
+    parts = (image[..., first : first + 4] for first in range(0, image.shape[2], 4))
+    return np.dstack([cv2.resize(part, (size[1], size[0]), interpolation=method) for part in parts])
 
 
 def resize_label(label: np.ndarray, size: Size) -> np.ndarray:
@@ -306,7 +320,7 @@ class EvalTransform:
         self.labels = labels
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return image uint8 (h, w, 3), and label uint8 (H, W) or (h, w)."""
+        """Return image (h, w, C), and label uint8 (H, W) or (h, w)."""
         size = target_size((image.shape[0], image.shape[1]), self.resize)
         image = resize_image(image, size)
         return image, resize_label(label, size) if self.labels == "resized" else label

@@ -18,11 +18,12 @@ from segkit.evaluation import metrics
 from segkit.evaluation.boundary import BoundaryCounts
 from segkit.evaluation.confusion import count_images
 from segkit.evaluation.inference import whole_image
+from segkit.evaluation.overlay import visible
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
 
 class LabelledBatch(Protocol):
-    """What the loop reads of a batch: images uint8 (N, 3, h, w), labels uint8 (N, H, W), names and numbers of both."""
+    """What the loop reads of a batch: images (N, C, h, w), labels uint8 (N, H, W), names and numbers of both."""
 
     @property
     def images(self) -> Tensor: ...
@@ -47,7 +48,7 @@ class Picture:
 
     name: str
     image: NDArray[np.uint8]
-    """(H, W, 3)"""
+    """(H, W, 3), made `visible`"""
     label: NDArray[np.uint8]
     """(H, W), train ids and ignore_index"""
     prediction: NDArray[np.integer]
@@ -172,7 +173,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 def _picture(batch: LabelledBatch, i: int, prediction: Tensor) -> Picture:
     """Return image ``i`` of the batch, shrunk or enlarged to the size of its label."""
     label = batch.labels[i].cpu().numpy().copy()
-    image = np.ascontiguousarray(batch.images[i].cpu().permute(1, 2, 0).numpy())
+    image = visible(batch.images[i].cpu().permute(1, 2, 0).numpy())
     if image.shape[:2] != label.shape:
         image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
     return Picture(batch.names[i], image, label, prediction.numpy().copy())

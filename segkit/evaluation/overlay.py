@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,18 @@ Labels = NDArray[np.integer]
 _MARGIN = 6
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
+
+
+def visible(image: NDArray[Any]) -> Bytes:
+    """Return uint8 (H, W, 3) to look at of an image (H, W, C): its first three channels, or the first alone as grey.
+
+    Values of 8 bits stay; others are stretched, in each channel from the 2nd percentile to the 98th.
+    """
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    if shown.dtype == np.uint8:
+        return np.ascontiguousarray(shown)
+    low, high = np.percentile(shown, [2, 98], axis=(0, 1))
+    return np.rint(255 * ((shown - low) / np.maximum(high - low, 1e-12)).clip(0, 1)).astype(np.uint8)
 
 
 def palette_image(labels: Labels, palette: Bytes) -> Image.Image:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from segkit.evaluation.inference import Inference, Scorer
 from segkit.evaluation.loop import autocast
 from segkit.evaluation.views import argmax_channel, class_dtype
 
-Prepare = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""An image (H, W, 3) to the one that the scorer sees."""
+Pixels = NDArray[Any]
+"""An image (H, W, C): uint8, uint16 or float32"""
+Prepare = Callable[[Pixels], Pixels]
+"""An image to the one that the scorer sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def predict_files(
     images: Mapping[str, Path],
     output: str | os.PathLike[str],
     *,
-    read_image: Callable[[Path], NDArray[np.uint8]],
+    read_image: Callable[[Path], Pixels],
     classes: Sequence[str],
     palette: ArrayLike,
     device: torch.device | str = "cpu",
@@ -80,8 +83,8 @@ def predict_files(
 ) -> Report:
     """Predict ``images``, paths by the names of their results, and write the results below ``output``.
 
-    ``read_image`` gives the pixels of a file, uint8 RGB (H, W, 3), as it does for training; its InputErrors go into the
-    report. ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
+    ``read_image`` gives the pixels of a file as it does for training; its InputErrors go into the report.
+    ``palette``: (K, 3) colours 0..255. ``scorers``: one, or several by title; the first one's predictions are
     written, and with several also ``side_by_side/NAME.png``. ``inference``: that of all scorers, or one for each title.
     ``prepare``: by title, what an image goes through first, such as a resize. ``progress`` wraps the iterable of names.
     The report lists the files that could not be read; see `Report.exit_code`.
@@ -119,14 +122,14 @@ def predict_files(
 
 def predict_arrays(
     scorer: Scorer,
-    images: Iterable[NDArray[np.uint8]],
+    images: Iterable[Pixels],
     *,
     inference: Inference,
     prepare: Prepare,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> list[NDArray[np.integer]]:
-    """Return the class maps (H, W) of ``images``, uint8 RGB (H, W, 3), as :func:`predict_files` writes them."""
+    """Return the class maps (H, W) of ``images`` as :func:`predict_files` writes them."""
     if isinstance(scorer, nn.Module):
         scorer.eval()
     with torch.inference_mode(), autocast(device, dtype):
@@ -140,14 +143,14 @@ def predict_arrays(
 def _decoded_ahead(
     names: Iterable[str],
     images: Mapping[str, Path],
-    read_image: Callable[[Path], NDArray[np.uint8]],
+    read_image: Callable[[Path], Pixels],
     pool: ThreadPoolExecutor,
     *,
     num_ahead: int,
-) -> Iterator[tuple[str, NDArray[np.uint8] | InputError]]:
+) -> Iterator[tuple[str, Pixels | InputError]]:
     """Names with their decoded image, or with the error, in order; ``num_ahead`` are decoded in advance."""
 
-    def read(path: Path) -> NDArray[np.uint8] | InputError:
+    def read(path: Path) -> Pixels | InputError:
         try:
             return read_image(path)
         except InputError as error:
@@ -155,7 +158,7 @@ def _decoded_ahead(
 
     # The names are drawn one by one, in step with the results, so that progress is shown when an image is done.
     upcoming = iter(images.items())
-    waiting: deque[Future[NDArray[np.uint8] | InputError]] = deque()
+    waiting: deque[Future[Pixels | InputError]] = deque()
     for name in names:
         for _, path in upcoming:
             waiting.append(pool.submit(read, path))
@@ -166,7 +169,7 @@ def _decoded_ahead(
 
 def _predict(
     scorers: Mapping[str, Scorer],
-    image: NDArray[np.uint8],
+    image: Pixels,
     inferences: Mapping[str, Inference],
     prepare: Mapping[str, Prepare],
     device: torch.device,
@@ -216,7 +219,7 @@ class _Writer:
         except OSError as error:
             raise InputError(f"cannot write to {self.output} ({error.strerror}); give another output folder") from error
 
-    def write(self, name: str, image: NDArray[np.uint8], done: _Done) -> None:
+    def write(self, name: str, image: Pixels, done: _Done) -> None:
         """Write everything of one image."""
         first = next(iter(done.labels.values()))
         if first.size and int(first.max()) >= len(self.classes):
@@ -229,11 +232,12 @@ class _Writer:
             if kind == "labels":
                 overlay.palette_image(first, self.palette).save(path)
             elif kind == "overlays":
-                picture = overlay.overlay_with_legend(image, first, self.classes, self.palette)
+                picture = overlay.overlay_with_legend(overlay.visible(image), first, self.classes, self.palette)
                 Image.fromarray(picture).save(path, compress_level=1)
             elif kind == "probabilities":
                 assert done.probabilities is not None
                 np.savez_compressed(path, probabilities=done.probabilities)
             else:
-                picture = overlay.side_by_side(image, list(done.labels.items()), self.classes, self.palette)
+                shown = overlay.visible(image), list(done.labels.items())
+                picture = overlay.side_by_side(*shown, self.classes, self.palette)
                 Image.fromarray(picture).save(path, compress_level=1)

@@ -20,6 +20,7 @@ def deeplabv3plus(
     encoder: str,
     num_classes: int,
     *,
+    in_channels: int = 3,
     output_stride: int = 8,
     encoder_weights: str | Path | None = "imagenet",
     weights: str | Path | None = None,
@@ -29,7 +30,7 @@ def deeplabv3plus(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """DeepLabV3+: images (N, 3, H, W) float, normalised -> logits (N, num_classes, ceil(H/4), ceil(W/4)).
+    """DeepLabV3+: images (N, in_channels, H, W) float, normalised -> logits (N, num_classes, ceil(H/4), ceil(W/4)).
 
     ``encoder``: a name of segmentation_models_pytorch, or ``tu-NAME`` for a model of timm. ``output_stride``: 8 or
     16, the stride of the encoder's last features. ``encoder_weights``: ``imagenet``, ``none``, or a file.
@@ -53,6 +54,7 @@ def deeplabv3plus(
         "DeepLabV3Plus",
         encoder,
         num_classes,
+        in_channels=in_channels,
         encoder_weights=encoder_weights,
         weights=weights,
         options={

@@ -1,8 +1,8 @@
 """A trained model as one file that runs without segkit: ONNX, or a program of torch.export.
 
-The graph takes colours from 0 to 255, normalises them, and returns logits at the size of the image, for any batch size,
-height and width: those of which evaluation takes the argmax. A decision rule on probabilities can be part of it. Names
-of classes, palette and normalisation are in the file's metadata.
+The graph takes the values of image files (colours from 0 to 255), normalises them, and returns logits at the size of
+the image, for any batch size, height and width: those of which evaluation takes the argmax. A decision rule on
+probabilities can be part of it. Names of classes, palette and normalisation are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -37,7 +36,7 @@ AGREEMENT = 0.999
 """Least share of pixels of real images to which the file must give the class that the model gives."""
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""images (N, C, H, W) float32 in 0..255 -> classes (N, H, W)"""
+"""images (N, C, H, W) float32 in 0..divisor -> classes (N, H, W)"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def export(
     *,
     format: str = "onnx",
     metadata: Mapping[str, Any] | None = None,
-    images: Iterable[NDArray[np.uint8]] = (),
+    images: Iterable[NDArray[Any]] = (),
     head: Head | None = None,
     predict: Predict | None = None,
     classes: bool = False,
@@ -66,9 +65,9 @@ def export(
 ) -> Agreement:
     """Write ``segmenter`` to ``path`` as a graph with input ``images`` and output ``logits``.
 
-    ``images``: (N, C, H, W) float32 in 0..255; ``logits``: (N, K, H, W) float32, or the output ``scores`` that ``head``
-    computes from them, or with ``classes`` the output ``classes`` (N, H, W), uint8 for up to 256 classes and int64
-    beyond. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load reads it).
+    ``images``: (N, C, H, W) float32 in 0..divisor; ``logits``: (N, K, H, W) float32, or the output ``scores`` that
+    ``head`` computes from them, or with ``classes`` the output ``classes`` (N, H, W), uint8 for up to 256 classes and
+    int64 beyond. ``format``: ``onnx`` (needs the extra ``export``) or ``torch_export`` (torch.export.load reads it).
     ``metadata``: what else a reader of the file should know, as JSON values: the label table for
     example; normalisation and sizes are added. The file gets its name once it computes what evaluation does with the
     model: an ONNX graph on noise of an odd size, either kind on the real ``images`` (H, W, C), whose `Agreement` is
@@ -114,7 +113,7 @@ def _check_noise(path: Path, segmenter: Segmenter, head: Head | None) -> None:
     same = 1.0
     if head is not None:  # its scores may be of very different sizes, so that the largest says little
         noise = torch.randint(0, 256, (67, 45, len(segmenter.mean)), generator=torch.Generator().manual_seed(0))
-        same = agreement(path, segmenter, [noise.to(torch.uint8).numpy()], head=head).pixels
+        same = agreement(path, segmenter, [(noise * (segmenter.divisor / 255)).numpy()], head=head).pixels
     if not (difference < TOLERANCE and same >= AGREEMENT):
         raise InputError(
             f"the ONNX graph of {type(segmenter.net).__name__} differs from the model by {difference:.3g} of its "
@@ -129,7 +128,7 @@ def _facts(model: WholeImage) -> dict[str, Any]:
     return {
         "input": INPUT,
         "output": _output(model),
-        "input_range": [0, 255],
+        "input_range": [0, round(segmenter.divisor)] if segmenter.divisor > 1 else None,
         "mean": list(segmenter.mean),
         "std": list(segmenter.std),
         "normalised_inside": True,
@@ -145,7 +144,7 @@ def _trace(model: WholeImage) -> torch.export.ExportedProgram:
     """Return the graph of ``model`` with dynamic batch size, height and width."""
     side = 4 * max(model.multiple, 8)
     # Sizes that are no multiples of each other or of the stride, so that no coincidence ends up in the graph.
-    example = torch.linspace(0, 255, 2 * len(model.segmenter.mean) * (side + 6) * (2 * side + 10))
+    example = torch.linspace(0, model.segmenter.divisor, 2 * len(model.segmenter.mean) * (side + 6) * (2 * side + 10))
     example = example.reshape(2, -1, side + 6, 2 * side + 10)
     dynamic = torch.export.Dim.AUTO
     try:
@@ -181,7 +180,7 @@ def _as_evaluated(segmenter: Segmenter, head: Head | None) -> Runner:
 def agreement(
     path: str | Path | Runner,
     segmenter: Segmenter,
-    images: Iterable[NDArray[np.uint8]],
+    images: Iterable[NDArray[Any]],
     *,
     head: Head | None = None,
     predict: Predict | None = None,
@@ -216,7 +215,7 @@ def largest_difference(path: str | Path, segmenter: Segmenter, *, head: Head | N
     evaluated = _as_evaluated(segmenter, head)
     side = 5 * max(size_multiple(segmenter.net), 8)
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * 255
+    images = torch.rand(3, len(segmenter.mean), side + 3, side - 1, generator=generator) * segmenter.divisor
     run = runner(path)
     with torch.no_grad():
         expected = evaluated(images)

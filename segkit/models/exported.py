@@ -26,7 +26,7 @@ MOST_METADATA = 2**20
 """Bytes of metadata beyond which a file is not read"""
 
 Runner = Callable[[torch.Tensor], torch.Tensor]
-"""images (N, C, H, W) float32 in 0..255 -> logits (N, K, H, W), or scores, or classes (N, H, W)"""
+"""images (N, C, H, W) float32 in 0..divisor -> logits (N, K, H, W), or scores, or classes (N, H, W)"""
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str, opset: int) -> None:

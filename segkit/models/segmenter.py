@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,11 +24,12 @@ DPN_STD: PerChannel = (1 / (0.0167 * 255),) * 3
 
 
 class Segmenter(nn.Module):
-    """``net`` on normalised images: images (N, C, H, W), uint8 or float in 0..255 -> the logits of ``net``.
+    """``net`` on normalised images: images (N, C, H, W) of integers or floats in 0..divisor -> the logits of ``net``.
 
-    ``net`` sees ``(images / 255 - mean) / std`` in float32. ``mean`` and ``std``, one value a channel for colours
-    from 0 to 1, default to ``net.input_mean`` and ``net.input_std``, and to ImageNet's where ``net`` has none. They
-    move with the module but are not part of the state dict; the trained weights are ``segmenter.net.state_dict()``.
+    ``net`` sees ``(images / divisor - mean) / std`` in float32; ``divisor`` is 255 for images of 8 bits, 65535 for
+    those of 16, 1 for values as they are. ``mean`` and ``std``, one value a channel for values divided by it, default
+    to ``net.input_mean`` and ``net.input_std``, and to ImageNet's where ``net`` has none. They move with the module but
+    are not part of the state dict; the trained weights are ``segmenter.net.state_dict()``.
     """
 
     scale: torch.Tensor
@@ -36,19 +38,26 @@ class Segmenter(nn.Module):
     """Modules of ``net``, by name, that stay in evaluation mode: their running statistics do not move."""
 
     def __init__(
-        self, net: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+        self,
+        net: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        divisor: float = 255.0,
     ) -> None:
         super().__init__()
         mean = getattr(net, "input_mean", IMAGENET_MEAN) if mean is None else mean
         std = getattr(net, "input_std", IMAGENET_STD) if std is None else std
-        check_normalisation(mean, std, num_channels=len(getattr(net, "input_mean", mean)))
+        most = 1.0 if divisor > 1 else math.inf
+        check_normalisation(mean, std, num_channels=len(getattr(net, "input_mean", mean)), most=most)
         self.net = net
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
-        # (images / 255 - mean) / std in one pass: images * scale + shift, both computed in float64.
+        self.divisor = float(divisor)
+        # (images / divisor - mean) / std in one pass: images * scale + shift, both computed in float64.
         deviations = torch.tensor(self.std, dtype=torch.float64)
         shift = -torch.tensor(self.mean, dtype=torch.float64) / deviations
-        self.register_buffer("scale", (1 / (255 * deviations)).float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", (1 / (self.divisor * deviations)).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Segmenter:
@@ -59,7 +68,7 @@ class Segmenter(nn.Module):
         return self
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Return ``(images / 255 - mean) / std`` in float32, in the memory format of ``images``."""
+        """Return ``(images / divisor - mean) / std`` in float32, in the memory format of ``images``."""
         return torch.addcmul(self.shift, images.float(), self.scale)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -102,9 +111,9 @@ def set_normalisation(
     vars(net).update(input_mean=means, input_std=stds)
 
 
-def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int) -> None:
+def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int, most: float = 1.0) -> None:
     """Raise InputError unless every channel has one mean and one positive deviation."""
-    if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > 1:
+    if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > most:
         raise InputError(
             f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "
             "for colours from 0 to 1, and positive deviations: set model.mean=null model.std=null"

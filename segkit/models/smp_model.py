@@ -29,19 +29,22 @@ def smp_model(
     encoder: str,
     num_classes: int,
     *,
+    in_channels: int = 3,
     encoder_weights: str | Path | None = "imagenet",
     weights: str | Path | None = None,
     options: dict[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Architecture ``arch`` of segmentation_models_pytorch: (N, 3, H, W) float -> logits at the decoder's own stride.
+    """Architecture ``arch`` of segmentation_models_pytorch: (N, C, H, W) float -> logits at the decoder's own stride.
 
     ``arch``: Unet, UnetPlusPlus, MAnet, Linknet, FPN, PSPNet, DeepLabV3, DeepLabV3Plus, PAN, UPerNet, Segformer, DPT.
     ``encoder``: a name of the package's own, or ``tu-NAME`` for the model NAME of timm.
     ``encoder_weights``: ``imagenet``, ``none``, or a file with the encoder's weights. ``weights``: a file with those
     of the whole model. ``options``: further arguments of the architecture, for example ``decoder_channels``.
-    ``mean`` and ``std``: what the input is normalised with; null takes what the encoder was trained with.
+    ``mean`` and ``std``: what the input is normalised with; null takes what the encoder was trained with. Of another
+    number of channels than 3 the network says nothing about it; the encoder's weights are extended to them
+    (:func:`~segkit.models.weights.load_encoder_weights`).
 
     H and W are arbitrary: the image is padded as the encoder needs it, and the logits cover the image alone.
     Transformers of timm take their size from the image where they can; to those that cannot it is given in windows.
@@ -60,15 +63,16 @@ def smp_model(
     dynamic, window = _sizes(encoder)
     if dynamic:
         arguments["dynamic_img_size"] = True
-    net = _build(cls, encoder, num_classes, arguments)
+    net = _build(cls, encoder, num_classes, in_channels, arguments)
     if name == "DPT" and (odd := [side for side in net.encoder.output_strides if side & (side - 1)]):
         raise InputError(
             f"model.encoder is {encoder!r}, whose patches are {odd[0]} pixels wide, but DPT needs a power of two: "
             "choose an encoder with patch8, patch16 or patch32 in its name"
         )
     if weights is None:
-        load_encoder_weights(net.encoder, encoder, encoder_weights)
-    set_normalisation(net, *normalisation(encoder), mean=mean, std=std)
+        load_encoder_weights(net.encoder, encoder, encoder_weights, in_channels=in_channels)
+    if in_channels == 3:
+        set_normalisation(net, *normalisation(encoder), mean=mean, std=std)
     if window:
         mix_in(Windowed, net)
         vars(net).update(window=window)
@@ -99,13 +103,14 @@ def _sizes(encoder: str) -> tuple[bool, int | None]:
     return False, config.input_size[-1] if config is not None and config.fixed_input_size else None
 
 
-def _build(cls: Any, encoder: str, num_classes: int, arguments: dict[str, Any]) -> Any:
+def _build(cls: Any, encoder: str, num_classes: int, in_channels: int, arguments: dict[str, Any]) -> Any:
     """Return the network with random weights; what the package refuses becomes an InputError."""
     try:
         with warnings.catch_warnings():
             # The package will remove its encoders named timm-...: whoever names one is told so, as an error.
             warnings.simplefilter("error", DeprecationWarning)
-            return cls(encoder_name=encoder, encoder_weights=None, in_channels=3, classes=num_classes, **arguments)
+            fixed = {"encoder_name": encoder, "encoder_weights": None, "in_channels": in_channels}
+            return cls(**fixed, classes=num_classes, **arguments)
     except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, DeprecationWarning) as error:
         raise InputError(
             f"{cls.__name__} cannot be built on the encoder {encoder} ({first_line(error)}): choose another "

@@ -101,14 +101,16 @@ def load_model_weights(net: nn.Module, path: str | Path, *, key: str = "model.we
     if any(found.values()):
         raise InputError(
             f"{key} is {path}, whose weights are of another model: {describe(found)}; choose the model that they were "
-            f"trained with, or remove {key}"
+            f"trained with, and its dataset.in_channels, or remove {key}"
         )
     net.load_state_dict(state)
 
 
-def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | None) -> None:
+def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | None, *, in_channels: int = 3) -> None:
     """Load the weights ``source`` (``imagenet`` | ``none`` | a file) into ``encoder``, whose name is ``name``.
 
+    Where it takes another number of ``in_channels``, the weights w_0, w_1, w_2 of the first layer's RGB become those of
+    channel c, w_(c mod 3) * 3 / in_channels, which keeps the mean of what comes out; of one channel their sum.
     Entries beyond the encoder (the classifier) are left out. InputError if the weights are unavailable or do not fit.
     """
     if source is None or source == "none":
@@ -123,6 +125,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | Non
     own = encoder.state_dict()
     for prefix in ("", "model."):  # an encoder from timm holds its network as `model`
         named = {prefix + key: value for key, value in state.items()}
+        named = {key: _extended(value, own.get(key), in_channels) for key, value in named.items()}
         found = differences(named, own)
         if not found["missing"] and not found["of another shape"]:
             encoder.load_state_dict({key: named[key] for key in own})
@@ -133,6 +136,17 @@ def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | Non
         f"model.encoder_weights: {origin} does not fit the encoder: {describe(found)}; give the weights of this "
         "encoder, or set model.encoder_weights=none"
     )
+
+
+def _extended(value: torch.Tensor, own: torch.Tensor | None, in_channels: int) -> torch.Tensor:
+    """Return weights of RGB as weights of ``in_channels`` where the entry ``own`` of the encoder has so many."""
+    if own is None or value.dim() != 4 or value.shape[1] != 3:
+        return value
+    if own.shape != (len(value), in_channels, *value.shape[2:]):
+        return value
+    from timm.models import adapt_input_conv
+
+    return adapt_input_conv(in_channels, value)
 
 
 def _encoder_part(state: dict[str, torch.Tensor], encoder: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class WholeImage(nn.Module):
-    """Images (N, 3, H, W) float in 0..255 -> logits (N, K, H, W), those that evaluation makes of ``segmenter``.
+    """Images (N, C, H, W) float in 0..divisor -> logits (N, K, H, W), those that evaluation makes of ``segmenter``.
 
     The image is padded here to the multiple that the network wants; its logits are fitted to the image as
     :mod:`segkit.models.any_size` does it, and interpolated to the size of the image. ``head``: what is computed from

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segkit import memory
-from segkit.config.schema import Config
+from segkit.config.schema import Config, DatasetConfig
 from segkit.data.loader import Batch
 from segkit.errors import InputError, OutOfMemory
 from segkit.files import read_config_text
@@ -175,7 +175,7 @@ def measure(
     peaks = {}
     try:
         for images in (PROBES[0], *PROBES):  # the first step makes the optimizer's state
-            batch = _noise(images, crop, len(classes))
+            batch = _noise(images, crop, len(classes), config.images)
             with memory.measuring(device) as measured:
                 train_step(model, loss, optimizer, split(batch, 1), mixed=mixed, scaler=scaler).read()
             peaks[images] = measured.bytes
@@ -190,8 +190,9 @@ def measure(
     return peaks
 
 
-def _noise(images: int, crop: list[int], num_classes: int) -> Batch:
+def _noise(images: int, crop: list[int], num_classes: int, kind: DatasetConfig) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 3, *crop), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (images, kind.in_channels, *crop), generator=generator, dtype=torch.uint8)
+    pixels = pixels.to(getattr(torch, kind.dtype.value))
     labels = torch.randint(0, num_classes, (images, *crop), generator=generator, dtype=torch.uint8)
     return Batch(pixels, labels, [""] * images, list(range(images)))

@@ -63,7 +63,7 @@ class PhaseBatches:
         return (fixed[step % len(fixed)] for step in range(start, num_steps))
 
     def first_crops(self, num: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """At most ``num`` crops of the first epoch, as they are trained on: image (h, w, 3) and label (h, w)."""
+        """At most ``num`` crops of the first epoch, as they are trained on: image (h, w, C) and label (h, w)."""
         split, phase, seed = self.splits.train, self.plan.name, self.config.seed
         augment = self.config.overfit_batches is None
         transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)

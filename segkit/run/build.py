@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from segkit import runtime
-from segkit.config.dataset import SamplerKind
+from segkit.config.dataset import RGB, SamplerKind
 from segkit.config.schema import Config, DatasetConfig, check_targets, plain
 from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
@@ -37,14 +37,29 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     What ``config.freeze`` names is frozen; InputError if that, or ``lr_factors``, does not fit the model.
     """
     torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
-    net = instantiate(config.model, {"num_classes": num_classes, "classes": num_classes}, key="model")
+    model = segmenter(config.model, num_classes, config.images)
     if config.grad_checkpointing:
-        enable_grad_checkpointing(net, config.grad_checkpointing)
-    model = Segmenter(net)
+        enable_grad_checkpointing(model.net, config.grad_checkpointing)
     factors = {"lr_factors": config.lr_factors, "encoder_lr_factor": config.encoder_lr_factor}
     lr_factors_of(model, freeze=config.freeze, **factors)
     freeze(model, config.freeze)
     return model
+
+
+def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> Segmenter:
+    """The model of ``node`` for the images that ``images`` describes; InputError if it does not take their channels."""
+    images.check_statistics()
+    wanted = images.in_channels
+    takes = inspect.signature(locate(node.get("_target_", ""), key="model")).parameters
+    given = node.get("in_channels") or (wanted if "in_channels" in takes else 3)
+    if given != wanted:
+        raise InputError(
+            f"{node['_target_']} takes images of {given} channels, but dataset.in_channels is {wanted}: "
+            + ("leave model.in_channels out" if "in_channels" in node else "give it an argument in_channels")
+        )
+    facts = {"num_classes": num_classes, "classes": num_classes, "in_channels": wanted}
+    net = instantiate(node, facts, key="model")
+    return Segmenter(net, mean=images.mean, std=images.std, divisor=images.dtype.divisor)
 
 
 def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> nn.Module:
@@ -99,23 +114,42 @@ def even_counts(classes: Sequence[str]) -> LabelCounts:
     return LabelCounts(ones, ones, 0, 1, tuple(classes), "")
 
 
-def build_augment(nodes: dict[str, Any], *, crop: tuple[int, int], ignore_index: int) -> Augment | None:
+def build_augment(
+    nodes: dict[str, Any], *, crop: tuple[int, int], images: DatasetConfig, ignore_index: int
+) -> Augment | None:
     """The transforms of the configuration's ``augment``; None if there are none.
 
-    What comes into view from beyond a crop's border has the colour and the label of padding unless the node says else.
+    What comes into view from beyond a crop's border has the colour and the label of padding unless the node says else;
+    of more than four channels, for which OpenCV has no colour, 0.
     """
-    transforms = {}
+    transforms, pad = {}, padding(images)
     for key, node in ((f"augment.{name}", node) for name, node in nodes.items() if node is not None):
         moves = "border_mode" in inspect.signature(locate(node.get("_target_", ""), key=key)).parameters
-        facts = {"fill": PAD_COLOUR, "fill_mask": ignore_index} if moves else {}
+        facts = {"fill": pad if len(pad) <= 4 else 0, "fill_mask": ignore_index} if moves else {}
         transforms[key] = instantiate(node, facts, key=key)
-    return Augment(transforms, crop=crop) if transforms else None
+    return Augment(transforms, crop=crop, kind=images.kind) if transforms else None
+
+
+def padding(images: DatasetConfig) -> tuple[float, ...]:
+    """The mean of the images, one value a channel, as files hold it; InputError if it is needed and not known."""
+    images.check_statistics()
+    if images.mean is None:
+        return PAD_COLOUR
+    whole = images.dtype.divisor > 1
+    return tuple(round(value * images.dtype.divisor) if whole else value for value in images.mean)
 
 
 def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: int) -> TrainTransform:
     """Scale-crop-flip, colour jitter and the transforms of ``phase``; only the crop without ``augment``."""
     dataset = config.phase_dataset(phase)
     crop = (dataset.crop[0], dataset.crop[1])
+    pad = padding(dataset)
+    if augment and dataset.color_jitter and dataset.kind != RGB:
+        raise InputError(
+            f"dataset.color_jitter is {dataset.color_jitter}, but there are no colours to jitter in images of "
+            f"{dataset.in_channels} channels of {dataset.dtype.value}: set dataset.color_jitter=0"
+        )
+    made = build_augment(config.augment, crop=crop, images=dataset, ignore_index=ignore_index) if augment else None
     return TrainTransform(
         crop=crop,
         resize=plain(dataset.resize),
@@ -123,7 +157,8 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
         flip=dataset.flip if augment else 0.0,
         color_jitter=dataset.color_jitter if augment else 0.0,
         jitter=plain(dataset.jitter),
-        augment=build_augment(config.augment, crop=crop, ignore_index=ignore_index) if augment else None,
+        augment=made,
+        pad=pad,
         ignore_index=ignore_index,
     )
 

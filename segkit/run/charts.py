@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from segkit.config.schema import Config
 from segkit.config.targets import short_name
 from segkit.evaluation import metrics, whole_image
+from segkit.evaluation.overlay import visible
 from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
 from segkit.report import pictures
 from segkit.report.text import for_markdown
@@ -127,9 +128,9 @@ def show_margins(tracker: Tracker, margins: dict[str, list[float]], *, classes: 
 
 
 def show_crops(tracker: Tracker, crops: Sequence[tuple[np.ndarray, np.ndarray]], *, palette: Any, classes: Any) -> None:
-    """Show training crops, image (h, w, 3) beside label (h, w), and a legend; nothing without crops."""
+    """Show training crops, image (h, w, C) beside label (h, w), and a legend; nothing without crops."""
     if crops:
-        rows = [np.concatenate([image, pictures.colours(palette)[label]], axis=1) for image, label in crops]
+        rows = [np.concatenate([visible(image), pictures.colours(palette)[label]], axis=1) for image, label in crops]
         grid = [*rows, pictures.legend(palette, classes, rows[0].shape[1])]
         tracker.pictures(0, "training crops", np.concatenate(grid))
 

@@ -15,11 +15,11 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from segkit.config.dataset import DatasetConfig, ResizeConfig
+from segkit.config.dataset import DatasetConfig, ImageType, ResizeConfig
 from segkit.config.schema import plain
-from segkit.config.targets import fits, instantiate
+from segkit.config.targets import fits
 from segkit.errors import InputError
 from segkit.files import MOST_BYTES, read_json, write_atomically
 from segkit.run.saved import SavedRun, are_counts, filled, without_sources
@@ -53,6 +53,7 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
         "dataset": dataset.name,
         "resize": plain(dataset.eval_resize),
         "crop": dataset.crop,
+        **{key: plain(getattr(dataset, key)) for key in ("in_channels", "dtype", "mean", "std")},
         **decision,
         "checkpoint": checkpoint,
         "encoder": encoder,
@@ -150,28 +151,29 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
 
     InputError for anything in it that is not allowed, and for weights that are not those of the model, or not finite.
     """
-    from segkit.models import Segmenter
     from segkit.models.exported import read_metadata, read_weights
+    from segkit.run.build import segmenter
 
     is_file = path.suffix == ".safetensors"
     source, weights = (path, path) if is_file else (path / CONFIG, path / WEIGHTS)
     facts = read_metadata(path) if is_file else read_json(source, most=MOST_BYTES, cure=CURE)
-    check_facts(facts, source)
-    num_classes = len(facts["classes"])
+    images = check_facts(facts, source)
     state = read_weights(weights)
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise InputError(f"{weights} has values that are not finite under {broken[0]}, so it predicts nothing: {CURE}")
-    numbers = {"num_classes": num_classes, "classes": num_classes}
     try:
-        make = partial(instantiate, facts["model"], numbers, key="model")
-        return facts, filled(lambda: Segmenter(make()), state, source=weights).eval()
+        make = partial(segmenter, facts["model"], len(facts["classes"]), images)
+        return facts, filled(make, state, source=weights).eval()
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def check_facts(facts: Mapping[str, Any], source: Path) -> None:
-    """Raise InputError unless ``facts`` (of ``source``) have what predictions need, of the right kind."""
+def check_facts(facts: Mapping[str, Any], source: Path) -> DatasetConfig:
+    """Return what ``facts`` (of ``source``) say of images; InputError unless they have what predictions need.
+
+    Files of earlier versions say nothing of channels and type: 3 and uint8.
+    """
     names: Any = facts.get("classes")
     palette, model, crop, resize = (facts.get(key) for key in ("palette", "model", "crop", "resize"))
     whole = isinstance(names, list) and all(isinstance(name, str) for name in names) and palette is not None
@@ -188,7 +190,14 @@ def check_facts(facts: Mapping[str, Any], source: Path) -> None:
     sides = [resize.get("short_side") or 1, *(resize.get("size") or [])] if known and isinstance(resize, dict) else []
     if not fits(crop, list[int]) or not sides or max(sides) >= 2**16:
         raise InputError(f"{source} has a crop or resize that is none: {CURE}")
+    numbers: Any = list[float] | None
+    kinds = {"in_channels": int, "dtype": Literal[*ImageType.__members__], "mean": numbers, "std": numbers}
+    kind = {key: facts[key] for key in kinds if key in facts}
+    if not all(fits(value, kinds[key]) for key, value in kind.items()):
+        raise InputError(f"{source} has {', '.join(kinds)} of images that are none: {CURE}")
+    kind |= {"dtype": ImageType(kind.get("dtype", "uint8"))}
     try:
-        DatasetConfig(name="", reader={}, crop=crop, eval_resize=ResizeConfig(**resize))  # type: ignore[arg-type]
+        sizes: Any = {"crop": crop, "eval_resize": ResizeConfig(**resize)}  # type: ignore[arg-type]
+        return DatasetConfig(name="", reader={}, **sizes, **kind)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

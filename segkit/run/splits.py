@@ -73,7 +73,8 @@ def _part(dataset: DatasetConfig, *, held_out: bool) -> SampleSet:
 
 def _read(dataset: DatasetConfig, split: str) -> SampleSet:
     facts = {"root": dataset.root, "split": split}
-    return instantiate(dataset.reader, facts, key="dataset.reader")
+    opened: SampleSet = instantiate(dataset.reader, facts, key="dataset.reader")
+    return opened.of_kind(dataset.kind)
 
 
 def open_phases(config: Config) -> dict[str, Splits]:

@@ -289,7 +289,8 @@ def check_weights(model: nn.Module, state: Mapping[str, Any], *, source: Path) -
         first = (shapes or [f"{name} is missing" for name in missing] or [f"{name} is unknown" for name in extra])[0]
         raise InputError(
             f"{source} holds the weights of another model ({len(missing)} entries missing, {len(extra)} unknown, "
-            f"{len(shapes)} of another shape; first: {first}): choose the model it was trained with, model=..."
+            f"{len(shapes)} of another shape; first: {first}): choose the model it was trained with, model=..., and "
+            "the dataset.in_channels of its images"
         )
 
 

@@ -47,8 +47,8 @@ def save_bundle(
     """Write ``folder/failure-STEP/`` (of a rank other than 0: ``failure-STEP-rankR/``) and return it.
 
     error.json: the error, the phase, the number of steps before the failed one, the rank, the samples' names and the
-    ``findings`` of :func:`examine`; config.json; label_counts.json, which the loss may need; batch.pt: images uint8
-    (N, 3, H, W), labels uint8 (N, H, W), names, indices, where they could be read; state.pt: what a checkpoint holds,
+    ``findings`` of :func:`examine`; config.json; label_counts.json, which the loss may need; batch.pt: images
+    (N, C, H, W), labels uint8 (N, H, W), names, indices, where they could be read; state.pt: what a checkpoint holds,
     from before the failed step.
     """
     bundle = folder / (f"failure-{where.step:07d}" + (f"-rank{where.rank}" if where.rank else ""))

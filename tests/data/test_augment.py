@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from segkit.config.compose import compose
+from segkit.config.dataset import DatasetConfig
 from segkit.config.schema import check_targets
 from segkit.config.targets import GROUPS
 from segkit.data.loader import train_batches
@@ -16,6 +17,7 @@ from segkit.run.build import build_augment, train_transform
 from segkit.run.splits import open_split
 
 CROP = (32, 32)
+RGB = DatasetConfig(name="rgb", reader={})
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (*CROP, 3), np.uint8)
 LABEL = RNG.integers(0, 3, CROP, np.uint8)
@@ -23,7 +25,7 @@ LABEL = RNG.integers(0, 3, CROP, np.uint8)
 
 def augment(crop=CROP, **nodes):
     named = {name: {**node, "_target_": f"albumentations.{node['_target_']}"} for name, node in nodes.items()}
-    return build_augment(named, crop=crop, ignore_index=255)
+    return build_augment(named, crop=crop, images=RGB, ignore_index=255)
 
 
 @pytest.mark.parametrize("target", sorted(GROUPS["augment"].permitted))
@@ -147,7 +149,7 @@ def test_a_transform_is_added_on_the_command_line():
     line = "+augment.rotate={_target_:albumentations.Rotate,limit:10,p:0.5}"
     assert list(compose([line]).augment) == ["rotate"]
     added = compose(["augment=street", line, "augment.shadow=null"])
-    augmentation = build_augment(added.augment, crop=CROP, ignore_index=255)
+    augmentation = build_augment(added.augment, crop=CROP, images=RGB, ignore_index=255)
     assert list(augmentation.transforms) == [
         f"augment.{name}" for name in ("turn", "light", "motion", "noise", "rotate")
     ]
@@ -175,4 +177,4 @@ def test_a_transform_is_added_on_the_command_line():
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(node, message):
     with pytest.raises(InputError, match=message):
-        build_augment(compose([f"+augment.x={node}"]).augment, crop=(32, 48), ignore_index=255)
+        build_augment(compose([f"+augment.x={node}"]).augment, crop=(32, 48), images=RGB, ignore_index=255)

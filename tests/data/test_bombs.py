@@ -17,7 +17,8 @@ from scipy.io import savemat
 
 from segkit.check.audit import audit_split
 from segkit.data import Sample, SampleSet, decode, matlab
-from segkit.data.decode import MAX_PIXELS, image_size, pixel_limit, read_index_png, read_rgb, set_pixel_limit
+from segkit.data.bands import image_size
+from segkit.data.decode import MAX_PIXELS, pixel_limit, read_index_png, read_rgb, set_pixel_limit
 from segkit.data.files import find_images
 from segkit.data.labels import table_from_dict
 from segkit.data.loader import train_batches

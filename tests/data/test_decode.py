@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.data.decode import image_size, read_index_png, read_rgb
+from segkit.data.bands import image_size
+from segkit.data.decode import read_index_png, read_rgb
 from segkit.errors import InputError
 
 RNG = np.random.default_rng(0)

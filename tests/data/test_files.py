@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.decode import image_size, read_index_png, read_rgb
+from segkit.data.bands import image_size
+from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.files import IMAGE_SUFFIXES, find_images, read_bytes, read_text, walk
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError

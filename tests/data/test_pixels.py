@@ -13,7 +13,8 @@ from PIL import Image
 from segkit.check.audit import _digest, look_at
 from segkit.commands import predict, scorers
 from segkit.data import Sample, SampleSet
-from segkit.data.decode import image_size, orientation, read_index_png, read_rgb
+from segkit.data.bands import image_size
+from segkit.data.decode import orientation, read_index_png, read_rgb
 from segkit.data.labels import table_from_dict
 from segkit.data.loader import eval_batches, train_batches
 from segkit.data.transforms import EvalTransform, TrainTransform

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.decode import image_size
+from segkit.data.bands import image_size
 from segkit.data.files import read_text
 from segkit.data.labels import VOID
 from segkit.data.samples import Sample

@@ -114,7 +114,12 @@ def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
         return image
 
     chosen = replace(inference(arguments, model.window), decide=model.decide)
-    options = {"inference": chosen, "prepare": model.prepare, "device": device, "dtype": DTYPES[arguments.precision]}
+    options: dict[str, Any] = {
+        "inference": chosen,
+        "prepare": model.prepare,
+        "device": device,
+        "dtype": DTYPES[arguments.precision],
+    }
     return predict_arrays(model.score, map(pixels, images), **options)
 
 

@@ -94,7 +94,7 @@ def _tiff(content: bytes, path: Path, kind: tuple[int, str]) -> np.ndarray:
     channels, _ = kind
     pages = _pages(io.BytesIO(content), path, most=channels + 1)
     first = pages[0]
-    decode.check_pixels(first.shape[:2], path, role="image")
+    decode.check_pixels((first.shape[0], first.shape[1]), path, role="image")
     stacked = first.shape[2] == 1 < channels == len(pages) and len(set(pages)) == 1
     shape = (*first.shape[:2], channels) if stacked else first.shape
     check_bands(first._replace(shape=shape), path, kind)
@@ -109,7 +109,7 @@ def _tiff(content: bytes, path: Path, kind: tuple[int, str]) -> np.ndarray:
 
 def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
     """What the headers of at most ``most`` pages of a TIFF say."""
-    found = []
+    found: list[_Page] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of a damaged tag

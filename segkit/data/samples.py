@@ -204,7 +204,7 @@ class SampleSet(Sequence[Item]):
         if tuple(image_size) in (tuple(label_size), shrunk):
             return
         sample = self.samples[index]
-        image_h, image_w = image_size if shrink == 1 else decode.image_size(sample.image)
+        image_h, image_w = image_size if shrink == 1 else bands.image_size(sample.image)
         label_h, label_w = label_size
         label_file = sample.labels[0] if sample.labels else sample.name
         raise InputError(

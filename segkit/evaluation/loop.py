@@ -173,7 +173,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 def _picture(batch: LabelledBatch, i: int, prediction: Tensor) -> Picture:
     """Return image ``i`` of the batch, shrunk or enlarged to the size of its label."""
     label = batch.labels[i].cpu().numpy().copy()
-    image = visible(batch.images[i].cpu().permute(1, 2, 0).numpy())
+    image: NDArray[Any] = visible(batch.images[i].cpu().permute(1, 2, 0).numpy())
     if image.shape[:2] != label.shape:
         image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
     return Picture(batch.names[i], image, label, prediction.numpy().copy())

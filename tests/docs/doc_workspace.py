@@ -37,7 +37,14 @@ SMALL = (
     "workers=0",
     "device=cpu",
 )
-FOLDERS = {"CamVid": "camvid", "mine": "folder", "ADEChallengeData2016": "ade20k", "pairs": None, "videos": None}
+FOLDERS = {
+    "CamVid": "camvid",
+    "mine": "folder",
+    "ADEChallengeData2016": "ade20k",
+    "pairs": None,
+    "videos": None,
+    "fields": None,
+}
 """Names below /data that are not those of a data set; None: not drawn by ``segkit sample``."""
 DEFAULT = "cityscapes"
 """Data set of RUN on a page that is about none."""
@@ -69,6 +76,8 @@ class Workspace:
             write_pairs(target)
         elif folder == "videos":
             write_videos(target)
+        elif folder == "fields":
+            write_fields(target)
         elif folder == "ADEChallengeData2016":
             target.symlink_to(self.data("ade20k") / folder)
         else:
@@ -230,6 +239,18 @@ class Workspace:
             file = self.root / "tmp" / "classes.yaml"
             file.write_text(source, encoding="utf-8")
             read_classes(file)
+
+
+def write_fields(folder: Path) -> None:
+    """A few images of five channels of 16 bits as arrays, with masks."""
+    generator = np.random.default_rng(0)
+    for name in ("images/train/a", "images/train/b", "images/val/c"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", generator.integers(0, 9000, (48, 64, 5), np.uint16))
+        mask = folder / f"{name.replace('images', 'labels')}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 2, (48, 64), np.uint8)).save(mask)
+    (folder / "classes.yaml").write_text("names: [soil, crop]\n", encoding="utf-8")
 
 
 def write_videos(folder: Path) -> None:

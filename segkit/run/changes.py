@@ -13,6 +13,7 @@ from segkit.data import SampleSet
 from segkit.data.statistics import file_state
 from segkit.errors import InputError
 from segkit.files import write_atomically
+from segkit.progress import show
 from segkit.run.splits import Splits
 
 FILES = "files.json.gz"
@@ -52,7 +53,7 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[An
 def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that changed since the run in ``path`` was started with ``before``; InputError if they may not."""
     found = differing_keys(before, plain(config))
-    found = {key: values for key, values in found.items() if key.split(".")[0] not in FREE_KEYS}
+    found = {key: values for key, values in found.items() if not _is_free(key)}
     if not found:
         return {}
     if not config.ignore_config_change:
@@ -67,6 +68,13 @@ def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[st
             f"{_listed(fixed)}. Give the same values, or another hydra.run.dir"
         )
     return found
+
+
+def _is_free(key: str) -> bool:
+    """True for a key that changes nothing that is computed; where data lie is one, as their files are compared."""
+    return (
+        key.split(".")[0] in FREE_KEYS or key == "dataset.root" or fnmatch.fnmatchcase(key, "schedule.*.dataset.root")
+    )
 
 
 def takes_effect(key: str) -> bool:
@@ -86,7 +94,11 @@ def write_files(path: Path, splits: dict[str, Splits]) -> None:
 
 
 def check_files(path: Path, splits: dict[str, Splits]) -> None:
-    """Raise InputError if samples were added, removed or changed since :func:`write_files`."""
+    """Raise InputError if samples were added, removed or changed since :func:`write_files`.
+
+    Files that all have the same sizes and all have other times were copied, as before every start on a cluster: that
+    is only said.
+    """
     try:
         before = json.loads(gzip.decompress((path / FILES).read_bytes()))
     except FileNotFoundError:
@@ -100,13 +112,23 @@ def check_files(path: Path, splits: dict[str, Splits]) -> None:
         old = before.get(key, {})
         changed = [name for name in states.keys() & old.keys() if states[name] != old[name]]
         added, removed = states.keys() - old.keys(), old.keys() - states.keys()
-        if changed or added or removed:
+        if states.keys() == old.keys() and all(_is_copied(state, old[name]) for name, state in states.items()):
+            show(f"note: the files of {key} were copied since the run was started (the same sizes, all at other times)")
+        elif changed or added or removed:
             first = min([*changed, *added, *removed])
             raise InputError(
                 f"the data of {key} are not those that the run in {path} was started with: {len(changed)} samples "
                 f"changed, {len(added)} came and {len(removed)} went, for example {first}; restore the files, choose "
                 "another hydra.run.dir, or go on all the same with ignore_config_change=true"
             )
+
+
+def _is_copied(state: str, old: str) -> bool:
+    """True for files of the same places and sizes, of which none has kept its time."""
+    now, before = ([part.rpartition(" ")[::2] for part in text.split("\t")[1:]] for text in (state, old))
+    return [part[0] for part in now] == [part[0] for part in before] and all(
+        part[1] != other[1] for part, other in zip(now, before, strict=True)
+    )
 
 
 def _states(splits: dict[str, Splits]) -> dict[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,27 @@ def test_changed_data_are_refused_with_their_number(train, tmp_path):
     with pytest.raises(InputError, match=message):
         train("run", data=data)
     train("run", "ignore_config_change=true", data=data)
+
+
+def test_copied_data_are_said(train, tmp_path, capsys):
+    root = make_sample("camvid", tmp_path / "data", num_images=6, scale=0.2)
+    data = ("dataset=camvid", f"dataset.root={root}")
+    train("run", data=data)
+    root = root.rename(tmp_path / "elsewhere")
+    for path in root.rglob("*.png"):
+        os.utime(path, (1, 1))
+    train("run", data=("dataset=camvid", f"dataset.root={root}"))
+    assert "the files of phase train, train were copied since the run was started" in capsys.readouterr().out
+
+
+def test_labels_written_again_in_the_same_size_are_refused(train, tmp_path):
+    root = make_sample("camvid", tmp_path / "data", num_images=6, scale=0.2)
+    data = ("dataset=camvid", f"dataset.root={root}")
+    train("run", data=data)
+    for path in (root / "trainannot").iterdir():
+        os.utime(path, (1, 1))
+    with pytest.raises(InputError, match=r"data of phase train, train are not those .* [56] samples changed"):
+        train("run", data=data)
 
 
 def test_a_run_that_has_trained_nothing_is_started_again(train, tmp_path):

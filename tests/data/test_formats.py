@@ -278,6 +278,84 @@ def test_later_shapes_lie_over_earlier_ones_and_crowds_are_what_the_classes_say(
     assert open_dataset("folder", root=tmp_path, split="val")[0].label[5, 5] == 255
 
 
+LIST, MAPPING = "names: [tool, hand]", "names:\n  0: tool\n  1: hand"
+PLACES = {
+    "plain": ("images/{split}", "train: images/train\nval: images/val\ntest:\n"),
+    "below path": ("set/images/{split}", "path: set\ntrain: images/train\nval: ./images/val\n"),
+    "splits first": ("{split}/images", "train: ../train/images\nval: ../val/images\nnc: 2\nroboflow: {license: x}\n"),
+    "path of another machine": ("images/{split}", "path: /content/mine\ntrain: images/train\nval: images/val\n"),
+}
+
+
+@pytest.mark.parametrize("names", [LIST, MAPPING])
+@pytest.mark.parametrize("layout", PLACES)
+def test_the_data_yaml_of_yolo_names_classes_and_folders(tmp_path, names, layout):
+    """Nothing else is needed; pixels without a polygon are background."""
+    place, text = PLACES[layout]
+    write_yolo(tmp_path / "drawn")
+    (tmp_path / "own").mkdir()
+    for split, letters in SPLITS.items():
+        images = tmp_path / "own" / place.format(split=split)
+        labels = tmp_path / "own" / place.format(split=split).replace("images", "labels")
+        labels.mkdir(parents=True)
+        for letter in letters:
+            save(images / f"{letter}.jpg", np.zeros((*SIZE, 3), np.uint8))
+            (labels / f"{letter}.txt").write_bytes((tmp_path / f"drawn/labels/{split}/{letter}.txt").read_bytes())
+    (tmp_path / "own" / "data.yaml").write_text(text + names + "\n")
+    for split, letters in SPLITS.items():
+        data = open_dataset("folder", root=tmp_path / "own", split=split)
+        assert data.classes == ("background", "tool", "hand")
+        assert [item.name for item in data] == letters
+        for item in data:
+            np.testing.assert_array_equal(item.label, drawn(shapes_of(item.name)))
+    if layout == "plain":
+        (tmp_path / "own" / "data.yaml").write_text(text.replace("val:", "#") + "names: [hand, background, tool]\n")
+        parts = [
+            open_dataset("folder", root=tmp_path / "own", split=split, val_fraction=0.25) for split in ("train", "val")
+        ]
+        assert [len(part) for part in parts] == [3, 1]
+        label = parts[0][0].label
+        np.testing.assert_array_equal(label, np.array([1, 0, 1])[drawn(shapes_of(parts[0][0].name))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: /etc\n" + LIST, r"entry '/etc' of .*data\.yaml leaves the data set's folder"),
+        ("train: ../../images\n" + LIST, r"entry '\.\./images' of .*data\.yaml leaves the data set's folder"),
+        (
+            "train: [images/train, more]\n" + LIST,
+            r"has train: .*, but one folder of images is wanted: write `images/train`",
+        ),
+        ("train: train.txt\n" + LIST, r"has train: 'train\.txt', but one folder of images is wanted"),
+        (
+            "val: images/val\n" + LIST,
+            r"data\.yaml names no folder of split 'train' that .*, but {'val': 'images/val'}: write `train: im",
+        ),
+        (
+            "train: images/nowhere\n" + LIST,
+            r"names no folder of split 'train' that is below .*, but {'train': 'images/nowhere'}",
+        ),
+        ("train: images/train\nnc: 2", r"data\.yaml has no names of classes: write `names: \[tool, hand\]`"),
+        ("train: images/train\nnames: {1: tool, 2: hand}", r"has no names of classes"),
+        ("train: images/train\nnames: {0: [tool], 1: hand}", r"has no names of classes"),
+        ("train: images/train\nnames: [tool, no]", r"has the class name no, which YAML reads as bool and not as text"),
+        ("train: images/train\nnames: [tool, tool]", r"names a class twice: tool"),
+        ("train: &a images/train\nnames: *a", r"data\.yaml uses references or tags of YAML in line 1"),
+        ("train: !!python/object/apply:os.system [ls]", r"data\.yaml uses references or tags of YAML in line 1"),
+        ("train: ${oc.env:HOME}\n" + LIST, r"data\.yaml has '\$\{' in line 1"),
+        ("train: [\n" + LIST, r"data\.yaml is no valid YAML"),
+        ("{" * 2000, r"data\.yaml is nested more than"),
+    ],
+)
+def test_a_damaged_or_hostile_data_yaml_is_one_sentence(tmp_path, text, message):
+    write_images(tmp_path)
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text(text + "\n")
+    with pytest.raises(InputError, match=message):
+        open_dataset("folder", root=tmp_path, split="train")
+
+
 def changed(write):
     """A function of the root that changes a JSON or text file of it: ``write`` takes and gives its content."""
 

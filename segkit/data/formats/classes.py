@@ -37,7 +37,15 @@ class FolderClasses(LabelTable):
 
 def read_classes(path: Path) -> FolderClasses:
     """Return the label table that a file of classes describes; raises InputError for all that does not fit together."""
-    content = _load_yaml(path)
+    content = load_yaml(path)
+    unknown = sorted(str(key) for key in content if key not in CLASS_KEYS)
+    if unknown:
+        raise InputError(f"{path} has an unknown key {unknown[0]!r}; allowed are {', '.join(CLASS_KEYS)}")
+    return classes_of(content, path)
+
+
+def classes_of(content: dict[str, Any], path: Path) -> FolderClasses:
+    """Return the label table of ``content``, of the file ``path``; raises InputError as :func:`read_classes`."""
     names = content.get("names")
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} has no list of names; write for example `names: [background, tool]`")
@@ -91,7 +99,8 @@ def _check_once(values: list[Any], path: Path, *, what: str, keys: str) -> None:
         raise InputError(f"{path} uses {what} {twice[0]} twice among {keys}; each {what} has one meaning")
 
 
-def _load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the plain values in a YAML file of classes; raises InputError for damaged files and for more than that."""
     text = read_text(
         path,
         role="file of classes",
@@ -110,9 +119,6 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no valid YAML ({reason}); correct it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no mapping; write for example `names: [background, tool]`")
-    unknown = sorted(str(key) for key in content if key not in CLASS_KEYS)
-    if unknown:
-        raise InputError(f"{path} has an unknown key {unknown[0]!r}; allowed are {', '.join(CLASS_KEYS)}")
     _check_spelling(node, path)
     return content
 

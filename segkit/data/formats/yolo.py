@@ -1,13 +1,60 @@
-"""YOLO segmentation: one text file an image; a line is a class number and x y x y ... as shares of width and height."""
+"""YOLO segmentation: one text file an image; a line is a class number and x y x y ... as shares of width and height.
+
+A ``data.yaml`` may say what the numbers are, and where the images of each split lie.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
 from segkit.data.files import read_text
+from segkit.data.formats.classes import FolderClasses, classes_of, load_yaml
 from segkit.data.formats.polygons import Meaning, Shape, rasterise, ring_of, true_size
+from segkit.data.layout import inside
 from segkit.data.samples import Sample
 from segkit.errors import InputError
+
+FILE, KEYS, SPLITS, REST = "data.yaml", {"train", "val", "nc", "path"}, ("train", "val", "test"), "background"
+
+
+def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
+    """Return the classes in YOLO's file ``path``, and the folder of the images of each split, relative to its own.
+
+    Pixels without a polygon are of the class background, which comes first unless the file names it. None for a file
+    that is no such one or is missing. Raises InputError for one that is damaged, or names a folder outside of its own.
+    """
+    content = load_yaml(path) if path.is_file() else {}
+    if not KEYS & content.keys():
+        return None
+    names, top = content.get("names"), path.parent
+    if isinstance(names, dict) and names.keys() == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} has no names of classes: write `names: [tool, hand]`, or `0: tool` line by line")
+    whole = {"ids": list(range(len(names)))} if REST in names else {"names": [REST, *names]}
+    folders = {}
+    for split in SPLITS:
+        if (place := content.get(split)) is None:
+            continue
+        if not isinstance(place, str) or place.endswith(".txt"):
+            raise InputError(
+                f"{path} has {split}: {place!r}, but one folder of images is wanted: write `images/{split}`"
+            )
+        place = place.removeprefix("../")  # from a folder that its exporters think of beside the splits
+        inside(top, place, list_file=path)
+        below = Path(str(content.get("path", "")), place)
+        found = not below.is_absolute() and ".." not in below.parts and (top / below).is_dir()
+        folders[split] = (below if found else Path(place)).as_posix()
+    return classes_of({"names": names, "unlabelled": REST, "ignore": [], **whole}, path), folders
+
+
+def labels_of(images: str) -> str:
+    """Return the folder of the labels of a folder of images: labels in place of the last images in its path."""
+    parts = Path(images).parts
+    last = max((place for place, part in enumerate(parts) if part == "images"), default=len(parts))
+    return Path(*parts[:last], *["labels"] * (last < len(parts)), *parts[last + 1 :]).as_posix()
 
 
 def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:

@@ -6,6 +6,7 @@ Layout below ``root``::
     images/<split>/.../<name>.jpg    labels/<split>/.../<name>.png    (splits as sub-folders), or
     images/.../<name>.jpg            labels/.../<name>.png            <split>.txt (splits as list files), or neither and
                                                                       ``val_fraction`` or ``folds``
+    data.yaml                        instead of classes.yaml: YOLO's, which names classes and folders of splits
 
 ``names`` are the classes in order. ``ids`` are their values in the label files (default 0, 1, 2, ...), ``ignore`` what
 is no class there (values, colours, names; default [255]), ``colours`` their [red, green, blue]. In files of polygons
@@ -70,13 +71,28 @@ def read(
     ``{group}_*``, says which part of a name is hashed, so that images of one group stay together, and n counts groups.
     """
     layout = Layout("folder", root, archives=WANTED)
-    top = layout.base(images)
-    table = read_classes(top / classes)
-    place = _Place(layout, top, images, labels, label_suffix, format)
     cut = _Cut(val_fraction, folds, fold, groups)
+    path = layout.root / classes
+    if not path.exists() and (layout.root / yolo.FILE).exists():
+        path = layout.root / yolo.FILE
     source: str | None = split
+    if format in ("auto", "yolo") and (described := yolo.describe(path)):
+        top, (table, places) = path.parent, described
+        wanted = "train" if cut.is_made(split) else split
+        if wanted not in places or not os.path.isdir(top / places[wanted]):
+            raise InputError(
+                f"{path} names no folder of split {wanted!r} that is below {top}, but {places}: write `{wanted}: "
+                f"images/{wanted}` into it, or set dataset.reader.val_fraction=0.2 to cut val out of train"
+            )
+        place = _Place(layout, top, places[wanted], yolo.labels_of(places[wanted]), label_suffix, "yolo")
+        has_val, source = "val" in places, None
+    else:
+        top = layout.base(images)
+        table = read_classes(path)
+        place = _Place(layout, top, images, labels, label_suffix, format)
+        has_val = place.has("val")
     if cut.is_made(split):
-        if place.has("val"):
+        if has_val:
             raise InputError(
                 f"{top} has a split val already, but val_fraction or folds would cut another one: remove one, or set "
                 "dataset.reader.val_fraction=0 and folds=0"
@@ -88,7 +104,7 @@ def read(
     labelled = [sample for sample in samples if sample.labels]
     if not labelled:
         return SampleSet(samples, table=table, name="folder", split=split)
-    own, load = _reading(found, table, labelled[0], top / classes)
+    own, load = _reading(found, table, labelled[0], path)
     return SampleSet(samples, table=own, name="folder", split=split, load_label=load)
 
 

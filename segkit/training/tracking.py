@@ -6,6 +6,7 @@ Times go to ``timing.jsonl`` and to the curves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -111,6 +112,9 @@ class Tracker:
             show(self._sink)
         except Exception as error:
             self._is_lost = True
+            with contextlib.suppress(Exception):
+                if self._sink is not None:
+                    self._sink.close()
             warnings.warn(
                 f"tracker={self.kind} failed ({error}): from here on the curves of phase {self.phase} stand in "
                 "metrics.jsonl alone, until the run is started again",

@@ -183,19 +183,31 @@ def test_many_classes_fold_into_a_picture(make_run):
 # Windows of a browser have a least width, frames have not: the report tells the page around it how wide it is.
 _INNER = """<script>
 const root = document.documentElement;
-parent.postMessage([innerWidth, Math.max(0, root.scrollWidth - innerWidth)].join(" "), "*");
+const cut = [...document.querySelectorAll(".name, .column, th, figcaption, .key li")].filter(
+  (item) => item.scrollWidth > item.clientWidth + 1 || item.scrollHeight > item.clientHeight + 1);
+parent.postMessage([innerWidth, Math.max(0, root.scrollWidth - innerWidth), cut.length].join(" "), "*");
 </script>"""
 _OUTER = """<!doctype html><iframe src="report.html" style="border:0;width:%dpx;height:900px"></iframe><script>
 addEventListener("message", (event) => { document.documentElement.dataset.probe = event.data; });
 </script>"""
 
 
-@pytest.mark.parametrize("width", [390, 1400])
-def test_a_browser_shows_it_without_complaint(text, tmp_path, width):
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory, make_run_at):
+    """The page of a run whose classes have names of forty letters, some without a space."""
+    names = [
+        f"class {k}, described in forty letters and m"[:40] if k % 2 else f"class_{k}_" + 32 * "m" for k in range(8)
+    ]
+    run = make_run_at(tmp_path_factory.mktemp("long") / "a", classes=names, margins=True, num_pictures=2)
+    return page(compare([run], num_samples=200))
+
+
+@pytest.mark.parametrize(("name", "width"), [("text", 1400), ("long_names", 390), ("long_names", 1300)])
+def test_a_browser_shows_it_without_complaint(name, width, tmp_path, request):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on this machine")
-    (tmp_path / "report.html").write_text(text + _INNER, encoding="utf-8")
+    (tmp_path / "report.html").write_text(request.getfixturevalue(name) + _INNER, encoding="utf-8")
     (tmp_path / "outer.html").write_text(_OUTER % width, encoding="utf-8")
     done = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1600,900",
@@ -203,7 +215,7 @@ def test_a_browser_shows_it_without_complaint(text, tmp_path, width):
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    assert f'data-probe="{width} 0"' in done.stdout  # the page itself does not scroll sideways
+    assert f'data-probe="{width} 0 0"' in done.stdout  # the page itself does not scroll sideways, and nothing is cut
 
 
 def test_report_needs_no_torch():

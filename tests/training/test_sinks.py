@@ -89,6 +89,7 @@ def test_a_sink_that_fails_does_not_end_the_run(folder, monkeypatch, recwarn):
     (warning,) = recwarn
     assert "tracker=mlflow failed (no route to host): from here on the curves of phase train" in str(warning.message)
     assert {entry[0] for entry in fake.told if isinstance(entry[0], int)} == {101, 102}
+    assert fake.told.count("closed") == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
 
 

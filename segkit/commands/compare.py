@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.output or not asked:
         from segkit.report.page import extremes, image_ranking, page, shown_runs
 
-        names = [one.name for one in extremes(image_ranking(comparison), arguments.pictures)]
+        names = [one.name for one in extremes(image_ranking(*comparison.ranked_runs), arguments.pictures)]
         for _, record in shown_runs(comparison) if arguments.predict else ():
             for one in record.folders:
                 record.pictures.update(

@@ -75,6 +75,11 @@ class Comparison:
         return statistics.fmean(group.scores("mean_iou") or [-1.0])
 
     @property
+    def ranked_runs(self) -> list[RunRecord]:
+        """The runs by which images are ranked: the first of the baseline, and that of the contender."""
+        return [group.runs[0] for group in (self.baseline, self.contender) if group is not None]
+
+    @property
     def best(self) -> Group:
         """The group with the largest mean IoU."""
         return max(self.groups, key=self.mean_iou)

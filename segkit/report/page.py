@@ -202,21 +202,16 @@ def image_scores(run: RunRecord) -> dict[str, float]:
     return {name: mean for name, mean in zip(run.per_image.names, means, strict=True) if mean == mean}
 
 
-def image_gains(baseline: RunRecord, other: RunRecord) -> list[ImageScore]:
-    """Return the images of both runs from largest gain to largest loss; empty if the runs cannot be paired."""
-    if not comparable(baseline, other):
+def image_ranking(*runs: RunRecord) -> list[ImageScore]:
+    """Return the images of one run from best to worst, of a baseline and another from largest gain to largest loss.
+
+    Empty for runs without counts of single images, and for two that cannot be paired.
+    """
+    if not all(comparable(runs[0], run) for run in runs):
         return []
-    ours, theirs = image_scores(baseline), image_scores(other)
-    both = [ImageScore(name, ours[name], theirs[name]) for name in ours if name in theirs]
-    return sorted(both, key=lambda one: -one.gain)
-
-
-def image_ranking(c: Comparison) -> list[ImageScore]:
-    """Return all images from largest gain to largest loss; of one row alone from the best to the worst."""
-    if c.contender is not None:
-        return image_gains(c.baseline.runs[0], c.contender.runs[0])
-    scored = (ImageScore(*one) for one in image_scores(c.baseline.runs[0]).items())
-    return sorted(scored, key=lambda one: -one.gain)
+    scored = [image_scores(run) for run in runs]
+    names = [name for name in scored[0] if all(name in one for one in scored)]
+    return sorted((ImageScore(name, *(one[name] for one in scored)) for name in names), key=lambda one: -one.gain)
 
 
 def extremes(ranked: Sequence[Any], most: int) -> list[Any]:
@@ -239,7 +234,7 @@ def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) ->
 
 def images(c: Comparison, *, most: int) -> Part:
     """Return images with the largest gains and losses: their scores, and their predictions where runs stored them."""
-    ranked = image_ranking(c)
+    ranked = image_ranking(*c.ranked_runs)
     stored = [(group, run) for group, run in shown_runs(c) if run.pictures]
     names = chosen_names([run for _, run in stored], [one.name for one in ranked], most) if stored and most else []
     if not ranked and not names:

@@ -7,13 +7,13 @@ import io
 import shutil
 import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from segkit.evaluation.bootstrap import MeanIoUInterval
 from segkit.report.groups import Group, score
 from segkit.report.text import for_csv, for_latex, for_markdown, for_terminal
-from segkit.report.uncertainty import RowTests, intervals
+from segkit.report.uncertainty import best_rows, intervals
 
 DIGITS = 2
 """Digits behind the point of a score in percent."""
@@ -134,15 +134,15 @@ MARKED = "Marked: better than every other row (paired randomisation tests over i
 def score_table(groups: Sequence[Group], *, num_samples: int = 2000) -> ScoreTable:
     """Return pixel accuracy, mean IoU and the IoU of every class for ``groups``, the best of a column marked.
 
-    See :class:`segkit.report.uncertainty.RowTests`. ``num_samples`` is that of the tests and of the intervals.
+    See :func:`segkit.report.uncertainty.best_rows`. ``num_samples`` is that of the tests and of the intervals.
     """
     classes = dict.fromkeys(name for group in groups for name in group.classes)
     keys = ("pixel_accuracy", "mean_iou", *(f"iou/{name}" for name in classes))
-    tests, columns = RowTests(groups, num_samples=num_samples), []
-    for key in keys:
-        cells = [Cell(tuple(group.scores(key))) for group in groups]
-        best = tests.best(key, [cell.mean for cell in cells])
-        columns.append([replace(cell, is_best=at == best) for at, cell in enumerate(cells)])
+    best = best_rows(groups, keys, num_samples=num_samples)
+    columns = [
+        [Cell(tuple(group.scores(key)), is_best=at == first) for at, group in enumerate(groups)]
+        for key, first in zip(keys, best, strict=True)
+    ]
     rows = tuple(zip(*columns, strict=True))
     found = dict(intervals(groups, num_samples=num_samples))
     return ScoreTable(tuple(groups), keys, ("pixel acc.", "mIoU", *classes), rows, found, num_samples)

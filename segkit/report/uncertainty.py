@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,28 +30,26 @@ LEVEL = 0.05
 """Of the tests that mark the best row of a column."""
 
 
-class RowTests:
-    """Paired tests between ``groups``, the rows of a table; two of them are tested when that is first asked for."""
+def best_rows(groups: Sequence[Group], keys: Sequence[str], *, num_samples: int) -> list[int | None]:
+    """Return, for each score of ``keys``, the number of the group that is better than every other one.
 
-    def __init__(self, groups: Sequence[Group], *, num_samples: int) -> None:
-        self.groups = groups
-        self.compared = cache(lambda one, other: compare_groups(groups[one], groups[other], num_samples=num_samples))
+    It is if the paired randomisation tests against each have p-values of at most :data:`LEVEL` divided by the number
+    of others (Bonferroni); None if not, and where groups cannot be paired.
+    """
+    compared = cache(lambda one, other: compare_groups(groups[one], groups[other], num_samples=num_samples))
 
-    def best(self, key: str, means: Sequence[float | None]) -> int | None:
-        """Return the row with the largest of ``means``, its scores ``key``, if it is better than each other row.
-
-        It is if the paired randomisation tests have p-values of at most :data:`LEVEL` divided by the number of other
-        rows (Bonferroni); None if not, and where rows cannot be paired.
-        """
-        known = {at: mean for at, mean in enumerate(means) if mean is not None}
-        first, *others = sorted(known, key=lambda at: -known[at]) or [-1]
-        better = all(self._is_better(first, at, key, LEVEL / len(others)) for at in others)
-        return first if others and better else None
-
-    def _is_better(self, one: int, other: int, key: str, level: float) -> bool:
-        result, num_pairs = self.compared(other, one)
-        at = ["mean_iou", "pixel_accuracy", *(f"iou/{name}" for name in self.groups[one].classes)].index(key)
+    def is_better(one: int, other: int, key: str, level: float) -> bool:
+        result, num_pairs = compared(other, one)
+        at = ["mean_iou", "pixel_accuracy", *(f"iou/{name}" for name in groups[one].classes)].index(key)
         return num_pairs > 0 and bool(result.differences[at] > 0 and result.p_values[at] <= level)
+
+    found: list[int | None] = []
+    for key in keys:
+        means = {at: statistics.fmean(values) for at, group in enumerate(groups) if (values := group.scores(key))}
+        first, *others = sorted(means, key=lambda at: -means[at]) or [-1]
+        is_best = others and all(is_better(first, at, key, LEVEL / len(others)) for at in others)
+        found.append(first if is_best else None)
+    return found
 
 
 def compare_groups(one: Group, other: Group, *, num_samples: int) -> tuple[Any, int]:

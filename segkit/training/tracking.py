@@ -83,33 +83,29 @@ class Tracker:
             return os.fstat(file.fileno()).st_size
 
     def open(self) -> None:
-        """Open the sink before the first step of a run; InputError if that fails. Otherwise it opens when needed."""
-        if self.folder is not None:
-            try:
-                self._sink = self._opened(self.folder)
-            except Exception as error:
-                raise InputError(
-                    f"tracker={self.kind} could not be opened ({error}): see what it says, or set tracker=none"
-                ) from None
-
-    def _opened(self, folder: Path) -> sinks.Sink:
-        step, last = self._purge_step, self._last_record
-        purge_step = self.offset + step if step else None
-        run = self.files[-1].parent
-        sink = sinks.open_sink(self.kind, folder, phase=self.phase, run=run, purge_step=purge_step)
+        """Open the sink, which a new run does before its first step; InputError if that fails."""
+        if self.folder is None or self._sink is not None:
+            return
+        step, last, run = self._purge_step, self._last_record, self.files[-1].parent
+        try:
+            purge_step = self.offset + step if step else None
+            self._sink = sinks.open_sink(self.kind, self.folder, phase=self.phase, run=run, purge_step=purge_step)
+        except Exception as error:
+            raise InputError(
+                f"tracker={self.kind} cannot be opened ({error}): mend that, or set tracker=none"
+            ) from None
         if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
-            speed = {f"speed/{name}": value for name, value in self._last_speed.items()}
-            shown = {**_training_tags(last), **speed}
-            sink.scalars(self.offset + step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
-        return sink
+            shown = _training_tags(last) | {f"speed/{name}": value for name, value in self._last_speed.items()}
+            self.scalars(step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
 
     def _tell(self, show: Callable[[sinks.Sink], None]) -> None:
         """Call ``show`` with the sink. One that fails (a network, say) is given up, with one warning."""
         if self.folder is None or self._is_lost:
             return
         try:
-            self._sink = self._sink or self._opened(self.folder)
-            show(self._sink)
+            self.open()
+            if self._sink is not None:
+                show(self._sink)
         except Exception as error:
             self._is_lost = True
             with contextlib.suppress(Exception):

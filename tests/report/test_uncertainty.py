@@ -63,7 +63,7 @@ def test_other_protocols_are_never_paired(make_run):
     comparison = compare(runs, allow_mixed_protocols=True)
     assert len(comparison.groups) == 2
     assert uncertainty.paired_tests(comparison.groups, comparison.baseline, num_samples=100) == []
-    assert page.image_gains(*comparison.runs) == []
+    assert page.image_ranking(*comparison.runs) == []
 
 
 def test_holm_by_hand():
@@ -79,11 +79,13 @@ def test_a_row_is_best_if_every_paired_test_supports_it(make_run):
     assert [row[table.keys.index("mean_iou")] for row in marked] == [False, True, False]
     assert [row[table.keys.index("pixel_accuracy")] for row in marked] == [False, True, False]
     assert not any(marked[0] + marked[2])
-    means = [0.7, 0.8, None]
-    tests = uncertainty.RowTests(table.groups, num_samples=300)
-    assert tests.best("mean_iou", means) == 1
-    assert tests.best("mean_iou", [0.8, 0.7, None]) is None  # the largest mean, but the test shows the contrary
-    assert tests.best("mean_iou", [0.7, None, None]) is None  # nothing to be better than
+    keys, groups = ["mean_iou", "iou/sky"], table.groups
+    assert uncertainty.best_rows(groups[:1], keys, num_samples=300) == [None, None]  # nothing to be better than
+    flattered = replace(groups[0].runs[0], results={**groups[0].runs[0].results, "mean_iou": 0.99})
+    rows = [replace(groups[0], runs=(flattered,)), groups[1]]
+    assert uncertainty.best_rows(rows, ["mean_iou"], num_samples=300) == [None]  # the tests show the contrary
+    silent = [replace(group, runs=(replace(group.runs[0], per_image=None),)) for group in groups]
+    assert uncertainty.best_rows(silent, keys, num_samples=300) == [None, None]  # nothing to test with
 
 
 def test_a_row_that_is_better_by_chance_is_not_marked(make_run):
@@ -96,10 +98,11 @@ def test_a_row_that_is_better_by_chance_is_not_marked(make_run):
     changed = counts.count.copy()
     changed[[right, wrong]] += (1, -1)
     run = replace(comparison.runs[1], per_image=replace(counts, count=changed))
-    means = [float(metrics.mean_iou(one.total())) for one in (counts, run.per_image)]
-    assert 0 < means[1] - means[0] < 1e-5
-    tests = uncertainty.RowTests([comparison.groups[0], replace(comparison.groups[1], runs=(run,))], num_samples=300)
-    assert tests.best("mean_iou", means) is None
+    run = replace(run, results=metrics.summary(run.per_image.total(), run.classes) | {
+        key: run.results[key] for key in ("num_images", "protocol")})  # fmt: skip
+    groups = [comparison.groups[0], replace(comparison.groups[1], runs=(run,))]
+    assert 0 < run.results["mean_iou"] - comparison.runs[0].results["mean_iou"] < 1e-5
+    assert uncertainty.best_rows(groups, ["mean_iou"], num_samples=300) == [None]
 
 
 # -- images --------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def test_image_scores_are_means_over_the_classes_of_the_image(make_run):
 
 def test_gains_are_sorted(make_run):
     runs = compare([make_run("a"), make_run("b", "loss=dice", skill=0.82)]).runs
-    gains = page.image_gains(*runs)
+    gains = page.image_ranking(*runs)
     assert len(gains) == 30
     assert [one.gain for one in gains] == sorted((one.gain for one in gains), reverse=True)
 
@@ -130,7 +133,7 @@ def test_best_and_worst_stored_images_are_chosen(make_run):
 
 def test_the_images_of_one_run_are_ranked_by_their_scores(make_run):
     comparison = compare([make_run("a", num_pictures=2)])
-    ranked = page.image_ranking(comparison)
+    ranked = page.image_ranking(*comparison.ranked_runs)
     scores = page.image_scores(comparison.runs[0])
     assert [one.name for one in ranked] == sorted(scores, key=lambda name: -scores[name])
     part = page.images(comparison, most=4)

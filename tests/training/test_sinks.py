@@ -99,7 +99,7 @@ def test_a_sink_that_cannot_be_opened_is_refused_at_the_start(folder, monkeypatc
 
     monkeypatch.setattr(sinks, "open_sink", no_login)
     tracker = Tracker(folder, phase="train", num_steps=1, kind="wandb")
-    with pytest.raises(InputError, match=r"tracker=wandb could not be opened \(no API key\): .* or set tracker=none"):
+    with pytest.raises(InputError, match=r"tracker=wandb cannot be opened \(no API key\): .* or set tracker=none"):
         tracker.open()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 MOST_DEFLATED = 200
 """Times that the content of an archive may be larger than the archive; what a run writes deflates less."""
+MOST_NUMBER = 1e30
+"""What a number may be at most: well within 32 bits."""
 SMALL = 2**20
 """Bytes that any archive may hold: only a larger one can do harm."""
 
@@ -45,12 +47,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
-def check_number(value: object, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
+def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:
     """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
         least = "greater than" if open_low else "at least"
-        most = "" if high == math.inf else f" and at most {high:g}"
+        most = "" if high == MOST_NUMBER else f" and at most {high:g}"
         raise InputError(f"{name} must be a finite number {least} {low:g}{most}, got {value!r}; set loss.{name}")
     return float(value)  # type: ignore[arg-type]
 

@@ -18,6 +18,9 @@ MOST_JSON_BYTES = 2**26
 MOST_DEPTH = 50
 """Lists and mappings in each other in a YAML file beyond which it is not read."""
 
+PARTS = ("dataset", "model", "loss", "optimizer", "schedule")
+"""What every configuration of a run has."""
+
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
 
@@ -121,11 +124,12 @@ def more_than_plain(text: str) -> str | None:
     return None
 
 
-def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
+def read_config_text(path: Path, *, cure: str = _FOREIGN, whole: bool = True) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
     A stranger may have written it: InputError, which ends with ``cure``, for a file of more than :data:`MOST_BYTES`,
-    and for what is :func:`more_than_plain`; with ``${...}`` OmegaConf would read the environment.
+    and for what is :func:`more_than_plain`; with ``${...}`` OmegaConf would read the environment. So is a ``whole`` one
+    that lacks one of :data:`PARTS`.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -145,6 +149,8 @@ def read_config_text(path: Path, *, cure: str = _FOREIGN) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({reason}): {cure}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no configuration: {cure}")
+    if missing := [key for key in PARTS if whole and key not in content]:
+        raise InputError(f"{path} has no {missing[0]}, as if it were cut off: {cure}")
     return {str(key): value for key, value in content.items()}
 
 

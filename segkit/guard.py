@@ -91,7 +91,6 @@ MEMORY_ADVICE = f"set grad_checkpointing=light (or mixed, or true: less memory s
 
 MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
-_PLACES = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def _override_in(error: BaseException) -> str | None:
@@ -108,10 +107,10 @@ def _explain_os_error(error: OSError) -> str:
             f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or set "
             "hydra.run.dir and cache_dir to a larger disk, then run the same command again"
         )
-    if error.filename is not None and isinstance(error, _PLACES):
+    if error.filename is not None:
         return (
-            f"{error.filename} cannot be used ({error.strerror}): give a place that can be written, hydra.run.dir=DIR "
-            "or the --output of a verb"
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): mend it, or give another place, "
+            "hydra.run.dir=DIR or the --output of a verb"
         )
     return str(error)
 

@@ -144,7 +144,7 @@ def _factor(d: np.ndarray, scale: str, tau: float, mean_margin: float | None) ->
     if tau != DEFAULT_TAU:
         raise InputError(f"tau = {tau:g} has no effect with scale = mean; set loss.mean_margin, or loss.scale=tau")
     mean = d.mean()
-    return check_number(mean_margin, "mean_margin", low=-np.inf) / mean if mean > 0 else 0.0
+    return check_number(mean_margin, "mean_margin", low=-1e30) / mean if mean > 0 else 0.0
 
 
 def _largest(rho_max: float | str | None) -> float | None:

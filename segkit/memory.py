@@ -20,8 +20,9 @@ GIB = 2**30
 RESERVE = 256 * 2**20
 """Bytes of the free memory that are left to the system."""
 
-CPU_MESSAGES = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
-"""What RuntimeErrors say when an allocation on a CPU found no memory."""
+CPU_MESSAGES = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
+                "Insufficient memory")  # fmt: skip
+"""What exceptions of torch and OpenCV say when an allocation on a CPU found no memory."""
 
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -37,7 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not imported for the question: without it there is no such error
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_MESSAGES)
+    is_of_library = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
+    return is_of_library and any(text in str(error) for text in CPU_MESSAGES)
 
 
 def peak(device: torch.device | None = None) -> int:

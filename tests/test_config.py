@@ -306,6 +306,11 @@ def test_a_quoted_value_is_read_as_it_was(text):
             "dataset.root=/a,b",
             "gives several values: add -m for a sweep over them, or put one value with a comma",
         ),
+        (
+            "hydra.run.dir=",
+            "the override 'hydra.run.dir=' is empty, and so would fill this folder: set hydra.run.dir=DIR",
+        ),
+        ("trust=[nowhere_at_all]", "trust has 'nowhere_at_all', but there is no such package here, nor in PYTHONPATH"),
         ("dataset.root=", "dataset.root is empty: set dataset.root=DIR"),
         ("=3", "the override '=3' has no key"),
         ("+early_stopping=5", r"there is no key early_stopping: a run has dataset, model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_real_failures_to_allocate_are_recognised(allocate):
 def test_gpu_failures_are_recognised_and_others_are_not():
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
+    with pytest.raises(cv2.error) as failed:
+        cv2.resize(np.zeros((8, 8, 3), np.uint8), (2**20, 2**20))
+    assert memory.is_out_of_memory(failed.value)
     assert not memory.is_out_of_memory(ValueError("not enough memory"))
 
 

@@ -71,6 +71,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
             ) from None
         if not key.strip("+~ "):
             raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
+        if key.strip("+~ ") in ("hydra.run.dir", "hydra.sweep.dir") and override.value() in (None, ""):
+            raise InputError(f"the override {text!r} is empty, and so would fill this folder: set {key}=DIR")
         given = override.value() if (config_dir() / key.strip("+~ ")).is_dir() else None
         if isinstance(given, list) and not all(isinstance(name, str) for name in given):
             raise InputError(f"the override {text!r} gives a list, but {key} takes the name of one of its options")

@@ -289,6 +289,8 @@ class Config:
                 f"phase {name} has images of {own} and the first phase of {first} (in_channels, dtype, mean, std), but "
                 f"one model goes through all phases: set the same in schedule.{name}.dataset",
             )
+        for key in ("init_from", "cache_dir"):
+            require(getattr(self, key) != "", f"{key} is empty: set {key}=PATH, or {key}=null")
         require(
             self.head is Head.keep or self.init_from is not None,
             "head=reset replaces the last layer of init_from, but that is null: set init_from=PATH, or head=keep",

@@ -15,6 +15,7 @@ import collections.abc
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -121,6 +122,11 @@ def trust(packages: Sequence[str]) -> None:
             raise InputError(f"trust has {name!r}, but takes names of packages: set trust=[mypackage]")
     if packages and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # where such a package usually lies
+    for name in packages:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"trust has {name!r}, but there is no such package here, nor in PYTHONPATH: correct its name"
+            )
     _trusted.update(packages)
 
 

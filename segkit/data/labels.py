@@ -17,7 +17,7 @@ TABLES = Path(__file__).parent / "tables"
 VOID = 255
 """The train id of pixels that are no class."""
 
-_UNKNOWN = 254  # never a class (at most 254 classes) and never the ignore index (255)
+UNKNOWN = 254  # never a class (at most 254 classes) and never the ignore index (255)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,8 @@ class LabelTable:
 
     def __post_init__(self) -> None:
         num = len(self.classes)
-        if not 1 <= num < _UNKNOWN:
-            raise InputError(f"label table {self.name} has {num} classes; 1 to {_UNKNOWN - 1} are allowed")
+        if not 1 <= num < UNKNOWN:
+            raise InputError(f"label table {self.name} has {num} classes; 1 to {UNKNOWN - 1} are allowed")
         if self.ignore_index != 255:
             raise InputError(f"label table {self.name} has ignore_index {self.ignore_index}; it must be 255")
         if self.palette.shape != (num, 3) or self.palette.dtype != np.uint8:
@@ -76,8 +76,8 @@ class LabelTable:
 
     @cached_property
     def _lookup(self) -> np.ndarray:
-        """uint8 (256,): train id of each raw value 0..255, ``_UNKNOWN`` where the table has none."""
-        lookup = np.full(256, _UNKNOWN, np.uint8)
+        """uint8 (256,): train id of each raw value 0..255, ``UNKNOWN`` where the table has none."""
+        lookup = np.full(256, UNKNOWN, np.uint8)
         for raw, train in self.raw_to_train.items():
             if 0 <= raw < 256:
                 lookup[raw] = train
@@ -94,11 +94,11 @@ class LabelTable:
 
             train = np.asarray(cv2.LUT(raw, self._lookup))
         else:
-            train = np.full(raw.shape, _UNKNOWN, np.uint8)
+            train = np.full(raw.shape, UNKNOWN, np.uint8)
             for value in np.unique(raw).tolist():
                 if value in self.raw_to_train:
                     train[raw == value] = self.raw_to_train[value]
-        unknown = train == _UNKNOWN
+        unknown = train == UNKNOWN
         if unknown.any():
             raise self._unknown_values(raw[unknown], file)
         return train

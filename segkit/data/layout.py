@@ -18,6 +18,9 @@ from segkit.data.labels import TABLES
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
+UNREAD = frozenset({".avif", ".dng", ".gif", ".heic", ".heif", ".jp2", ".tga"})
+"""Ends of the names of images that no reader takes."""
+
 _refused: ContextVar[list[InputError] | None] = ContextVar("refused", default=None)
 
 
@@ -289,7 +292,7 @@ def _difference(wanted: str, found: str) -> str:
     if (stem, suffix) == (other, end):
         same_case = unicodedata.normalize("NFC", wanted) == unicodedata.normalize("NFC", found)
         return "in the Unicode form of its letters only" if same_case else "in upper and lower case only"
-    if end not in IMAGE_SUFFIXES:
+    if end not in IMAGE_SUFFIXES | UNREAD:
         return ""
     if stem == other:
         return "in its extension only"

@@ -56,10 +56,14 @@ def page(c: Comparison, *, pictures: int = 6) -> str:
     )  # fmt: skip
 
 
+CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127], "\N{REPLACEMENT CHARACTER}")
+"""Control characters, of which HTML has none; a terminal that shows the file would obey them."""
+
+
 def render(template: str, **parts: Any) -> str:
     """Return a page of this folder with its style and script inside; all text of ``parts`` is escaped."""
     assets = {"style": _asset("page.css"), "script": _asset("page.js")}
-    return _environment().get_template(template).render(**parts, **assets)
+    return _environment().get_template(template).render(**parts, **assets).translate(CONTROL)
 
 
 @cache

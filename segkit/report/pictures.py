@@ -158,6 +158,8 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
     try:
         index = read_json(path, cure=f"delete the folder {folder}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
+        if len(palette) > VOID or not all(0 <= value <= 255 for colour in palette for value in colour):
+            raise ValueError("a palette has up to 255 colours of 0 to 255")
         # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
         stored = {}
         for entry in index["pictures"]:
@@ -166,7 +168,7 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
         return stored
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} is no index of pictures ({error!r}): delete the folder {folder}") from None
 
 

@@ -130,11 +130,17 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
 def _sweep_ends(path: Path) -> dict[str, str]:
     """Return how each failed job of a sweep ended, by the name of its folder."""
     try:
-        jobs = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+        jobs = json.loads(read_text(path / "sweep.json", most=MOST_JSON_BYTES, cure=DAMAGED))
         failed = [job for job in jobs if job["state"] == "failed"]
         reasons = [str(job.get("error") or "its log says why").strip().removeprefix("error: ") for job in failed]
         return {Path(job["folder"]).name: f"failed: {why}" for job, why in zip(failed, reasons, strict=True)}
-    except (OSError, ValueError, KeyError, TypeError):  # a sweep on a cluster has no sweep.json; its folders suffice
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # a sweep on a cluster has no sweep.json; its folders suffice
         return {}
 
 
@@ -219,7 +225,7 @@ class _OptionalFiles:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_config_text(path)
+    config = read_config_text(path, whole=False)
     missing = [key for key in CONFIG_KEYS if key not in config]
     if missing:
         raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: run it again")
@@ -243,9 +249,13 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     classes = results["classes"]
     rows = list(classes.values()) if isinstance(classes, dict) else []
     ious = [row.get("iou") for row in rows if isinstance(row, dict)]
-    more = [row.get(key) for row in rows if isinstance(row, dict) for key in ("precision", "recall")]
-    scores = [results["mean_iou"], results["pixel_accuracy"], *ious, *more]
-    are_shares = all(map(_is_share, scores))
+    scores = [results["mean_iou"], results["pixel_accuracy"], *ious]
+    are_shares = all(map(_is_share, scores)) and all(
+        _is_share(value) or (name.endswith("_pixels") and type(value) is int and 0 <= value < 2**63)
+        for row in rows
+        if isinstance(row, dict)
+        for name, value in row.items()
+    )
     if len(ious) != len(rows) or not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
@@ -282,7 +292,13 @@ def _read_counts(path: Path) -> dict[str, int]:
 def _read_margins(path: Path) -> dict[str, Any]:
     margins = _read_json(path)
     columns = [margins.get(key) for key in ("classes", "rho_0k", "rho_k0")]
-    numbers = all(type(value) in (int, float) for column in columns[1:] if isinstance(column, list) for value in column)
+    numbers = all(
+        type(value) in (int, float) and abs(value) < 1e300
+        for column in columns[1:]
+        if isinstance(column, list)
+        for value in column
+    )
+    numbers = numbers and isinstance(columns[0], list) and all(isinstance(name, str) for name in columns[0])
     sizes = {len(column) if isinstance(column, list) else 0 for column in columns}
     if len(sizes) != 1 or sizes == {0} or not numbers:
         raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")

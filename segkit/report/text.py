@@ -37,8 +37,8 @@ def for_latex(text: str) -> str:
 
 
 def for_csv(text: str) -> str:
-    """Return ``text`` with an apostrophe before it where a spreadsheet would take it for a formula."""
-    return "'" + text if text.startswith(FORMULA) else text
+    """Return ``text`` on one line, with an apostrophe before it where a spreadsheet would take it for a formula."""
+    return ("'" if text.startswith(FORMULA) else "") + for_terminal(text)
 
 
 def for_matplotlib(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segkit import runtime
+from segkit import memory, runtime
 from segkit.config.dataset import RGB, SamplerKind
 from segkit.config.schema import Config, DatasetConfig, check_targets, plain
 from segkit.config.targets import instantiate, locate
@@ -84,6 +85,13 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
         node["lr"] = lr
     if "lr" not in node:
         raise InputError("optimizer.lr is needed: set optimizer.lr=...")
+    for name, value in ((name, value) for name, value in node.items() if type(value) in (int, float)):
+        single = float(torch.tensor(float(value), dtype=torch.float64).float().abs())
+        if not math.isfinite(single) or (single == 0 and (value or name == "eps")):
+            raise InputError(
+                f"optimizer.{name} is {value}, which as a number of 32 bits is {single}, so steps would give NaN or "
+                f"nothing: set another optimizer.{name}"
+            )
     groups = parameter_groups(
         model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor, lr_factors=config.lr_factors
     )
@@ -106,6 +114,30 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
         build_optimizer(alone, nn.Linear(1, 1), config.schedule[name].lr)
         train_transform(config, name, augment=True, ignore_index=table.ignore_index)
+
+
+def check_sizes(config: Config, device: torch.device) -> None:
+    """Raise InputError if memory cannot hold a batch of crops, or a resized image, of some phase.
+
+    Counted are pixels of one byte in RAM and of float32 on ``device``; what the network takes shows in a step.
+    """
+    batch = 1 if config.auto_batch else config.batch_size
+    for dataset in map(config.phase_dataset, config.schedule):
+        part, (height, width), channels = -(-batch // config.accumulate), dataset.crop, dataset.in_channels
+        eval_height, eval_width = dataset.eval_resize.size or [dataset.eval_resize.short_side or 0] * 2
+        for what, cure, waiting, computed in (
+            (f"a batch of {batch} crops of {height}x{width}", "crop, or batch_size", batch * height * width * (channels + 1),
+             part * height * width * 4 * channels),
+            (f"an image of {eval_height}x{eval_width}", "eval_resize", eval_height * eval_width * channels,
+             eval_height * eval_width * 4 * channels),
+        ):  # fmt: skip
+            in_ram = waiting if device.type == "cuda" else waiting + computed
+            for needed, there in ((in_ram, memory.total()), (computed, memory.total(device))):
+                if needed > there:
+                    raise InputError(
+                        f"{what} takes at least {needed / memory.GIB:.0f} GiB, but there are {there / memory.GIB:.0f}: "
+                        f"set a smaller dataset.{cure}"
+                    )
 
 
 def even_counts(classes: Sequence[str]) -> LabelCounts:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.data import SampleSet
+from segkit.data.files import read_bytes
 from segkit.data.statistics import file_state
 from segkit.errors import InputError
 from segkit.files import write_atomically
@@ -99,14 +101,18 @@ def check_files(path: Path, splits: dict[str, Splits]) -> None:
     Files that all have the same sizes and all have other times were copied, as before every start on a cluster: that
     is only said.
     """
-    try:
-        before = json.loads(gzip.decompress((path / FILES).read_bytes()))
-    except FileNotFoundError:
+    place = path / FILES
+    if not place.exists():
         return  # a run of an older version
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{path / FILES} cannot be read ({error}): delete it to go on without the comparison"
-        ) from None
+    try:
+        before = json.loads(gzip.decompress(read_bytes(place, role="list of files")))
+        splits_of = before.values() if isinstance(before, dict) else [None]
+        if not all(
+            isinstance(states, dict) and all(isinstance(s, str) for s in states.values()) for states in splits_of
+        ):
+            raise ValueError("it holds no states of files")
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise InputError(f"{place} cannot be read ({error}): delete it to go on without the comparison") from None
     now = _states(splits)
     for key, states in now.items():
         old = before.get(key, {})

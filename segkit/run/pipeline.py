@@ -22,7 +22,7 @@ from segkit.files import write_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
-from segkit.run.build import check_parts
+from segkit.run.build import check_parts, check_sizes
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
@@ -80,6 +80,7 @@ def _prepare(
             "or set sync_batchnorm=false"
         )
     sinks.check_installed(config.tracker.value)
+    check_sizes(config, device)
     cache_dir = cache_dir_of(config)
     distributed.on_main(PhaseCache(cache_dir).check)
     saved = folder.path / "config.yaml"
@@ -98,6 +99,11 @@ def _prepare(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
         distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
+    if config.profile_steps:
+        from segkit.training.profile import check_enough
+
+        first = next(iter(phases.values()))
+        check_enough(config.profile_steps, phase=first.name, num_steps=first.plan.num_steps)
     if origin:
         distributed.on_main(lambda: write_json(folder.path / REPORT, origin))
         print_main("\n".join(report_lines(origin)))

@@ -49,6 +49,10 @@ def initial_model(
 
 def _load(model: Segmenter, source: Path, config: Config, classes: Sequence[str]) -> dict[str, list[str]]:
     """Load the weights in ``source`` into ``model``; return the names that were loaded, reset and left out."""
+    if source.is_dir() and not (source / "checkpoints").is_dir():
+        raise InputError(
+            f"init_from is {source}, no run folder, as it has no checkpoints: give one, or a file of weights"
+        )
     if source.is_dir() and config.head is Head.keep:
         check_origin(source, classes)
     path = source / "checkpoints" / checkpoint.LAST if source.is_dir() else source

@@ -18,17 +18,21 @@ WARMUP = 2
 """Steps before the timing starts: memory is allocated and kernels are chosen in them."""
 
 
+def check_enough(num_profiled: int, *, phase: str, num_steps: int) -> None:
+    """Raise InputError if ``phase`` has not so many steps beside those that warm up."""
+    if num_steps < WARMUP + num_profiled:
+        raise InputError(
+            f"profile_steps is {num_profiled}, and {WARMUP} more warm up, but phase {phase} has only {num_steps} "
+            "steps: set profile_steps lower or the schedule longer"
+        )
+
+
 def profile_steps(trainer: Trainer, batches: Iterable[Any], *, num_steps: int, folder: Path) -> str:
     """Run ``num_steps`` steps and return a table of the median seconds of each part; writes ``folder/trace.json``.
 
     Parts: waiting for data, moving it to the device, forward, loss, backward, optimizer. Every part ends with a
     synchronisation of the device, so their sum is a little more than an undisturbed step.
     """
-    if trainer.settings.num_steps < WARMUP + num_steps:
-        raise InputError(
-            f"profile_steps is {num_steps}, and {WARMUP} more warm up, but phase {trainer.settings.phase} has only "
-            f"{trainer.settings.num_steps} steps: set profile_steps lower or the schedule longer"
-        )
     iterator = iter(batches)
     times: dict[str, list[float]] = {}
     activities = [ProfilerActivity.CPU]

@@ -151,6 +151,14 @@ def test_near_misses_stand_in_the_sentences(root, listed):
         open_dataset("folder", root=listed, split="Val")
 
 
+def test_a_photo_in_a_form_that_is_not_read_is_a_near_miss(root):
+    (root / "images" / "train" / "0000.jpg").rename(root / "images" / "train" / "0000.heic")
+    with pytest.raises(
+        InputError, match=r"0000.jpg is missing, but .*0000.heic is there, whose name differs in its ext"
+    ):
+        open_dataset("folder", root=root, split="train")
+
+
 def test_files_of_another_split_do_not_matter(root, listed):
     write(root / "images" / "train" / "0000.bmp", np.zeros((4, 4, 3)))
     (root / "labels" / "train" / "0001.png").unlink()
@@ -194,6 +202,8 @@ def test_two_images_of_one_name_are_refused(root):
         ("names: [a, 2026-01-01]", r"has the class name 2026-01-01, which YAML reads as timestamp .* in quotes"),
         ("names: [a, null]", r"has an empty name \('null'\); give each class a name, in quotes"),
         ("names: [a, ]\nids: [0]\nnames: [a, b]", r"has the key 'names' twice, of which YAML drops one; remove one"),
+        ("names: ['e\u0301', '\u00e9']", r"uses name \u00e9 twice among names"),
+        ("names: [a, ' a']", r"uses name a twice among names"),
         ("names: [a, '']", r"has an empty name \(''\)"),
         ("names: [a, [b]]", r"has a list or mapping among its names; write one text for each class"),
         (
@@ -267,9 +277,10 @@ def test_a_file_of_classes_in_another_encoding_is_named(tmp_path):
 
 def test_too_many_classes_are_refused(tmp_path):
     path = tmp_path / "classes.yaml"
-    path.write_text(f"names: [{', '.join(f'c{i}' for i in range(255))}]\nignore: []")
-    with pytest.raises(InputError, match=r"has 255 classes; 1 to 253 are allowed"):
-        read_classes(path)
+    for num, ignore in (255, "\nignore: []"), (300, ""):
+        path.write_text(f"names: [{', '.join(f'c{i}' for i in range(num))}]{ignore}")
+        with pytest.raises(InputError, match=rf"has {num} classes; 1 to 253 are allowed"):
+            read_classes(path)
 
 
 def test_missing_files_and_wrong_levels(root):

@@ -168,6 +168,20 @@ def test_a_score_that_is_none(make_run, value):
         find_runs([run])
 
 
+def test_numbers_of_classes_that_are_none(make_run):
+    run = make_run("a", margins=True, num_pictures=1)
+    edit(real(run, "margins.json"), lambda margins: margins["rho_0k"].__setitem__(0, 10**400))
+    with pytest.raises(InputError, match=r"margins.json has not one rho_0k and one rho_k0 per class"):
+        find_runs([run])
+    index = real(run, "pictures") / "index.json"
+    edit(index, lambda pictures: pictures["palette"].__setitem__(0, [10**30, 0, 0]))
+    with pytest.raises(InputError, match=r"index.json is no index of pictures .* delete the folder"):
+        find_runs([run])
+    edit(real(run, "results.json"), lambda results: results["classes"]["sky"].update(target_pixels="many"))
+    with pytest.raises(InputError, match=r"holds a score that is no number from 0 to 1"):
+        find_runs([run])
+
+
 def test_a_protocol_without_keys(make_run):
     run = make_run("a")
     edit(real(run, "results.json"), lambda results: results.update(protocol="whole"))

@@ -85,11 +85,12 @@ def test_markdown_letters(text, written):
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
 def test_a_spreadsheet_runs_no_name(text):
-    assert for_csv(text) == "'" + text
+    assert for_csv(text) == "'" + for_terminal(text)
 
 
 def test_an_ordinary_name_stays_as_it_is_in_csv():
     assert for_csv("car [rare], 1=1") == "car [rare], 1=1"
+    assert for_csv("a\x1b[31m\nb") == r"a\x1b[31m\nb"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "$", r"\$", "$$x", "a\nb"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +17,7 @@ from segkit.commands import compare, evaluate
 from segkit.config.compose import compose as compose_config
 from segkit.errors import InputError
 from segkit.run import pipeline
+from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
@@ -62,6 +64,7 @@ def run(whole, tmp_path):
     [
         ("config.yaml", "delete it to go on with the configuration of this command"),
         ("provenance.json", "delete it to go on; the checkpoints stay"),
+        ("files.json.gz", "delete it to go on without the comparison"),
         ("train/results.json", "delete it, and the same command evaluates the last checkpoint"),
     ],
 )
@@ -70,6 +73,23 @@ def test_a_damaged_file_is_named_with_a_cure(run, name, cure, content):
     with pytest.raises(InputError, match=rf"{Path(name).name}.*{cure}") as caught:
         train(run)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
+    (run / "files.json.gz").unlink()
+    os.mkfifo(run / "files.json.gz")
+    with pytest.raises(InputError, match=r"files\.json\.gz is a pipe .*delete it to go on without the comparison"):
+        train(run)
+
+
+def test_a_configuration_that_was_cut_off_is_no_other_configuration(run):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text[: text.index("\noptimizer:")])
+    cut = r"config\.yaml has no optimizer, as if it were cut off: "
+    with pytest.raises(InputError, match=cut + "copy it again, or delete it to go on"):
+        train(run)
+    with pytest.raises(InputError, match=cut + r"copy the config\.yaml that segkit wrote"):
+        open_run(run)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "provenance.json", "train/results.json"])

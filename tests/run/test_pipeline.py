@@ -156,6 +156,22 @@ def test_coarse_labels_then_fine_ones_then_the_loss(tmp_path):
     assert results["coarse"]["num_images"] == results["finetune"]["num_images"] == 2
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["dataset.crop=[60000,60000]", "batch_size=1024"], r"a batch of 1024 crops of 60000x60000 takes at least"),
+    (["dataset.eval_resize.short_side=1000000"], r"an image of 1000000x1000000 takes at least"),
+    (["optimizer.eps=0"], r"optimizer\.eps is 0, which as a number of 32 bits is 0\.0, so steps would give NaN"),
+    (["optimizer.weight_decay=1e300"], r"optimizer\.weight_decay is 1e\+300, which as a number of 32 bits is inf"),
+    (["loss=margin_calibration", "loss.tau=1e300"], r"tau must be a finite number at least 0, got 1e\+300"),
+    (["init_from=."], r"init_from is \., no run folder, as it has no checkpoints: give one, or a file of weights"),
+    (["init_from=''"], r"init_from is empty: set init_from=PATH, or init_from=null"),
+])  # fmt: skip
+def test_what_would_fail_in_the_first_steps_is_refused_before_them(train, overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        train("run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
 def test_profile_writes_a_table_and_a_trace(train, capsys):
     folder = train("run", "debug=profile", "profile_steps=2", "limit_steps=4", "accumulate=1")
     printed = capsys.readouterr().out
@@ -166,6 +182,7 @@ def test_profile_writes_a_table_and_a_trace(train, capsys):
     assert sum(event.get("name") == "backward" and event.get("ph") == "X" for event in events) >= 2
     with pytest.raises(InputError, match="profile_steps is 2, and 2 more warm up, but phase train has only 3 steps"):
         train("short", "debug=profile", "profile_steps=2", "limit_steps=3")
+    assert not (folder.parent / "short").exists(), "refused before the run was recorded"
 
 
 def test_an_unwritable_cache_is_named_before_anything_else(train, tmp_path):

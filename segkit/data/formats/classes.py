@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import yaml
 
 from segkit.data.files import read_text
-from segkit.data.labels import VOID, LabelTable
+from segkit.data.labels import UNKNOWN, VOID, LabelTable
 from segkit.errors import InputError
 from segkit.files import more_than_plain
 
@@ -49,7 +50,8 @@ def classes_of(content: dict[str, Any], path: Path) -> FolderClasses:
     names = content.get("names")
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} has no list of names; write for example `names: [background, tool]`")
-    num = len(names)
+    if (num := len(names)) >= UNKNOWN:
+        raise InputError(f"{path} has {num} classes; 1 to {UNKNOWN - 1} are allowed")
     ids = _integers(content.get("ids"), path, key="ids", default=list(range(num)))
     given = content.get("ignore")
     kinds: dict[type, list[Any]] = {int: [], list: [], str: []}
@@ -72,7 +74,8 @@ def classes_of(content: dict[str, Any], path: Path) -> FolderClasses:
     _check_once([*ids, *ignore], path, what="value", keys="ids and ignore")
     if colours is not None:
         _check_once([*map(tuple, palette.tolist()), *void_colours], path, what="colour", keys="colours and ignore")
-    _check_once([*dict.fromkeys(names), *kinds[str]], path, what="name", keys="names and ignore")
+    alike = [unicodedata.normalize("NFC", name).strip() for name in dict.fromkeys(names)]
+    _check_once([*alike, *kinds[str]], path, what="name", keys="names and ignore")
     numbers: dict[Any, int] = {"void": VOID, **{name: number for number, name in enumerate(names)}}
     for key in ("unlabelled", "crowd"):
         if key in content and (not isinstance(content[key], str) or content[key] not in numbers):

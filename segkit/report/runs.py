@@ -261,7 +261,7 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
         raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {AGAIN}")
     best, absent = results.get("best") or {}, results.get("absent_classes") or []
-    if not (isinstance(best, dict) and _is_share(best.get("mean_iou"))) or not (
+    if not (isinstance(best, dict) and (not best or _is_share(best.get("mean_iou", "none")))) or not (
         isinstance(absent, list) and all(isinstance(name, str) for name in absent)
     ):
         raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {AGAIN}")
@@ -311,7 +311,8 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             phase = record["phase"]
-            if type(record["step"]) is not int or not isinstance(phase, str):
+            whole = [value for value in record.values() if type(value) is int]
+            if type(record["step"]) is not int or not isinstance(phase, str) or any(abs(n) >= 2**63 for n in whole):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(

@@ -122,15 +122,15 @@ def check_sizes(config: Config, device: torch.device) -> None:
     Counted are pixels of one byte in RAM and of float32 on ``device``; what the network takes shows in a step.
     """
     batch = 1 if config.auto_batch else config.batch_size
+    part = -(-batch // config.accumulate)
     for dataset in map(config.phase_dataset, config.schedule):
-        part, (height, width), channels = -(-batch // config.accumulate), dataset.crop, dataset.in_channels
-        eval_height, eval_width = dataset.eval_resize.size or [dataset.eval_resize.short_side or 0] * 2
+        (height, width), channels = dataset.crop, dataset.in_channels
+        tall, wide = dataset.eval_resize.size or [dataset.eval_resize.short_side or 0] * 2
+        crops, images = height * width * channels, tall * wide * channels
         for what, cure, waiting, computed in (
-            (f"a batch of {batch} crops of {height}x{width}", "crop, or batch_size", batch * height * width * (channels + 1),
-             part * height * width * 4 * channels),
-            (f"an image of {eval_height}x{eval_width}", "eval_resize", eval_height * eval_width * channels,
-             eval_height * eval_width * 4 * channels),
-        ):  # fmt: skip
+            (f"a batch of {batch} crops of {height}x{width}", "crop, or batch_size", batch * crops, 4 * part * crops),
+            (f"an image of {tall}x{wide}", "eval_resize", images, 4 * images),
+        ):
             in_ram = waiting if device.type == "cuda" else waiting + computed
             for needed, there in ((in_ram, memory.total()), (computed, memory.total(device))):
                 if needed > there:

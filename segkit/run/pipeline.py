@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -80,6 +82,12 @@ def _prepare(
             "or set sync_batchnorm=false"
         )
     sinks.check_installed(config.tracker.value)
+    compilers = (os.environ.get("CXX") or "g++", "clang++", "c++", "cl")
+    if config.compile and not any(map(shutil.which, compilers)):
+        raise InputError(
+            f"compile=true needs a compiler of C++, but none of {', '.join(compilers)} is in PATH: install one, name "
+            "it in CXX, or set compile=false"
+        )
     check_sizes(config, device)
     cache_dir = cache_dir_of(config)
     distributed.on_main(PhaseCache(cache_dir).check)

@@ -38,6 +38,8 @@ def make_sample(name: str, output: Path | str, *, num_images: int = 8, seed: int
         )
     if num_images < 1:
         raise InputError(f"a sample needs at least one image, got {num_images}; use --n 8")
+    if seed < 0:
+        raise InputError(f"the seed of a sample is {seed}, but must be 0 or more; use --seed 0")
     if not 0 < scale <= 1:
         raise InputError(f"the scale of a sample's images is {scale}, but must lie in (0, 1]; use 0.25")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

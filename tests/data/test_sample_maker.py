@@ -125,6 +125,8 @@ def test_one_image_will_do(tmp_path):
 def test_what_a_sample_refuses(tmp_path):
     with pytest.raises(InputError, match="no sample of data set 'pascal'; samples can be made of ade20k, bdd100k"):
         make_sample("pascal", tmp_path / "x")
+    with pytest.raises(InputError, match=r"the seed of a sample is -1, but must be 0 or more; use --seed 0"):
+        make_sample("camvid", tmp_path / "x", seed=-1)
     with pytest.raises(InputError, match="needs at least one image, got 0"):
         make_sample("voc", tmp_path / "x", num_images=0)
     with pytest.raises(InputError, match=r"scale of a sample's images is 0, but must lie in \(0, 1\]"):

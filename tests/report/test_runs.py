@@ -177,6 +177,16 @@ def test_numbers_of_classes_that_are_none(make_run):
     edit(index, lambda pictures: pictures["palette"].__setitem__(0, [10**30, 0, 0]))
     with pytest.raises(InputError, match=r"index.json is no index of pictures .* delete the folder"):
         find_runs([run])
+    metrics = real(run, "metrics.jsonl")
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"step": 10,', f'"step": {10**400},', 1))
+    index.unlink()
+    with pytest.raises(InputError, match=r"line 1 of .*metrics.jsonl is no record of a phase"):
+        find_runs([run])
+    metrics.write_text(text)
+    edit(real(run, "results.json"), lambda results: results.update(best={"step": 3}))
+    with pytest.raises(InputError, match=r"has a best score or absent classes that are none"):
+        find_runs([run])
     edit(real(run, "results.json"), lambda results: results["classes"]["sky"].update(target_pixels="many"))
     with pytest.raises(InputError, match=r"holds a score that is no number from 0 to 1"):
         find_runs([run])

@@ -172,6 +172,14 @@ def test_what_would_fail_in_the_first_steps_is_refused_before_them(train, overri
     assert not (tmp_path / "run").exists()
 
 
+def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    with pytest.raises(InputError, match=r"compile=true needs a compiler of C\+\+, but none of g\+\+, .* is in PATH"):
+        train("run", "compile=true")
+    assert not (tmp_path / "run").exists()
+
+
 def test_profile_writes_a_table_and_a_trace(train, capsys):
     folder = train("run", "debug=profile", "profile_steps=2", "limit_steps=4", "accumulate=1")
     printed = capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_latex_has_one_line_per_row(table):
 def test_csv_reads_back(table):
     head, *rows = csv.reader(io.StringIO(csv_text(table.table)))
     assert head[6:9] == ["mean_iou_low", "mean_iou_high", "mean_iou_std"]
-    assert head[9:] == [f"{kind}/{name}" for kind in ("iou", "precision", "recall") for name in EVIL]
+    assert head[9:] == [f"{kind}/{for_terminal(name)}" for kind in ("iou", "precision", "recall") for name in EVIL]
     assert [row[1] for row in rows] == [str(run.path) for run in table.runs]
 
 

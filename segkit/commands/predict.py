@@ -114,13 +114,8 @@ def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
         return image
 
     chosen = replace(inference(arguments, model.window), decide=model.decide)
-    options: dict[str, Any] = {
-        "inference": chosen,
-        "prepare": model.prepare,
-        "device": device,
-        "dtype": DTYPES[arguments.precision],
-    }
-    return predict_arrays(model.score, map(pixels, images), **options)
+    arrays, dtype = map(pixels, images), DTYPES[arguments.precision]
+    return predict_arrays(model.score, arrays, inference=chosen, prepare=model.prepare, device=device, dtype=dtype)
 
 
 def title(run: Path) -> str:

@@ -129,6 +129,5 @@ def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Nam
 
 def _loaded(score: Any, facts: Mapping[str, Any], decide: Callable[[Any], Any] | None = None) -> Loaded:
     palette = np.asarray(facts["palette"], np.uint8)
-    kind = facts.get("in_channels", 3), facts.get("dtype", "uint8")
-    classes = tuple(facts["classes"])
+    kind, classes = (facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])), tuple(facts["classes"])
     return Loaded(score, facts["crop"], classes, palette, decide=decide, resize=facts["resize"], kind=kind)

@@ -173,16 +173,14 @@ class DatasetConfig:
         return self.in_channels, self.dtype.value
 
     def _check_images(self) -> None:
-        most, mean, std = 1000, self.mean or [], self.std or []
+        num, mean, std = self.in_channels, self.mean or [], self.std or []
+        most = 1 if self.dtype.divisor > 1 else math.inf
         require(
-            1 <= self.in_channels <= most,
-            f"dataset.in_channels is {self.in_channels}, but must be from 1 to {most}: set dataset.in_channels=3",
+            1 <= num <= 1000, f"dataset.in_channels is {num}, but must be from 1 to 1000: set dataset.in_channels=3"
         )
-        whole = self.dtype.divisor > 1
         require(
-            self.mean is self.std is None
-            or (len(mean) == len(std) == self.in_channels and min(std) > 0 and max(mean) < (1 if whole else math.inf)),
-            f"dataset.mean is {self.mean} and dataset.std {self.std}, but {self.in_channels} values each are wanted "
+            self.mean is self.std is None or (len(mean) == len(std) == num and min(std) > 0 and max(mean) < most),
+            f"dataset.mean is {self.mean} and dataset.std {self.std}, but {num} values each are wanted "
             f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations: set both "
             "to what `segkit stats` prints, and leave a channel of one value out",
         )

@@ -78,33 +78,26 @@ def check_bands(image: Any, path: Path, kind: tuple[int, str]) -> None:
 
 def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
     """The samples of an image file, (H, W) or (H, W, C)."""
+    import imagecodecs
+
     content = read_bytes(path, role="image")
-    if content[:2] in TIFF:
-        return _tiff(content, path, kind)
     if content[:8] == decode.PNG:
         decode.png_header(content, path, role="image")
         return decode.decode_png(content, path)
-    with decode.pillow(io.BytesIO(content), path, role="image") as opened:
-        return np.array(decode.as_stored(opened, path))
-
-
-def _tiff(content: bytes, path: Path, kind: tuple[int, str]) -> np.ndarray:
-    import imagecodecs
-
-    channels, _ = kind
-    pages = _pages(io.BytesIO(content), path, most=channels + 1)
-    first = pages[0]
-    decode.check_pixels((first.shape[0], first.shape[1]), path, role="image")
-    stacked = first.shape[2] == 1 < channels == len(pages) and len(set(pages)) == 1
-    shape = (*first.shape[:2], channels) if stacked else first.shape
-    check_bands(first._replace(shape=shape), path, kind)
+    if content[:2] not in TIFF:
+        with decode.pillow(io.BytesIO(content), path, role="image") as opened:
+            return np.array(decode.as_stored(opened, path))
+    pages = _pages(io.BytesIO(content), path, most=kind[0] + 1)
+    (height, width, num), _, planar = pages[0]
+    decode.check_pixels((height, width), path, role="image")
+    stacked = num == 1 < kind[0] == len(pages) and len(set(pages)) == 1
+    check_bands(pages[0]._replace(shape=(height, width, kind[0] if stacked else num)), path, kind)
     try:
-        if stacked:
-            return np.stack([imagecodecs.tiff_decode(content, index=page) for page in range(channels)], axis=-1)
-        image = imagecodecs.tiff_decode(content)
+        decoded = [imagecodecs.tiff_decode(content, index=page) for page in range(len(pages) if stacked else 1)]
     except (imagecodecs.TiffError, *decode.DAMAGED) as error:
         raise decode.damaged(path, error) from error
-    return np.moveaxis(image, 0, -1) if first.planar and image.ndim == 3 else image
+    image = np.stack(decoded) if stacked else decoded[0]
+    return np.moveaxis(image, 0, -1) if stacked or (planar and image.ndim == 3) else image
 
 
 def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:

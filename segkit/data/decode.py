@@ -194,7 +194,8 @@ def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel"
-        raise damaged(path, f"it is none of {forms}; convert another form to one of these") from error
+        keys = ", or set dataset.in_channels and dataset.dtype to what it holds" if role == "image" else ""
+        raise damaged(path, f"it is none of {forms}; convert another form to one of these{keys}") from error
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
         raise _too_large(path, f"{int(found[0]):,}" if found else "too many", role=role) from None
@@ -230,7 +231,7 @@ def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
         tags: Any = getattr(opened, "tag_v2", {})
         return _upper_byte(image, path, white_is_zero=tags.get(_PHOTOMETRIC) == 0)
     if image.mode == "F":
-        raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits a channel")
+        raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits, or set dataset.dtype")
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))

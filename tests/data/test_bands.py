@@ -371,6 +371,14 @@ def test_a_file_of_another_kind_is_named(tmp_path, name):
         open_dataset("folder", root=tmp_path, split="train", in_channels=channels, dtype=dtype)[1]
 
 
+def test_a_file_of_bands_that_is_read_as_rgb_names_the_keys(tmp_path):
+    make(tmp_path, "5 uint16 tif")
+    with pytest.raises(
+        InputError, match=r"a\.tif is damaged .*, or set dataset\.in_channels and dataset\.dtype to what"
+    ):
+        open_dataset("folder", root=tmp_path, split="train")[0]
+
+
 def test_a_header_beyond_the_limit_allocates_nothing(tmp_path):
     """Also where the file is as long as it says: of a sparse one, nothing is on the disk."""
     side, head = 40_000, {"descr": "<u2", "fortran_order": False, "shape": (40_000, 40_000, 5)}

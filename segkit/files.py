@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -45,6 +46,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically; NaN becomes null, so that any JSON reader takes the file."""
     write_atomically(path, json.dumps(without_nan(value), indent=2) + "\n")
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of the file ``path``, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_nan(value: Any) -> Any:

@@ -77,7 +77,7 @@ def check_unseen(fitted_on: Mapping[str, Any] | None, scored: Any, dataset: Data
 
 def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
     """Return the stored decision ``name`` of the run; InputError if none was fitted for this checkpoint and classes."""
-    from segkit.training.checkpoint import digest_of
+    from segkit.files import digest_of
 
     if name == "argmax":
         return Decision()
@@ -161,9 +161,9 @@ def fit(
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.decision import collect_logits, tune_bias
     from segkit.evaluation.miou_rule import fit_miou_rule
+    from segkit.files import digest_of
     from segkit.progress import track
     from segkit.run.saved import check_classes
-    from segkit.training.checkpoint import digest_of
 
     split, fitted_on = to_fit_on(dataset)
     check_classes(saved, split.classes)

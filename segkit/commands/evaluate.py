@@ -75,7 +75,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate and write the results; returns them, in the form of results.json, and the files."""
     limit_pixels(arguments)
     check_writable(arguments, "output")
-    from segkit.files import write_atomically, write_json
+    from segkit.files import digest_of, write_atomically, write_json
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
@@ -89,10 +89,10 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
     device = resolve_device(arguments.device)
-    model = saved.model(arguments.checkpoint).to(device)
+    model, digest = saved.model(arguments.checkpoint).to(device), digest_of(saved.checkpoint(arguments.checkpoint))
     chosen = decide(arguments, saved, dataset, split, model, device)
     results, evaluation = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
-    results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint}
+    results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": digest}
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", evaluation.per_image.to_bytes())

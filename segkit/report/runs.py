@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.files import MOST_JSON_BYTES, read_config_text, read_json, read_text
+from segkit.files import MOST_JSON_BYTES, digest_of, read_config_text, read_json, read_text
 from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
@@ -76,6 +77,12 @@ class RunRecord:
         """How the results were measured."""
         return self.results["protocol"]
 
+    def is_outdated(self) -> bool:
+        """True for an evaluation of a checkpoint that has other weights now."""
+        which, digest = self.results.get("checkpoint"), self.results.get("digest")
+        path = self.path / "checkpoints" / f"{which}.pt"
+        return digest is not None and which in ("last", "best") and path.is_file() and digest_of(path) != digest
+
 
 def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> tuple[list[RunRecord], list[str]]:
     """Return the runs that ``paths`` name, and a note for every file or folder that is left out.
@@ -92,7 +99,7 @@ def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> 
             raise InputError(f"{path} is not a folder: name run folders such as outputs/DATA/MODEL/TIME, or a sweep's")
         is_phase = (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
         if is_phase or (path / "config.yaml").is_file():
-            runs.append(read_run(path, evaluation=evaluation))
+            runs.append(_up_to_date(read_run(path, evaluation=evaluation), evaluation))
         else:
             found, left_out = _read_sweep(path, evaluation)
             runs += found
@@ -101,6 +108,16 @@ def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> 
     for run in runs:
         once.setdefault((run.path / "results.json").resolve(), run)
     return list(once.values()), [*notes, *(note for run in once.values() for note in run.notes)]
+
+
+def _up_to_date(run: RunRecord, evaluation: str | None) -> RunRecord:
+    """Return ``run``; InputError if its checkpoint has other weights now than the evaluation was of."""
+    if run.is_outdated():
+        raise InputError(
+            f"the evaluation {evaluation!r} of {run.path} is of weights that it has not any more, since its training "
+            f"went on: evaluate it again with `segkit evaluate {shlex.quote(str(run.path))}`"
+        )
+    return run
 
 
 def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], list[str]]:
@@ -114,7 +131,7 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
         elif not (folder / "results.json").is_file():
             notes.append(f"left out: {folder} has no results.json, its run {ends.get(folder.name, 'is not finished')}")
         else:
-            runs.append(read_run(folder, evaluation=evaluation))
+            runs.append(_up_to_date(read_run(folder, evaluation=evaluation), evaluation))
     if runs:
         return runs, notes
     if any((folder / "config.yaml").is_file() for folder in folders):

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from segkit.config.schema import FREE_KEYS, Config, plain
 from segkit.errors import InputError
+from segkit.files import digest_of
 
 CODE = (
     "data",
@@ -81,7 +82,7 @@ def _initial_weights(config: Config) -> list[str]:
     named = [config.init_from, config.model.get("weights"), config.model.get("encoder_weights")]
     paths = [Path(value) for value in named if isinstance(value, str)]
     paths = [path / "checkpoints" / "last.pt" if path.is_dir() else path for path in paths]
-    return [_digest(path) for path in paths if path.is_file()]
+    return [digest_of(path) for path in paths if path.is_file()]
 
 
 class PhaseCache:
@@ -161,7 +162,7 @@ class PhaseCache:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source, temporary / "files")
         names = sorted(path for path in (temporary / "files").rglob("*") if path.is_file())
-        manifest = {path.relative_to(temporary / "files").as_posix(): _digest(path) for path in names}
+        manifest = {path.relative_to(temporary / "files").as_posix(): digest_of(path) for path in names}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def offer(self, key: str, source: Path) -> None:
@@ -184,11 +185,6 @@ def _damaged(stored: Path) -> str | None:
         return "manifest.json"
     for name, digest in manifest.items():
         path = stored / "files" / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or digest_of(path) != digest:
             return name
     return None
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

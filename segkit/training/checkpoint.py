@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError, check_archive
-from segkit.files import write_atomically
+from segkit.files import digest_of, write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
 INCOMING, INCOMING_BEST, BEFORE_BEST = "incoming.pt", "incoming_best.pt", "best.pt before"
@@ -79,12 +79,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of the file ``path``, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -14,6 +14,8 @@ from segkit import predict as predict_arrays
 from segkit.commands import evaluate, export, predict, submit
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.run.portable import scores_of
+from segkit.run.saved import open_run
 from segkit.run.splits import is_held_out, open_phases
 
 HELD = [f"train_{number:04d}" for number in range(16) if is_held_out(f"train_{number:04d}", 0.3)]
@@ -200,6 +202,11 @@ def test_a_folder_of_weights_predicts_as_its_run_does(run, finished, call, tmp_p
     low, high = score["interval"]
     assert low <= score["mean_iou"] <= high
     assert score["protocol"]["decision"] == facts["decision"] == decision
+    for path in (run / "evaluations").glob("*.json"):  # as if the training had gone on since
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "0" * 64}))
+    said = {key: facts[key] for key in ("decision", "decision_fitted_on") if key in facts}
+    again = scores_of(open_run(run), checkpoint="last", decision=said)
+    assert [one["protocol"] for one in again] == [score["protocol"]] * (decision == "argmax")
     assert str(finished) not in json.dumps(facts)
     card = (folder / "README.md").read_text()
     assert f"| {100 * score['mean_iou']:.2f} | {100 * low:.2f} to {100 * high:.2f} |" in card

@@ -19,12 +19,12 @@ from segkit.commands import compare as compare_verb
 from segkit.commands import decision, export, replay
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.files import digest_of
 from segkit.guard import explain
 from segkit.report.card import card
 from segkit.run import pipeline
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
-from segkit.training.checkpoint import digest_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning"),  # of the few images of the whole run

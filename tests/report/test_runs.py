@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -75,6 +76,27 @@ def test_a_sweep_says_why_a_job_failed(make_run, tmp_path):
     assert notes == [f"left out: {tmp_path}/sweep/1 has no config.yaml, its run failed: no memory"]
     (tmp_path / "sweep" / "sweep.json").write_text("{torn")
     assert find_runs([tmp_path / "sweep"])[1][0].endswith("its run did not start")
+
+
+def test_an_evaluation_of_weights_that_are_gone_is_refused(make_run):
+    """The training went on: last.pt is another file than the one that was evaluated."""
+    run = make_run("a")
+    for place in ("evaluations", "checkpoints"):
+        (run / place).mkdir(exist_ok=True)
+    (run / "checkpoints" / "last.pt").write_bytes(b"weights")
+    results = json.loads((run / "results.json").read_text())
+    results |= {"checkpoint": "last", "digest": hashlib.sha256(b"weights").hexdigest()}
+    (run / "evaluations" / "val-last.json").write_text(json.dumps(results))
+    shutil.copy(run / "per_image.npz", run / "evaluations" / "val-last.npz")
+    ((record,), _) = find_runs([run], evaluation="val-last")
+    assert not record.is_outdated()
+    (run / "checkpoints" / "last.pt").write_bytes(b"other weights")
+    with pytest.raises(
+        InputError, match=r"evaluation 'val-last' of .*a is of weights that it has not any more.* again"
+    ):
+        find_runs([run], evaluation="val-last")
+    (run / "checkpoints" / "last.pt").unlink()  # a folder that was copied without its weights
+    assert find_runs([run], evaluation="val-last")
 
 
 def test_another_evaluation_of_a_run(make_run):

@@ -127,7 +127,7 @@ EXPECTED = {
 """After a process that was killed at step 5, and one that went on from the checkpoint of step 3."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore", "error:tracker")  # those of the package, and not ours
 def test_mlflow_shows_every_step_once(folder, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")

@@ -17,7 +17,7 @@ import numpy as np
 from segkit.errors import InputError
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.report.groups import settings
+from segkit.report.groups import TRAINING_PIXELS, settings
 from segkit.report.runs import AGAIN, RunRecord
 
 KEY = "dataset.reader.fold"
@@ -47,7 +47,7 @@ def pool_folds(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     members: dict[str, list[RunRecord]] = {}
     for number, run in enumerate(runs):
         own = fold_of(run)
-        alike = {key: value for key, value in settings(run).items() if not key.endswith(KEY)}
+        alike = {key: value for key, value in settings(run).items() if not key.endswith((KEY, TRAINING_PIXELS))}
         key = json.dumps([alike, run.seed, run.protocol, run.classes], sort_keys=True, default=str)
         key = key if own else str(number)
         while own and any(fold_of(other) == own for other in members.get(key, [])):

@@ -13,6 +13,8 @@ from segkit.report.runs import RunRecord
 
 SYMBOLS = {"tau": "τ", "upsilon": "υ", "mean_margin": "mean margin"}
 MISSING = object()
+TRAINING_PIXELS = "training pixels"
+"""A setting that stands for the data themselves."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,18 @@ def score(results: dict[str, Any], key: str) -> float | None:
 def settings(run: RunRecord) -> dict[str, Any]:
     """Return the settings of ``run`` by dotted key, without the seed and the keys that do not change what is computed.
 
-    ``loss`` is the loss of the phase whose results are compared.
+    ``loss`` is the loss of the phase whose results are compared. Where the data lie is left out too;
+    :data:`TRAINING_PIXELS` tells other data from copies.
     """
     own = {key: value for key, value in run.config.items() if key not in (*FREE_KEYS, "seed")}
     own["loss"] = run.loss
     schedule = {name: dict(phase) for name, phase in run.config["schedule"].items()}
     schedule[run.phase].pop("loss", None)
     own["schedule"] = schedule
-    return flatten(own)
+    if run.counts is None:
+        return flatten(own)
+    found = {key: value for key, value in flatten(own).items() if not f".{key}".endswith(".dataset.root")}
+    return {**found, TRAINING_PIXELS: sum(run.counts.values())}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import statistics
 
@@ -23,6 +24,19 @@ def test_runs_that_differ_only_in_seed_are_one_row(make_run):
         "margin calibration (paper), τ=10, υ=1",
         "margin calibration (paper), τ=5, υ=1",
     ]
+
+
+def test_copies_of_the_data_are_one_row_and_other_data_are_not(make_run):
+    runs = [make_run(name, f"dataset.root=/{name}", seed=seed) for seed, name in enumerate("abc")]
+    assert [len(group.runs) for group in compare(runs).groups] == [3]
+    path = (runs[2] / "label_counts.json").resolve()
+    content = json.loads(path.read_text())
+    next(iter(content["classes"].values()))["pixels"] += 1  # a label that was corrected
+    path.write_text(json.dumps(content))
+    names = [group.name for group in compare(runs).groups]
+    assert len(names) == 2
+    assert re.search(r"training pixels=\d+", names[1])
+    assert "root" not in "".join(names)
 
 
 def test_one_seed_twice_is_two_rows(make_run):

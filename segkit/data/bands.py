@@ -4,8 +4,8 @@
 - TIFF: C samples a pixel, side by side or plane after plane; or C pages of one sample.
 - PNG: its samples, alpha among them. Other files: what Pillow decodes, of 8 bits.
 
-Nothing is converted but the byte order. The header is compared with the pixel limit, and with the channels and the type
-that are wanted, before anything is allocated.
+Only the byte order is converted. The header is compared with the pixel limit, and with the channels and the type that
+are wanted, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -61,15 +61,14 @@ def read_bands(path: Path | str, kind: tuple[int, str]) -> np.ndarray:
 
 def check_bands(image: Any, path: Path, kind: tuple[int, str]) -> None:
     """Raise InputError unless ``image``, or what is known of it, is (H, W, C) of ``kind`` and finite."""
-    channels, dtype = kind
-    if len(image.shape) != 3 or image.shape[2] != channels or image.dtype != dtype:
+    if len(image.shape) != 3 or (image.shape[2], image.dtype) != kind:
         raise InputError(
-            f"image {path} is an array of {image.dtype} of the shape {list(image.shape)}, but (H, W, {channels}) of "
-            f"{dtype} is wanted: set dataset.in_channels and dataset.dtype (uint8, uint16, float32) to what all files "
-            "hold, or mend the file"
+            f"image {path} is an array of {image.dtype} of the shape {list(image.shape)}, but (H, W, {kind[0]}) of "
+            f"{kind[1]} is wanted: set dataset.in_channels and dataset.dtype (uint8, uint16, float32) to what all "
+            "files hold, or mend the file"
         )
-    if dtype == "float32" and isinstance(image, np.ndarray) and not (finite := np.isfinite(image)).all():
-        number = int(np.flatnonzero(~finite.all((0, 1)))[0])
+    if kind[1] == "float32" and isinstance(image, np.ndarray) and not (finite := np.isfinite(image)).all():
+        number = np.argmin(finite.all((0, 1)))
         raise InputError(
             f"image {path} has {np.count_nonzero(~finite)} values that are not finite (NaN, inf), in channel {number} "
             "first: replace them, and make the pixels void in its label, or remove the pair"
@@ -88,20 +87,19 @@ def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
         with decode.pillow(io.BytesIO(content), path, role="image") as opened:
             return np.array(decode.as_stored(opened, path))
     pages = _pages(io.BytesIO(content), path, most=kind[0] + 1)
-    (height, width, num), _, planar = pages[0]
-    decode.check_pixels((height, width), path, role="image")
+    *size, num = pages[0].shape
     stacked = num == 1 < kind[0] == len(pages) and len(set(pages)) == 1
-    check_bands(pages[0]._replace(shape=(height, width, kind[0] if stacked else num)), path, kind)
+    check_bands(pages[0]._replace(shape=(*size, kind[0] if stacked else num)), path, kind)
     try:
         decoded = [imagecodecs.tiff_decode(content, index=page) for page in range(len(pages) if stacked else 1)]
     except (imagecodecs.TiffError, *decode.DAMAGED) as error:
         raise decode.damaged(path, error) from error
     image = np.stack(decoded) if stacked else decoded[0]
-    return np.moveaxis(image, 0, -1) if stacked or (planar and image.ndim == 3) else image
+    return np.moveaxis(image, 0, -1) if stacked or (pages[0].planar and image.ndim == 3) else image
 
 
 def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
-    """What the headers of at most ``most`` pages of a TIFF say."""
+    """What the headers of at most ``most`` pages of a TIFF say; the first is within the pixel limit."""
     found: list[_Page] = []
     try:
         with warnings.catch_warnings():
@@ -116,10 +114,10 @@ def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
                 kind = f"{_KINDS.get(min(kinds), 'unknown ')}{min(bits)}" if len(bits) == len(kinds) == 1 else "mixed"
                 shape = int(tags[_HEIGHT]), int(tags[_WIDTH]), int(tags.get(_SAMPLES, 1))
                 found.append(_Page(shape, kind, tags.get(_PLANAR, 1) == 2))
+        height, width, _ = found[0].shape
     except decode.DAMAGED as error:
         raise decode.damaged(path, error) from error
-    if not found:
-        raise decode.damaged(path, "it has no page")
+    decode.check_pixels((height, width), path, role="image")
     return found
 
 
@@ -132,13 +130,12 @@ def _npy(path: Path) -> np.ndarray:
             raise ValueError(f"an array of the shape {list(array.shape)} is no image")
     except decode.DAMAGED as error:  # an array of Python objects, which could be code, among them
         raise decode.damaged(path, error) from error
-    decode.check_pixels(_size(array.shape), path, role="image")
+    decode.check_pixels(_size(array), path, role="image")
     return array
 
 
-def _size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of an array, the smaller one of whose first and last axis (of three) is that of the channels."""
-    height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
+def _size(array: np.ndarray) -> tuple[int, int]:
+    height, width = array.shape[1:] if array.ndim == 3 and array.shape[0] < array.shape[2] else array.shape[:2]
     return height, width
 
 
@@ -149,13 +146,12 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return _size(_npy(path).shape)
+        return _size(_npy(path))
     check_readable(path, role="image")
     with path.open("rb") as file:
-        if file.read(2) not in TIFF:
-            with decode.lazily_opened(path) as image:
-                return decode.stored_size(image)
-        file.seek(0)
-        height, width, _ = _pages(file, path, most=1)[0].shape  # Pillow does not open all of them
-    decode.check_pixels((height, width), path, role="image")
-    return height, width
+        if file.read(2) in TIFF:  # of which Pillow does not open all
+            file.seek(0)
+            height, width, _ = _pages(file, path, most=1)[0].shape
+            return height, width
+    with decode.lazily_opened(path) as image:
+        return decode.stored_size(image)

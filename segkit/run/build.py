@@ -51,12 +51,11 @@ def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> 
     """The model of ``node`` for the images that ``images`` describes; InputError if it does not take their channels."""
     images.check_statistics()
     wanted = images.in_channels
-    takes = inspect.signature(locate(node.get("_target_", ""), key="model")).parameters
-    given = node.get("in_channels") or (wanted if "in_channels" in takes else 3)
-    if given != wanted:
+    takes = "in_channels" in inspect.signature(locate(node.get("_target_", ""), key="model")).parameters
+    if (given := node.get("in_channels") or (wanted if takes else 3)) != wanted:
+        cure = "leave model.in_channels out" if takes else "give it an argument in_channels"
         raise InputError(
-            f"{node['_target_']} takes images of {given} channels, but dataset.in_channels is {wanted}: "
-            + ("leave model.in_channels out" if "in_channels" in node else "give it an argument in_channels")
+            f"{node['_target_']} takes images of {given} channels, but dataset.in_channels is {wanted}: {cure}"
         )
     facts = {"num_classes": num_classes, "classes": num_classes, "in_channels": wanted}
     net = instantiate(node, facts, key="model")
@@ -167,8 +166,8 @@ def padding(images: DatasetConfig) -> tuple[float, ...]:
     images.check_statistics()
     if images.mean is None:
         return PAD_COLOUR
-    whole = images.dtype.divisor > 1
-    return tuple(round(value * images.dtype.divisor) if whole else value for value in images.mean)
+    divisor = images.dtype.divisor
+    return tuple(round(value * divisor) if divisor > 1 else value for value in images.mean)
 
 
 def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: int) -> TrainTransform:

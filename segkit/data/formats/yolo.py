@@ -35,9 +35,7 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
         raise InputError(f"{path} has no names of classes: write `names: [tool, hand]`, or `0: tool` line by line")
     whole = {"ids": list(range(len(names)))} if REST in names else {"names": [REST, *names]}
     folders = {}
-    for split in SPLITS:
-        if (place := content.get(split)) is None:
-            continue
+    for split, place in ((split, content[split]) for split in SPLITS if content.get(split) is not None):
         if not isinstance(place, str) or place.endswith(".txt"):
             raise InputError(
                 f"{path} has {split}: {place!r}, but one folder of images is wanted: write `images/{split}`"
@@ -52,9 +50,8 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
 
 def labels_of(images: str) -> str:
     """Return the folder of the labels of a folder of images: labels in place of the last images in its path."""
-    parts = Path(images).parts
-    last = max((place for place, part in enumerate(parts) if part == "images"), default=len(parts))
-    return Path(*parts[:last], *["labels"] * (last < len(parts)), *parts[last + 1 :]).as_posix()
+    head, found, tail = f"/{images}/".rpartition("/images/")
+    return f"{head}/labels/{tail}".strip("/") if found else images
 
 
 def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:

@@ -14,9 +14,10 @@ from torch import nn
 
 from segkit.check.check import check
 from segkit.cli import verb_function
+from segkit.commands.replay import stored_batch
 from segkit.config.compose import compose
 from segkit.config.dataset import ImageType
-from segkit.data import open_dataset
+from segkit.data import SampleSet, open_dataset
 from segkit.data.bands import image_size, read_bands
 from segkit.data.decode import MAX_PIXELS, set_pixel_limit
 from segkit.data.loader import train_batches
@@ -28,6 +29,7 @@ from segkit.models.export import export
 from segkit.models.exported import read_metadata
 from segkit.models.smp_model import smp_model
 from segkit.run import pipeline
+from segkit.run.auto_batch import _noise
 from segkit.run.build import build_augment, build_model, segmenter, train_transform
 from segkit.run.splits import open_phases
 from segkit.run.start import initial_model
@@ -440,3 +442,30 @@ def test_models_and_weights_of_other_channels_are_refused(tmp_path, capsys):
         initial_model(replace(config, init_from=str(tmp_path / "rgb.pt")), ["a", "b"], torch.device("cpu"))
     with pytest.raises(InputError, match=r"in_conv.*\(4, 3, 3, 3\) instead of \(4, 5, 3, 3\).*dataset\.in_channels"):
         build_model(replace(config, model=config.model | {"weights": str(tmp_path / "rgb.pt")}), 2)
+
+
+def five(sample):
+    return picture("a", 5, "uint16")
+
+
+def test_readers_pictures_and_probes_know_the_kind(tmp_path):
+    """A load_image of one's own is held to the kind; browse shows it; auto_batch and replay make and take it."""
+    lines = make(tmp_path, "5 uint16 tif")
+    data = open_dataset("folder", root=tmp_path, split="train")
+    own = SampleSet(data.samples, table=data.table, name="own", split="train", load_image=five)
+    assert own.of_kind((5, "uint16"))[:2].image(1).shape == (*SIZE, 5)
+    with pytest.raises(
+        InputError, match=r"a\.tif is an array of uint16 of the shape \[40, 48, 5\], but \(H, W, 3\) of"
+    ):
+        own.image(0)
+    config = kind_of("5 uint16 tif")
+    noise = _noise(2, [8, 16], 2, config.images)
+    assert (noise.images.shape, noise.images.dtype) == ((2, 5, 8, 16), torch.uint16)
+    torch.save(noise._asdict(), tmp_path / "batch.pt")
+    assert torch.equal(stored_batch(tmp_path, config.images).images, noise.images)
+    with pytest.raises(InputError, match=r"batch\.pt holds no images \(N, 3, H, W\) of uint8 and labels"):
+        stored_batch(tmp_path, kind_of("3 uint8 png").images)
+    half = [f"dataset.mean={[0.5] * 5}", f"dataset.std={[0.2] * 5}"]
+    page = tmp_path / "page.html"
+    verb_function("browse")([*SMALL, *lines, *half, "--output", str(page), "--n", "2"])
+    assert page.read_text().count("data:image/jpeg") == 2 * 4

@@ -14,6 +14,7 @@ from segkit.commands.options import (
     INFERENCE,
     add_shared,
     check_writable,
+    count,
     dataset_of,
     inference,
     limit_pixels,
@@ -38,7 +39,7 @@ def parser() -> ArgumentParser:
     verb.add_argument(
         "--split", help="split to score, or holdout for the images of dataset.holdout (default: dataset.val_split)"
     )
-    verb.add_argument("--max-images", type=int, metavar="N", help="score only the first N images (default: all)")
+    verb.add_argument("--max-images", type=count(1), metavar="N", help="score only the first N images (default: all)")
     verb.add_argument("--protocol", default="standard", choices=PROTOCOLS, help="figures of a benchmark to add")
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
     verb.add_argument("--refit", action="store_true", help="fit --decision bias or miou again, though one is stored")
@@ -81,7 +82,6 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     from segkit.runtime import resolve_device
 
     saved = open_run(arguments.run, phase=arguments.phase)
-    _check_output(arguments.output, saved)
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split or dataset.val_split)
     check_classes(saved, split.classes)
@@ -100,13 +100,6 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     for path in written:
         write_json(path, results)
     return results, written
-
-
-def _check_output(output: Path | None, saved: Any) -> None:
-    """Raise InputError if ``output`` is the score of the training, which no evaluation replaces."""
-    trained = {(folder / "results.json").resolve() for folder in (saved.path, saved.folder)}
-    if output is not None and output.resolve() in trained:
-        raise InputError(f"--output is {output}, the score of the training, which stays as it is: name another file")
 
 
 def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,6 +39,17 @@ class _Trust(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def count(least: int, *, most: int = 2**31) -> Callable[[str], int]:
+    """Return a ``type`` of argparse: a whole number from ``least`` to ``most``."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
+
+    return number
+
+
 DECISIONS = ("argmax", "bias", "miou")
 
 SHARED: dict[str, dict[str, Any]] = {
@@ -54,8 +65,13 @@ SHARED: dict[str, dict[str, Any]] = {
     "--root": {"help": "folder of the data set (default: where it was in training)"},
     "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps"},
     "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
-    "--batch-size": {"type": int, "default": 1, "metavar": "N", "help": "images of equal size in one forward pass"},
-    "--workers": {"type": int, "default": 2, "metavar": "N", "help": "processes that load images"},
+    "--batch-size": {
+        "type": count(1),
+        "default": 1,
+        "metavar": "N",
+        "help": "images of equal size in one forward pass",
+    },
+    "--workers": {"type": count(0, most=1000), "default": 2, "metavar": "N", "help": "processes that load images"},
     "--max-pixels": {"type": int, "metavar": "N", "help": "refuse images of more pixels (default: 200 million)"},
     "--decision": {
         "default": "argmax",
@@ -139,6 +155,14 @@ def limit_pixels(arguments: argparse.Namespace) -> None:
         set_pixel_limit(arguments.max_pixels)
 
 
+RUN_FILES = frozenset({
+    "config.yaml", "provenance.json", "files.json.gz", "metrics.jsonl", "timing.jsonl", "results.json", "margins.json",
+    "label_counts.json", "per_image.npz", "checksums.json", "decision.json", "index.json", "last.pt", "best.pt",
+    "previous.pt",
+})  # fmt: skip
+"""Names of files that a run needs, and that no output of a verb replaces."""
+
+
 def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: bool = False) -> None:
     """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not."""
     for option in options:
@@ -152,6 +176,9 @@ def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: 
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")
+        run = next((above for above in list(path.resolve().parents)[:3] if (above / "config.yaml").is_file()), None)
+        if path.exists() and run is not None and path.name in RUN_FILES and path.resolve().parent.name != "evaluations":
+            raise InputError(f"--{option} is {path}, a file of the run {run}, which stays as it is: name another file")
         if not os.access(folder, os.W_OK):
             raise InputError(f"--{option} is {path}, but the folder {folder} cannot be written: give another one")
 
@@ -159,7 +186,7 @@ def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: 
 def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:
     """Return the data set that the phase was trained on, at ``--root`` if that is given."""
     dataset = saved.config.phase_dataset(saved.phase_name)
-    return dataclasses.replace(dataset, root=arguments.root) if arguments.root else dataset
+    return dataset if arguments.root is None else dataclasses.replace(dataset, root=arguments.root)
 
 
 def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:

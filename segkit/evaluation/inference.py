@@ -21,6 +21,8 @@ from segkit.evaluation.views import Scorer, View, argmax_channel, averaged, clas
 ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales that are averaged, with flips, in the usual ADE20K protocol."""
 
+MOST_SCALE = 100
+"""Largest factor of a scale."""
 _BLENDINGS = ("gaussian", "uniform")
 
 
@@ -59,8 +61,10 @@ class Inference:
             raise InputError(f"blending is {self.blending!r}; allowed are {', '.join(_BLENDINGS)}")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap is {self.overlap}; it must be at least 0 and less than 1")
-        if not self.scales or min(self.scales) <= 0:
-            raise InputError(f"scales are {list(self.scales)}; give one or more positive factors")
+        if not self.scales or not all(0 < scale <= MOST_SCALE for scale in self.scales):
+            raise InputError(
+                f"scales are {list(self.scales)}; give one or more positive factors of at most {MOST_SCALE}"
+            )
         if self.tiles_per_batch < 1 or self.multiple < 1:
             raise InputError(
                 f"tiles_per_batch is {self.tiles_per_batch} and multiple {self.multiple}; both must be at least 1"

@@ -132,8 +132,10 @@ def check_files(path: Path, splits: dict[str, Splits]) -> None:
 def _is_copied(state: str, old: str) -> bool:
     """True for files of the same places and sizes, of which none has kept its time."""
     now, before = ([part.rpartition(" ")[::2] for part in text.split("\t")[1:]] for text in (state, old))
-    return [part[0] for part in now] == [part[0] for part in before] and all(
-        part[1] != other[1] for part, other in zip(now, before, strict=True)
+    return (
+        bool(now)
+        and [part[0] for part in now] == [part[0] for part in before]
+        and all(part[1] != other[1] for part, other in zip(now, before, strict=True))
     )
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from segkit import memory
 from segkit.config.schema import Config, plain
 from segkit.config.targets import LOSS_OPTIONS
 from segkit.data.statistics import LabelCounts, count_labels
+from segkit.errors import InputError, first_line
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import write_json
 from segkit.losses.checks import labels_checked
@@ -138,7 +140,7 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         _start_from_last_phase(phase, run_folder)
         _open_charts(phase, tracker)
     else:
-        trainer.restore(checkpoint.load(last), earlier=earlier)
+        _restore(trainer, last, earlier=earlier)
         distributed.print_main(
             f"phase {phase.name}: going on from step {trainer.progress.step} of {phase.plan.num_steps}"
         )
@@ -203,6 +205,21 @@ def make_trainer(
         names_of=phase.batches.names,
         checked=functools.partial(labels_checked, num_classes=len(phase.counts.classes), ignore_index=ignore_index),
     )
+
+
+def _restore(trainer: Trainer, last: Path, *, earlier: bytes) -> None:
+    """Let ``trainer`` go on from the checkpoint ``last``; InputError if that lacks something or has another type."""
+    try:
+        trainer.restore(checkpoint.load(last), earlier=earlier)
+        if not all(type(value) in (int, float) for value in vars(trainer.progress).values()):
+            raise TypeError("its progress is not of numbers")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, InputError) or memory.is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{last} holds weights, but no state to go on from ({type(error).__name__}: {first_line(error)}): it is "
+            f"damaged; start another run from its weights, init_from={last}"
+        ) from None
 
 
 def _write_facts(phase: Phase, folder: Path) -> None:

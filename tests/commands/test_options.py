@@ -89,6 +89,26 @@ def complete(script, *words):
     return set(done.stdout.split())
 
 
+@pytest.mark.parametrize(("option", "value"), [
+    ("--batch-size", "0"), ("--workers", "-1"), ("--workers", "100000"), ("--max-images", "-1"), ("--max-images", "x"),
+])  # fmt: skip
+def test_counts_that_are_none_are_refused(option, value):
+    with pytest.raises(InputError, match=rf"argument {option}: '{value}' is no whole number from [01] to \d+"):
+        evaluate.run(["run", f"{option}={value}"])
+
+
+def test_no_output_replaces_a_file_of_a_run(tmp_path):
+    (tmp_path / "train" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "train/label_counts.json", "train/checkpoints/last.pt"):
+        (tmp_path / name).write_text("kept")
+        with pytest.raises(
+            InputError, match=rf"--output is .*{name}, a file of the run .*, which stays as it is: name an"
+        ):
+            options.check_writable(argparse.Namespace(output=tmp_path / name), "output")
+    (tmp_path / "report.html").touch()
+    options.check_writable(argparse.Namespace(output=tmp_path / "report.html"), "output")
+
+
 def test_a_shell_completes_verbs_and_options(capsys):
     cli.verb_function("completion")(["bash"])
     script = capsys.readouterr().out

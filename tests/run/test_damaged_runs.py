@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from segkit.commands import compare, evaluate
 from segkit.config.compose import compose as compose_config
@@ -79,6 +80,18 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
     (run / "files.json.gz").unlink()
     os.mkfifo(run / "files.json.gz")
     with pytest.raises(InputError, match=r"files\.json\.gz is a pipe .*delete it to go on without the comparison"):
+        train(run)
+
+
+@pytest.mark.parametrize("entry", [{"optimizer": [1]}, {"optimizer": {}}, {"progress": {"step": "x"}}, {"scaler": 3}])
+def test_a_state_of_another_type_is_named(run, entry):
+    last = run / "train/checkpoints/last.pt"
+    torch.save({**torch.load(last, weights_only=True), **entry}, last)
+    for name in ("train/results.json", "train/checkpoints/checksums.json"):
+        (run / name).unlink()
+    with pytest.raises(
+        InputError, match=r"last\.pt holds weights, but no state to go on from .* init_from=.*last\.pt$"
+    ):
         train(run)
 
 

@@ -269,7 +269,7 @@ def test_evaluations_do_not_overwrite_each_other(run, call, tmp_path):
     assert not (run / "checkpoints" / "results.json").exists()
     (full,) = (result for name, result in evaluations(run).items() if name.startswith("val-last-") and plain(result))
     assert full["num_images"] == 16
-    with pytest.raises(InputError, match="a file of the run .*, which stays as it is: name another file"):
+    with pytest.raises(InputError, match=r"a file of the run .*, which stays as it is: name another file"):
         call(evaluate, run, *QUICK, "--output", run / "results.json")
 
 

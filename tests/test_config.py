@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from segkit.config.compose import check_overrides, config_dir, to_config
-from segkit.config.schema import Config, check_targets, plain
+from segkit.config.schema import FACTS, Config, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
 from segkit.guard import explain
@@ -47,7 +47,7 @@ def test_every_leaf_lists_all_arguments(option):
     group = next(group for group, name in OPTIONS if name == option and group in ("loss", "model", "dataset"))
     config = composed(f"{group}={option}")
     node = {"loss": config.loss, "model": config.model, "dataset": config.dataset.reader}[group]
-    facts = {"num_classes", "classes", "class_pixels", "class_names", "ignore_index", "palette", "root", "split"}
+    facts = {name for facts in FACTS.values() for name in facts}
     parameters = inspect.signature(
         locate(node["_target_"], key="reader" if group == "dataset" else group)
     ).parameters.values()

@@ -64,8 +64,11 @@ def run(argv: Sequence[str]) -> None:
     from segkit.report.comparison import compare
     from segkit.report.tables import EXPORTS, screen
 
-    if arguments.samples < 100:
-        raise InputError(f"--samples is {arguments.samples}, but an interval needs at least 100: give --samples 2000")
+    if not 100 <= arguments.samples <= 10**6:
+        raise InputError(
+            f"--samples is {arguments.samples}, but an interval needs at least 100 and at most a million: "
+            "give --samples 2000"
+        )
     if arguments.pictures < 0:
         raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
     if arguments.predict and arguments.evaluation:

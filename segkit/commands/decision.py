@@ -87,7 +87,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
         raise InputError(
             f"{path} is not there, so --decision {name} has nothing to decide with: fit it with `{command}`"
         )
-    content = read_json(path)
+    content = read_json(path, cure=f"fit the decision again with `{command} --refit`")
     classes = list(saved.label_counts()["classes"])
     try:
         digest, fitted_on, bias, miou = content["digest"], content["fitted_on"], content["bias"], content["miou"]

@@ -88,6 +88,10 @@ def test_mixed_protocols_are_refused_and_then_marked(call, make_run, tmp_path):
         (["gone"], "error: gone is not a folder: name run folders"),
         (["."], "error: . is neither a run"),
         (["gone", "--samples", "5"], "error: --samples is 5, but an interval needs at least 100"),
+        (
+            ["gone", "--samples", "1000000000"],
+            "error: --samples is 1000000000, but an interval needs at least 100 and at",
+        ),
         (["gone", "--predict", "--evaluation", "x"], "error: --predict shows what was scored after training"),
         (["gone", "--pictures", "-1"], "error: --pictures is -1, but must be 0 or more"),
     ],

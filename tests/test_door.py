@@ -78,7 +78,7 @@ def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
     for call, message in (
         (lambda: segkit.evaluate(tmp_path), "is no run folder"),
         (lambda: segkit.evaluate(trained, splt="val"), "segkit evaluate: unrecognized arguments: --splt=val"),
-        (lambda: segkit.evaluate(trained, batch_size="two"), "argument --batch-size: invalid int value: 'two'"),
+        (lambda: segkit.evaluate(trained, batch_size="two"), "argument --batch-size: 'two' is no whole number from 1"),
         (lambda: segkit.evaluate(trained, device="tpu"), "tpu"),
         (lambda: segkit.predict(tmp_path / "text.png", trained), "text.png"),
         (lambda: segkit.predict([np.zeros((4, 4))], trained), "an array of float64 of the shape"),

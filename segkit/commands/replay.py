@@ -98,7 +98,7 @@ def stored_batch(bundle: Path, kind: Any) -> Any:
         batch = Batch(**content)
         images, labels = batch.images, batch.labels
         good = images.dtype == getattr(torch, kind.dtype.value) and labels.dtype == torch.uint8 and images.dim() == 4
-        shape = len(images), kind.in_channels, *labels.shape[1:]
+        shape = len(labels), kind.in_channels, *labels.shape[1:]
         good = good and labels.dim() == 3 and images.shape == shape and labels.numel() > 0
     except (TypeError, AttributeError):
         good = False

@@ -2,9 +2,9 @@
 
 ``compile_tiles`` of a loss: True compiles it (5 to 15 seconds, once per process and number of classes), False does not,
 None compiles on a CUDA device with Triton and not elsewhere. Both ways compute the same numbers up to rounding. On a
-CPU with AVX-512 the plain form costs two to three times the compiled one, a few per cent of a training step: waiting for
-a compiler is worth it in long runs. Without AVX-512 both cost the same. On a GPU every operation of the plain form is a
-trip through the device's memory.
+CPU with AVX-512 the plain form costs two to three times the compiled one, a few per cent of a training step: waiting
+for a compiler is worth it in long runs. Without AVX-512 both cost the same. On a GPU every operation of the plain form
+is a trip through the device's memory.
 """
 
 from __future__ import annotations

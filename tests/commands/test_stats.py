@@ -183,6 +183,8 @@ def test_names_show_as_they_are_written(tmp_path):
     assert "\x1b" not in text
     command.write_csv(tmp_path / "c.csv", rows)
     with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
-        assert [line["class"] for line in csv.DictReader(file)] == [*names[:3], "'=1+1", *names[4:]]
+        assert [line["class"] for line in csv.DictReader(file)] == [
+            *names[:2], r"red\x1b[31m", "'=1+1", *names[4:]
+        ]  # fmt: skip
     command.plot(tmp_path / "p.png", rows, summary)
     assert (tmp_path / "p.png").stat().st_size > 1000

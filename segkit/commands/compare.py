@@ -132,9 +132,8 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
     _, found = evaluate.evaluate_split(options, saved, dataset, split, model, device, argmax, pictures)
     for at, name in enumerate(found.names):
         before = scored.matrix(scored.names.index(name))
-        if (
-            np.abs(found.per_image.matrix(at) - before).sum() > 0.02 * before.sum()
-        ):  # more than another machine explains
+        moved = np.abs(found.per_image.matrix(at) - before).sum()
+        if moved > 0.02 * before.sum():  # more than another machine explains
             raise InputError(
                 f"the prediction of {name} is not the one that {record.path} has the score of: its data or its "
                 "checkpoint have changed; leave --predict out, or train again"

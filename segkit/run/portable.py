@@ -95,7 +95,8 @@ def scores_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) 
         results, protocol = record.results, record.protocol
         said = {key: protocol.get(key) for key in ("decision", "decision_fitted_on") if key in protocol}
         again = any(protocol == one["protocol"] for one in found)
-        if again or record.is_outdated() or results.get("checkpoint", "last") != checkpoint or said != dict(decision):
+        other = results.get("checkpoint", "last") != checkpoint or said != dict(decision)
+        if again or other or record.is_outdated():  # the last reads the whole checkpoint
             continue
         drawn = None
         if record.per_image is not None and results["num_images"] > 1 and results["mean_iou"] is not None:

@@ -25,15 +25,16 @@ BENCHES = (
         r"ratio +([\d.]+)",
     ),
     (
-        "gradient checkpointing, DeepLabV3+ on SE-ResNeXt-50, 2 x 512 x 512, bf16: memory at time",
+        "gradient checkpointing, DeepLabV3+ on SE-ResNeXt-50, 2 x 512 x 512: memory and time of light, mixed and true, "
+        "in fp32 and bf16",
         "without",
-        "scripts/bench_checkpointing.py --model se-resnext --policy true --precision bf16",
-        r"bf16 +true +\d+ +([\d.]+) +[\d.]+ +([\d.]+)",
+        "scripts/bench_checkpointing.py --model se-resnext",
+        r"(?:fp32|bf16) +(?:light|mixed|true) +\d+ +([\d.]+) +[\d.]+ +([\d.]+)",
     ),
     (
-        "margin calibration, logits at label size, K=19: time (plain, compiled)",
+        "margin calibration, K=19 and K=150: time (plain, compiled)",
         "torch's cross-entropy",
-        "scripts/bench_losses.py --md --no-memory --cases 1 --only margin",
+        "scripts/bench_losses.py --md --no-memory --cases 1 2 --only margin",
         r"\| margin calibration(?:, compiled)? \| [\d.]+ \| ([\d.]+)",
     ),
     (

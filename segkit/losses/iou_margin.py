@@ -52,7 +52,7 @@ class IouMarginLoss(PixelLoss):
         form: str = "cross_entropy",
         momentum: float = 0.98,
         ignore_index: int = 255,
-        compile_tiles: bool | None = None,
+        compile_tiles: bool | None = False,
     ) -> None:
         if num_classes < 2:
             raise InputError(f"num_classes is {num_classes}, but margins need at least 2 classes")

@@ -73,7 +73,7 @@ class MarginCalibrationLoss(PixelLoss):
         rho_0k: Tensor,
         form: str = "paper",
         ignore_index: int = 255,
-        compile_tiles: bool | None = None,
+        compile_tiles: bool | None = False,
     ) -> None:
         check_choice(form, "form", FORMS)
         rho_k0, rho_0k = (torch.as_tensor(rho, dtype=torch.float32).clone() for rho in (rho_k0, rho_0k))
@@ -114,7 +114,7 @@ def margin_calibration(
     rho_max: float | str | None = None,
     form: str = "paper",
     ignore_index: int = 255,
-    compile_tiles: bool | None = None,
+    compile_tiles: bool | None = False,
 ) -> MarginCalibrationLoss:
     """Return the loss with the margins for ``class_pixels`` (K,); see ``margin_offsets`` for the other arguments."""
     options = {"tau": tau, "upsilon": upsilon, "scale": scale, "mean_margin": mean_margin, "absent": absent}

@@ -35,7 +35,7 @@ class PixelLoss(nn.Module):
     pixel_decomposable = True
 
     def __init__(
-        self, *, ignore_index: int = 255, num_classes: int | None = None, compile_tiles: bool | None = None
+        self, *, ignore_index: int = 255, num_classes: int | None = None, compile_tiles: bool | None = False
     ) -> None:
         super().__init__()
         self.ignore_index = int(ignore_index)
@@ -84,7 +84,7 @@ class KeptGradient(torch.autograd.Function):
         ctx.divisor = None if divides_early(logits) else divisor
         rule = loss.tile_rule(logits.shape[1], compute_dtype(logits))
         factor = rule.scale if ctx.divisor is not None else rule.scale / divisor
-        compile, wanted = wants_compiler(loss.compile_tiles, logits.device), ctx.needs_input_grad[0]
+        compile, wanted = wants_compiler(loss.compile_tiles), ctx.needs_input_grad[0]
         ignore_index = loss.ignore_index
         found: tuple[Tensor, Tensor | None] | None = None
         if compile and wanted and logits.shape[2:] == target.shape[1:]:
@@ -158,7 +158,7 @@ class _PixelMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, loss: PixelLoss) -> Tensor:
         rule = loss.tile_rule(logits.shape[1], compute_dtype(logits))
-        compile = wants_compiler(loss.compile_tiles, logits.device)
+        compile = wants_compiler(loss.compile_tiles)
         sums = _Sums(logits, target, factor=rule.scale, wanted=ctx.needs_input_grad[0])
         losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
 

@@ -114,7 +114,7 @@ class CrossEntropyLoss(PixelLoss):
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = 255,
-        compile_tiles: bool | None = None,
+        compile_tiles: bool | None = False,
     ) -> None:
         if weight is not None:
             weight = torch.as_tensor(weight, dtype=torch.float32).clone()
@@ -183,7 +183,7 @@ class FocalLoss(PixelLoss):
     gamma = 0 is cross-entropy.
     """
 
-    def __init__(self, *, gamma: float = 2.0, ignore_index: int = 255, compile_tiles: bool | None = None) -> None:
+    def __init__(self, *, gamma: float = 2.0, ignore_index: int = 255, compile_tiles: bool | None = False) -> None:
         super().__init__(ignore_index=ignore_index, compile_tiles=compile_tiles)
         self.gamma = check_number(gamma, "gamma", low=0.0)
 
@@ -235,7 +235,7 @@ def cross_entropy(
     weighting: str | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = 255,
-    compile_tiles: bool | None = None,
+    compile_tiles: bool | None = False,
 ) -> CrossEntropyLoss:
     """Return cross-entropy, with the ``class_weights`` of ``class_pixels`` (K,) where a ``weighting`` is given."""
     check_choice(weighting, "weighting", WEIGHTINGS)

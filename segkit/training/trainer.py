@@ -29,7 +29,7 @@ from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import set_lr
 from segkit.training.precision import Mixed
 from segkit.training.schedules import lr_factor
-from segkit.training.step import Outcome, followers_of, split, train_step
+from segkit.training.step import Outcome, copies_of, followers_of, split, train_step
 from segkit.training.tracking import MUCH_WAITING, Clock, Tracker, loading_lever
 
 
@@ -225,9 +225,7 @@ class Trainer:
         )
         self.lr = set_lr(self.optimizer, factor)
         parts = split(batch, settings.accumulate)
-        if settings.channels_last:
-            parts = [(images.contiguous(memory_format=torch.channels_last), labels) for images, labels in parts]
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        buffers = copies_of(self.model.buffers())
         settled = functools.partial(self._settle, buffers)
         try:
             with self.checked(batch.labels):
@@ -238,6 +236,7 @@ class Trainer:
                     parts,
                     mixed=self.mixed,
                     scaler=self.scaler,
+                    channels_last=settings.channels_last,
                     clip_norm=settings.clip_norm,
                     stop=distributed.world_size() > 1 and self.stop(),
                     before_update=settled,

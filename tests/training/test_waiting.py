@@ -162,6 +162,7 @@ def test_a_bad_step_before_the_end_of_the_data_is_told_too(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_does_not_wait_on_a_gpu(precision):
     from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss

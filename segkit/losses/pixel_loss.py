@@ -141,7 +141,7 @@ class _Sums:
             return total, None
         if block.rows is not None:
             return total, block.low_gradient(gradient.mul_(self.factor))
-        torch.mul(gradient.view(block.logits.shape), self.factor, out=self.gradient[block.place])
+        torch.mul(block.in_batch(gradient), self.factor, out=self.gradient[block.place])
         return total, None
 
     def add(self, blocks: list[Block], parts: list[tuple[Tensor, Tensor | None]]) -> None:

@@ -77,7 +77,7 @@ class _SoftCounts(torch.autograd.Function):
             # a sum, not a matrix-vector product: the latter may round differently from one call to the next
             mean = slope.sum(0) + label_slope
             slope.scatter_add_(0, at_label, label_slope[None]).addcmul_(p, mean, value=-1)
-            gradient[block.place] = slope.view(block.logits.shape)
+            gradient[block.place] = block.in_batch(slope)
 
         for blocks in tiles.cut(logits, target):
             tiles.run(blocks, softmax_tile, write, ignore_index=ctx.ignore_index)

@@ -73,13 +73,14 @@ class Workspace:
 
 
 class Block(NamedTuple):
-    """A rectangle of labels in one image, and the logits that reach it.
+    """A rectangle of labels in one image, and the logits that reach it; or several images, on an accelerator.
 
     ``rows`` (H,h) and ``columns`` (W,w) up-sample ``logits`` (K,h,w) to the size of ``target`` (H,W); None where the
-    logits have that size. ``place`` is the index of ``logits`` in the logits (N,K,..) of the batch.
+    logits have that size. Of M images, ``logits`` are (K,M,h,w) and ``target`` is (M,H,W). ``place`` is the index of
+    ``logits`` in the logits (N,K,..) of the batch, see ``in_batch``.
     """
 
-    place: tuple[int, slice, slice, slice]
+    place: tuple[int | slice, slice, slice, slice]
     logits: Tensor
     target: Tensor
     rows: Tensor | None = None
@@ -104,12 +105,17 @@ class Block(NamedTuple):
         fill_columns(s[0], void, 1.0)
         return s
 
+    def in_batch(self, values: Tensor) -> Tensor:
+        """``values``, as many as ``logits``, in the shape that the batch has at ``place``: (K,h,w) or (M,K,h,w)."""
+        values = values.view(self.logits.shape)
+        return values if values.ndim == 3 else values.transpose(0, 1)
+
     def low_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient of the logits, (K,h,w), from that of the up-sampled ones, (K,P)."""
+        """The gradient of the logits, as ``in_batch``, from that of the up-sampled ones, (K,P)."""
         assert self.rows is not None
         assert self.columns is not None
         full = gradient.view(len(gradient), *self.target.shape)
-        return torch.matmul(torch.matmul(self.rows.T, full), self.columns)
+        return self.in_batch(torch.matmul(torch.matmul(self.rows.T, full), self.columns))
 
 
 def cut(logits: Tensor, target: Tensor) -> Iterator[list[Block]]:
@@ -118,19 +124,27 @@ def cut(logits: Tensor, target: Tensor) -> Iterator[list[Block]]:
     At label size all blocks are one group, else the blocks of each image: these overlap by the logits that reach
     both, and the gradients of a group are held until they are added up.
     """
+    count = images_per_tile(logits, target)
+    images = [n if count == 1 else slice(n, n + count) for n in range(0, len(logits), count)]
     if logits.shape[2:] != target.shape[1:]:
-        for n in range(len(logits)):
+        for n in images:
             yield list(_low_blocks(logits, target, n))
         return
-    num, num_classes, height, width = logits.shape
+    num_classes, height, width = logits.shape[1:]
     num_rows = max(1, min(height, pixels_per_tile(num_classes, logits.device) // max(1, width)))
     bands = [slice(top, min(top + num_rows, height)) for top in range(0, height, num_rows)]
     every = slice(None)
-    yield [Block((n, every, band, every), logits[n, :, band], target[n, band]) for n in range(num) for band in bands]
+    places = [(n, every, band, every) for n in images for band in bands]
+    yield [Block(place, _classes_first(logits[place]), target[place[0], place[2]]) for place in places]
 
 
-def _low_blocks(logits: Tensor, target: Tensor, n: int) -> Iterator[Block]:
-    """The blocks of image ``n``: nearly square, so that few logits are read twice."""
+def _classes_first(logits: Tensor) -> Tensor:
+    """(K,h,w) as it is, (M,K,h,w) as (K,M,h,w)."""
+    return logits if logits.ndim == 3 else logits.transpose(0, 1)
+
+
+def _low_blocks(logits: Tensor, target: Tensor, n: int | slice) -> Iterator[Block]:
+    """The blocks of the image or images ``n``: nearly square, so that few logits are read twice."""
     height, width = target.shape[1:]
     pixels = pixels_per_tile(logits.shape[1], logits.device)
     num_rows = min(height, max(1, math.isqrt(pixels)))
@@ -141,7 +155,13 @@ def _low_blocks(logits: Tensor, target: Tensor, n: int) -> Iterator[Block]:
         for columns in spans(logits.shape[3], width, num_columns, *where):
             place = (n, slice(None), slice(rows.first, rows.last), slice(columns.first, columns.last))
             target_block = target[n, rows.out, columns.out]
-            yield Block(place, logits[place], target_block, rows.matrix, columns.matrix)
+            yield Block(place, _classes_first(logits[place]), target_block, rows.matrix, columns.matrix)
+
+
+def images_per_tile(logits: Tensor, target: Tensor) -> int:
+    """How many whole images make a tile: one on a CPU, and as many as fit elsewhere, where every call has its price."""
+    pixels = pixels_per_tile(logits.shape[1], logits.device)
+    return 1 if logits.device.type == "cpu" else max(1, pixels // max(1, target[0].numel()))
 
 
 def pixels_per_tile(num_classes: int, device: torch.device) -> int:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
 import torch
 
-from segkit.losses import CrossEntropyLoss, DiceLoss, FocalLoss, MarginCalibrationLoss, compiling, tiles
+from segkit.losses import (
+    CrossEntropyLoss,
+    DiceLoss,
+    FocalLoss,
+    MarginCalibrationLoss,
+    OhemCrossEntropyLoss,
+    compiling,
+    tiles,
+)
 
 
 def margin(**options):
@@ -50,6 +59,20 @@ def test_tile_size_does_not_matter(name, ties, monkeypatch):
         monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
         found = value_and_gradient(loss, logits, target)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("upsampled", [False, True])
+@pytest.mark.parametrize("name", [*LOSSES, "Dice", "OHEM"])
+def test_images_of_one_tile_are_as_images_alone(name, upsampled, monkeypatch):
+    """As on an accelerator: tiles of two images and of one."""
+    loss = {"Dice": DiceLoss, "OHEM": functools.partial(OhemCrossEntropyLoss, min_kept=20), **LOSSES}[name]()
+    logits, target = example((3, 12, 10))
+    if upsampled:
+        logits = logits[:, :, ::4, ::5]
+    expected = value_and_gradient(loss, logits, target)
+    monkeypatch.setattr(tiles, "images_per_tile", lambda *_: 2)
+    found = value_and_gradient(loss, logits, target)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("form", ["paper", "reference"])

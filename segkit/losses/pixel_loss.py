@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from segkit.losses import tiles
 from segkit.losses.checks import check_inputs
 from segkit.losses.compiling import TileRule, wants_compiler
-from segkit.losses.tiles import Block, Labels, compute_dtype, sum_dtype
+from segkit.losses.tiles import Block, GradientSum, Labels, compute_dtype, sum_dtype
 
 
 def at_label_size(logits: Tensor, target: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class KeptGradient(torch.autograd.Function):
             for blocks in tiles.cut(logits, target):
                 # a compiled call has threads of its own; no name for what comes back, which would outlive its image
                 sums.add(blocks, tiles.run(blocks, function, sums.write, ignore_index=ignore_index, split=not compile))
-            found = sums.total, None if sums.gradient is None else sums.gradient.to(logits.dtype)
+            found = sums.total, None if sums.gradient is None else sums.gradient.result()
         total, ctx.gradient = found
         return (rule.scale * total / divisor).to(divisor.dtype)
 
@@ -120,36 +120,24 @@ def divides_early(logits: Tensor) -> bool:
 
 
 class _Sums:
-    """The sum of a loss over the blocks of a batch, ``total`` (), and ``factor`` times its gradient, or None.
-
-    The gradient of logits below label size is added up in float32, or float64, whatever their dtype is.
-    """
+    """The sum of a loss over the blocks of a batch, ``total`` (), and ``factor`` times its gradient, or None."""
 
     def __init__(self, logits: Tensor, target: Tensor, *, factor: Tensor | float, wanted: bool) -> None:
         self.factor = factor
         self.total = torch.zeros((), dtype=sum_dtype(logits), device=logits.device)
-        self.gradient: Tensor | None = None
-        if wanted and logits.shape[2:] == target.shape[1:]:
-            self.gradient = torch.empty_like(logits)
-        elif wanted:
-            self.gradient = torch.zeros_like(logits, dtype=compute_dtype(logits))
+        self.gradient = GradientSum(logits, target) if wanted else None
 
     def write(self, block: Block, _: Labels, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The sum of the block, and its part of a gradient below label size; at label size that is written here."""
+        """The sum of the block, and what ``GradientSum.write`` returns."""
         total = loss.sum(dtype=self.total.dtype)
-        if self.gradient is None:
-            return total, None
-        if block.rows is not None:
-            return total, block.low_gradient(gradient.mul_(self.factor))
-        torch.mul(block.in_batch(gradient), self.factor, out=self.gradient[block.place])
-        return total, None
+        return total, None if self.gradient is None else self.gradient.write(block, gradient, self.factor)
 
     def add(self, blocks: list[Block], parts: list[tuple[Tensor, Tensor | None]]) -> None:
         """Add what ``write`` returned for ``blocks``, in their order, so that no bit depends on the threads."""
-        for block, (total, gradient) in zip(blocks, parts, strict=True):
+        for total, _ in parts:
             self.total += total
-            if gradient is not None and self.gradient is not None:
-                self.gradient[block.place] += gradient
+        if self.gradient is not None:
+            self.gradient.add(blocks, [gradient for _, gradient in parts])
 
 
 class _PixelMap(torch.autograd.Function):
@@ -169,7 +157,7 @@ class _PixelMap(torch.autograd.Function):
 
         for blocks in tiles.cut(logits, target):
             tiles.run(blocks, rule.function(compile=compile), write, ignore_index=loss.ignore_index, split=not compile)
-        ctx.save_for_backward(sums.gradient)
+        ctx.save_for_backward(None if sums.gradient is None else sums.gradient.result())
         return losses
 
     @staticmethod

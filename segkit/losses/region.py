@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from segkit.errors import check_number
 from segkit.losses import tiles
 from segkit.losses.checks import check_inputs
-from segkit.losses.pixel_loss import at_label_size
 from segkit.losses.pixelwise import CrossEntropyLoss
-from segkit.losses.tiles import Block, Labels, Workspace, compute_dtype, fill_columns, sum_dtype
+from segkit.losses.tiles import Block, GradientSum, Labels, Workspace, compute_dtype, fill_columns, sum_dtype
 
 
 def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
@@ -35,7 +34,7 @@ def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]
 
 
 def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hits, mass and size, (K,) each, of ``logits`` (N,K,H,W) at label size; see the head of this file."""
+    """Return hits, mass and size, (K,) each, of ``logits`` (N,K,h,w) at any stride; see the head of this file."""
     return _SoftCounts.apply(logits, target, ignore_index)
 
 
@@ -67,9 +66,9 @@ class _SoftCounts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_hits: Tensor, d_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        gradient = GradientSum(logits, target)
 
-        def write(block: Block, labels: Labels, p_label: Tensor, p: Tensor) -> None:
+        def write(block: Block, labels: Labels, p_label: Tensor, p: Tensor) -> Tensor | None:
             # dL/dp_k = v_k = d_mass_k + [k = y] d_hits_k;  dL/ds_k = p_k (v_k - sum_j p_j v_j)
             at_label = labels.classes[None]
             label_slope = p_label * d_hits[labels.classes]
@@ -77,11 +76,11 @@ class _SoftCounts(torch.autograd.Function):
             # a sum, not a matrix-vector product: the latter may round differently from one call to the next
             mean = slope.sum(0) + label_slope
             slope.scatter_add_(0, at_label, label_slope[None]).addcmul_(p, mean, value=-1)
-            gradient[block.place] = block.in_batch(slope)
+            return gradient.write(block, slope)
 
         for blocks in tiles.cut(logits, target):
-            tiles.run(blocks, softmax_tile, write, ignore_index=ctx.ignore_index)
-        return gradient, None, None
+            gradient.add(blocks, tiles.run(blocks, softmax_tile, write, ignore_index=ctx.ignore_index))
+        return gradient.result(), None, None
 
 
 class RegionLoss(nn.Module):
@@ -101,7 +100,7 @@ class RegionLoss(nn.Module):
         """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        return self.of_counts(*soft_counts(at_label_size(logits, target), target, ignore_index=self.ignore_index))
+        return self.of_counts(*soft_counts(logits, target, ignore_index=self.ignore_index))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
@@ -178,5 +177,4 @@ class JaccardMetricLoss(nn.Module):
         """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        logits = at_label_size(logits, target)  # once for both
         return self.ce_weight * self.cross_entropy(logits, target) + self.jaccard_weight * self.jaccard(logits, target)

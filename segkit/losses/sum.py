@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import InputError, check_number
-from segkit.losses.checks import check_inputs
-from segkit.losses.pixel_loss import at_label_size
 
 
 class SumLoss(nn.Module):
@@ -52,9 +50,6 @@ class SumLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, *, denominator: Tensor | None = None) -> Tensor:
         """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); ``denominator``: (T,)."""
         assert denominator is None or self.pixel_decomposable, "a term is not a sum over pixels"
-        if not self.pixel_decomposable:  # some term needs all pixels at once: up-sample for all of them
-            check_inputs(logits, target, ignore_index=self.ignore_index)
-            logits = at_label_size(logits, target)
         total: Any = 0.0
         for i, (name, loss) in enumerate(self.losses.items()):
             part = None if denominator is None else denominator[i]

@@ -200,6 +200,36 @@ def fill_columns(matrix: Tensor, void: Tensor | None, value: float = 0.0) -> Ten
     return matrix.index_fill_(-1, void, value)
 
 
+class GradientSum:
+    """The gradient of logits (N,K,h,w), put together from that of blocks.
+
+    Below label size blocks overlap, and their parts are added up in float32, or float64, whatever the dtype of the
+    logits is: in the order of the blocks, so that no bit depends on the threads.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor) -> None:
+        is_low = logits.shape[2:] != target.shape[1:]
+        self._dtype = logits.dtype
+        self._sum = torch.zeros_like(logits, dtype=compute_dtype(logits)) if is_low else torch.empty_like(logits)
+
+    def write(self, block: Block, gradient: Tensor, factor: Tensor | float = 1.0) -> Tensor | None:
+        """``factor`` times the ``gradient`` (K,P) of a block: written here at label size, else returned for ``add``."""
+        if block.rows is not None:
+            return block.low_gradient(gradient.mul_(factor))
+        torch.mul(block.in_batch(gradient), factor, out=self._sum[block.place])
+        return None
+
+    def add(self, blocks: list[Block], parts: list[Tensor | None]) -> None:
+        """Add what ``write`` returned for ``blocks``, in their order."""
+        for block, part in zip(blocks, parts, strict=True):
+            if part is not None:
+                self._sum[block.place] += part
+
+    def result(self) -> Tensor:
+        """The gradient in the dtype of the logits."""
+        return self._sum.to(self._dtype)
+
+
 Write = Callable[[Block, Labels, Tensor, Tensor], Result]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from segkit import runtime
 from segkit.errors import InputError
-from segkit.training.step import split
 from segkit.training.trainer import Trainer
 
 WARMUP = 2
@@ -46,7 +46,8 @@ def profile_steps(trainer: Trainer, batches: Iterable[Any], *, num_steps: int, f
             _one_step(trainer, iterator, times)
     folder.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(folder / "trace.json"))
-    return _table(times, num_steps, recorded) + f"\ntrace: {folder / 'trace.json'} (open it at ui.perfetto.dev)"
+    table = _table(times, num_steps, recorded, key=f"self_{'cuda' if len(activities) > 1 else 'cpu'}_time_total")
+    return f"{table}\ntrace: {folder / 'trace.json'} (open it at ui.perfetto.dev)"
 
 
 def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) -> None:
@@ -68,8 +69,9 @@ def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) ->
     with part("waiting for data"):
         batch = next(iterator)
     with part("moving data"):
-        parts = [(images.to(device), labels.to(device).long()) for images, labels in split(batch, 1)]
-    images, target = parts[0]
+        images, target = batch.images.to(device), batch.labels.to(device).long()
+        if trainer.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
     trainer.optimizer.zero_grad(set_to_none=True)
     with part("forward"), mixed.autocast():
         logits = trainer.wrapped(images)
@@ -82,11 +84,10 @@ def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) ->
         trainer.scaler.update()
 
 
-def _table(times: dict[str, list[float]], num_steps: int, recorded: Any) -> str:
+def _table(times: dict[str, list[float]], num_steps: int, recorded: Any, *, key: str) -> str:
     medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     total = sum(medians.values())
     lines = [f"median of {num_steps} steps: {total * 1000:.1f} ms", f"{'part':20}{'ms':>10}{'share':>9}"]
     lines += [f"{name:20}{value * 1000:10.1f}{value / total:9.1%}" for name, value in medians.items()]
-    key = "self_cpu_time_total"
     operators = recorded.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40)
     return "\n".join(lines) + "\n\n" + operators

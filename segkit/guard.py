@@ -127,6 +127,11 @@ def _explain_hydra(error: BaseException) -> str:
     if key:
         parent = getattr(cause, "parent_node", None)
         return _explain_key(key.group(1), parent)
+    if text.startswith("BasicSweeper does not support"):
+        return (
+            "a grid has no intervals: write values with commas, or search, "
+            "-m sweep=search '+sweep.space.KEY={low:1,high:2}'"
+        )
     if text.startswith("Error merging override") and cause is not None:
         reason = str(cause).splitlines()[0]
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"

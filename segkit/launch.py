@@ -56,14 +56,13 @@ def task(node: Any) -> float | None:
 
 @contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """After an error remove the ``folder`` that Hydra made, if nothing is in it."""
+    """Remove the ``folder`` that Hydra made if nothing is in it: after an error, or until its job starts."""
     try:
         yield
-    except BaseException:
+    finally:
         from segkit.files import remove_if_empty
 
         remove_if_empty(folder)
-        raise
 
 
 def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
@@ -72,19 +71,21 @@ def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
 
     if not _sweeps:
         _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=config.sweep.jobs, workers=config.workers))
-    _check_parts(config)
-    _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir))
+    _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir), config)
+    check_job(config)
 
 
-def _check_parts(config: Any) -> None:
+def check_job(config: Any) -> None:
     """Open the data of a job and build its losses and optimizers, so that no job starts if one is impossible."""
     from segkit.run.splits import open_phases
 
     splits = open_phases(config)
 
-    from segkit.run.build import check_parts
+    from segkit.run import pipeline
+    from segkit.runtime import resolve_device
 
-    check_parts(config, splits)
+    pipeline.check_parts(config, splits)
+    pipeline.check_machine(config, resolve_device(config.device))
 
 
 def _search(config: Any, overrides: list[str], folder: Path | None) -> None:

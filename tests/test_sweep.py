@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
 
+from segkit.config.compose import check_overrides, compose
+from segkit.errors import InputError
+from segkit.guard import explain
+from segkit.launch import check_job
 from segkit.sweeps.jobs import Job, LocalSweep
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -65,3 +70,58 @@ def test_a_table_shows_overrides_as_they_are_written():
     assert "name=car [rare]" in text
     assert r"name=tool [/x]\x1b[2J" in text
     assert "2 jobs in a [bold]" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=glob(*)"], r"'seed=glob\(\*\)' has no values"),
+        (["loss=glob(zzz*)"], r"'loss=glob\(zzz\*\)' has no values"),
+        (["seed=range(3,3)"], r"'seed=range\(3,3\)' has no values"),
+        (["seed=range(1,4,0)"], r"'seed=range\(1,4,0\)' has no values"),
+        (["seed=range(1000000000)"], "the sweep has 1001 jobs or more, but at most 1000"),
+        (["seed=range(0,30)", "loss.tau=range(0,40)"], "the sweep has 1200 jobs or more, but at most 1000"),
+    ],
+)
+def test_a_grid_of_no_or_endless_jobs_is_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        check_overrides(["-m", *overrides])
+    check_overrides(["-m", "seed=range(0,25)", "loss.tau=range(0,40)"])
+    check_overrides(["-m", "loss=glob(cross*)"])
+
+
+def test_an_interval_is_no_grid():
+    sentence, code = explain(HydraException("BasicSweeper does not support sweep type : INTERVAL_SWEEP"))
+    assert code == 2
+    assert "write values with commas, or search" in sentence
+
+
+@pytest.mark.parametrize(
+    ("other", "folder", "message"),
+    [
+        (["seed=0"], "1", r"job 1 of the sweep would train the same as job 0 \(seed=0\): give every value once"),
+        (["seed=1"], "0", "0 is the folder of two jobs: let hydra.sweep.subdir contain"),
+        (["seed=1", "sweep.jobs=1"], "1", "sweep has several values, but one holds for all jobs"),
+        (["seed=1", "workers=1"], "1", "workers has several values, but jobs share them with sweep.jobs=2"),
+    ],
+)
+def test_jobs_that_cannot_stand_beside_each_other(other, folder, message):
+    sweep = LocalSweep(Path("sweep"), jobs=2)
+    common = ["sweep.jobs=2", "workers=0"]
+    sweep.add(["seed=0"], Path("0"), compose([*common, "seed=0"]))
+    with pytest.raises(InputError, match=message):
+        sweep.add(other, Path(folder), compose([*common, *other]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init_from=nowhere", "init_from is nowhere, but there is no such file or folder"),
+        ("device=cuda:99", "device is 'cuda:99', but"),
+        ("sync_batchnorm=true", "sync_batchnorm=true shares statistics between processes, but there is one"),
+        ("dataset.crop=[65000,65000]", "a batch of 8 crops of 65000x65000 takes at least"),
+    ],
+)
+def test_what_a_later_job_lacks_is_seen_before_the_first_starts(override, message):
+    with pytest.raises(InputError, match=message):
+        check_job(compose([override]))

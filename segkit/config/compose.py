@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import typing
@@ -57,6 +58,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
     parser = OverridesParser.create()
     sweeps = bool({"-m", "--multirun"} & set(arguments))
+    num_jobs = 1
     for text in arguments:
         if text.startswith("-") or ("=" not in text and text[:1] not in "+~"):
             continue
@@ -81,6 +83,39 @@ def check_overrides(arguments: Sequence[str]) -> None:
                 f"the override {text!r} gives several values: add -m for a sweep over them, or put one value with a "
                 f"comma in quotes, {quoted}"
             )
+        if override.is_discrete_sweep():
+            num_jobs *= _num_values(override, text, any(item.startswith("--config-dir") for item in arguments))
+    if num_jobs > MOST_JOBS:
+        raise InputError(
+            f"the sweep has {num_jobs} jobs or more, but at most {MOST_JOBS}: give fewer values, or search, "
+            "-m sweep=search"
+        )
+
+
+MOST_JOBS = 1000
+"""Jobs of a grid: every one is composed and checked before the first starts."""
+
+
+def _num_values(override: Any, text: str, more_options: bool) -> int:
+    """How many values a sweep ``override`` has, of a long range more than MOST_JOBS; InputError if it has none.
+
+    ``more_options``: the command line names a folder of options, from which a pattern may choose as well.
+    """
+    from hydra.core.override_parser.types import Glob
+
+    values = override.value()
+    try:
+        if isinstance(values, Glob):
+            names = values.filter([path.stem for path in (config_dir() / override.key_or_group).glob("*.yaml")])
+            number = len(names) + more_options
+        else:
+            items = values.range() if hasattr(values, "range") else getattr(values, "list", values)
+            number = sum(1 for _ in itertools.islice(items, MOST_JOBS + 1))
+    except ValueError:  # range(1,2,0)
+        number = 0
+    if not number:
+        raise InputError(f"the override {text!r} has no values, so the sweep would have no job: give it at least one")
+    return number
 
 
 def to_config(node: Any) -> Config:

@@ -71,11 +71,10 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
     return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 
-def _prepare(
-    folder: RunFolder, splits: dict[str, Splits], device: torch.device, stop: Callable[[], bool]
-) -> tuple[dict[str, Phase], dict[str, Any]]:
-    """All phases, ready to be trained, and what provenance.json says; the folder's config.yaml is written last."""
-    config = folder.config
+def check_machine(config: Config, device: torch.device) -> None:
+    """Raise InputError for what this machine does not have: weights, processes, packages, memory, a cache."""
+    if config.init_from and not Path(config.init_from).exists():
+        raise InputError(f"init_from is {config.init_from}, but there is no such file or folder: correct its name")
     if config.sync_batchnorm and distributed.world_size() == 1:
         raise InputError(
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
@@ -89,8 +88,16 @@ def _prepare(
             "it in CXX, or set compile=false"
         )
     check_sizes(config, device)
+    distributed.on_main(PhaseCache(cache_dir_of(config)).check)
+
+
+def _prepare(
+    folder: RunFolder, splits: dict[str, Splits], device: torch.device, stop: Callable[[], bool]
+) -> tuple[dict[str, Phase], dict[str, Any]]:
+    """All phases, ready to be trained, and what provenance.json says; the folder's config.yaml is written last."""
+    config = folder.config
+    check_machine(config, device)
     cache_dir = cache_dir_of(config)
-    distributed.on_main(PhaseCache(cache_dir).check)
     saved = folder.path / "config.yaml"
     begun = saved if folder.has_begun() and saved.is_file() else None
     config, reasons = hardware.choose(config, begun=begun, device=device)

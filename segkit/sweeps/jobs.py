@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import quoted
-from segkit.errors import Interrupted
+from segkit.config.schema import Config
+from segkit.errors import InputError, Interrupted
 from segkit.files import read_json, write_json
 from segkit.progress import show
 from segkit.runtime import num_cores
@@ -56,9 +57,29 @@ class LocalSweep:
         self.jobs: list[Job] = []
         self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
         self._waiting: list[tuple[list[str], Path]] = []
+        self._configs: list[Config] = []
 
-    def add(self, overrides: Sequence[str], folder: Path) -> None:
-        """Note a job; it starts with :meth:`finish`, once all jobs are known to be possible."""
+    def add(self, overrides: Sequence[str], folder: Path, config: Config) -> None:
+        """Note a job; it starts with :meth:`finish`, once all jobs are known to be possible.
+
+        InputError if it would do what another does, or write where another does, or shares the machine otherwise.
+        """
+        number = len(self._waiting)
+        if type(self) is not LocalSweep or (self._configs and config.sweep != self._configs[0].sweep):
+            raise InputError("sweep has several values, but one holds for all jobs: give each of its keys one value")
+        if self.limit > 1 and self._configs and config.workers != self._configs[0].workers:
+            raise InputError(
+                f"workers has several values, but jobs share them with sweep.jobs={self.limit}: set sweep.jobs=1, or "
+                "give workers one value"
+            )
+        if config in self._configs:
+            raise InputError(
+                f"job {number} of the sweep would train the same as job {self._configs.index(config)} "
+                f"({', '.join(overrides)}): give every value once"
+            )
+        if str(folder) in (str(other) for _, other in self._waiting):
+            raise InputError(f"{folder} is the folder of two jobs: let hydra.sweep.subdir contain ${{hydra:job.num}}")
+        self._configs.append(config)
         self._waiting.append((list(overrides), folder))
 
     def submit(self, overrides: Sequence[str], folder: Path) -> None:

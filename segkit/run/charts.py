@@ -1,7 +1,7 @@
-"""What the tracker shows of a phase beside its records: margins, errors, lambda, the hyper-parameters, the layout.
+"""What the tracker shows of a phase beside its records: margins, errors, lambda, the hyper-parameters.
 
-The tab "Custom scalars" holds the charts of :data:`LAYOUT`; "HParams" has a row for each run, of its last phase, with
-the final scores. Both look alike in every run, so that ``tensorboard --logdir outputs`` can lay sweeps side by side.
+A score of a class is a chart of its own, ``iou/road``: each run is one line there. "HParams" has a row for each run, of
+its last phase, with the final scores, and looks alike in every run.
 """
 
 from __future__ import annotations
@@ -22,37 +22,6 @@ from segkit.report import pictures
 from segkit.report.text import for_markdown
 from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
-
-LAYOUT = {
-    "training": {
-        "loss": ["curves/loss"],
-        "mean IoU, and its lower bound (of the loss's margins; of 1 logit)": ["curves/mean_iou.*"],
-        "learning rate": ["train/lr"],
-        "IoU of each class": ["val_iou/.*"],
-        "precision of each class": ["val_precision/.*"],
-        "recall of each class": ["val_recall/.*"],
-        "false positives, share of the union": ["val_false_positive/.*"],
-        "false negatives, share of the union": ["val_false_negative/.*"],
-    }
-}
-"""Charts of every run by category: title and patterns of the scalars."""
-
-RUNNING_LAYOUT = {
-    "running IoU": {
-        "I_k of each class, in training": ["running_iou/.*"],
-        "margins a log(1 / I_k) that follow, logits": ["iou_margins/.*"],
-    }
-}
-"""The same for a loss that follows the training."""
-
-MARGIN_LAYOUT = {
-    "margins": {
-        "pixels of other classes inside rho_0k, share": ["margins_inside_0k/.*"],
-        "pixels of the class inside rho_k0, share": ["margins_inside_k0/.*"],
-        "mean distance to the strongest rival, logits": ["margins_mean_margin/.*"],
-    }
-}
-"""The same for ``loss.diagnostics=true``."""
 
 SCORES = ("curves/mean_iou", "val/pixel_accuracy")
 NUMBER, TEXT = 0.0, ""
@@ -144,7 +113,7 @@ def error_shares(counts: Any, classes: Sequence[str]) -> dict[str, float]:
     union = target + predicted - tp
     kinds = {"false_positive": predicted - tp, "false_negative": target - tp}
     return {
-        f"val_{kind}/{label}": float(share)
+        f"union_{kind}/{label}": float(share)
         for kind, pixels in kinds.items()
         for label, share in zip(classes, metrics.divide(pixels, union), strict=True)
     }

@@ -241,13 +241,12 @@ def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequen
 def _open_charts(phase: Phase, tracker: Tracker) -> None:
     """Show what is shown once a phase; a run that goes on has it already."""
     config, counts = phase.config, phase.counts
-    layout = charts.LAYOUT | (charts.MARGIN_LAYOUT if phase.observer else {})
-    layout |= charts.RUNNING_LAYOUT if followers_of(phase.loss) else {}
     own = config.schedule[phase.name].lr
     lr = own if own is not None else config.optimizer["lr"]
     values = charts.hparams(config, phase.name, lr=lr, num_steps=phase.plan.num_steps)
     row = Row(values, charts.HPARAMS, charts.FIRST_HPARAMS, charts.SCORES)
-    tracker.describe(layout, row if phase.is_last else None)
+    if phase.is_last:
+        tracker.describe(row)
     table = phase.batches.splits.train
     crops = phase.batches.first_crops(config.evaluation.pictures) if distributed.is_main() else []
     charts.show_crops(tracker, crops, palette=table.palette, classes=table.classes)

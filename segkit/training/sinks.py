@@ -47,8 +47,8 @@ class Sink:
     def text(self, step: int, tag: str, text: str) -> None:
         """Show a text in Markdown."""
 
-    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
-        """Arrange charts (category -> title -> patterns of scalars) and, in the last phase, begin a row of a table."""
+    def describe(self, row: Row) -> None:
+        """Begin the run's row in a table of runs."""
 
     def finished(self, *, is_last: bool) -> None:
         """Note that the phase was trained to its end, and whether it is the run's last."""
@@ -112,15 +112,11 @@ class TensorBoard(Sink):
     def text(self, step: int, tag: str, text: str) -> None:
         self.writer.add_text(tag, text, step)
 
-    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
-        """Arrange the tab of custom scalars; ``SummaryWriter.add_hparams`` would make a run of its own for the row."""
+    def describe(self, row: Row) -> None:
+        """Begin the row; ``SummaryWriter.add_hparams`` would make a run of its own for it."""
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
-        layout = {name: {title: ["Multiline", tags] for title, tags in of.items()} for name, of in charts.items()}
-        self.writer.add_custom_scalars(layout)
-        if row is None:
-            return
         head, _, _ = hparams(row.columns, dict.fromkeys(row.scores, 0.0))
         plugin = head.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
@@ -191,7 +187,8 @@ class WandB(_Remembering):
         facts = {"project": project, "name": self.name, "group": str(run), "dir": run}
         self.run: Any = wandb.init(id=self.id, resume="allow", settings=settings, **facts)
         self.run.define_metric("*", step_metric="step")
-        self.image, self.bins = wandb.Image, wandb.Histogram
+        self.image, self.bins, self.html = wandb.Image, wandb.Histogram, wandb.Html
+        self.markdown: Any = import_module("markdown").markdown  # TensorBoard's own
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if new := self.new(step, values):
@@ -203,8 +200,11 @@ class WandB(_Remembering):
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
         self.scalars(step, {tag: self.bins(np_histogram=(counts, edges))})
 
-    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
-        self.run.config.update(row.values if row else {}, allow_val_change=True)
+    def text(self, step: int, tag: str, text: str) -> None:
+        self.scalars(step, {tag: self.html(self.markdown(text, extensions=["tables"]))})
+
+    def describe(self, row: Row) -> None:
+        self.run.config.update(row.values, allow_val_change=True)
 
     def close(self) -> None:
         self.run.finish()
@@ -236,8 +236,8 @@ class MLflow(_Remembering):
     def text(self, step: int, tag: str, text: str) -> None:
         self.client.log_text(self.id, text, f"{_mlflow_name(tag)}.md")
 
-    def describe(self, charts: dict[str, dict[str, list[str]]], row: Row | None) -> None:
-        for name, value in self.new(0, row.values if row else {}).items():
+    def describe(self, row: Row) -> None:
+        for name, value in self.new(0, row.values).items():
             self.client.log_param(self.id, name, value)
 
     def finished(self, *, is_last: bool) -> None:

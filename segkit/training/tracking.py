@@ -159,9 +159,9 @@ class Tracker:
             first, last, at = filled[0], filled[-1] + 1, self.offset + step
             self._tell(lambda sink: sink.histogram(at, tag, counts[first:last], edges[first : last + 1]))
 
-    def describe(self, charts: dict[str, dict[str, list[str]]], row: sinks.Row | None) -> None:
-        """Arrange the charts, and begin the run's row; see :meth:`segkit.training.sinks.Sink.describe`."""
-        self._tell(lambda sink: sink.describe(charts, row))
+    def describe(self, row: sinks.Row) -> None:
+        """Begin the run's row in a table of runs, which its last phase does."""
+        self._tell(lambda sink: sink.describe(row))
 
     def finished(self, *, is_last: bool = True) -> None:
         """Note that the phase was trained to its end."""

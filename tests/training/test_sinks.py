@@ -24,12 +24,12 @@ def train(folder, steps, *, kind, is_finished=False):
     tracker.truncate(10**6 if steps[0] > 1 else 0, step=steps[0] - 1)
     if steps[0] == 1:
         row = sinks.Row({"lr": 0.1, "loss": "dice"}, {"lr": 0.0, "loss": "", "tau": 0.0}, [], [])
-        tracker.describe({"training": {"loss": ["curves/loss"]}}, row)
-        tracker.text("margins", "| a |")
+        tracker.describe(row)
+        tracker.text("margins", "| class | rho_0k |\n|---|---|\n| \\*sky\\* | 2 |")
     for step in steps:
         tracker.training(step, {"loss": float(step), "lr": 0.5 / step})
         if step % 2 == 0:
-            tracker.scalars(step, {"curves/mean_iou": step / 10, "val_iou/traffic (sign)": 0.5, "absent": np.nan})
+            tracker.scalars(step, {"curves/mean_iou": step / 10, "iou/traffic (sign)": 0.5, "absent": np.nan})
             tracker.pictures(step, "val/pictures", PICTURE)
             tracker.histogram(step, "lambda", np.array([0, 2, 1]), np.array([-1.0, 0.0, 1.0, 2.0]))
     if is_finished:
@@ -57,7 +57,7 @@ class Fake(sinks.Sink):
     def picture(self, step, tag, pixels):
         self.told.append((step, tag, pixels.shape))
 
-    def describe(self, charts, row):
+    def describe(self, row):
         self.told.append(("row", row.values))
 
     def close(self):
@@ -76,7 +76,7 @@ def test_a_sink_is_told_everything(folder, monkeypatch):
         (102, "curves/loss", 2.0),
         (102, "train/lr", 0.25),
         (102, "curves/mean_iou", 0.2),
-        (102, "val_iou/traffic (sign)", 0.5),
+        (102, "iou/traffic (sign)", 0.5),
         (102, "val/pictures", (4, 6, 3)),
         "closed",
     ]
@@ -145,7 +145,7 @@ def test_mlflow_shows_every_step_once(folder, tmp_path, monkeypatch):
     assert run.data.params == {"lr": "0.1", "loss": "dice"}
     for tag, expected in EXPECTED.items():
         assert [(item.step, item.value) for item in client.get_metric_history(run.info.run_id, tag)] == expected, tag
-    assert len(client.get_metric_history(run.info.run_id, "val_iou/traffic _28_sign_29_")) == 4
+    assert len(client.get_metric_history(run.info.run_id, "iou/traffic _28_sign_29_")) == 4
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "val/pictures")]
     assert pictures == [f"val/pictures/00000{step}.png" for step in (102, 104, 106, 108)]
 
@@ -193,5 +193,9 @@ def test_wandb_shows_every_step_once(folder, monkeypatch):
     assert (config["lr"], config["loss"]) == (0.1, "dice")
     for tag, expected in EXPECTED.items():
         assert found[tag] == expected, tag
-    for tag in ("val/pictures", "lambda", "val_iou/traffic (sign)"):
+    ((step, table),) = found["margins"]
+    (path,) = folder.parent.glob(f"wandb/offline-run-*/files/{table['path']}")
+    assert step == 100
+    assert "<td>*sky*</td>\n<td>2</td>" in path.read_text()
+    for tag in ("val/pictures", "lambda", "iou/traffic (sign)"):
         assert [step for step, _ in found[tag]] == [102, 104, 106, 108], tag

@@ -79,7 +79,8 @@ class ResizeConfig:
 class RecipeConfig:
     """What a data set's usual training looks like; the schedules and ``batch_size`` read it.
 
-    ``warmup_steps`` is of the first phase; ``finetune_lr`` of a phase that goes on with its weights, null for ``lr``.
+    ``warmup_steps`` is of the first phase; ``finetune_lr`` of a phase that goes on with its weights, null for ``lr``;
+    ``evaluate_every`` in epochs.
     """
 
     batch_size: int = 8
@@ -88,6 +89,7 @@ class RecipeConfig:
     lr: float = 1e-4
     finetune_lr: float | None = None
     warmup_steps: int = 0
+    evaluate_every: float = 1.0
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,24 @@ def score(results: dict[str, Any], key: str) -> float | None:
     """
     kind, slash, name = key.partition("/")
     return results["classes"].get(name, {}).get(kind) if slash else results[key]
+
+
+def gain(group: Group, baseline: Group, key: str) -> tuple[float | None, str]:
+    """Return a score (see :func:`score`) of ``group`` less that of ``baseline``, and what the mean is over, in words.
+
+    It is over the seeds that both have, run by run; of all runs where they share none. None where one has no score.
+    """
+    ours, theirs = (
+        {run.seed: value for run in one.runs if (value := score(run.results, key)) is not None}
+        for one in (group, baseline)
+    )
+    common = sorted(ours.keys() & theirs.keys())
+    if common:
+        gains = [ours[seed] - theirs[seed] for seed in common]
+        return statistics.fmean(gains), f"over {len(common)} common seed{'s' * (len(common) > 1)}"
+    if not ours or not theirs:
+        return None, ""
+    return statistics.fmean(ours.values()) - statistics.fmean(theirs.values()), "of means: no seed is common"
 
 
 def settings(run: RunRecord) -> dict[str, Any]:

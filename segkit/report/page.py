@@ -19,7 +19,7 @@ from markupsafe import Markup
 from segkit.evaluation import metrics
 from segkit.report import plots, uncertainty
 from segkit.report.comparison import Comparison
-from segkit.report.groups import MISSING, Group, comparable, differences, find_grids, flatten
+from segkit.report.groups import MISSING, Group, comparable, differences, find_grids, flatten, gain
 from segkit.report.pictures import overlay, panel
 from segkit.report.runs import RunRecord
 from segkit.report.tables import percent
@@ -91,10 +91,10 @@ def _highlights(c: Comparison) -> list[tuple[str, str, str]]:
     best = c.table.rows[c.groups.index(c.best)][c.table.keys.index("mean_iou")]
     spread = f" ± {best.spread_text}" if best.spread_text else ""
     tiles = [("best mean IoU", f"{best.mean_text}{spread} %", c.best.name)]
-    if c.contender is not None and min(c.mean_iou(c.contender), c.mean_iou(c.baseline)) >= 0:
-        gain = c.mean_iou(c.contender) - c.mean_iou(c.baseline)
-        names = f"{c.contender.name}, less {c.baseline.name}"
-        tiles.append(("against the baseline", f"{plots.points(gain)} points", names))
+    gained, seeds = (None, "") if c.contender is None else gain(c.contender, c.baseline, "mean_iou")
+    if c.contender is not None and gained is not None:
+        names = f"{c.contender.name}, less {c.baseline.name}, {seeds}"
+        tiles.append(("against the baseline", f"{plots.points(gained)} points", names))
     num_seeds = sorted({len(group.runs) for group in c.groups})
     span = "–".join(map(str, dict.fromkeys((num_seeds[0], num_seeds[-1]))))
     seeds = "one seed each" if num_seeds == [1] else f"{span} seeds each"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segkit.report.groups import SYMBOLS, Grid, Group
+from segkit.report.groups import SYMBOLS, Grid, Group, gain
 from segkit.report.pictures import data_uri
 from segkit.report.runs import RunRecord
 from segkit.report.scales import POINT, Scale, Tick, compact, percent_tick, scale
@@ -239,12 +239,8 @@ def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
 
 
 def class_gains(group: Group, baseline: Group, order: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return IoU of ``group`` less that of ``baseline`` by class, means over runs; None where one has no score."""
-    rows: list[tuple[str, float | None]] = []
-    for name in order:
-        own, other = group.scores(f"iou/{name}"), baseline.scores(f"iou/{name}")
-        rows.append((name, statistics.fmean(own) - statistics.fmean(other) if own and other else None))
-    return rows
+    """Return the :func:`gain` of ``group`` over ``baseline`` in IoU by class; None where one has no score."""
+    return [(name, gain(group, baseline, f"iou/{name}")[0]) for name in order]
 
 
 def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, BarChart]]:

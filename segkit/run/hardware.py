@@ -96,7 +96,7 @@ def head(
             (
                 f"{phase.name}",
                 f"{phase.plan.num_steps} steps of {config.batch_size} images; {len(phase.batches.splits.train)} images "
-                f"to train on, {len(phase.batches.splits.val)} to validate",
+                f"to train on, {len(phase.batches.splits.val)} to validate; evaluations: {phase.plan.num_evaluations}",
             )
             for phase in phases
         ),

@@ -90,7 +90,8 @@ class Validation:
         tags = {key: f"val/{key}" for key in summary} | {"mean_iou": "curves/mean_iou"}
         scalars = {tags[key]: value for key, value in summary.items() if value is not None}
         for score in SCORES:
-            scalars |= {f"{score}/{name}": values[score] for name, values in classes.items() if values[score] is not None}
+            known = {name: value for name, of in classes.items() if (value := of[score]) is not None}
+            scalars |= {f"{score}/{name}": value for name, value in known.items()}
         self.tracker.scalars(step, scalars | charts.error_shares(self.last.counts, self.split.classes))
         self.tracker.scalars(step, charts.running_iou(self.loss, self.split.classes))
         self._show_margins(step, sums)

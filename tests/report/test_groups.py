@@ -10,7 +10,7 @@ import pytest
 
 from segkit.evaluation.bootstrap import bootstrap_mean_iou
 from segkit.report.comparison import compare
-from segkit.report.groups import Group, differences, find_grids, flatten, loss_name
+from segkit.report.groups import Group, differences, find_grids, flatten, gain, loss_name
 from segkit.report.tables import Cell, csv_text, latex, markdown, screen
 
 RECIPE = "schedule=pretrain_finetune"
@@ -24,6 +24,20 @@ def test_runs_that_differ_only_in_seed_are_one_row(make_run):
         "margin calibration (paper), τ=10, υ=1",
         "margin calibration (paper), τ=5, υ=1",
     ]
+
+
+def test_a_gain_is_over_the_seeds_of_both(make_run):
+    runs = [make_run(f"a{seed}", "loss=dice", seed=seed, skill=0.6 + 0.1 * seed) for seed in (0, 1)]
+    runs += [make_run(f"b{seed}", seed=seed, skill=0.65) for seed in (1, 2, 3)]
+    base, group = compare(runs).groups
+    value, seeds = gain(group, base, "mean_iou")
+    assert value == group.scores("mean_iou")[0] - base.scores("mean_iou")[1]  # by seed, not in their order
+    assert seeds == "over 1 common seed"
+    means = [statistics.mean(one.scores("mean_iou")) for one in (group, base)]
+    other = Group("c", group.runs[1:])
+    expected = pytest.approx(statistics.mean(group.scores("mean_iou")[1:]) - means[1])
+    assert gain(other, base, "mean_iou") == (expected, "of means: no seed is common")
+    assert gain(group, base, "iou/none") == (None, "")
 
 
 def test_copies_of_the_data_are_one_row_and_other_data_are_not(make_run):

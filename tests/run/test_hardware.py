@@ -99,6 +99,7 @@ def test_a_run_says_what_it_chose_before_its_first_step_and_keeps_it_elsewhere(t
         assert text in head
     assert f"tensorboard --logdir {tmp_path}/run" in head
     assert "train      2 steps of 2 images; 6 images to train on, " in head
+    assert " to validate; evaluations: 1\n" in head
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["precision"], saved["channels_last"]) == ("fp32", True)
     origin = json.loads((tmp_path / "run" / "provenance.json").read_text())

@@ -73,3 +73,15 @@ def test_a_phase_without_an_end_is_refused(length):
     config = compose(["schedule=single", "schedule.train.epochs=null", f"schedule.train.{length}"])
     with pytest.raises(InputError, match=rf"schedule\.train\.{length[:5]}.* makes more than 1000000000 steps: set a"):
         plan_phase(config, "train", 100)
+
+
+def test_a_small_folder_is_not_evaluated_most_of_the_time():
+    """Twenty times a phase, however few its images; other recipes, and what is asked for, stay as they are."""
+
+    def count(num_samples, *overrides):
+        return plan_phase(compose(["schedule=single", *overrides]), "train", num_samples).num_evaluations
+
+    assert [count(number, "dataset=folder") for number in (1, 12, 5000)] == [20, 20, 20]
+    assert count(12, "dataset=folder", "evaluation.every_epochs=1") == 60
+    assert count(12, "dataset=folder", "evaluation.every_epochs=null") == 1
+    assert count(12, "dataset=camvid") == 60

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -161,28 +162,24 @@ def audit_split(
 def look_at(dataset: SampleSet, index: int) -> Look:
     """Read image and label of one sample; an error becomes part of the result."""
     sample = dataset.samples[index]
-    image, image_error = None, None
+    seen: dict[str, Any] = {}
     try:
         image = dataset.image(index)
     except Exception as error:
-        image_error = _sentence(error, sample.image)
-    raw, label_error = None, None
+        seen["image_error"] = _sentence(error, sample.image)
+        with suppress(InputError, OSError):
+            seen["image_size"] = image_size(sample.image)
+    else:
+        seen |= {"image_size": image.shape[:2], "digest": _digest(image), "one_colour": _is_one_colour(image)}
+        seen["turned"] = orientation(sample.image) != 1
     if dataset.labelled:
         try:
             raw = dataset.raw_label(index)
         except Exception as error:
-            label_error = _sentence(error, sample.labels[0] if sample.labels else sample.name)
-    return Look(
-        index=index,
-        image_size=_size_in_header(sample.image) if image is None else (image.shape[0], image.shape[1]),
-        label_size=None if raw is None else (raw.shape[0], raw.shape[1]),
-        raw_pixels={} if raw is None else raw_histogram(raw),
-        digest=None if image is None else _digest(image),
-        one_colour=image is not None and _is_one_colour(image),
-        turned=image is not None and orientation(sample.image) != 1,
-        image_error=image_error,
-        label_error=label_error,
-    )
+            seen["label_error"] = _sentence(error, sample.labels[0] if sample.labels else sample.name)
+        else:
+            seen |= {"label_size": raw.shape, "raw_pixels": raw_histogram(raw)}
+    return Look(index, **seen)
 
 
 def _sentence(error: Exception, file: Path | str) -> str:
@@ -191,14 +188,6 @@ def _sentence(error: Exception, file: Path | str) -> str:
         return str(error)
     reason = str(error).splitlines()[0] if str(error) else "no message"
     return f"{file} cannot be read ({type(error).__name__}: {reason}); unpack it again"
-
-
-def _size_in_header(path: Path) -> Size | None:
-    """Return the size of an image that does not decode; None if even its header cannot be read."""
-    try:
-        return image_size(path)
-    except (InputError, OSError):
-        return None
 
 
 def _is_one_colour(image: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segkit.check.audit import Size, SplitAudit
+from segkit.check.audit import SplitAudit
 from segkit.config.schema import Config, DatasetConfig
 from segkit.data.labels import ranges
 from segkit.data.statistics import one_class
@@ -157,10 +157,10 @@ def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[
 
 def _size_findings(audit: SplitAudit) -> list[Finding]:
     sentences = {}
-    for index, (image, label) in audit.size_errors.items():
+    for index, ((image_h, image_w), (label_h, label_w)) in audit.size_errors.items():
         sentences[index] = (
-            f"image {_file(audit, index)} is {shown_size(image)} but its label {_file(audit, index, label=True)} is "
-            f"{shown_size(label)}; both must have the same size: mend the pair or remove it from the split"
+            f"image {_file(audit, index)} is {image_w}x{image_h} but its label {_file(audit, index, label=True)} is "
+            f"{label_w}x{label_h}; both must have the same size: mend the pair or remove it from the split"
         )
     return _listed(audit, sentences, what="images of another size than their labels")
 
@@ -254,11 +254,6 @@ def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
     share = len(shared) / len(val.indices)
     files = tuple(_file(val, index) for _, index in shared)
     return [Finding(ERROR if share > TOLERATED_OVERLAP else WARNING, text, files)]
-
-
-def shown_size(size: Size) -> str:
-    """Return (height, width) as "WIDTHxHEIGHT", the order in which image viewers show it."""
-    return f"{size[1]}x{size[0]}"
 
 
 def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
     check_bands(pages[0]._replace(shape=(*size, kind[0] if stacked else num)), path, kind)
     try:
         decoded = [imagecodecs.tiff_decode(content, index=page) for page in range(len(pages) if stacked else 1)]
-    except (imagecodecs.TiffError, *decode.DAMAGED) as error:
+    except decode.DAMAGED as error:
         raise decode.damaged(path, error) from error
     image = np.stack(decoded) if stacked else decoded[0]
     return np.moveaxis(image, 0, -1) if stacked or (pages[0].planar and image.ndim == 3) else image

@@ -39,7 +39,7 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 
 PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-_GREY, _RGB, _RGBA, _WITH_ALPHA = 0, 2, 6, (4, 6)  # colour types of a PNG
+_GREY = 0  # colour type of a PNG
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
 _ORIENTATION, _WIDTH, _HEIGHT, _PHOTOMETRIC = 274, 256, 257, 262  # tags of EXIF and TIFF
@@ -93,16 +93,15 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
     if content[:3] == _JPEG:
         height, width, channels = _jpeg_frame(content, path)
         check_pixels((height, width), path, role="image")
-        _check_jpeg_end(content, path)
+        # Of a JPEG that was cut off OpenCV would fill the missing rows with grey and say nothing. The end marker must
+        # come after the last start of a scan; inside scans its bytes cannot occur.
+        if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+            raise damaged(path)
         if channels < 4:
-            return _with_opencv(content, path, shrink=shrink)
+            return _decode_jpeg(content, path, shrink=shrink)
     elif content[:8] == PNG:
-        bits, colours = png_header(content, path, role="image")
-        if bits == 8 and colours in (_RGB, _RGBA):
-            image = decode_png(content, path)
-            return image if image.shape[2:] == (3,) else _over_white(image)
-        if colours not in _WITH_ALPHA and not _has_transparent_colour(content):
-            return _with_opencv(content, path)
+        png_header(content, path, role="image")
+        return _png_as_rgb(decode_png(content, path))
     with pillow(io.BytesIO(content), path, role="image") as opened:
         return _rgb(opened, path)
 
@@ -245,10 +244,17 @@ def _upper_byte(image: Image.Image, path: Path, *, white_is_zero: bool) -> np.nd
     grey = (values >> 8).astype(np.uint8)
     if white_is_zero:
         grey = 255 - grey
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
     return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _png_as_rgb(image: np.ndarray) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of the samples of a PNG: grey (H, W), grey and alpha (H, W, 2), RGB or RGBA."""
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    if image.ndim == 2 or image.shape[2] == 2:
+        grey, *alpha = np.moveaxis(np.atleast_3d(image), -1, 0)
+        image = np.dstack([grey, grey, grey, *alpha])
+    return image if image.shape[2] == 3 else _over_white(image)
 
 
 def _over_white(image: np.ndarray) -> np.ndarray:
@@ -260,16 +266,19 @@ def _over_white(image: np.ndarray) -> np.ndarray:
 
 
 def decode_png(content: bytes, path: Path) -> np.ndarray:
-    """Return the samples of a PNG; imagecodecs takes 0.7 of the time of OpenCV and Pillow, thanks to its zlib."""
+    """Return the samples (H, W) or (H, W, C) of a PNG, 8 or 16 bits: palettes as colours, transparency as alpha.
+
+    imagecodecs takes 0.7 of the time of OpenCV and Pillow, thanks to its zlib.
+    """
     import imagecodecs
 
     try:
         return imagecodecs.png_decode(content)
-    except (imagecodecs.PngError, ValueError) as error:
+    except DAMAGED as error:
         raise damaged(path, error) from error
 
 
-def _with_opencv(content: bytes, path: Path, *, shrink: int = 1) -> np.ndarray:
+def _decode_jpeg(content: bytes, path: Path, *, shrink: int) -> np.ndarray:
     import cv2
 
     reduced = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
@@ -290,17 +299,6 @@ def png_header(content: bytes, path: Path, *, role: str) -> tuple[int, int]:
     width, height, bits, colours = struct.unpack(">IIBB", content[16:26])
     check_pixels((height, width), path, role=role)
     return bits, colours
-
-
-def _has_transparent_colour(content: bytes) -> bool:
-    """True for a PNG with a chunk tRNS, which comes before its samples."""
-    place = len(PNG)
-    while place + 8 <= len(content):
-        length, kind = struct.unpack(">I4s", content[place : place + 8])
-        if kind in (b"tRNS", b"IDAT"):
-            return kind == b"tRNS"
-        place += length + 12
-    return False
 
 
 def _jpeg_frame(content: bytes, path: Path) -> tuple[int, int, int]:
@@ -332,26 +330,13 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
     return height, width
 
 
-def _check_jpeg_end(content: bytes, path: Path) -> None:
-    """Raise for a JPEG that was cut off: OpenCV would fill the missing rows with grey and say nothing.
-
-    The end marker must come after the last start of a scan; inside scans its bytes cannot occur.
-    """
-    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-        raise damaged(path)
-
-
 def _check_lossless(image: Image.Image, content: bytes, path: Path) -> None:
     packed = image.info.get("compression") if image.format == "TIFF" else None
-    if (
-        image.format in _LOSSY
-        or packed in _LOSSY_IN_TIFF
-        or (image.format == "WEBP" and not _is_lossless_webp(content))
-    ):
+    is_lossy_webp = image.format == "WEBP" and not _is_lossless_webp(content)
+    if image.format in _LOSSY or packed in _LOSSY_IN_TIFF or is_lossy_webp:
         raise InputError(
             f"label {path} is a {f'TIFF with {packed} inside' if packed else image.format} file, which does not keep "
-            "class indices exactly; "
-            "write labels as 8-bit PNG (grey or palette)"
+            "class indices exactly; write labels as 8-bit PNG (grey or palette)"
         )
 
 
@@ -367,11 +352,10 @@ def _is_lossless_webp(content: bytes) -> bool:
 
 
 def _check_index_mode(image: Image.Image, path: Path, *, colours_too: bool, deep: bool) -> None:
-    if image.mode in ("P", "L", "1") or (colours_too and image.mode in ("RGB", "RGBA")):
+    is_deep = image.mode.startswith("I")
+    if image.mode in ("P", "L", "1") or (colours_too and image.mode in ("RGB", "RGBA")) or (deep and is_deep):
         return
-    if deep and image.mode.startswith("I"):
-        return
-    if image.mode.startswith("I") or image.mode == "F":
+    if is_deep or image.mode == "F":
         raise InputError(
             f"label {path} has 16 or more bits per pixel (mode {image.mode}), but an 8-bit index mask is wanted; it "
             "may be an instance file: point to the class masks or write 8-bit PNGs"

@@ -118,16 +118,14 @@ def visible_entries(folder: Path | str) -> list[os.DirEntry[str]]:
     """Return the entries of ``folder`` that are not hidden, by name; raises InputError as :func:`walk` does."""
     try:
         with os.scandir(folder) as entries:
-            listed = sorted(
-                (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
-            )
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise _unreadable(Path(folder), error, "folder") from None
-    for entry in listed:
-        if not entry.name.isascii() and not _is_utf8(entry.name):
-            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+    shown.sort(key=lambda entry: entry.name)
+    for entry in shown:
+        if (name := os.fsencode(entry.name).decode("utf-8", "backslashreplace")) != entry.name:
             raise InputError(f"the name of {name} in folder {folder} is no UTF-8, so it cannot be written; rename it")
-    return listed
+    return shown
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -136,14 +134,6 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:  # a byte that is no UTF-8 stands in the name as a lone surrogate
-        return False
-    return True
 
 
 def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> dict[str, Path]:

@@ -230,6 +230,11 @@ class Layout:
                 )
         return [Sample(key, file, (labels[key],)) for key, file in images.items() if key in labels]
 
+    def pairs(self, images: Path, labels: Path, *, suffix: str = ".png") -> list[Sample]:
+        """Return the samples of the files <id>.jpg in ``images`` and <id>``suffix`` in ``labels``, as :meth:`pair`."""
+        wanted = {"image": f"{images}/{{id}}.jpg", "label": f"{labels}/{{id}}{suffix}"}
+        return self.pair(self.files(images, ".jpg"), self.files(labels, suffix), **wanted)
+
 
 def _levels(folder: Path, tops: Sequence[str]) -> list[Path]:
     return [folder, *(folder / top for top in tops)]

@@ -11,6 +11,7 @@ neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spaw
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -242,19 +243,9 @@ def eval_batches(
 
 
 def _grouped(single: Iterator[Batch], batch_size: int, *, pin_memory: bool) -> Iterator[Batch]:
-    held: list[Batch] = []
-    for batch in single:
-        fits = held and _shapes(batch) == _shapes(held[0]) and len(held) < batch_size
-        if held and not fits:
+    for _, alike in itertools.groupby(single, lambda batch: (batch.images.shape, batch.labels.shape)):
+        while held := list(itertools.islice(alike, batch_size)):
             yield _joined(held, pin_memory=pin_memory)
-            held = []
-        held.append(batch)
-    if held:
-        yield _joined(held, pin_memory=pin_memory)
-
-
-def _shapes(batch: Batch) -> tuple[torch.Size, torch.Size]:
-    return batch.images.shape, batch.labels.shape
 
 
 def _joined(held: list[Batch], *, pin_memory: bool) -> Batch:
@@ -281,7 +272,7 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             pin_memory=pin_memory and torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=context,
-            worker_init_fn=functools.partial(_start_worker, limit=pixel_limit()),
+            worker_init_fn=functools.partial(start_worker, limit=pixel_limit()),
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )
         iterator = iter(loader)
@@ -299,7 +290,3 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
         ) from error
     finally:
         del iterator  # ends the workers, also where the loop was left early
-
-
-def _start_worker(number: int, *, limit: int) -> None:
-    start_worker(limit)

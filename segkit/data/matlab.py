@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.data.decode import pixel_limit
+from segkit.data.decode import DAMAGED, pixel_limit
 from segkit.data.files import check_readable
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
 HEADER_BYTES = 128
 COMPRESSED = 15
@@ -45,18 +45,8 @@ def read_mat(path: Path, variables: Sequence[str]) -> dict[str, Any]:
         ) from None
     except InputError:
         raise
-    except (
-        MatReadError,
-        ValueError,
-        OSError,
-        TypeError,
-        KeyError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        EOFError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (MatReadError, zlib.error, *DAMAGED) as error:
+        reason = first_line(error)
         raise InputError(f"{path} is damaged or no MATLAB file ({reason}); copy or unpack it again") from error
     except Warning as error:
         raise InputError(f"{path} is damaged ({error}); copy or unpack it again") from error

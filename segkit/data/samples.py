@@ -141,7 +141,7 @@ class SampleSet(Sequence[Item]):
         if isinstance(index, slice):
             return self.subset(range(*index.indices(len(self))))
         image = self.image(index)
-        label = self.label(index) if self.labelled else self._no_label(image)
+        label = self.label(index) if self.labelled else np.full(image.shape[:2], self.ignore_index, np.uint8)
         self.check_sizes(index, image.shape[:2], label.shape)
         return Item(image=image, label=label, name=self.samples[index].name)
 
@@ -152,9 +152,6 @@ class SampleSet(Sequence[Item]):
         if self._load_image is image_of and kind != RGB:  # whose fingerprint stays
             same._load_image = functools.partial(image_of, kind=kind)
         return same
-
-    def _no_label(self, image: np.ndarray) -> np.ndarray:
-        return np.full(image.shape[:2], self.ignore_index, np.uint8)
 
     def shrinkable(self, index: int) -> bool:
         """Return True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""

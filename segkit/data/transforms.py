@@ -44,21 +44,13 @@ def target_size(size: Size, resize: Resize) -> Size:
     ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]}; a
     key whose value is None counts as absent.
     """
-    given = {key: value for key, value in (resize or {}).items() if value is not None}
-    if not given:
-        return size
-    if set(given) == {"short_side"}:
-        short = int(given["short_side"])
-        height, width = size
+    given = resize or {}
+    if short := given.get("short_side"):
         factor = short / min(size)
-        return (short, max(1, round(width * factor))) if height <= width else (max(1, round(height * factor)), short)
-    if set(given) == {"size"}:
-        height, width = (int(side) for side in given["size"])
-        return height, width
-    raise InputError(
-        f"resize is {dict(resize or {})}, but must be null, {{short_side: N}} or {{size: [height, width]}}: set "
-        "dataset.resize or dataset.eval_resize"
-    )
+        height, width = (max(1, round(side * factor)) for side in size)
+        return (short, width) if size[0] <= size[1] else (height, short)
+    height, width = given.get("size") or size
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -164,16 +156,8 @@ class TrainTransform:
         pad: Sequence[float] = PAD_COLOUR,
         ignore_index: int = 255,
     ) -> None:
-        if len(crop) != 2 or min(crop) < 1:
-            raise InputError(f"crop is {list(crop)}, but must be [height, width] of at least 1: set dataset.crop")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise InputError(f"scale is {list(scale)}, but must be [least, most], both positive: set dataset.scale")
-        for key, value in (("flip", flip), ("color_jitter", color_jitter)):
-            if not 0 <= value <= 1:
-                raise InputError(f"{key} is {value}, but is a probability from 0 to 1: set dataset.{key}")
-        target_size((1, 1), resize)  # a malformed resize is refused here, not in a worker
         self.crop = (int(crop[0]), int(crop[1]))
-        self.resize = None if resize is None else dict(resize)
+        self.resize = resize
         self.scale = (float(scale[0]), float(scale[1]))
         self.flip = float(flip)
         self.color_jitter = float(color_jitter)
@@ -313,10 +297,7 @@ class EvalTransform:
     """
 
     def __init__(self, *, resize: Resize = None, labels: str = "original") -> None:
-        if labels not in ("original", "resized"):
-            raise InputError(f"eval_labels is {labels!r}; allowed are original and resized: set dataset.eval_labels")
-        target_size((1, 1), resize)
-        self.resize = None if resize is None else dict(resize)
+        self.resize = resize
         self.labels = labels
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ def map_samples(
 def _start(function: Callable[..., Any], dataset: SampleSet, limit: int) -> None:
     global _work
     _work = function, dataset
-    start_worker(limit)
+    start_worker(limit=limit)
 
 
 def _call(index: int) -> Any:
@@ -69,10 +69,11 @@ def _call(index: int) -> Any:
     return function(dataset, index)
 
 
-def start_worker(limit: int = MAX_PIXELS) -> None:
+def start_worker(number: int = 0, *, limit: int = MAX_PIXELS) -> None:
     """Set up a forked or spawned worker: one thread, kept memory, and no part in the main process's signals.
 
-    ``limit`` is the main process's :func:`segkit.data.decode.pixel_limit`, which a spawned worker would not know.
+    ``limit`` is the main process's :func:`segkit.data.decode.pixel_limit`, which a spawned worker would not know. The
+    ``number`` that torch gives it says nothing.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -198,7 +198,7 @@ def worker_limit(_):
 
 def test_a_spawned_worker_gets_the_limit():
     set_pixel_limit(1234)
-    with multiprocessing.get_context("spawn").Pool(1, start_worker, (pixel_limit(),)) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, partial(start_worker, limit=pixel_limit())) as pool:
         assert pool.map(worker_limit, [0]) == [1234]
 
 

@@ -16,7 +16,7 @@ from segkit.check.check import check
 from segkit.cli import verb_function
 from segkit.config.compose import compose
 from segkit.data import open_dataset
-from segkit.data.formats.polygons import Shape, rasterise
+from segkit.data.formats.polygons import fill
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
@@ -248,12 +248,16 @@ def test_polygons_fill_the_pixels_whose_centres_they_hold(most, monkeypatch):
     for size in [(1, 1), (7, 5), (40, 60)]:
         for _ in range(60):
             ring = rng.uniform(-0.4, 1.4, (rng.integers(3, 9), 2)) * size[::-1]
-            found = rasterise([Shape(3, [ring])], size, unlabelled=7)
+            found = np.full(size, 7, np.uint8)
+            fill(found, ring, 3)
             np.testing.assert_array_equal(found, drawn([(3, [ring])], size, unlabelled=7))
     square = np.array([[1, 1], [4, 1], [4, 3], [1, 3]], float)
-    assert (rasterise([Shape(1, [square])], (5, 6), unlabelled=0) == 1).sum() == 3 * 2
+    single, both = np.zeros((2, 5, 9), np.uint8)
+    fill(single, square, 1)
+    assert (single == 1).sum() == 3 * 2
     shifted = square + 0.5  # its edges run through centres: two that touch share none and leave none out
-    both = rasterise([Shape(1, [shifted]), Shape(2, [shifted + np.array([3, 0])])], (5, 9), unlabelled=0)
+    fill(both, shifted, 1)
+    fill(both, shifted + np.array([3, 0]), 2)
     assert [(both == value).sum() for value in (1, 2)] == [6, 6]
 
 

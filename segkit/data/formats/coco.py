@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from segkit.data.files import IMAGE_SUFFIXES
-from segkit.data.formats.polygons import Meaning, Shape, Size, rasterise, read_json_label, ring_of, true_size
+from segkit.data.formats.polygons import Meaning, Size, fill, read_json_label, ring_of, true_size
 from segkit.data.layout import inside, near_miss, refuse
 from segkit.data.samples import Sample
 from segkit.errors import InputError
@@ -82,19 +82,19 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     content = _content(str(path), os.stat(path).st_mtime_ns)
     entry = content.images[sample.name]
     size = true_size(sample, (entry.get("height"), entry.get("width")))
-    shapes = []
+    label = np.full(size, meaning.unlabelled, np.uint8)
     for number, item in content.annotations.get(entry["id"], []):
         where = f"annotation {number} of {path} (image {entry['file_name']!r})"
         value = meaning.crowd if item.get("iscrowd") else meaning.value(_name(item, content), where=where)
         region = item.get("segmentation")
         if isinstance(region, dict):
-            shapes.append(Shape(value, mask=_mask(region, size, where)))
+            label[_mask(region, size, where)] = value
         elif isinstance(region, list) and region:
-            parts = region if isinstance(region[0], list) else [region]
-            shapes.append(Shape(value, [ring_of(part, size, where=where) for part in parts]))
+            for part in region if isinstance(region[0], list) else [region]:
+                fill(label, ring_of(part, size, where=where), value)
         else:
             raise InputError(f"{where} has no segmentation, a box alone perhaps: draw its polygon, or remove it")
-    return rasterise(shapes, size, unlabelled=meaning.unlabelled)
+    return label
 
 
 @functools.lru_cache(maxsize=4)  # parsed once a process; the time of modification is there to notice a new file

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.formats.polygons import Meaning, Shape, rasterise, read_json_label, ring_of, true_size
+from segkit.data.formats.polygons import Meaning, fill, read_json_label, ring_of, true_size
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
@@ -16,12 +16,12 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     path = sample.labels[0]
     content = read_json_label(path, keys=["shapes"], kind="Labelme")
     size = true_size(sample, (content.get("imageHeight"), content.get("imageWidth")))
-    shapes = []
+    label = np.full(size, meaning.unlabelled, np.uint8)
     for number, item in enumerate(content["shapes"]):
         where = f"shape {number} of {path}"
         value = meaning.value(str(item.get("label")), where=where)
-        shapes.append(Shape(value, [ring_of(_points(item, where), size, where=where)]))
-    return rasterise(shapes, size, unlabelled=meaning.unlabelled)
+        fill(label, ring_of(_points(item, where), size, where=where), value)
+    return label
 
 
 def _points(item: dict[str, Any], where: str) -> Any:

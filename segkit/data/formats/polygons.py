@@ -31,15 +31,6 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A region of the class number ``value``: the union of ``rings``, each float64 (n, 2), and of ``mask`` (H, W)."""
-
-    value: int
-    rings: Sequence[np.ndarray] = ()
-    mask: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
 class Meaning:
     """What a file of polygons says, in class numbers: of the names or numbers in it, of crowds, and of the rest."""
 
@@ -56,17 +47,6 @@ class Meaning:
                 "it to names, or to ignore to make it void"
             )
         return self.values[key]
-
-
-def rasterise(shapes: Sequence[Shape], size: Size, *, unlabelled: int) -> np.ndarray:
-    """Return the label uint8 (H, W) of ``size``: later shapes over earlier ones, ``unlabelled`` where there is none."""
-    label = np.full(size, unlabelled, np.uint8)
-    for shape in shapes:
-        if shape.mask is not None:
-            label[shape.mask] = shape.value
-        for ring in shape.rings:
-            fill(label, ring, shape.value)
-    return label
 
 
 def fill(label: np.ndarray, ring: np.ndarray, value: int) -> None:

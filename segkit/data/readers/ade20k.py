@@ -33,12 +33,7 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
     else:
         top = layout.base(f"images/{FOLDERS[split]}", "ADEChallengeData2016")
         images, labels = top / "images" / FOLDERS[split], top / "annotations" / FOLDERS[split]
-        samples = layout.pair(
-            layout.files(images, ".jpg"),
-            layout.files(labels, ".png"),
-            image=f"{images}/{{id}}.jpg",
-            label=f"{labels}/{{id}}.png",
-        )
+        samples = layout.pairs(images, labels)
     return SampleSet(samples, table=load_table("ade20k"), name="ade20k", split=split)
 
 

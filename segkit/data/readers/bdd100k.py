@@ -41,17 +41,11 @@ def read(root: Path | str | None, *, split: str, skip_mismatched: bool = True) -
     layout = Layout("bdd100k", root, archives=ARCHIVES)
     check_split(split, SPLITS, dataset="bdd100k")
     images_folder, labels_folder, suffix = _folders(layout, split)
-    images = layout.files(images_folder, ".jpg")
     notes: list[str] = []
     if split == "test":
-        samples = [Sample(key, image) for key, image in images.items()]
+        samples = [Sample(key, image) for key, image in layout.files(images_folder, ".jpg").items()]
     else:
-        samples = layout.pair(
-            images,
-            layout.files(labels_folder, suffix),
-            image=f"{images_folder}/{{id}}.jpg",
-            label=f"{labels_folder}/{{id}}{suffix}",
-        )
+        samples = layout.pairs(images_folder, labels_folder, suffix=suffix)
         if skip_mismatched:
             samples, notes = _skip(samples, split)
     return SampleSet(samples, table=load_table("bdd100k"), name="bdd100k", split=split, notes=notes)

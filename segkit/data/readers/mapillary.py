@@ -44,18 +44,11 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
     check_split(split, FOLDERS, dataset="mapillary")
     top = layout.base(FOLDERS[split] + "/images", *TOPS)
     folder = top / FOLDERS[split]
-    images = layout.files(folder / "images", ".jpg")
     if split == "test":
-        samples = [Sample(key, image) for key, image in images.items()]
+        samples = [Sample(key, image) for key, image in layout.files(folder / "images", ".jpg").items()]
     else:
         check_config(_config_file(top))
-        labels_folder = _labels_folder(folder)
-        samples = layout.pair(
-            images,
-            layout.files(labels_folder, ".png"),
-            image=f"{folder / 'images'}/{{id}}.jpg",
-            label=f"{labels_folder}/{{id}}.png",
-        )
+        samples = layout.pairs(folder / "images", _labels_folder(folder))
     return SampleSet(samples, table=load_table("mapillary"), name="mapillary", split=split)
 
 

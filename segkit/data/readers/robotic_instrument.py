@@ -191,8 +191,16 @@ def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> 
             )
         if odd_values == "error":
             _check_codes(mask, path)
-    merged = {"parts": _merge_parts, "binary": _merge_binary, "type": _merge_types}[task](sample, masks)
-    if overlap == "ignore" and task != "binary":
+    total = sum(masks, np.zeros(masks[0].shape, np.uint16))
+    if task == "binary":
+        return (total > 0).astype(np.uint8)
+    if task == "parts":  # the sum of the codes, 0 where it exceeds 40, rounded down to a multiple of ten
+        merged = cv2.LUT(np.minimum(total, 255).astype(np.uint8), _FLOOR)
+    else:
+        merged = np.zeros(total.shape, np.uint8)
+        for path, mask in zip(sample.labels, masks, strict=True):
+            merged[mask > 0] = _type_code(path.parent)
+    if overlap == "ignore":
         merged[sum((mask > 0).astype(np.uint8) for mask in masks) > 1] = IGNORED
     return merged
 
@@ -206,28 +214,6 @@ def _check_codes(mask: np.ndarray, path: Path) -> None:
             f"mask {path} has values that are no instrument part: {listed}; allowed are 0, 10, 20, 30, 40: "
             "set dataset.reader.odd_values=floor to divide by ten and round down, as the paper's code does"
         )
-
-
-def _merge_parts(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
-    """The sum of the codes, 0 where it exceeds 40, rounded down to a multiple of ten."""
-    merged = np.zeros(masks[0].shape, np.uint16)
-    for mask in masks:
-        merged += mask
-    return cv2.LUT(np.minimum(merged, 255).astype(np.uint8), _FLOOR)
-
-
-def _merge_binary(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
-    merged = np.zeros(masks[0].shape, np.uint8)
-    for mask in masks:
-        merged |= mask > 0
-    return merged
-
-
-def _merge_types(sample: Sample, masks: list[np.ndarray]) -> np.ndarray:
-    merged = np.zeros(masks[0].shape, np.uint8)
-    for path, mask in zip(sample.labels, masks, strict=True):
-        merged[mask > 0] = _type_code(path.parent)
-    return merged
 
 
 def _type_code(folder: Path) -> int:

@@ -1,0 +1,29 @@
+"""A small data set and the arguments of a run on it, for the tests of ``segkit check``."""
+
+from __future__ import annotations
+
+import pytest
+
+from segkit.synthetic.sample_maker import make_sample
+
+TINY = [
+    "model=coplenet",
+    "model.feature_channels=[4,8,16,32,64]",
+    "model.num_groups=2",
+    "dataset.crop=[32,32]",
+    "dataset.eval_resize={short_side:null,size:[32,48]}",
+    "batch_size=2",
+    "evaluation.pictures=1",
+    "workers=0",
+    "device=cpu",
+]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_sample("camvid", tmp_path / "CamVid", num_images=4, scale=0.1)
+
+
+@pytest.fixture
+def arguments(root, tmp_path):
+    return ["dataset=camvid", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}", *TINY]

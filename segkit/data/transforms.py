@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -132,6 +132,7 @@ class Augment:
         return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TrainTransform:
     """Random scale, crop, flip and colour jitter to exactly ``crop`` = (height, width).
 
@@ -143,28 +144,15 @@ class TrainTransform:
     ``jitter`` its strengths (:data:`JITTER`).  ``augment`` comes last.
     """
 
-    def __init__(
-        self,
-        *,
-        crop: Sequence[int],
-        resize: Resize = None,
-        scale: Sequence[float] = (1.0, 1.0),
-        flip: float = 0.0,
-        color_jitter: float = 0.0,
-        jitter: Mapping[str, float] = JITTER,
-        augment: Augment | None = None,
-        pad: Sequence[float] = PAD_COLOUR,
-        ignore_index: int = 255,
-    ) -> None:
-        self.crop = (int(crop[0]), int(crop[1]))
-        self.resize = resize
-        self.scale = (float(scale[0]), float(scale[1]))
-        self.flip = float(flip)
-        self.color_jitter = float(color_jitter)
-        self.jitter = {key: (float(key != "hue") - jitter[key], float(key != "hue") + jitter[key]) for key in JITTER}
-        self.augment = augment
-        self.pad = tuple(pad)
-        self.ignore_index = ignore_index
+    crop: Size
+    resize: Resize = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    color_jitter: float = 0.0
+    jitter: Mapping[str, float] = field(default_factory=JITTER.copy)
+    augment: Augment | None = None
+    pad: tuple[float, ...] = PAD_COLOUR
+    ignore_index: int = 255
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return the crop: image (h, w, C), label uint8 (h, w), new arrays of size ``crop``."""
@@ -180,7 +168,8 @@ class TrainTransform:
         place = rng.random(4)
         flip = rng.random() < self.flip
         jitter_on = rng.random() < self.color_jitter
-        jitter = {key: float(rng.uniform(*bounds)) for key, bounds in self.jitter.items()}
+        about = {key: float(key != "hue") for key in JITTER}  # factors vary about 1, the turn of the hue about 0
+        jitter = {key: rng.uniform(x - self.jitter[key], x + self.jitter[key]) for key, x in about.items()}
         order = rng.permutation(4).tolist()
         resized = target_size(size, self.resize)
         scaled = [max(1, round(side * scale)) for side in resized]
@@ -289,6 +278,7 @@ def resize_label(label: np.ndarray, size: Size) -> np.ndarray:
     return cv2.resize(label, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
+@dataclass(frozen=True, kw_only=True)
 class EvalTransform:
     """Resize the image for evaluation; the label keeps its own size, or follows with ``labels="resized"``.
 
@@ -296,9 +286,8 @@ class EvalTransform:
     it is counted.
     """
 
-    def __init__(self, *, resize: Resize = None, labels: str = "original") -> None:
-        self.resize = resize
-        self.labels = labels
+    resize: Resize = None
+    labels: str = "original"
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return image (h, w, C), and label uint8 (H, W) or (h, w)."""

@@ -177,13 +177,7 @@ class COPLENet(nn.Module):
 
     def checkpoint_blocks(self) -> list[nn.Module]:
         """Return the blocks that gradient checkpointing recomputes."""
-        names = ["in_conv", "aspp"]
-        names += [f"{kind}{number}" for kind in ("down", "up") for number in range(1, NUM_LEVELS)]
-        names += [f"bridge{level}" for level in range(NUM_LEVELS - 1)]
-        return [self.get_submodule(name) for name in names]
-
-    def _part(self, kind: str, number: int) -> nn.Module:
-        return self.get_submodule(f"{kind}{number}")
+        return [module for name, module in self.named_children() if name != "out_conv"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (N, num_classes, H, W) of the normalised images ``x`` (N, in_channels, H, W)."""
@@ -191,11 +185,11 @@ class COPLENet(nn.Module):
         x = self.in_conv(pad_to_multiple(x, STRIDE))
         skips = []
         for level in range(NUM_LEVELS - 1):
-            skips.append(self._part("bridge", level)(x))
-            x = self._part("down", level + 1)(x)
+            skips.append(self.get_submodule(f"bridge{level}")(x))
+            x = self.get_submodule(f"down{level + 1}")(x)
         x = self.aspp(x)
         for step in range(1, NUM_LEVELS):
-            x = self._part("up", step)(x, skips.pop())
+            x = self.get_submodule(f"up{step}")(x, skips.pop())
         return crop_to(self.out_conv(x), size)
 
 

@@ -59,17 +59,12 @@ def enable_grad_checkpointing(model: nn.Module, policy: bool | str = True) -> in
             "grad_checkpointing=false"
         )
     for block in blocks:
-        _write_nothing_in_place(block)
+        for layer in block.modules():  # none may write to its input, which may be an output that is kept
+            if getattr(layer, "inplace", False) is True:
+                vars(layer).update(inplace=False)
         mix_in(Checkpointed, block)
         vars(block).update(policy=policy)
     return len(blocks)
-
-
-def _write_nothing_in_place(block: nn.Module) -> None:
-    """Stop the layers of ``block`` from writing to their inputs: one of them may be an output that is kept."""
-    for layer in block.modules():
-        if getattr(layer, "inplace", False) is True:
-            vars(layer).update(inplace=False)
 
 
 def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:

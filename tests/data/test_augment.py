@@ -115,12 +115,11 @@ def test_light_draws_as_if_there_were_no_augment():
 def test_the_strengths_of_the_jitter_are_keys():
     config = compose(["dataset=synthetic", "dataset.jitter.brightness=0.5", "dataset.jitter.hue=0"])
     transform = train_transform(config, "finetune", augment=True, ignore_index=255)
-    assert transform.jitter == {
-        "brightness": (0.5, 1.5), "contrast": (0.75, 1.25), "saturation": (0.75, 1.25), "hue": (0.0, 0.0)
-    }  # fmt: skip
+    assert transform.jitter == {"brightness": 0.5, "contrast": 0.25, "saturation": 0.25, "hue": 0.0}
     drawn = [transform.draw((160, 224), np.random.default_rng(seed)).jitter for seed in range(200)]
     factors = [jitter["brightness"] for jitter in drawn if jitter]
     assert 0.5 <= min(factors) < 0.6 < 1.4 < max(factors) <= 1.5
+    assert all(0.75 <= jitter["contrast"] <= 1.25 and jitter["hue"] == 0 for jitter in drawn if jitter)
     with pytest.raises(
         InputError, match=r"dataset.jitter.hue is 0.9, but is a strength from 0 to 0.5: set dataset.jit"
     ):

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import COMPARE, CORPUS, DECISION, HUB, MODEL, REPLAY
+from corpus import CORPUS
+from corpus_cases import COMPARE, DECISION, HUB, MODEL, REPLAY
 
 import segkit
 from segkit.commands import compare as compare_verb

@@ -213,7 +213,7 @@ def test_weights_of_a_stranger(tmp_path):
     import pickle
 
     import torch
-    from corpus import Code, bomb
+    from corpus_cases import Code, bomb
 
     from segkit.models.weights import read_state
 

@@ -15,7 +15,7 @@ from segkit.data.decode import set_pixel_limit
 from segkit.data.layout import collecting
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError
-from segkit.run.splits import Splits, open_phases, open_split
+from segkit.run.splits import Splits, open_phases, open_split, same_split
 
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory above which a run is likely to run out of it."""
@@ -51,13 +51,9 @@ def look_at_data(report: Report) -> None:
         if any(dataset == seen.config for seen in report.data):
             continue
         train = _audit(report, dataset, dataset.train_split, validates=False)
-        if dataset.val_split == dataset.train_split:
+        if same := same_split(dataset):
             val = train
-            report.add(
-                "warning",
-                f"training and validation are both on split {dataset.val_split} of {dataset.name}, so that the scores "
-                "say little about other images: set dataset.val_split to another one",
-            )
+            report.add("warning", same)
         else:
             val = _audit(report, dataset, dataset.val_split, validates=True)
             if train and val:

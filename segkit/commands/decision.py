@@ -75,10 +75,11 @@ def check_unseen(fitted_on: Mapping[str, Any] | None, scored: Any, dataset: Data
         )
 
 
-def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
-    """Return the stored decision ``name`` of the run; InputError if none was fitted for this checkpoint and classes."""
-    from segkit.files import digest_of
+def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> Decision:
+    """Return the stored decision ``name`` of the run; InputError if none was fitted for its classes and ``digest``.
 
+    ``digest``: that of the model which decides (:class:`segkit.models.Segmenter`).
+    """
     if name == "argmax":
         return Decision()
     path = saved.folder / FILE
@@ -90,7 +91,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
     content = read_json(path, cure=f"fit the decision again with `{command} --refit`")
     classes = list(saved.label_counts()["classes"])
     try:
-        digest, fitted_on, bias, miou = content["digest"], content["fitted_on"], content["bias"], content["miou"]
+        fitted_for, fitted_on, bias, miou = content["digest"], content["fitted_on"], content["bias"], content["miou"]
         known = content["classes"] == classes
         whole = {"dataset", "split", "holdout", "num_images", "images"} <= set(fitted_on)
         whole = whole and isinstance(fitted_on["images"], dict) and isinstance(content["classes"], list)
@@ -104,7 +105,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str) -> Decision:
             f"{path} was fitted for {len(content['classes'])} classes that are not those of the run, or not in their "
             f"order: fit it again with `{command} --refit`"
         )
-    if digest != digest_of(saved.checkpoint(checkpoint)):
+    if digest != fitted_for:
         raise InputError(
             f"{path} was fitted for another checkpoint than {saved.checkpoint(checkpoint)}: fit it again with "
             f"`{command} --refit`"
@@ -161,7 +162,6 @@ def fit(
     from segkit.data.transforms import EvalTransform
     from segkit.evaluation.decision import collect_logits, tune_bias
     from segkit.evaluation.miou_rule import fit_miou_rule
-    from segkit.files import digest_of
     from segkit.progress import track
     from segkit.run.saved import check_classes
 
@@ -182,7 +182,7 @@ def fit(
     content = {
         "classes": list(split.classes),
         "checkpoint": checkpoint,
-        "digest": digest_of(saved.checkpoint(checkpoint)),
+        "digest": model.digest,
         "fitted_on": fitted_on | {"num_pixels": len(sample.target)},
         "bias": bias.to_json(split.classes),
         "miou": {

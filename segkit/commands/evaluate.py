@@ -76,7 +76,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate and write the results; returns them, in the form of results.json, and the files."""
     limit_pixels(arguments)
     check_writable(arguments, "output")
-    from segkit.files import digest_of, write_atomically, write_json
+    from segkit.files import write_atomically, write_json
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
@@ -89,10 +89,10 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
     device = resolve_device(arguments.device)
-    model, digest = saved.model(arguments.checkpoint).to(device), digest_of(saved.checkpoint(arguments.checkpoint))
+    model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model, device)
     results, evaluation = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
-    results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": digest}
+    results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": model.digest}
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
     write_atomically(folder / f"{name}.npz", evaluation.per_image.to_bytes())
@@ -113,7 +113,7 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
     if arguments.refit or not (saved.folder / decision.FILE).is_file():
         which = {"checkpoint": arguments.checkpoint, "device": device, "workers": arguments.workers}
         decision.fit(saved, model, dataset, scored=split, **which)
-    chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     decision.check_unseen(chosen.fitted_on, split, dataset)
     return chosen
 

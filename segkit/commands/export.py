@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,8 +60,9 @@ def run(argv: Sequence[str]) -> None:
     split, unreachable = validation_split(dataset)
     if split is not None:
         check_classes(saved, split.classes)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
-    model, evaluated = (saved.model(arguments.checkpoint) for _ in range(2))
+    model = saved.model(arguments.checkpoint)
+    evaluated = copy.deepcopy(model)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     if decision.name == "bias":
         add_bias(saved, model, decision.bias)
     described = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())

@@ -66,7 +66,7 @@ def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
     saved = open_run(path, phase=arguments.phase)
     dataset = saved.config.phase_dataset(saved.phase_name)
     model = saved.model(arguments.checkpoint).to(device)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     counts = saved.label_counts()
     palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
     facts = {"classes": counts["classes"], "palette": palette}

@@ -52,12 +52,13 @@ def run(argv: Sequence[str]) -> None:
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split)
     check_classes(saved, split.classes)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    model = saved.model(arguments.checkpoint)
+    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     form = dataset.name.removesuffix("_coarse")
     sizes = {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
     check_images(sizes, format=form, split=arguments.split)
     device = resolve_device(arguments.device)
-    model = decision.around(saved.model(arguments.checkpoint).to(device))
+    model = decision.around(model.to(device))
     predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
     options = {"format": form, "table": split.table, "split": arguments.split, "competition": arguments.competition}

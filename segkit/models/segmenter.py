@@ -36,6 +36,8 @@ class Segmenter(nn.Module):
     shift: torch.Tensor
     frozen: tuple[str, ...] = ()
     """Modules of ``net``, by name, that stay in evaluation mode: their running statistics do not move."""
+    digest: str = ""
+    """SHA-256 of the checkpoint that the weights were read from."""
 
     def __init__(
         self,

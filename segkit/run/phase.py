@@ -131,6 +131,8 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     validation = phase.validation(tracker, stop)
     trainer = make_trainer(phase, folder, tracker=tracker, validate=validation, stop=stop)
     distributed.on_main(lambda: _write_facts(phase, folder))
+    if phase.is_last:
+        run_folder.link_last_phase()  # a run can be evaluated while it trains, and after it was stopped
     last = distributed.on_main(lambda: checkpoint.find_last(folder / "checkpoints"))
     earlier = run_folder.earlier_metrics(phase.name)
     if last is None:

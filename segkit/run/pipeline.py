@@ -28,7 +28,7 @@ from segkit.run.build import check_parts, check_sizes
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
-from segkit.run.splits import Splits
+from segkit.run.splits import Splits, same_split
 from segkit.run.start import REPORT, initial_model, report_lines
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed, sinks
@@ -128,6 +128,9 @@ def _prepare(
         print_main(f"changed: {key} is {now} from here on, and was {before}")
     for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
         print_main(f"note: {note}")
+    for text in dict.fromkeys(map(same_split, map(config.phase_dataset, config.schedule))):
+        if text:
+            print_main(f"warning: {text}")
     print_main(hardware.head(config, reasons, path=folder.path, phases=phases.values(), model=model, device=device))
     return phases, facts
 
@@ -169,8 +172,7 @@ def _facts(config: Config, splits: dict[str, Splits], device: torch.device) -> d
 
 @contextmanager
 def _last(folder: RunFolder) -> Iterator[None]:
-    """Show the files of the last phase at the top: while it trains, or when it is stopped, and at its end."""
-    folder.link_last_phase()
+    """Show the files of the last phase at the top at its end; :func:`train_phase` shows those that training has."""
     yield
     folder.link_last_phase()
 

@@ -52,12 +52,15 @@ class SavedRun:
         return read_counts(self.folder / "label_counts.json")
 
     def model(self, which: str = "last") -> Any:
-        """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode."""
+        """The trained model (:class:`segkit.models.Segmenter`), on the CPU, in evaluation mode, with its ``digest``."""
         from segkit.training import checkpoint
 
         path = self.checkpoint(which)
-        weights = checkpoint.weights(checkpoint.load(path))
-        return model_with(weights, self.config, len(self.label_counts()["classes"]), source=path).eval()
+        state = checkpoint.load(path)
+        weights = checkpoint.weights(state)
+        model = model_with(weights, self.config, len(self.label_counts()["classes"]), source=path).eval()
+        model.digest = state["digest"]
+        return model
 
 
 def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) -> Any:

@@ -77,6 +77,16 @@ def _read(dataset: DatasetConfig, split: str) -> SampleSet:
     return opened.of_kind(dataset.kind)
 
 
+def same_split(dataset: DatasetConfig) -> str | None:
+    """What to say if training and validation have the same images; None if they do not."""
+    if dataset.val_split != dataset.train_split:
+        return None
+    return (
+        f"training and validation are both on split {dataset.val_split} of {dataset.name}, so that the scores say "
+        "little about other images: set dataset.val_split to another one"
+    )
+
+
 def open_phases(config: Config) -> dict[str, Splits]:
     """The splits of every phase. InputError if data are missing, or if two phases have different classes."""
     set_pixel_limit(config.max_pixels)

@@ -9,7 +9,7 @@ import torch
 
 from segkit.config.schema import Config, Head
 from segkit.errors import InputError
-from segkit.files import read_json
+from segkit.files import digest_of, read_json
 from segkit.models import Segmenter
 from segkit.models.weights import read_state, strip_wrappers
 from segkit.run.build import build_model
@@ -56,7 +56,8 @@ def _load(model: Segmenter, source: Path, config: Config, classes: Sequence[str]
     if source.is_dir() and config.head is Head.keep:
         check_origin(source, classes)
     path = source / "checkpoints" / checkpoint.LAST if source.is_dir() else source
-    checkpoint.check_digest(path)
+    if path.is_file():
+        checkpoint.check_digest(path, digest_of(path))
     own = model.net.state_dict()
     state = strip_wrappers(read_state(path, key="init_from"), own)
     head = _head(config, len(classes)) if config.head is Head.reset else set()

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -101,7 +101,11 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
     known = _checksums(folder)
     write_atomically(folder / CHECKSUMS, json.dumps({**known, LAST: digest, PREVIOUS: known.get(LAST, "")}))
     if (folder / LAST).exists():
-        (folder / LAST).replace(folder / PREVIOUS)
+        try:  # a second name of the file: whoever reads last.pt meanwhile finds it at every moment
+            (folder / PREVIOUS).unlink(missing_ok=True)
+            os.link((folder / LAST).resolve(), folder / PREVIOUS)
+        except OSError:  # a file system without such links
+            (folder / LAST).replace(folder / PREVIOUS)
     incoming.replace(folder / LAST)
     _sync_folder(folder)
 
@@ -118,27 +122,34 @@ def save_best(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint at ``path``, on the CPU. Only tensors and plain values are accepted (``weights_only``).
+    """The checkpoint at ``path``, on the CPU, and its SHA-256 as ``digest``; tensors and plain values only.
 
+    It is read as it is at one moment, though training may replace it.
     InputError if there is none, if its SHA-256 is not one that its folder's checksums.json lists (a folder without
     that file has nothing to compare with), if it would fill the memory, or if its content is no checkpoint of segkit.
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: name a run folder that has one")
-    check_digest(path)
-    state = read_archive(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        check_digest(path, digest)
+        file.seek(0)
+        state = read_archive(path, file)
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         raise InputError(f"{path} has no entry 'model' with weights, so it is not a checkpoint of segkit: {_ANOTHER}")
     if not isinstance(state.get("ema"), Mapping | None):
         raise InputError(f"{path} has an entry 'ema' that holds no weights, so it is damaged: {_ANOTHER}")
-    return state
+    return {**state, "digest": digest}
 
 
-def read_archive(path: Path) -> Any:
-    """What torch.save wrote into ``path``, on the CPU; tensors and plain values only. InputError for anything else."""
+def read_archive(path: Path, file: IO[bytes] | None = None) -> Any:
+    """What torch.save wrote into ``path``, on the CPU; tensors and plain values only. InputError for anything else.
+
+    ``file``: the open file, where it must be this one.
+    """
     try:
         check_archive(path, cure="it is not one of segkit; name another file", stored=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file or path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
@@ -151,8 +162,11 @@ def read_archive(path: Path) -> Any:
 _ANOTHER = "name another file"
 
 
-def check_digest(path: Path) -> None:
-    """Raise InputError if checksums.json is beside ``path`` and does not list its content."""
+def check_digest(path: Path, digest: str) -> None:
+    """Raise InputError if checksums.json is beside ``path`` and does not list ``digest``, that of its content.
+
+    What training has written since the content was read is listed beside it.
+    """
     listing = path.parent / CHECKSUMS
     if not listing.exists():
         return
@@ -162,7 +176,7 @@ def check_digest(path: Path) -> None:
             f"{listing} is damaged, it lists no file, so that {path.name} cannot be compared with it: copy it again, "
             "or delete it to load the checkpoint all the same (training goes on from last.pt without it)"
         )
-    if digest_of(path) not in known:
+    if digest not in known:
         raise InputError(
             f"{path} is damaged, its content does not match {CHECKSUMS} beside it: copy it again, or name another "
             "checkpoint of the run (--checkpoint best; the command that trained it goes on from previous.pt once "

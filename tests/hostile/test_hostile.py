@@ -105,7 +105,7 @@ def load_model(run: Path, output: Path) -> None:
 
 
 def read_decision(run: Path, output: Path) -> None:
-    decision.decision_of(open_run(run), "bias", checkpoint="last")
+    decision.decision_of(open_run(run), "bias", checkpoint="last", digest="")
 
 
 def compare(run: Path, output: Path) -> None:

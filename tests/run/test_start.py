@@ -10,9 +10,11 @@ from torch import nn
 
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.files import digest_of
 from segkit.models import COPLENet, Segmenter
 from segkit.run import pipeline
 from segkit.run.build import build_optimizer
+from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
 from segkit.run.start import initial_model
 from segkit.training import checkpoint
@@ -89,12 +91,23 @@ def test_the_head_of_a_foreign_file_starts_anew(foreign, capsys, train):
     assert "weights left out: 3 (out_conv.weight, out_conv.bias, auxiliary.weight)\n" in shown
 
 
-def test_frozen_parts_stay_bitwise_through_steps_average_and_resume(foreign, train):
+def test_frozen_parts_stay_bitwise_through_steps_average_and_resume(foreign, train, tmp_path, capsys):
     path, theirs = foreign
-    options = (f"init_from={path}", "head=reset", FREEZE, "ema_decay=0.5", "checkpoint_every=1", "optimizer.lr=0.1")
+    options = (
+        "dataset.val_split=train",
+        f"init_from={path}",
+        "head=reset",
+        FREEZE,
+        "ema_decay=0.5",
+        "checkpoint_every=1",
+        "optimizer.lr=0.1",
+    )
     steps = iter([False, True])
     with pytest.raises(Exception, match="stopped at step 2"):
         train("run", *options, stop=lambda: next(steps))
+    assert capsys.readouterr().out.count("warning: training and validation are both on split train of synthetic") == 1
+    stopped = open_run(tmp_path / "run").model()  # a run can be evaluated before its end
+    assert stopped.digest == digest_of(tmp_path / "run" / "checkpoints" / "last.pt")
     folder = train("run", *options)
     frozen = [name for name in theirs if name.split(".")[0] in ("in_conv", "down1", "down2", "down3", "down4")]
     assert any(name.endswith("running_var") for name in frozen)

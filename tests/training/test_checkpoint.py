@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
+from segkit.files import digest_of
 from segkit.training import checkpoint
 
 
@@ -30,6 +32,31 @@ def test_the_last_and_the_one_before_are_kept(tmp_path):
         checkpoint.save_last(tmp_path, state(step))
     assert step_of(tmp_path) == 3
     assert checkpoint.load(tmp_path / "previous.pt")["progress"]["step"] == 2
+
+
+def test_who_reads_while_training_writes_gets_one_whole_checkpoint(tmp_path, monkeypatch):
+    """Another is written between the moment when the file is opened and that when checksums.json is read."""
+    last, listed, rename = tmp_path / "last.pt", checkpoint._checksums, Path.replace
+    checkpoint.save_last(tmp_path, state(1))
+    written = []
+
+    def meanwhile(folder):
+        if not written:
+            written.append(True)
+            checkpoint.save_last(tmp_path, state(2))
+        return listed(folder)
+
+    def there(self, target):
+        assert last.is_file()
+        return rename(self, target)
+
+    monkeypatch.setattr(checkpoint, "_checksums", meanwhile)
+    monkeypatch.setattr(Path, "replace", there)
+    digest = digest_of(last)
+    found = checkpoint.load(last)
+    assert (found["progress"]["step"], found["digest"]) == (1, digest)
+    found = checkpoint.load(last)
+    assert (found["progress"]["step"], found["digest"]) == (2, digest_of(last))
 
 
 def test_a_torn_file_is_passed_over_with_a_warning(tmp_path):
@@ -65,8 +92,13 @@ class Killed(BaseException):
     pass
 
 
+def no_links(*arguments):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("moment", range(6))
-def test_dying_at_any_moment_of_a_write_costs_one_interval_at_most(tmp_path, monkeypatch, moment):
+def test_dying_at_any_moment_of_a_write_costs_one_interval_at_most(tmp_path, monkeypatch, moment, links):
     """Every rename and every flush is a moment to die at; after each, a whole checkpoint is found and training goes
     on to write further ones."""
     checkpoint.save_last(tmp_path, state(1))
@@ -82,13 +114,15 @@ def test_dying_at_any_moment_of_a_write_costs_one_interval_at_most(tmp_path, mon
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", dying)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     try:
         checkpoint.save_last(tmp_path, state(3))
         died = False
     except Killed:
         died = True
     monkeypatch.undo()
-    assert died == (moment < 4)  # four renames: data, checksums, last to previous, new to last
+    assert died == (moment < (3 if links else 4))  # data, checksums, last to previous where no link can be, new to last
     assert step_of(tmp_path) in (2, 3)
     for step in (4, 5):
         checkpoint.save_last(tmp_path, state(step))

@@ -105,7 +105,8 @@ def load_model(run: Path, output: Path) -> None:
 
 
 def read_decision(run: Path, output: Path) -> None:
-    decision.decision_of(open_run(run), "bias", checkpoint="last", digest="")
+    saved = open_run(run)
+    decision.decision_of(saved, "bias", checkpoint="last", digest=digest_of(saved.checkpoint()))
 
 
 def compare(run: Path, output: Path) -> None:

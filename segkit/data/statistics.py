@@ -176,8 +176,9 @@ def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet)
     table = dataset.table
     values = [value for value, train in table.raw_to_train.items() if train == table.ignore_index]
     ids = [table.train_to_raw[k] for k in range(len(dataset.classes))]
+    held = f"no class but {[dataset.classes[k] for k in present]}, the other" if len(present) else "no class, all"
     return (
-        f"the labels of split {dataset.split} have no class but {[dataset.classes[k] for k in present]}, the other "
+        f"the labels of split {dataset.split} have {held} "
         f"{ignored_pixels} pixels have a value that is ignored (of {values}): where that is a class, as in masks of 0 "
         f"and 255, write its value into {table.name}: `ids: {[*ids[:-1], values[-1]]}` and `ignore: []`"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -137,6 +138,36 @@ def check_sizes(config: Config, device: torch.device) -> None:
                         f"{what} takes at least {needed / memory.GIB:.0f} GiB, but there are {there / memory.GIB:.0f}: "
                         f"set a smaller dataset.{cure}"
                     )
+
+
+def check_batch(config: Config, phase: str, model: nn.Module, *, num_images: int, world_size: int) -> None:
+    """Raise InputError if ``phase`` cuts its batch into unequal parts, or of one image where batch norms need two.
+
+    A batch has no more images than there are, ``num_images``, and each of ``world_size`` processes an equal share.
+    """
+    rows = min(config.batch_size, num_images) // world_size
+    there = "is only 1 image" if num_images == 1 else f"are only {num_images} images"
+    fewer = f", as there {there} to train on" if num_images < config.batch_size else ""
+    if rows % config.accumulate:
+        raise InputError(
+            f"phase {phase} has batches of {rows} images on a process{fewer}, which cannot be cut into "
+            f"accumulate={config.accumulate} equal parts: set accumulate to a divisor of {rows}, such as 1"
+        )
+    if rows != config.accumulate or config.sync_batchnorm:
+        return
+    dataset = config.phase_dataset(phase)
+    trial = copy.deepcopy(model).to("meta").train()  # has shapes, and computes nothing
+    try:
+        trial(torch.empty(1, dataset.in_channels, *dataset.crop, dtype=torch.uint8, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"phase {phase} has one image at a time{fewer}, of which a batch norm of this model sees a single value "
+            "per channel: set a larger batch_size or a smaller accumulate, or choose a model without batch norm"
+        ) from None
+    except (RuntimeError, NotImplementedError):
+        pass  # an operation that needs values
 
 
 def even_counts(classes: Sequence[str]) -> LabelCounts:

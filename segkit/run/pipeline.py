@@ -24,7 +24,7 @@ from segkit.files import write_json
 from segkit.models import Segmenter
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
-from segkit.run.build import check_parts, check_sizes
+from segkit.run.build import check_batch, check_parts, check_sizes
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
@@ -109,6 +109,7 @@ def _prepare(
     distributed.on_main(lambda: folder.check_space(model, has_average=config.ema_decay is not None))
     phases = {}
     for name in config.schedule:
+        check_batch(config, name, model, num_images=len(splits[name].train), world_size=distributed.world_size())
         with interrupted_by(stop, f"stopped while phase {name} was prepared"):
             phases[name] = prepare_phase(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir

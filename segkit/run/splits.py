@@ -99,6 +99,12 @@ def open_phases(config: Config) -> dict[str, Splits]:
             splits = Splits(open_split(dataset, dataset.train_split), open_split(dataset, dataset.val_split))
             known.append((dataset, splits))
         opened[name] = splits
+    for splits in opened.values():
+        if splits.train.num_classes < 2:
+            raise InputError(
+                f"{splits.train.table.name} has one class, {splits.train.classes[0]!r}, but a segmentation tells at "
+                "least two apart: list the background as a class as well"
+            )
     first, *others = opened.items()
     for name, splits in others:
         if splits.train.classes != first[1].train.classes:

@@ -301,12 +301,6 @@ class Trainer:
             described = memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers)
             bundle = self._bundle(described, batch.names, batch=batch, state=self.state())
             raise OutOfMemory(f"{described}; the batch is in {bundle}") from error
-        if "more than 1 value per channel" in str(error):
-            raise InputError(
-                "a batch norm of this model sees one value per channel, as the batch of a process, of size "
-                f"{len(batch.names)}, is cut into {self.settings.accumulate} parts: set a larger batch_size or a "
-                "smaller accumulate"
-            ) from error
         if not isinstance(error, NonFiniteLoss):
             raise error
         self._bundle(error, batch.names, batch=batch, state=self.state())  # first: the look at it may fail as well

@@ -280,9 +280,19 @@ def _moments(dataset: SampleSet, index: int) -> tuple[int, np.ndarray, np.ndarra
 
 
 def byte_histogram(array: np.ndarray) -> np.ndarray:
-    """Count each value 0..255 of a uint8 array: int64 (256,)."""
-    import cv2  # a third of the time of np.bincount; its counts are float32, exact up to 2**24
+    """Count each value 0..255 of a uint8 array: int64 (256,).
 
-    parts = np.array_split(array.reshape(-1, 1), 1 + array.size // 2**24)
-    counts = [cv2.calcHist([part], [0], None, [256], [0, 256]).ravel() for part in parts if part.size]
-    return np.sum([np.zeros(256), *counts], axis=0).astype(np.int64)
+    Labels are mostly runs of one value, and counting a run pixel by pixel is slow, as each step waits for the one
+    before. So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted with
+    the run's length as their weight (in float64, exact up to 2**53).
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    length = flat.size // 8 * 8
+    words = flat[:length].view(np.uint64)
+    ends = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
+    if words.size == 0 or 4 * ends.size > words.size:
+        return np.bincount(flat, minlength=256)
+    pixels = words[ends].view(np.uint8).reshape(-1, 8)
+    lengths = np.diff(ends, prepend=-1).astype(np.float64)
+    counts = sum(np.bincount(pixels[:, place], weights=lengths, minlength=256) for place in range(8))
+    return np.asarray(counts).astype(np.int64) + np.bincount(flat[length:], minlength=256)

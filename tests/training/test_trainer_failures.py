@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from small_trainer import MeanCrossEntropy, Net, build, make_batches
+from small_trainer import MeanCrossEntropy, build, make_batches
 
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
 from segkit.training import checkpoint
@@ -73,20 +73,6 @@ def test_a_non_finite_gradient_stops_before_the_weights_change(tmp_path):
     found = json.loads((tmp_path / "a" / "failure-0000000" / "error.json").read_text())["findings"]
     assert found["first_non_finite_module"] is None
     assert found["first_non_finite_gradient"] == "encoder.weight"
-
-
-class PooledNet(Net):
-    """With a batch norm after global pooling, as in the image branch of DeepLab's pyramid."""
-
-    def forward(self, images):
-        features = self.encoder(images.float() / 255)
-        return self.head(features + self.norm(features.mean((2, 3), keepdim=True)))
-
-
-def test_a_batch_norm_with_a_single_value_is_explained(tmp_path):
-    build(tmp_path / "a", net=PooledNet(), num_steps=1, accumulate=2).fit(make_batches)
-    with pytest.raises(InputError, match=r"batch norm .* of size 4, is cut into 4 parts: set a larger batch_size or"):
-        build(tmp_path / "b", net=PooledNet(), num_steps=1, accumulate=4).fit(make_batches)
 
 
 def test_a_crash_in_an_evaluation_costs_no_training(tmp_path):

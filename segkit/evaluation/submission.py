@@ -205,7 +205,10 @@ class _Rules:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise InputError(f"there is no submission format {self.format!r}; allowed are {', '.join(FORMATS)}")
+            raise InputError(
+                f"there is no submission format {self.format!r}; allowed are {', '.join(FORMATS)}: segkit predict "
+                "writes label images of any data"
+            )
         if self.competition not in ("comp5", "comp6"):
             raise InputError(f"competition is {self.competition!r}; allowed are comp5 (VOC data alone) and comp6")
 

@@ -44,7 +44,8 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
     if config.init_from or config.model.get("weights") or source not in (None, "none", "imagenet"):
         source = "a file"  # whose path stays here
     until = list(config.schedule)[: list(config.schedule).index(saved.phase_name) + 1]
-    kept = ("batch_size", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor", "freeze", "lr_factors")
+    kept = ("batch_size", "limit_steps", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor", "freeze",
+            "lr_factors")  # fmt: skip
     return {
         "model": without_sources(config).model,
         "classes": list(counts["classes"]),

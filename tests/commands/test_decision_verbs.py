@@ -210,7 +210,7 @@ def test_a_folder_of_weights_predicts_as_its_run_does(run, finished, call, tmp_p
     assert str(finished) not in json.dumps(facts)
     card = (folder / "README.md").read_text()
     assert f"| {100 * score['mean_iou']:.2f} | {100 * low:.2f} to {100 * high:.2f} |" in card
-    assert "loss cross\\_entropy" in card
+    assert "epochs, at most 6 steps, loss cross\\_entropy" in card
     assert ("Fitted on" in card) == (decision != "argmax")
     assert predict_arrays([np.zeros((33, 50, 3), np.uint8)], folder, device="cpu")[0].shape == (33, 50)
     arguments = (predict, folder, "--input", tmp_path / "pictures", "--output", place / "no")

@@ -151,7 +151,10 @@ ONE = np.zeros((4, 5), np.uint8)
             options={"image_sizes": {"ADE_val_00000001": (4, 5), "ADE_val_00000002": (4, 5)}},
         ),
         Case(r"out\.rar must end in \.zip, \.tar, \.tar\.gz or \.tgz", path="out.rar"),
-        Case(r"there is no submission format 'kitti'; allowed are cityscapes, ade20k", options={"format": "kitti"}),
+        Case(
+            r"format 'kitti'; allowed are cityscapes, ade20k.*: segkit predict writes",
+            options={"format": "kitti"},
+        ),
         Case(r"cannot write .*no/out\.zip \(No such file", path="no/out.zip"),
     ],
     ids=lambda case: re.sub(r"\W+", " ", case.message)[:30],

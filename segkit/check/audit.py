@@ -19,7 +19,7 @@ import numpy as np
 from segkit.data.bands import image_size
 from segkit.data.decode import orientation
 from segkit.data.samples import SampleSet
-from segkit.data.statistics import byte_histogram
+from segkit.data.statistics import raw_histogram
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
 from segkit.progress import track
@@ -30,7 +30,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of one sample. ``image_error`` and ``label_error`` are the readers' sentences.
+    """What was seen of one sample. ``image_error``, ``label_error`` and ``size_error`` are the readers' sentences.
 
     ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels; ``turned``: the
     image has an orientation tag, which is ignored.
@@ -38,13 +38,13 @@ class Look:
 
     index: int
     image_size: Size | None = None
-    label_size: Size | None = None
     raw_pixels: dict[int, int] = field(default_factory=dict)
     digest: str | None = None
     one_colour: bool = False
     turned: bool = False
     image_error: str | None = None
     label_error: str | None = None
+    size_error: str | None = None
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class SplitAudit:
     digests: dict[str, list[int]] = field(default_factory=dict)
     image_errors: dict[int, str] = field(default_factory=dict)
     label_errors: dict[int, str] = field(default_factory=dict)
-    size_errors: dict[int, tuple[Size, Size]] = field(default_factory=dict)
+    size_errors: dict[int, str] = field(default_factory=dict)
     unknown: dict[int, dict[int, int]] = field(default_factory=dict)
     one_colour: list[int] = field(default_factory=list)
     no_class: list[int] = field(default_factory=list)
@@ -112,10 +112,10 @@ class SplitAudit:
             self.image_errors[look.index] = look.image_error
         if look.label_error is not None:
             self.label_errors[look.index] = look.label_error
+        if look.size_error is not None:
+            self.size_errors[look.index] = look.size_error
         if look.image_size is not None:
             self.sizes[look.image_size] += 1
-            if look.label_size is not None and look.image_size != look.label_size:
-                self.size_errors[look.index] = (look.image_size, look.label_size)
         if look.digest is not None:
             self.digests.setdefault(look.digest, []).append(look.index)
         if look.one_colour:
@@ -178,7 +178,11 @@ def look_at(dataset: SampleSet, index: int) -> Look:
         except Exception as error:
             seen["label_error"] = _sentence(error, sample.labels[0] if sample.labels else sample.name)
         else:
-            seen |= {"label_size": raw.shape, "raw_pixels": raw_histogram(raw)}
+            seen["raw_pixels"] = raw_histogram(raw)
+            try:
+                dataset.check_sizes(index, seen.get("image_size", raw.shape), raw.shape)
+            except InputError as error:
+                seen["size_error"] = str(error)
     return Look(index, **seen)
 
 
@@ -199,14 +203,3 @@ def _digest(image: np.ndarray) -> str:
     """Return a hash of shape and pixels: a copy in another file or another lossless format has the same."""
     shape = image.shape[0].to_bytes(8, "little") + image.shape[1].to_bytes(8, "little")
     return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=shape).hexdigest()
-
-
-def raw_histogram(raw: np.ndarray) -> dict[int, int]:
-    """Return {value: pixels} of an integer array of any type."""
-    if raw.dtype != np.uint8:
-        if raw.size == 0 or raw.min() < 0 or raw.max() > 255:
-            values, counts = np.unique(raw, return_counts=True)
-            return dict(zip(values.tolist(), counts.tolist(), strict=True))
-        raw = raw.astype(np.uint8)
-    counts = byte_histogram(raw)
-    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}

@@ -110,7 +110,7 @@ def split_findings(audit: SplitAudit, *, published: int | None, validates: bool)
         findings.append(Finding(ERROR, text))
     findings += _listed(audit, audit.image_errors, what="images that cannot be read")
     findings += _listed(audit, audit.label_errors, what="labels that cannot be read")
-    findings += _size_findings(audit)
+    findings += _listed(audit, audit.size_errors, what="images of another size than their labels")
     findings += [_unknown_value(audit, value) for value in sorted(audit.unknown)]
     findings += _suspicious(audit)
     if dataset.labelled and audit.raw_pixels:
@@ -153,16 +153,6 @@ def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[
         )
         findings.append(Finding(ERROR, text, tuple(_file(audit, i, label=label) for i in rest)))
     return findings
-
-
-def _size_findings(audit: SplitAudit) -> list[Finding]:
-    sentences = {}
-    for index, ((image_h, image_w), (label_h, label_w)) in audit.size_errors.items():
-        sentences[index] = (
-            f"image {_file(audit, index)} is {image_w}x{image_h} but its label {_file(audit, index, label=True)} is "
-            f"{label_w}x{label_h}; both must have the same size: mend the pair or remove it from the split"
-        )
-    return _listed(audit, sentences, what="images of another size than their labels")
 
 
 def _unknown_value(audit: SplitAudit, value: int) -> Finding:

@@ -240,22 +240,15 @@ def _count_one(dataset: SampleSet, index: int) -> tuple[list[int], list[int]]:
 
 
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
-    """Count the pixels of each train id 0..255 in one label: int64 (256,).
-
-    8-bit labels are counted by raw value and only the 256 counts are mapped, which spares a pass over the pixels.
-    """
-    raw = dataset.raw_label(index)
-    if raw.dtype != np.uint8:
-        return byte_histogram(dataset.to_train(index, raw))
-    counts = byte_histogram(raw)
-    present = np.flatnonzero(counts)
-    train = np.array([dataset.table.raw_to_train.get(value, -1) for value in present.tolist()])
-    if (train < 0).any():
-        dataset.to_train(index, raw)
-        raise AssertionError("to_train must refuse an unknown value")
-    mapped = np.zeros(256, np.int64)
-    np.add.at(mapped, train, counts[present])
-    return mapped
+    """Count the pixels of each train id 0..255 in one label: int64 (256,)."""
+    raw, train_of = dataset.raw_label(index), dataset.table.raw_to_train
+    found = raw_histogram(raw)
+    if not found.keys() <= train_of.keys():
+        dataset.to_train(index, raw)  # which refuses unknown values
+    counts = np.zeros(256, np.int64)
+    for value, pixels in found.items():
+        counts[train_of[value]] += pixels
+    return counts
 
 
 def image_statistics(dataset: SampleSet, *, divisor: float, workers: int) -> dict[str, list[float]]:
@@ -277,6 +270,17 @@ def _moments(dataset: SampleSet, index: int) -> tuple[int, np.ndarray, np.ndarra
     """Number of pixels of an image, mean and variance of each channel, in float64."""
     image = dataset.image(index).astype(np.float64)
     return image.shape[0] * image.shape[1], image.mean((0, 1)), image.var((0, 1))
+
+
+def raw_histogram(raw: np.ndarray) -> dict[int, int]:
+    """Return {value: pixels} of an integer array of any type."""
+    if raw.dtype != np.uint8:
+        if raw.size == 0 or raw.min() < 0 or raw.max() > 255:
+            values, counts = np.unique(raw, return_counts=True)
+            return dict(zip(values.tolist(), counts.tolist(), strict=True))
+        raw = raw.astype(np.uint8)
+    counts = byte_histogram(raw)
+    return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 
 
 def byte_histogram(array: np.ndarray) -> np.ndarray:

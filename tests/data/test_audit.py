@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkit.check.audit import SplitAudit, audit_split, raw_histogram
+from segkit.check.audit import SplitAudit, audit_split
 from segkit.check.findings import (
     ERROR,
     NOTE,
@@ -22,6 +22,7 @@ from segkit.check.findings import (
 from segkit.data import open_dataset
 from segkit.data.labels import ranges
 from segkit.data.layout import collecting
+from segkit.data.statistics import raw_histogram
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 

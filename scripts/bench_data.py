@@ -185,14 +185,14 @@ def bench_labels(data: SampleSet, workers: int, rounds: int, copies: int = 20) -
     paths = [sample.labels[0] for sample in samples]
     ways: dict[str, Callable[[], object]] = {
         "decode the labels": lambda: decode_labels(paths, workers),
-        "count_labels": lambda: count_labels(many, workers=workers, progress=False),
+        "count_labels": lambda: count_labels(many, workers=workers),
     }
     title = f"label counts: {len(many)} labels of 2048x1024, {workers} processes"
     good = report(title, timed(ways, rounds), len(many), [("count_labels", "decode the labels", 0.9)])
     with tempfile.TemporaryDirectory() as cache:
-        count_labels(many, workers=workers, cache_dir=cache, progress=False)
+        count_labels(many, workers=workers, cache_dir=cache)
         start = time.perf_counter()
-        count_labels(many, workers=workers, cache_dir=cache, progress=False)
+        count_labels(many, workers=workers, cache_dir=cache)
         seconds = time.perf_counter() - start
     print(f"  from the cache: {seconds:.3f} s (wanted: below 1)")
     return good and seconds < 1

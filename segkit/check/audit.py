@@ -139,9 +139,7 @@ class SplitAudit:
             self.no_class.append(look.index)
 
 
-def audit_split(
-    dataset: SampleSet, *, sample: int | None = None, seed: int = 0, workers: int = 0, progress: bool = True
-) -> SplitAudit:
+def audit_split(dataset: SampleSet, *, sample: int | None = None, seed: int = 0, workers: int = 0) -> SplitAudit:
     """Look at all samples of ``dataset``, or at ``sample`` random ones drawn with ``seed``.
 
     Problems of files are collected, never raised. ``workers`` processes do the work (0 and 1: this process).
@@ -154,7 +152,7 @@ def audit_split(
     audit = SplitAudit(dataset, indices)
     with closing(map_samples(look_at, dataset, indices, workers=workers)) as looks:
         description = f"Checking {dataset.name} {dataset.split}"
-        for look in track(looks, description=description, total=len(indices), unit="images") if progress else looks:
+        for look in track(looks, description=description, total=len(indices), unit="images"):
             audit.add(look)
     return audit
 

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,16 +122,14 @@ def _describe(reader: Callable[..., Any]) -> str:
     return f"{reader.__module__}.{reader.__qualname__}"
 
 
-def count_labels(
-    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None, progress: bool = True
-) -> LabelCounts:
+def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> LabelCounts:
     """Count the labels of every sample, in ``workers`` processes (0 and 1: in this one).
 
     The result is kept as JSON under ``cache_dir``/label_counts and taken from there as long as the :func:`fingerprint`
     is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
     ``cache_dir`` that cannot be written.
     """
-    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir, progress=progress, each=False)
+    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir, each=False)
     if sentence := one_class(counts.class_pixels, counts.ignored_pixels, dataset):
         raise InputError(sentence)
     return counts
@@ -139,11 +137,11 @@ def count_labels(
 
 def classes_of_images(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> np.ndarray:
     """Return which sample has a pixel of which class, bool (N, K), from the same count and kept beside it."""
-    return _counted(dataset, workers=workers, cache_dir=cache_dir, progress=True, each=True)[1]
+    return _counted(dataset, workers=workers, cache_dir=cache_dir, each=True)[1]
 
 
 def _counted(
-    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None, progress: bool, each: bool
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None, each: bool
 ) -> tuple[LabelCounts, np.ndarray]:
     """The counts, and with ``each`` the classes of each sample (else it may be empty), from the cache where kept."""
     mark = fingerprint(dataset)
@@ -152,7 +150,7 @@ def _counted(
         has_class = _kept_classes(cached.with_suffix(".npy"), counts) if each else np.zeros(0, bool)
         if has_class is not None:
             return counts, has_class
-    counts, has_class = _count(dataset, mark, workers=min(workers, len(dataset)), progress=progress)
+    counts, has_class = _count(dataset, mark, workers=workers)
     if cached is not None:
         _store(cached, counts, has_class)
     return counts, has_class
@@ -208,14 +206,12 @@ def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
         ) from error
 
 
-def _count(dataset: SampleSet, mark: str, *, workers: int, progress: bool) -> tuple[LabelCounts, np.ndarray]:
+def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts, np.ndarray]:
     pixels = np.zeros(256, np.int64)
     has_class = np.zeros((len(dataset), 256), bool)
     with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as counted:
-        samples: Iterable[tuple[list[int], list[int]]] = counted
-        if progress:
-            description = f"Counting labels of {dataset.name} {dataset.split}"
-            samples = track(counted, description=description, total=len(dataset), unit="images")
+        description = f"Counting labels of {dataset.name} {dataset.split}"
+        samples = track(counted, description=description, total=len(dataset), unit="images")
         for index, (present, counts) in enumerate(samples):
             pixels[present] += counts
             has_class[index, present] = True

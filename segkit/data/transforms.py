@@ -154,11 +154,6 @@ class TrainTransform:
     pad: tuple[float, ...] = PAD_COLOUR
     ignore_index: int = 255
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the crop: image (h, w, C), label uint8 (h, w), new arrays of size ``crop``."""
-        assert image.shape[:2] == label.shape, "image and label must have one size"
-        return self.apply(image, label, self.draw((label.shape[0], label.shape[1]), rng))
-
     def draw(self, size: Size, rng: np.random.Generator, *, hold: Size | None = None) -> Window:
         """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``.
 
@@ -191,11 +186,6 @@ class TrainTransform:
             shrink=shrink,
             seed=0 if self.augment is None else int(rng.integers(2**32)),
         )
-
-    def apply(self, image: np.ndarray, label: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """Cut ``window`` out of a pair; the image may have been decoded at 1/``window.shrink`` of its size."""
-        shrink = 1 if image.shape[:2] == label.shape else window.shrink
-        return self.finish(window.cut_image(image, shrink), window.cut_label(label), window)
 
     def finish(self, image_cut: np.ndarray, label_cut: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip, augment."""

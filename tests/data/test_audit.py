@@ -35,7 +35,7 @@ def root(tmp_path):
 
 
 def audit(root, split="train", **options):
-    return audit_split(open_dataset("camvid", root=root, split=split), progress=False, **options)
+    return audit_split(open_dataset("camvid", root=root, split=split), **options)
 
 
 def findings_of(found, *, validates=False):
@@ -166,7 +166,7 @@ def test_a_label_without_any_class_and_a_copied_image(root):
 def test_an_error_that_no_reader_foresaw_names_the_file(root):
     dataset = open_dataset("camvid", root=root, split="train")
     dataset._load_label = partial(_fail_on, dataset.samples[2].name, dataset._load_label)
-    found = audit_split(dataset, progress=False)
+    found = audit_split(dataset)
     (finding,) = [finding for finding in findings_of(found) if finding.level == ERROR]
     assert finding.text == f"{label_of(root, 2)} cannot be read (TypeError: not a mapping); unpack it again"
 
@@ -199,7 +199,7 @@ def test_classes_without_pixels(root):
 
 def test_a_split_without_labels_is_an_error(tmp_path):
     root = make_sample("cityscapes", tmp_path / "cityscapes", num_images=2, scale=0.05)
-    found = audit_split(open_dataset("cityscapes", root=root, split="test"), progress=False)
+    found = audit_split(open_dataset("cityscapes", root=root, split="test"))
     errors = [finding.text for finding in findings_of(found) if finding.level == ERROR]
     assert len(errors) == 1
     assert "split 'test' of cityscapes has no labels" in errors[0]
@@ -235,7 +235,7 @@ def test_counts_beside_the_published_ones(root, num, published, says):
 
 def test_pairs_that_the_reader_leaves_out_are_not_missing(tmp_path):
     root = make_sample("bdd100k", tmp_path / "bdd100k", num_images=4, scale=0.05)
-    found = audit_split(open_dataset("bdd100k", root=root, split="train"), progress=False)
+    found = audit_split(open_dataset("bdd100k", root=root, split="train"))
     counted = [f.text for f in split_findings(found, published=len(found.dataset) + 4, validates=False)]
     assert not any("published" in text for text in counted)
     assert any(text.startswith("skipped ") for text in counted)  # the reader's note

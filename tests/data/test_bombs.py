@@ -152,8 +152,8 @@ def test_training_counting_and_check_say_it_once(tmp_path, workers):
     with pytest.raises(InputError, match=sentence("label", Path("bad_label.png"))):
         list(train_batches(data, transform=TrainTransform(crop=(8, 8)), **options))
     with pytest.raises(InputError, match=sentence("label", Path("bad_label.png"))):
-        count_labels(data, workers=workers, progress=False)
-    audit = audit_split(data, workers=workers, progress=False)
+        count_labels(data, workers=workers)
+    audit = audit_split(data, workers=workers)
     assert set(audit.image_errors) == set(audit.label_errors) == {1}
     assert "bad.png has 60000x60000 pixels" in audit.image_errors[1]
     assert "bad_label.png has 60000x60000 pixels" in audit.label_errors[1]
@@ -209,7 +209,7 @@ def test_the_loader_hands_the_limit_to_its_workers(tmp_path):
     with pytest.raises(InputError, match=r"has 8x8 pixels, but at most 63 are allowed"):
         list(train_batches(data, transform=TrainTransform(crop=(8, 8)), **options))
     with pytest.raises(InputError, match=r"has 8x8 pixels, but at most 63 are allowed"):
-        count_labels(data, workers=2, progress=False)
+        count_labels(data, workers=2)
 
 
 def test_a_matlab_file_that_would_become_huge_is_refused_before_it_is_read(tmp_path, monkeypatch):

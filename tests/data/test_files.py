@@ -141,7 +141,7 @@ def test_a_pipe_in_a_data_set_is_refused_before_anything_is_counted(tmp_path):
     os.mkfifo(root / "images" / "train" / "0001.jpg")
     data = open_dataset("folder", root=root, split="train")
     with pytest.raises(InputError, match=r"0001\.jpg is a pipe \(FIFO\)"):
-        count_labels(data, workers=0, progress=False)
+        count_labels(data, workers=0)
     os.mkfifo(root / "val.txt")
     assert len(open_dataset("folder", root=root, split="val")) > 0, "a pipe is no list"
 

@@ -65,7 +65,7 @@ def loop(data):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_counts_equal_a_loop_over_pixels(tmp_path, workers):
     data = written(tmp_path / "data")
-    counts = count_labels(data, workers=workers, progress=False)
+    counts = count_labels(data, workers=workers)
     pixels, images, ignored = loop(data)
     assert counts.class_pixels.dtype == np.int64
     assert counts.class_pixels.tolist() == pixels
@@ -101,20 +101,20 @@ def test_unknown_value_names_file_value_and_count(tmp_path, workers):
     with pytest.raises(
         InputError, match=r"^label .*/4\.png has values .*: 99 \(2 pixels\); allowed are 0, 5\.\.8, 300"
     ):
-        count_labels(data, workers=workers, progress=False)
+        count_labels(data, workers=workers)
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"^label .*/4\.png is empty \(0 bytes\)"):
-        count_labels(data, workers=workers, progress=False)
+        count_labels(data, workers=workers)
 
 
 def test_unlabelled_split():
     data = SampleSet([Sample(name="x", image=Path(__file__))], table=TABLE, name="toy", split="test")
     with pytest.raises(InputError, match="split 'test' of toy has no labels"):
-        count_labels(data, workers=0, progress=False)
+        count_labels(data, workers=0)
 
 
 def test_json_round_trip(tmp_path):
-    counts = count_labels(written(tmp_path / "data"), workers=0, progress=False)
+    counts = count_labels(written(tmp_path / "data"), workers=0)
     again = LabelCounts.from_json(counts.to_json())
     np.testing.assert_array_equal(again.class_pixels, counts.class_pixels)
     np.testing.assert_array_equal(again.class_images, counts.class_images)
@@ -132,22 +132,22 @@ def forbid_counting(monkeypatch):
 
 def test_the_second_call_answers_from_the_cache(tmp_path, monkeypatch):
     data = written(tmp_path / "data")
-    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
+    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     forbid_counting(monkeypatch)
     start = time.perf_counter()
-    again = count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "cache", progress=False)
+    again = count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "cache")
     assert time.perf_counter() - start < 1
     assert again.to_json() == first.to_json()
 
 
 def test_a_changed_file_is_counted_again(tmp_path):
     data = written(tmp_path / "data")
-    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
+    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     path = data.samples[2].labels[0]
     state = path.stat()
     Image.fromarray(np.full((11, 17), 8, np.uint8)).save(path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # one nanosecond is enough
-    second = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
+    second = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     assert second.fingerprint != first.fingerprint
     assert second.class_pixels.tolist() == loop(data)[0]
     assert second.class_pixels[2] == 11 * 17
@@ -155,18 +155,18 @@ def test_a_changed_file_is_counted_again(tmp_path):
 
 def test_a_torn_cache_file_is_replaced(tmp_path):
     data = written(tmp_path / "data")
-    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
+    first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     (path,) = (tmp_path / "cache" / "label_counts").glob("*.json")
     for text in (path.read_text()[:50], "[]", "{}", path.read_text().replace(first.fingerprint, "0" * 32)):
         path.write_text(text)
-        again = count_labels(data, workers=0, cache_dir=tmp_path / "cache", progress=False)
+        again = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
         assert again.to_json() == first.to_json() == path.read_text()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"label counts cannot be kept in .*; set cache_dir to a folder"):
-        count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "file", progress=False)
+        count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "file")
 
 
 def test_fingerprint_follows_everything_that_matters(tmp_path):
@@ -215,12 +215,12 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_camvid_equals_the_published_counts(shared_data, split, tmp_path):
     data = open_dataset("camvid", root=shared_data / "CamVid", split=split)
-    counts = count_labels(data, workers=2, cache_dir=tmp_path, progress=False)
+    counts = count_labels(data, workers=2, cache_dir=tmp_path)
     published = json.loads((shared_data / "labels" / "camvid.json").read_text())["pixel_counts"][split]
     assert counts.class_pixels.tolist() == published[:11]
     assert counts.ignored_pixels == published[11]
     start = time.perf_counter()
-    count_labels(data, workers=2, cache_dir=tmp_path, progress=False)
+    count_labels(data, workers=2, cache_dir=tmp_path)
     assert time.perf_counter() - start < 1
 
 
@@ -232,4 +232,4 @@ def test_a_dead_process_is_told_in_a_sentence():
     samples = [Sample(name=str(i), image=Path("x"), labels=()) for i in range(4)]
     data = SampleSet(samples, table=TABLE, name="toy", split="train", load_label=dying_label, labelled=True)
     with pytest.raises(InputError, match=r"a process that reads the data died.*set workers=0 or fewer"):
-        count_labels(data, workers=2, progress=False)
+        count_labels(data, workers=2)

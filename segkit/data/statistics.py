@@ -207,16 +207,14 @@ def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
 
 
 def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts, np.ndarray]:
-    pixels = np.zeros(256, np.int64)
-    has_class = np.zeros((len(dataset), 256), bool)
-    with closing(map_samples(_count_one, dataset, range(len(dataset)), workers=workers)) as counted:
+    num = dataset.num_classes
+    pixels, has_class = np.zeros(256, np.int64), np.zeros((len(dataset), num), bool)
+    with closing(map_samples(label_histogram, dataset, range(len(dataset)), workers=workers)) as counted:
         description = f"Counting labels of {dataset.name} {dataset.split}"
         samples = track(counted, description=description, total=len(dataset), unit="images")
-        for index, (present, counts) in enumerate(samples):
-            pixels[present] += counts
-            has_class[index, present] = True
-    num = dataset.num_classes
-    has_class = has_class[:, :num].copy()
+        for index, counts in enumerate(samples):
+            pixels += counts
+            has_class[index] = counts[:num] > 0
     found = LabelCounts(
         class_pixels=pixels[:num].copy(),
         class_images=has_class.sum(0),
@@ -226,13 +224,6 @@ def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts,
         fingerprint=mark,
     )
     return found, has_class
-
-
-def _count_one(dataset: SampleSet, index: int) -> tuple[list[int], list[int]]:
-    """The values that occur and their counts: a shorter message than all 256."""
-    counts = label_histogram(dataset, index)
-    present = np.flatnonzero(counts)
-    return present.tolist(), counts[present].tolist()
 
 
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:

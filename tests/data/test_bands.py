@@ -116,7 +116,7 @@ def test_what_the_network_sees_is_what_numpy_computes(tmp_path, name):
         np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, rtol=1e-5, atol=1e-5)
     padded = train_transform(replace(config, dataset=replace(dataset, crop=[64, 64], scale=[0.5, 0.5])), "train",
                              augment=True, ignore_index=255)  # fmt: skip
-    image, label = padded(data[0].image, data[0].label, np.random.default_rng(0))
+    image, label = drawn_crop(padded, data[0].image, data[0].label, np.random.default_rng(0))
     (outside,) = np.unique(image[label == 255], axis=0)
     colour = np.array([124, 116, 104]) / 255 if name == "3 uint8 png" and dataset.mean is None else mean
     np.testing.assert_allclose(outside / DIVISOR[dtype], colour, rtol=1e-6, atol=0.51 / DIVISOR[dtype])

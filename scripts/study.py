@@ -21,20 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from study_report import report
+from study_report import load_all, report
 
 import segkit
-from segkit.config.compose import quoted
+from segkit.config.compose import compose, quoted
 from segkit.config.schema import plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, eval_batches
 from segkit.data.transforms import EvalTransform
+from segkit.errors import InputError, first_line
 from segkit.evaluation import evaluate
 from segkit.evaluation.decision import BiasedModel, collect_logits, tune_bias
 from segkit.evaluation.inference import Inference
 from segkit.evaluation.loop import evaluating
 from segkit.evaluation.miou_rule import ScaledModel, fit_miou_rule
 from segkit.files import without_nan, write_atomically
+from segkit.guard import guarded
 from segkit.run.saved import open_run
 from segkit.run.splits import open_split
 from segkit.runtime import provenance
@@ -53,17 +55,48 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="run folders and phase cache")
     parser.add_argument("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    study = yaml.safe_load((arguments.study / "study.yaml").read_text())
+    study = read_study(arguments.study / "study.yaml")
+    load_all(arguments.study, study)
     if not arguments.table:
-        part, seeds = study[arguments.part], study["seeds"] if arguments.part == "arms" else study["seeds"][:1]
-        for arm, own in part["each"].items():
-            for seed in (seed for seed in seeds if arguments.seeds is None or seed in arguments.seeds):
-                path = arguments.study / "results" / f"{arguments.part}-{arm}-{seed}.json"
-                if not path.exists():
-                    overrides = [*part["base"], *own, f"seed={seed}", f"dataset.root={quoted(arguments.root)}"]
-                    overrides.append(f"cache_dir={quoted(arguments.work / 'cache')}")
-                    job(arguments.part, overrides, study, arguments.work / f"{arguments.part}-{arm}-{seed}", path)
+        jobs = jobs_of(arguments, study)
+        for overrides, _ in jobs:
+            compose(overrides)  # no arm is refused after another was trained
+        for overrides, path in jobs:
+            job(arguments.part, overrides, study, arguments.work / path.stem, path)
     report(arguments.study, study)
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """The study in the YAML file ``path``; InputError if it is none."""
+    try:
+        study = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parts = study["arms"], study["curves"]
+        lists = [texts for part in parts for texts in (part["base"], *part["each"].values())]
+        numbers = [study["block"], study["fit"]["images"], study["fit"]["pixels"], *study["seeds"]]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as a study ({first_line(error)}): mend it, or give --study") from None
+    if not all(type(number) is int and number >= 0 for number in numbers) or not study["seeds"]:
+        raise InputError(f"{path} has a number among seeds, block and fit that is no whole one from 0: mend it")
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
+        raise InputError(f"{path} has a base, or an arm below each, that is no list of overrides: write [loss=focal]")
+    return study
+
+
+def jobs_of(arguments: argparse.Namespace, study: dict[str, Any]) -> list[tuple[list[str], Path]]:
+    """The overrides and the result of every job that is left; InputError for a seed that the study does not have."""
+    part, seeds = study[arguments.part], study["seeds"] if arguments.part == "arms" else study["seeds"][:1]
+    if arguments.root is None:
+        raise InputError("there is no --root: give the folder CamVid, or --table to train nothing")
+    if unknown := set(arguments.seeds or ()) - set(seeds):
+        raise InputError(
+            f"--seeds has {min(unknown)}, but the seeds of {arguments.part} are {seeds}: give some of them"
+        )
+    found = []
+    for (arm, own), seed in itertools.product(part["each"].items(), arguments.seeds or seeds):
+        path = arguments.study / "results" / f"{arguments.part}-{arm}-{seed}.json"
+        fixed = [f"dataset.root={quoted(arguments.root)}", f"cache_dir={quoted(arguments.work / 'cache')}"]
+        found += [([*part["base"], *own, f"seed={seed}", *fixed], path)] * (not path.exists())
+    return found
 
 
 def job(part: str, overrides: list[str], study: dict[str, Any], folder: Path, path: Path) -> None:
@@ -144,4 +177,4 @@ def decide(folder: Path, first: Path, study: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from segkit.errors import InputError
 from segkit.evaluation.bootstrap import compare_totals
 from segkit.files import read_json
 from segkit.report.uncertainty import holm
@@ -18,19 +19,37 @@ CONTROL, WITHOUT = "cross_entropy", "mc_no_margin"
 SIGNS = {"mc_mean1": 1, "mc_tau10": 1, "mc_mirror1": -1}
 """Arms of the registered prediction: the sign of their margins."""
 MACHINE = "two cores of an AMD EPYC, no GPU"
+CURE = "delete it, and the command of the study makes it again"
 Arms = dict[str, dict[int, Any]]
 """arm -> seed -> content of its result, in the order of the study."""
 
 
 def report(folder: Path, study: dict[str, Any]) -> None:
     """Write table.txt, signs.txt and the figures from the results in ``folder``."""
-    arms = load(folder, "arms", study["arms"]["each"], study["seeds"])
+    arms, curves = load_all(folder, study)
     if CONTROL in arms:
         (folder / "table.txt").write_text(table(arms))
         study_figure(folder, arms)
     if CONTROL in arms and WITHOUT in arms:
         (folder / "signs.txt").write_text(signs(arms))
-    curves_figure(folder, load(folder, "curves", study["curves"]["each"], study["seeds"][:1]))
+    curves_figure(folder, curves)
+
+
+def load_all(folder: Path, study: dict[str, Any]) -> tuple[Arms, Arms]:
+    """The results of arms and of curves that are there; InputError if one is damaged."""
+    arms = load(folder, "arms", study["arms"]["each"], study["seeds"])
+    curves = load(folder, "curves", study["curves"]["each"], study["seeds"][:1])
+    for part, runs in (("arms", arms), ("curves", curves)):
+        for (arm, seed), run in {(arm, seed): run for arm, own in runs.items() for seed, run in own.items()}.items():
+            try:
+                sizes = {totals(run, name).shape for name in DECISIONS} if part == "arms" else {(1, len(run["curve"]))}
+                whole = len(sizes) == 1 and all(map(all, sizes))
+            except (LookupError, TypeError, ValueError):
+                whole = False
+            if not whole:
+                path = folder / "results" / f"{part}-{arm}-{seed}.json"
+                raise InputError(f"{path} is not what a job of the study writes: {CURE}")
+    return arms, curves
 
 
 def load(folder: Path, part: str, names: Sequence[str], seeds: list[int]) -> Arms:
@@ -38,7 +57,7 @@ def load(folder: Path, part: str, names: Sequence[str], seeds: list[int]) -> Arm
     found: Arms = {}
     for arm in names:
         paths = {seed: folder / "results" / f"{part}-{arm}-{seed}.json" for seed in seeds}
-        found[arm] = {seed: read_json(path) for seed, path in paths.items() if path.exists()}
+        found[arm] = {seed: read_json(path, cure=CURE) for seed, path in paths.items() if path.exists()}
     return {arm: runs for arm, runs in found.items() if runs}
 
 

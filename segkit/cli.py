@@ -55,7 +55,7 @@ def main() -> None:
     if verb == "--version":
         print(__version__)
     elif verb in VERBS:
-        guarded(lambda: verb_function(verb)(argv))
+        guarded(lambda: verb_function(verb)(argv), verb=verb)
     else:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -79,7 +79,7 @@ def read_json(
         content = json.loads(read_text(path, most=most, cure=cure))
     except FileNotFoundError:
         raise InputError(
-            f"{path} is not there: the run has not got so far; run the same command again to go on"
+            f"{path} is not there: the run has not got so far; the command that trains it goes on"
         ) from None
     except RecursionError:
         raise InputError(f"{path} cannot be read (it is nested too deeply): {cure}") from None

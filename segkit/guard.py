@@ -19,16 +19,16 @@ from segkit.progress import for_terminal, show
 from segkit.training import ranks
 
 
-def guarded(command: Callable[[], Any]) -> Any:
-    """Call ``command``; an exception that the user can mend becomes one sentence and an exit code."""
+def guarded(command: Callable[[], Any], *, verb: str = "train") -> Any:
+    """Call ``command`` (of ``verb``); an exception that the user can mend becomes one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: for_terminal(f"warning: {message}") + "\n"
     ranks.quiet_others()
-    with guard():
+    with guard(verb=verb):
         return command()
 
 
 @contextmanager
-def guard(*, passes: bool = False) -> Iterator[None]:
+def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
     """End the process with one sentence and an exit code for an exception that the user can mend.
 
     With ``passes`` every exception goes through to the caller.
@@ -38,7 +38,7 @@ def guard(*, passes: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sentence, code = (None, 1) if passes else explain(error)
+        sentence, code = (None, 1) if passes else explain(error, verb=verb)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
         if len(sentence) > MOST_LETTERS:  # a file that is no list of names can be one name of a million letters
@@ -48,8 +48,11 @@ def guard(*, passes: bool = False) -> Iterator[None]:
         sys.exit(code)
 
 
-def explain(error: BaseException) -> tuple[str | None, int]:
-    """One sentence for ``error`` and the exit code; None for a defect of segkit, which deserves its traceback."""
+def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, int]:
+    """One sentence for ``error`` and the exit code; None for a defect of segkit, which deserves its traceback.
+
+    ``verb``: what was called, whose options the advice names.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -64,7 +67,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"out of memory ({reason}): {MEMORY_ADVICE}", OutOfMemory.exit_code
+        return f"out of memory ({reason}): {VERB_ADVICE.get(verb, MEMORY_ADVICE)}", OutOfMemory.exit_code
     if isinstance(error, NotImplementedError | TypeError) and "MPS" in str(error):
         return (
             f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
@@ -87,7 +90,16 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 
 FEWER_AT_ONCE = "accumulate=2 (or twice what it is: half as many images at once), or a smaller dataset.crop"
 MEMORY_ADVICE = f"set grad_checkpointing=light (or mixed, or true: less memory still), or {FEWER_AT_ONCE}"
-
+_WINDOW = "give smaller --scales, or a window, --slide 512x512"
+VERB_ADVICE = {
+    "evaluate": f"{_WINDOW}, or a smaller --batch-size",
+    "predict": _WINDOW,
+    "submit": _WINDOW,
+    "export": "give --format hub, which traces nothing, or free some memory",
+    "compare": "name fewer runs, or give fewer --pictures",
+    "stats": "set workers=0, or leave --plot out",
+    "sample": "give a smaller --scale",
+}
 
 MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
@@ -104,8 +116,8 @@ def _override_in(error: BaseException) -> str | None:
 def _explain_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or set "
-            "hydra.run.dir and cache_dir to a larger disk, then run the same command again"
+            f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or choose "
+            "a larger disk (hydra.run.dir and cache_dir, or the --output of a verb), then run the same command again"
         )
     if error.filename is not None:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from segkit.commands.completion import options
 from segkit.errors import InputError, Interrupted, OutOfMemory
-from segkit.guard import explain
+from segkit.guard import VERB_ADVICE, explain
 from segkit.training import distributed, ranks
 
 
@@ -91,6 +93,17 @@ def test_what_is_said_of_interruptions_and_memory():
     assert sentence.startswith("stopped at step 3 of phase train; the state is saved: run the same command")
     assert code == Interrupted.exit_code == 75
     assert explain(OutOfMemory("out of memory at step 1")) == ("out of memory at step 1", 1)
+
+
+@pytest.mark.parametrize("verb", ["train", *VERB_ADVICE])
+def test_out_of_memory_names_what_the_verb_takes(verb):
+    sentence, code = explain(MemoryError("no memory"), verb=verb)
+    assert code == 1
+    assert ("grad_checkpointing" in sentence) == (verb == "train")
+    if verb != "train":
+        named = re.findall(r"--[a-z-]+", sentence)
+        assert named
+        assert set(named) <= set(options(verb))
 
 
 def test_one_process_is_its_own_group():

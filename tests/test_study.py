@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from segkit.errors import InputError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDY = REPOSITORY / "docs" / "study"
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 study_report = pytest.importorskip("study_report")
+study = pytest.importorskip("study")
 
 
 def test_the_committed_tables_are_those_of_the_stored_results(tmp_path):
     shutil.copytree(STUDY / "results", tmp_path / "results")
-    study = yaml.safe_load((STUDY / "study.yaml").read_text())
-    study_report.report(tmp_path, study)
+    study_report.report(tmp_path, yaml.safe_load((STUDY / "study.yaml").read_text()))
     for name in ("table.txt", "signs.txt"):
         assert (tmp_path / name).read_text() == (STUDY / name).read_text()
     for figure in STUDY.glob("*.svg"):
@@ -70,3 +73,47 @@ def test_interval_of_a_share():
     """Agresti and Coull (1998) and every calculator: 8 of 10."""
     assert study_report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert study_report.wilson(0, 6)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{arms: [", r"study.yaml cannot be read as a study \(while parsing"),
+        ("12", "study.yaml cannot be read as a study"),
+        ("{seeds: [0]}", r"study.yaml cannot be read as a study \('arms'\)"),
+        (("seeds: [0, 1, 2]", "seeds: [a]"), "a number among seeds, block and fit that is no whole one"),
+        (("cross_entropy: [loss=cross_entropy]", "cross_entropy: loss"), "that is no list of overrides"),
+    ],
+)
+def test_a_damaged_study_is_named(tmp_path, content, message):
+    whole = (STUDY / "study.yaml").read_text()
+    text = content if isinstance(content, str) else whole.replace(*content)
+    assert text != whole
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        study.read_study(path)
+
+
+def test_jobs_of_the_study(tmp_path):
+    study.read_study(STUDY / "confirmation" / "study.yaml")
+    content = study.read_study(STUDY / "study.yaml")
+    options = Namespace(part="arms", seeds=[1], root="data", study=tmp_path, work=tmp_path)
+    jobs = study.jobs_of(options, content)
+    assert [path.name for _, path in jobs] == [f"arms-{arm}-1.json" for arm in content["arms"]["each"]]
+    (tmp_path / "results").mkdir()
+    jobs[0][1].write_text("{}")
+    assert study.jobs_of(options, content) == jobs[1:]
+    with pytest.raises(InputError, match=r"--seeds has 7, but the seeds of arms are \[0, 1, 2\]"):
+        study.jobs_of(Namespace(**{**vars(options), "seeds": [7]}), content)
+    with pytest.raises(InputError, match="there is no --root: give the folder CamVid, or --table"):
+        study.jobs_of(Namespace(**{**vars(options), "root": None}), content)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"counts": {}, "target": 1}', '{"target": [[1]], "counts": 3}'])
+def test_a_damaged_result_is_named(tmp_path, text):
+    content = {"arms": {"each": {"cross_entropy": []}}, "curves": {"each": {}}, "seeds": [0]}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "arms-cross_entropy-0.json").write_text(text)
+    with pytest.raises(InputError, match=r"arms-cross_entropy-0.json .*: delete it, and the command of the study"):
+        study_report.load_all(tmp_path, content)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import verb_parser
+from segkit.commands.options import count, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         example="dataset=cityscapes --n 8 --output /tmp/cityscapes",
     )
     verb.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
-    verb.add_argument("--n", type=int, default=8, metavar="N", help="images of the training split")
+    verb.add_argument("--n", type=count(1, most=10**5), default=8, metavar="N", help="images of the training split")
     verb.add_argument("--seed", type=int, default=0, help="of the pictures")
     verb.add_argument(
         "--scale",

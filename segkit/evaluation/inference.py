@@ -61,9 +61,10 @@ class Inference:
             raise InputError(f"blending is {self.blending!r}; allowed are {', '.join(_BLENDINGS)}")
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap is {self.overlap}; it must be at least 0 and less than 1")
-        if not self.scales or not all(0 < scale <= MOST_SCALE for scale in self.scales):
+        differ = len(set(self.scales)) == len(self.scales)
+        if not self.scales or not differ or not all(0 < scale <= MOST_SCALE for scale in self.scales):
             raise InputError(
-                f"scales are {list(self.scales)}; give one or more positive factors of at most {MOST_SCALE}"
+                f"scales are {list(self.scales)}; give one or more different positive factors of at most {MOST_SCALE}"
             )
         if self.tiles_per_batch < 1 or self.multiple < 1:
             raise InputError(

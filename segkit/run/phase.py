@@ -114,6 +114,7 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     A finished phase is not repeated. Raises Interrupted, with the state saved, once ``stop()`` is true.
     """
     folder = run_folder.phase(phase.name)
+    distributed.on_main(lambda: _write_facts(phase, folder))  # also of a finished one: damaged ones are whole again
     if run_folder.is_finished(phase.name):
         distributed.print_main(f"phase {phase.name}: finished already")
         run_folder.join_metrics(phase.name)
@@ -130,7 +131,6 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     )
     validation = phase.validation(tracker, stop)
     trainer = make_trainer(phase, folder, tracker=tracker, validate=validation, stop=stop)
-    distributed.on_main(lambda: _write_facts(phase, folder))
     if phase.is_last:
         run_folder.link_last_phase()  # a run can be evaluated while it trains, and after it was stopped
     last = distributed.on_main(lambda: checkpoint.find_last(folder / "checkpoints"))

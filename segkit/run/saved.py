@@ -86,11 +86,12 @@ def filled(make: Callable[[], Any], weights: Any, *, source: Path) -> Any:
 
 def read_counts(path: Path) -> dict[str, Any]:
     """The label counts in ``path``; InputError if the file does not hold such."""
-    content = read_json(path)
+    cure = "copy the file again, or run the command that trained the run once more, which writes it anew"
+    content = read_json(path, cure=cure)
     if not are_counts(content):
         raise InputError(
             f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
-            "colours: the run folder is damaged; copy the file again, or train again"
+            f"colours: {cure}"
         )
     return content
 

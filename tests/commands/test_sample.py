@@ -59,7 +59,8 @@ def test_the_seed_decides_the_pixels(monkeypatch, capsys, tmp_path):
         (["camvid"], "the first argument is 'camvid', but must be dataset=NAME"),
         (["data=camvid"], "the first argument is 'data=camvid', but must be dataset=NAME"),
         (["dataset=camvidd"], "there is no sample of data set 'camvidd'; samples can be made of ade20k, bdd100k"),
-        (["dataset=camvid", "--n", "0"], "a sample needs at least one image, got 0"),
+        (["dataset=camvid", "--n", "0"], "'0' is no whole number from 1 to 100000"),
+        (["dataset=camvid", "--n", "1000000000"], "'1000000000' is no whole number from 1 to 100000"),
         (["dataset=camvid", "--scale", "2"], "the scale of a sample's images is 2.0, but must lie in (0, 1]"),
     ],
 )

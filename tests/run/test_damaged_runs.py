@@ -139,6 +139,17 @@ def test_lost_checksums_do_not_cost_the_weights(run, content):
         checkpoint.find_last(folder)
 
 
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_damaged_label_counts_are_written_anew(run, content):
+    path = run / "train" / "label_counts.json"
+    whole = path.read_bytes()
+    path.write_text(content)
+    with pytest.raises(InputError, match="run the command that trained the run once more, which writes it anew"):
+        open_run(run).label_counts()
+    train(run)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["results.json", "train/results.json", "train/metrics.jsonl", "per_image.npz"])
 def test_a_folder_in_the_way_is_refused_before_the_first_step(tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)

@@ -125,6 +125,13 @@ def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:
     config = read_config(saved)
     if phase is not None and phase not in config.schedule:
         raise InputError(f"{path} has no phase {phase!r}: its phases are {', '.join(config.schedule)}")
+    *earlier, last = config.schedule
+    begun = [name for name in earlier if (path / name / "checkpoints" / "last.pt").is_file()]
+    if phase is None and begun and not (path / "checkpoints").exists():
+        raise InputError(
+            f"{path} has not come to its last phase, {last}: add --phase {begun[-1]} to take the one before, or run "
+            "the same command again to go on"
+        )
     return SavedRun(path, config, phase)
 
 

@@ -10,10 +10,12 @@ import zipfile
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from segkit.commands import compare, evaluate, export, predict, submit
 from segkit.config.compose import compose
+from segkit.config.schema import plain
 from segkit.errors import InputError
 from segkit.report.runs import read_run
 from segkit.run import saved as saved_run
@@ -236,6 +238,16 @@ def test_folders_that_are_no_run(finished, tmp_path):
     (copy / "label_counts.json").resolve().write_text("{")
     with pytest.raises(InputError, match="the run folder is damaged"):
         saved_run.open_run(copy).label_counts()
+
+
+def test_a_run_before_its_last_phase_names_the_phase_that_can_be_taken(tmp_path):
+    config = compose(["schedule=pretrain_finetune", "precision=fp32", "channels_last=false"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    (tmp_path / "pretrain" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "pretrain" / "checkpoints" / "last.pt").touch()
+    with pytest.raises(InputError, match="has not come to its last phase, finetune: add --phase pretrain"):
+        saved_run.open_run(tmp_path)
+    assert saved_run.open_run(tmp_path, phase="pretrain").folder == tmp_path / "pretrain"
 
 
 def test_nothing_that_a_saved_config_names_is_downloaded_or_read(finished):

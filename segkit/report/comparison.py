@@ -114,6 +114,6 @@ def compare(
     if allow_mixed_protocols:
         mixed = differing_protocols(runs)
     else:
-        check_comparable(runs)
+        check_comparable(runs, missing)
     groups = tuple(group_runs(runs))
     return Comparison(groups, groups[0], tuple(dict.fromkeys(notes)), tuple(mixed), num_samples)

@@ -137,13 +137,14 @@ def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
     return phrases
 
 
-def check_comparable(runs: Sequence[RunRecord]) -> None:
-    """Raise InputError, which names what differs, if the runs were not evaluated alike."""
+def check_comparable(runs: Sequence[RunRecord], notes: Sequence[str] = ()) -> None:
+    """Raise InputError, which names what differs and then the ``notes``, if the runs were not evaluated alike."""
     phrases = differing_protocols(runs)
     if phrases:
         raise InputError(
-            f"these runs were not evaluated alike: {'; '.join(phrases)}. Compare runs of one protocol, evaluate them "
-            "alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side all the same"
+            f"these runs were not evaluated alike: {'; '.join([*phrases, *notes])}. Compare runs of one protocol, "
+            "evaluate them alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side "
+            "all the same"
         )
 
 

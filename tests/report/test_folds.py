@@ -123,10 +123,14 @@ def test_seeds_and_losses_are_pooled_apart(make_fold):
 
 
 def test_missing_folds_are_named(make_fold):
-    comparison = compare([make_fold(f"f{fold}", fold) for fold in (0, 2, 3)])
+    runs = [make_fold(f"f{fold}", fold) for fold in (0, 2, 3)]
+    comparison = compare(runs)
     (note,) = comparison.notes
     assert "has fold 0, 2, 3 of 5, and no fold 1, 4 was named" in note
     assert "3 of 5 folds pooled" in comparison.groups[0].name
+    others = [make_fold(f"d{fold}", fold, "loss=dice") for fold in (0, 2)]
+    with pytest.raises(InputError, match=r"images is 18 in .*; .* no fold 1, 3, 4 was named: .* not scored\. "):
+        compare([*runs, *others])
     (alone,) = compare([make_fold("alone", 1)]).groups
     assert "pooled" not in alone.name
 

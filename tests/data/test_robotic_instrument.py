@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.readers.robotic_instrument import FOLDS, PAPER_FRAMES, instrument_folders, read_mask
+from segkit.data.decode import read_index_png
+from segkit.data.readers.robotic_instrument import FOLDS, PAPER_FRAMES, instrument_folders
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 
@@ -122,10 +123,12 @@ def test_colour_masks_count_by_their_first_channel(sample, tmp_path):
     path = next((sample / "instrument_dataset_7" / "ground_truth").glob("*/frame000.png"))
     with Image.open(path) as stored:
         assert stored.mode == "RGB"
-    assert set(np.unique(read_mask(path))) <= {0, 10, 20, 30}
+    assert set(np.unique(read_index_png(path, first_channel=True))) <= {0, 10, 20, 30}
     unequal = np.zeros((2, 2, 3))
     unequal[..., 0], unequal[..., 1] = 10, 77
-    np.testing.assert_array_equal(read_mask(write(tmp_path / "frame000.png", unequal)), np.full((2, 2), 10))
+    np.testing.assert_array_equal(
+        read_index_png(write(tmp_path / "frame000.png", unequal), first_channel=True), np.full((2, 2), 10)
+    )
 
 
 def test_values_that_are_no_code(tiny):

@@ -175,14 +175,9 @@ def _samples(sequence: Path, *, frames: range) -> list[Sample]:
     return samples
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Return one instrument's mask (H, W) uint8; of a colour file (sequence 7) its first channel."""
-    return read_index_png(path, first_channel=True)
-
-
 def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> np.ndarray:
     """Return the raw label (H, W) uint8 of a frame: part codes, 0/1 for binary, type codes; 255 where ignored."""
-    masks = [read_mask(path) for path in sample.labels]
+    masks = [read_index_png(path, first_channel=True) for path in sample.labels]  # of sequence 7 they are in colour
     for path, mask in zip(sample.labels, masks, strict=True):
         if mask.shape != masks[0].shape:
             raise InputError(

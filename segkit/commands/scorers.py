@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.commands.options import PROGRAMS
+from segkit.commands.options import DECISIONS, PROGRAMS
 from segkit.config.dataset import RGB
 from segkit.config.schema import plain
 from segkit.errors import InputError
@@ -113,6 +113,8 @@ def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Nam
             kind = f"one {option}, which --{option} cannot change"
             raise InputError(f"{path} is the export of {kind}: leave --{option} out")
     decision, output = facts.get("decision", "argmax"), facts.get("output")
+    if decision not in DECISIONS:
+        raise InputError(f"{path} has the decision {decision!r}, but there are {', '.join(DECISIONS)}: export it again")
     if arguments.decision not in ("argmax", decision):
         raise InputError(
             f"{path} was exported with --decision {decision}, which cannot be changed: leave --decision out, or write "

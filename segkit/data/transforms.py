@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from segkit.config.dataset import RGB
+from segkit.data.decode import pixel_limit
 from segkit.errors import InputError, first_line
 
 # Albumentations looks for a newer version of itself on the network unless told not to.
@@ -42,14 +43,19 @@ def target_size(size: Size, resize: Resize) -> Size:
     """Return (height, width) of an image of ``size`` after ``resize``.
 
     ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]}; a
-    key whose value is None counts as absent.
+    key whose value is None counts as absent. InputError for more pixels than an image may have.
     """
     given = resize or {}
+    height, width = given.get("size") or size
     if short := given.get("short_side"):
         factor = short / min(size)
         height, width = (max(1, round(side * factor)) for side in size)
-        return (short, width) if size[0] <= size[1] else (height, short)
-    height, width = given.get("size") or size
+        height, width = (short, width) if size[0] <= size[1] else (height, short)
+    if (height, width) != tuple(size) and height * width > pixel_limit():
+        raise InputError(
+            f"an image of {size[0]}x{size[1]} is resized to {height}x{width}, more than {pixel_limit()} pixels: "
+            "set a smaller dataset.resize or dataset.eval_resize, or max_pixels to more"
+        )
     return height, width
 
 

@@ -11,6 +11,7 @@ import pytest
 from crops import apply, drawn_crop
 
 from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform, Window, target_size
+from segkit.errors import InputError
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -264,6 +265,12 @@ def test_shrink_never_goes_below_the_target():
 )
 def test_target_size(resize, size, expected):
     assert target_size(size, resize) == expected
+
+
+@pytest.mark.parametrize("resize", [{"short_side": 60000}, {"size": [60000, 60000]}])
+def test_a_resize_beyond_the_limit_is_refused_before_it_takes_memory(resize):
+    with pytest.raises(InputError, match="40x40 is resized to 60000x60000, more than 200000000 pixels"):
+        target_size((40, 40), resize)
 
 
 def test_eval_transform():

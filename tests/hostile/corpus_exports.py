@@ -141,6 +141,8 @@ HUBS = [
     Case("hub: a crop of text", facts(crop=["x", "y"]), (HUB,), "crop or resize that is none"),
     Case("hub: an endless crop", facts(crop=[2**40, 2**40]), (HUB,), "must be .height, width. of at least 8"),
     Case("hub: a decision of text", facts(decision="miou", rule="x"), (HUB,), "stored decision"),
+    *(Case(f"hub: the decision {value!r}", facts(decision=value), (HUB,), "has the decision .* export it again")
+      for value in ("best", 5, ["bias"])),
     Case("hub: a network larger than the memory",
          facts(model__feature_channels=[2**14 * n for n in (1, 2, 4, 8, 16)]), (HUB,), OTHER),
     Case("hub: channels below zero", facts(model__feature_channels=[-4, 8, 16, 32, 64]), (HUB,), "channel"),

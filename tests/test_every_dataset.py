@@ -24,6 +24,7 @@ SMALL = [
     "dataset.recipe.epochs=2",
     "dataset.recipe.finetune_epochs=2",
     "dataset.recipe.batch_size=2",
+    "dataset.recipe.evaluate_every=1",
     "evaluation.pictures=1",
     "workers=0",
     "device=cpu",

@@ -236,7 +236,7 @@ def test_folders_that_are_no_run(finished, tmp_path):
         saved_run.open_run(copy)
     (copy / "config.yaml").write_text(text)
     (copy / "label_counts.json").resolve().write_text("{")
-    with pytest.raises(InputError, match="the run folder is damaged"):
+    with pytest.raises(InputError, match="run the command that trained the run once more"):
         saved_run.open_run(copy).label_counts()
 
 

@@ -42,7 +42,7 @@ def lr_factors_of(
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise InputError(
                 f"{rule} fits no parameter of the model, whose parts are {parts}: name one of them, or a part of a "
-                "name such as encoder.layer1 or '*.bn1'"
+                f"name such as {names[0]}"
             )
         if twice := next((name for name in found if name in rule_of), None):
             raise InputError(

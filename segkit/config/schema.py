@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,14 @@ FREE_KEYS = (
     "max_pixels",
 )
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
+
+
+def is_free(key: str) -> bool:
+    """True for a dotted key that changes nothing that is computed.
+
+    Where data lie is one, as the files are compared, and so is a recipe: the keys that read it hold its values.
+    """
+    return key.split(".")[0] in FREE_KEYS or bool(re.search(r"(^|\.)dataset\.(root$|recipe\.)", key))
 
 
 class Precision(Enum):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from segkit.config.schema import FREE_KEYS
+from segkit.config.schema import FREE_KEYS, is_free
 from segkit.errors import InputError
 from segkit.report.runs import RunRecord
 
@@ -80,7 +80,7 @@ def settings(run: RunRecord) -> dict[str, Any]:
     own["schedule"] = schedule
     if run.counts is None:
         return flatten(own)
-    found = {key: value for key, value in flatten(own).items() if not f".{key}".endswith(".dataset.root")}
+    found = {key: value for key, value in flatten(own).items() if not is_free(key)}
     return {**found, TRAINING_PIXELS: sum(run.counts.values())}
 
 

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from segkit.config.schema import FREE_KEYS, Config, plain
+from segkit.config.schema import Config, is_free, plain
 from segkit.data import SampleSet
 from segkit.data.files import read_bytes
 from segkit.data.statistics import file_state
@@ -55,7 +55,7 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[An
 def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that changed since the run in ``path`` was started with ``before``; InputError if they may not."""
     found = differing_keys(before, plain(config))
-    found = {key: values for key, values in found.items() if not _is_free(key)}
+    found = {key: values for key, values in found.items() if not is_free(key)}
     if not found:
         return {}
     if not config.ignore_config_change:
@@ -70,13 +70,6 @@ def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[st
             f"{_listed(fixed)}. Give the same values, or another hydra.run.dir"
         )
     return found
-
-
-def _is_free(key: str) -> bool:
-    """True for a key that changes nothing that is computed; where data lie is one, as their files are compared."""
-    return (
-        key.split(".")[0] in FREE_KEYS or key == "dataset.root" or fnmatch.fnmatchcase(key, "schedule.*.dataset.root")
-    )
 
 
 def takes_effect(key: str) -> bool:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from segkit.config.compose import compose
+from segkit.config.schema import plain
 from segkit.errors import InputError
 from segkit.run import pipeline
-from segkit.run.changes import differing_keys, takes_effect
+from segkit.run.changes import check_changes, differing_keys, takes_effect
 from segkit.run.folder import RunFolder
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
@@ -111,6 +112,17 @@ def test_which_keys_take_effect():
     assert takes_effect("schedule.finetune.loss.tau")
     assert not takes_effect("schedule.finetune.dataset.crop")
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == {"a.c": (2, None), "a.d": (None, 3)}
+
+
+def test_a_key_of_a_recipe_is_no_change(tmp_path):
+    """What reads it stands in the configuration with its value; an older version may not have had it."""
+    config = compose(["dataset=folder", "dataset.root=/data"])
+    before = plain(config)
+    del before["dataset"]["recipe"]["evaluate_every"]
+    assert check_changes(tmp_path, before, config) == {}
+    before["evaluation"]["every_epochs"] = 1.0
+    with pytest.raises(InputError, match=r"these keys differ: evaluation.every_epochs \(1.0 there, 3.0 now\)\. Give"):
+        check_changes(tmp_path, before, config)
 
 
 def test_changed_data_are_refused_with_their_number(train, tmp_path):

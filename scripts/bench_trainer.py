@@ -143,7 +143,6 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--unfused", action="store_true", help="an optimizer that does not skip a bad step by itself")
     parser.add_argument("--checkpoint", type=int, metavar="INTERVAL", help="measure the writing of checkpoints instead")
     parser.add_argument("--diagnostics", type=int, metavar="EVERY", help="measure the margin diagnostics instead")
     arguments = parser.parse_args()
@@ -153,7 +152,7 @@ def main() -> None:
     model = build.build_model(config, NUM_CLASSES).to(device)
     loss = CrossEntropyLoss().to(device)
     mixed = Mixed(arguments.precision, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4, fused=not arguments.unfused)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), lr=1e-4, fused=True)
     batches = make_batches(arguments)
     bare_loop(model, loss, optimizer, batches, steps=3, mixed=mixed)
     if arguments.checkpoint:

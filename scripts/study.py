@@ -95,7 +95,8 @@ def jobs_of(arguments: argparse.Namespace, study: dict[str, Any]) -> list[tuple[
     for (arm, own), seed in itertools.product(part["each"].items(), arguments.seeds or seeds):
         path = arguments.study / "results" / f"{arguments.part}-{arm}-{seed}.json"
         fixed = [f"dataset.root={quoted(arguments.root)}", f"cache_dir={quoted(arguments.work / 'cache')}"]
-        found += [([*part["base"], *own, f"seed={seed}", *fixed], path)] * (not path.exists())
+        if not path.exists():
+            found.append(([*part["base"], *own, f"seed={seed}", *fixed], path))
     return found
 
 

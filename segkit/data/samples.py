@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -51,6 +52,7 @@ def image_of(sample: Sample, *, kind: tuple[int, str] = RGB) -> np.ndarray:
     return bands.read_bands(sample.image, kind)
 
 
+@dataclass(eq=False, repr=False)
 class SampleSet(Sequence[Item]):
     """The samples of one split, read on access; cheap to build, picklable, without state.
 
@@ -62,32 +64,27 @@ class SampleSet(Sequence[Item]):
     Raises InputError for an empty split, names that occur twice, and splits where only some have labels.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        *,
-        table: LabelTable,
-        name: str,
-        split: str,
-        load_label: Callable[[Sample], np.ndarray] = first_label,
-        load_image: Callable[[Sample], np.ndarray] = image_of,
-        notes: Sequence[str] = (),
-        labelled: bool | None = None,
-    ) -> None:
-        self.samples = tuple(samples)
-        self.table = table
-        self.name = name
-        self.split = split
-        self.notes = tuple(notes)
-        self._load_label = load_label
-        self._load_image = load_image
-        self.kind = RGB
+    samples: Sequence[Sample]
+    _: KW_ONLY
+    table: LabelTable
+    name: str
+    split: str
+    load_label: Callable[[Sample], np.ndarray] = first_label
+    load_image: Callable[[Sample], np.ndarray] = image_of
+    notes: Sequence[str] = ()
+    labelled: bool | None = None
+    kind: tuple[int, str] = RGB
+
+    def __post_init__(self) -> None:
+        self.samples, self.notes = tuple(self.samples), tuple(self.notes)
         if not self.samples:
             raise InputError(
-                f"split {split!r} of {name} has no samples; check dataset.root and the split's folder or list file"
+                f"split {self.split!r} of {self.name} has no samples; check dataset.root and the split's folder or "
+                "list file"
             )
         self._check_names()
-        self.labelled = self._all_labelled() if labelled is None else labelled
+        if self.labelled is None:
+            self.labelled = self._all_labelled()
 
     def _check_names(self) -> None:
         seen: dict[str, Sample] = {}
@@ -125,11 +122,6 @@ class SampleSet(Sequence[Item]):
     def ignore_index(self) -> int:
         return self.table.ignore_index
 
-    @property
-    def readers(self) -> tuple[Callable[[Sample], np.ndarray], Callable[[Sample], np.ndarray]]:
-        """The functions ``load_image`` and ``load_label``."""
-        return self._load_image, self._load_label
-
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -147,16 +139,15 @@ class SampleSet(Sequence[Item]):
 
     def of_kind(self, kind: tuple[int, str]) -> SampleSet:
         """Return the set with images of so many channels of a type (uint8, uint16, float32), as its files have."""
-        same = self.subset(range(len(self)))
-        same.kind = kind
-        if self._load_image is image_of and kind != RGB:  # whose fingerprint stays
-            same._load_image = functools.partial(image_of, kind=kind)
-        return same
+        load = self.load_image
+        if load is image_of and kind != RGB:  # whose fingerprint stays
+            load = functools.partial(image_of, kind=kind)
+        return dataclasses.replace(self, kind=kind, load_image=load)
 
     def shrinkable(self, index: int) -> bool:
         """Return True if :meth:`image` heeds ``shrink`` here: a plain JPEG file."""
         suffix = self.samples[index].image.suffix.lower()
-        return self._load_image is image_of and suffix in (".jpg", ".jpeg")
+        return self.load_image is image_of and suffix in (".jpg", ".jpeg")
 
     def image(self, index: int, *, shrink: int = 1) -> np.ndarray:
         """Return the image (H, W, C) alone; where :meth:`shrinkable`, at 1/``shrink`` of its size.
@@ -165,7 +156,7 @@ class SampleSet(Sequence[Item]):
         """
         sample = self.samples[index]
         shrunk = shrink > 1 and self.shrinkable(index)
-        image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self._load_image(sample)
+        image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self.load_image(sample)
         bands.check_bands(image, sample.image, self.kind)
         return image
 
@@ -184,7 +175,7 @@ class SampleSet(Sequence[Item]):
                 f"split {self.split!r} of {self.name} has no labels; use a labelled split "
                 "(dataset.train_split, dataset.val_split) or `segkit predict`"
             )
-        raw = self._load_label(sample)
+        raw = self.load_label(sample)
         assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
         return raw
 
@@ -211,18 +202,7 @@ class SampleSet(Sequence[Item]):
 
     def subset(self, indices: Sequence[int]) -> SampleSet:
         """Return the same set with these samples only."""
-        part = SampleSet(
-            [self.samples[i] for i in indices],
-            table=self.table,
-            name=self.name,
-            split=self.split,
-            load_label=self._load_label,
-            load_image=self._load_image,
-            notes=self.notes,
-            labelled=self.labelled,
-        )
-        part.kind = self.kind
-        return part
+        return dataclasses.replace(self, samples=[self.samples[i] for i in indices])
 
 
 def open_dataset(name: str, *, root: Path | str | None = None, split: str, **options: Any) -> SampleSet:

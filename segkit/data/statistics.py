@@ -89,7 +89,7 @@ def fingerprint(dataset: SampleSet) -> str:
         "split": dataset.split,
         "classes": table.classes,
         "raw_to_train": sorted(table.raw_to_train.items()),
-        "readers": [_describe(reader) for reader in dataset.readers],
+        "readers": [_describe(reader) for reader in (dataset.load_image, dataset.load_label)],
         "labelled": dataset.labelled,
     }
     digest = hashlib.blake2b(json.dumps(head, default=str).encode(), digest_size=16)
@@ -169,7 +169,7 @@ def _kept_classes(path: Path, counts: LabelCounts) -> np.ndarray | None:
 def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet) -> str | None:
     """A sentence if a folder's labels hold one class of several, and void, as masks of 0 and 255 without ids do."""
     present = np.flatnonzero(class_pixels)
-    if dataset.readers[1] is not load_index or len(dataset.classes) == 1 or len(present) > 1 or ignored_pixels == 0:
+    if dataset.load_label is not load_index or len(dataset.classes) == 1 or len(present) > 1 or ignored_pixels == 0:
         return None
     table = dataset.table
     values = [value for value, train in table.raw_to_train.items() if train == table.ignore_index]

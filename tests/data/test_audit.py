@@ -165,7 +165,7 @@ def test_a_label_without_any_class_and_a_copied_image(root):
 
 def test_an_error_that_no_reader_foresaw_names_the_file(root):
     dataset = open_dataset("camvid", root=root, split="train")
-    dataset._load_label = partial(_fail_on, dataset.samples[2].name, dataset._load_label)
+    dataset.load_label = partial(_fail_on, dataset.samples[2].name, dataset.load_label)
     found = audit_split(dataset)
     (finding,) = [finding for finding in findings_of(found) if finding.level == ERROR]
     assert finding.text == f"{label_of(root, 2)} cannot be read (TypeError: not a mapping); unpack it again"

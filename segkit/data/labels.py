@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,19 @@ def ranges(values: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in parts)
 
 
-def load_table(name: str) -> LabelTable:
-    """Return the shipped label table ``name`` (segkit/data/tables/<name>.json)."""
+@cache
+def table_file(name: str) -> dict[str, Any]:
+    """Return the whole content of a shipped table file, with what stands in it beside the label table."""
     path = TABLES / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in TABLES.glob("*.json")))
         raise InputError(f"there is no label table {name!r}; shipped are: {known}")
-    return table_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_table(name: str) -> LabelTable:
+    """Return the shipped label table ``name`` (segkit/data/tables/<name>.json)."""
+    return table_from_dict(table_file(name))
 
 
 def _palette(content: Mapping[str, Any]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -11,10 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from segkit.data.files import IMAGE_SUFFIXES, read_text, visible_entries
-from segkit.data.labels import TABLES
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
@@ -63,11 +60,6 @@ def check_option(key: str, value: object, allowed: Sequence[object], *, dataset:
         raise InputError(
             f"{dataset} has no {key} {value!r}; allowed are {listed}: set dataset.reader.{key}={allowed[0]}"
         )
-
-
-def table_file(name: str) -> dict[str, Any]:
-    """Return the whole content of a shipped table file, with what stands in it beside the label table."""
-    return json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def name_share(name: str, *, salt: str = "") -> float:

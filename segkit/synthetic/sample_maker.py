@@ -17,11 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from segkit.data.labels import load_table
-from segkit.data.readers.bdd100k import mismatched_pairs
-from segkit.data.readers.cocostuff10k import raw_names
-from segkit.data.readers.mapillary import config_labels
-from segkit.data.readers.robotic_instrument import PAPER_FRAMES, mask_folders
+from segkit.data.labels import load_table, table_file
+from segkit.data.readers.robotic_instrument import PAPER_FRAMES
 from segkit.errors import InputError
 from segkit.synthetic.canvas import Canvas, box, ellipse
 from segkit.synthetic.scenes import VOID, Scene, paint_classes
@@ -95,7 +92,7 @@ def write_layout(data: str, output: Path, *, num_images: int, rng: np.random.Gen
     for path, content in _other_files(data, names).items():
         _write(output / path, content)
     if data == "bdd100k":  # one portrait image with a landscape mask, as official pairs of this name
-        for split, (name, *_) in mismatched_pairs("portrait").items():
+        for split, (name, *_) in table_file("bdd100k")["mismatched_pairs"]["portrait"].items():
             sizes = _scaled((720, 1280), scale), _scaled((1280, 720), scale)
             wide, tall = (paint(size=size, classes=[0, 2, 10]) for size in sizes)
             _write_item(output, Item(data, split, "", name, tall.image, wide.label, wide))
@@ -187,6 +184,12 @@ def _cityscapes(item: Item, path: str) -> Content:
     return colours[raw]
 
 
+def _cocostuff10k(item: Item, path: str) -> Content:
+    """The fields that tell version 1.1 from version 1.0: it has names of the raw ids from 1 on."""
+    _, *names = table_file(item.data)["raw_names"].values()
+    return {"S": item.raw.astype(float), "names": np.array([names], object).T}
+
+
 CONTENTS: dict[str, Callable[[Item, str], Content]] = {
     "image": lambda item, path: item.image,
     "raw": lambda item, path: item.raw,
@@ -194,8 +197,7 @@ CONTENTS: dict[str, Callable[[Item, str], Content]] = {
     "objects": lambda item, path: _palette(item, np.where(item.raw == VOID, VOID, _objects(item)).astype(np.uint8)),
     # Empty for VOC's own images, so that it is seen if it is taken for VOC's mask.
     "sbd": lambda item, path: {"GTcls": {"Segmentation": item.raw * (item.split == "sbd")}},
-    # The fields that tell version 1.1 from version 1.0.
-    "cocostuff10k": lambda item, path: {"S": item.raw.astype(float), "names": np.array([raw_names()], object).T},
+    "cocostuff10k": _cocostuff10k,
     "mapillary": lambda item, path: item.raw * np.uint16(256) + _objects(item),
     "cityscapes": _cityscapes,
 }
@@ -209,7 +211,7 @@ def _other_files(data: str, names: Mapping[str, list[str]]) -> dict[str, Content
         train, val = [*names["sbd"][:half], names["val"][0]], [*names["sbd"][half:], names["train"][0]]
         return {f"{top}/train.txt": sorted(train), f"{top}/val.txt": sorted(val)}
     if data == "mapillary":
-        return {"config.json": {"labels": config_labels(), "version": "1.2", "mapping": "public"}}
+        return {"config.json": {"labels": table_file(data)["config_labels"], "version": "1.2", "mapping": "public"}}
     return {path: text.splitlines() for path, text in layouts()[data].texts.items()}
 
 
@@ -228,7 +230,7 @@ def write_robotic_instrument(output: Path, *, num_images: int, rng: np.random.Ge
     the dark border of the frames and the masks with three equal channels in sequence 7 are as in the official data.
     At least one training frame a sequence is written, so there are never fewer than eight.
     """
-    folders = mask_folders()
+    folders = table_file("robotic_instrument_parts")["mask_folders"]
     for number, (sequence, instruments) in enumerate(sorted(folders.items())):
         for split, frames in PAPER_FRAMES.items():
             share, left_over = divmod(_count(split, num_images), len(folders))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from segkit.data import load_table, open_dataset
-from segkit.data.layout import table_file
+from segkit.data.labels import table_file
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from segkit.data import load_table, open_dataset
-from segkit.data.readers.bdd100k import mismatched_pairs
+from segkit.data.labels import table_file
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
+
+MISMATCHED = table_file("bdd100k")["mismatched_pairs"]
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_classes_are_those_of_cityscapes():
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_portrait_pairs_are_skipped_and_said(root, split):
-    portrait = mismatched_pairs("portrait")[split][0]
+    portrait = MISMATCHED["portrait"][split][0]
     data = open_dataset("bdd100k", root=root, split=split)
     assert portrait not in [sample.name for sample in data.samples]
     note = f"skipped 1 pair of {split} with a portrait image beside a landscape mask: {portrait}"
@@ -80,7 +82,7 @@ def test_the_pairs_that_only_2018_has_are_skipped_too(root):
     to_old_layout(root)
     seg = root / "bdd100k" / "seg"
     image = next((seg / "images" / "val").glob("*.jpg"))
-    for key in mismatched_pairs("old")["val"]:
+    for key in MISMATCHED["old"]["val"]:
         shutil.copy(image, seg / "images" / "val" / f"{key}.jpg")
         mask = seg / "labels" / "val" / f"{image.stem}_train_id.png"
         shutil.copy(mask, mask.with_name(f"{key}_train_id.png"))
@@ -93,9 +95,9 @@ def test_the_pairs_that_only_2018_has_are_skipped_too(root):
 def test_the_published_counts_minus_the_skipped():
     splits = load_table("bdd100k").splits
     for release in ("portrait", "old"):
-        pairs = mismatched_pairs(release)
+        pairs = MISMATCHED[release]
         assert [splits[split] - len(pairs[split]) for split in ("train", "val")] == [6996, 998]
-    assert not set(mismatched_pairs("old")["train"]) & set(mismatched_pairs("portrait")["train"])
+    assert not set(MISMATCHED["old"]["train"]) & set(MISMATCHED["portrait"]["train"])
 
 
 def test_an_image_without_label_and_the_reverse(root):

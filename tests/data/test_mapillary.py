@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from segkit.data import open_dataset
-from segkit.data.readers.mapillary import check_config, config_labels
+from segkit.data.labels import table_file
+from segkit.data.readers.mapillary import check_config
 from segkit.errors import InputError
 from segkit.synthetic.sample_maker import make_sample
 
@@ -53,7 +54,7 @@ def test_labels_are_palette_indices_and_unlabeled_is_ignored(root, nested):
                 colour = np.array(mask.convert("RGB"))
             assert 65 in raw
             np.testing.assert_array_equal(item.label, np.where(raw == 65, 255, raw))
-            colours = np.array([entry["color"] for entry in config_labels()])
+            colours = np.array([entry["color"] for entry in table_file("mapillary")["config_labels"]])
             np.testing.assert_array_equal(colour, colours[raw])
     assert not open_dataset("mapillary", root=root, split="test").labelled
 
@@ -73,7 +74,7 @@ def test_instances_agree_with_labels(root):
 
 
 def test_66_labels_of_which_65_are_evaluated():
-    labels = config_labels()
+    labels = table_file("mapillary")["config_labels"]
     assert len(labels) == 66
     assert [entry["evaluate"] for entry in labels] == [True] * 65 + [False]
     assert labels[63]["name"] == "void--car-mount"

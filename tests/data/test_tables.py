@@ -4,11 +4,7 @@ import json
 
 import pytest
 
-from segkit.data.labels import TABLES, load_table, table_from_dict
-from segkit.data.layout import table_file
-from segkit.data.readers.bdd100k import mismatched_pairs
-from segkit.data.readers.mapillary import config_labels
-from segkit.data.readers.robotic_instrument import instrument_types, mask_folders
+from segkit.data.labels import TABLES, load_table, table_file, table_from_dict
 from segkit.errors import InputError
 
 FACTS = {
@@ -54,12 +50,12 @@ def test_extras_equal_the_facts(shared_data):
         return json.loads((shared_data / "labels" / f"{FACTS[name]}.json").read_text())
 
     labels = [{k: v for k, v in entry.items() if k != "id"} for entry in facts("mapillary")["raw_labels"]]
-    assert config_labels() == labels
-    portrait = facts("bdd100k")["bad_pairs"]
-    assert mismatched_pairs("portrait") == {split: portrait[split] for split in ("train", "val")}
-    assert all(key in portrait["note"] for keys in mismatched_pairs("old").values() for key in keys)
-    assert mask_folders() == facts("robotic_instrument_parts")["mask_folders"]
-    assert instrument_types() == facts("robotic_instrument_parts")["type_mapping"]
+    assert table_file("mapillary")["config_labels"] == labels
+    portrait, mismatched = facts("bdd100k")["bad_pairs"], table_file("bdd100k")["mismatched_pairs"]
+    assert mismatched["portrait"] == {split: portrait[split] for split in ("train", "val")}
+    assert all(key in portrait["note"] for keys in mismatched["old"].values() for key in keys)
+    assert table_file("robotic_instrument_parts")["mask_folders"] == facts("robotic_instrument_parts")["mask_folders"]
+    assert table_file("robotic_instrument_type")["type_mapping"] == facts("robotic_instrument_parts")["type_mapping"]
     coco = table_file("cocostuff10k")
     assert coco["raw_names"] == facts("cocostuff10k")["raw_labels"]
     assert coco["unused_raw_ids"] == facts("cocostuff10k")["unused_raw_ids"]
@@ -86,13 +82,13 @@ def test_every_shipped_table_loads():
 
 def test_type_codes_are_the_classes_of_the_type_table():
     table = load_table("robotic_instrument_type")
-    for name, code in instrument_types().items():
+    for name, code in table_file("robotic_instrument_type")["type_mapping"].items():
         assert table.classes[table.raw_to_train[code]] == name.lower().replace("_", " ")
 
 
 def test_mapillary_ignores_only_the_label_that_is_not_evaluated():
     table = load_table("mapillary")
-    for index, entry in enumerate(config_labels()):
+    for index, entry in enumerate(table_file("mapillary")["config_labels"]):
         expected = index if entry["evaluate"] else 255
         assert table.raw_to_train[index] == expected
         if entry["evaluate"]:

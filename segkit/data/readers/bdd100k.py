@@ -16,19 +16,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segkit.data.labels import load_table
-from segkit.data.layout import Layout, check_split, table_file
+from segkit.data.labels import load_table, table_file
+from segkit.data.layout import Layout, check_split
 from segkit.data.samples import Sample, SampleSet
 
 SPLITS = ("train", "val", "test")
 ARCHIVES = "bdd100k_images_10k.zip and bdd100k_sem_seg_labels_trainval.zip"
 OLD_ARCHIVE = "bdd100k_seg.zip"
-
-
-def mismatched_pairs(release: str) -> dict[str, list[str]]:
-    """Return {split: ids} of the ``portrait`` pairs of the 10K release, or of those that the release of 2018 (``old``)
-    has instead."""
-    return table_file("bdd100k")["mismatched_pairs"][release]
 
 
 def read(root: Path | str | None, *, split: str, skip_mismatched: bool = True) -> SampleSet:
@@ -67,7 +61,7 @@ def _skip(samples: list[Sample], split: str) -> tuple[list[Sample], list[str]]:
         ("portrait", "with a portrait image beside a landscape mask"),
         ("old", "that only the release of 2018 has, in place of the mismatched ones"),
     ):
-        listed = set(mismatched_pairs(release)[split])
+        listed = set(table_file("bdd100k")["mismatched_pairs"][release][split])
         skipped = [sample.name for sample in samples if sample.name in listed]
         samples = [sample for sample in samples if sample.name not in listed]
         if skipped:

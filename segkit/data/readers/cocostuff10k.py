@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from segkit.data.labels import load_table
-from segkit.data.layout import Layout, check_split, table_file
+from segkit.data.layout import Layout, check_split
 from segkit.data.matlab import read_mat
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
@@ -24,12 +24,6 @@ SPLITS = ("train", "test", "all")
 ARCHIVES = "cocostuff-10k-v1.1.zip"
 NUM_NAMES = 182
 """Names in a file of version 1.1: ids 1 to 182, "unlabeled" is not among them. Version 1.0 has 172."""
-
-
-def raw_names() -> list[str]:
-    """Return the names of raw ids 1 to 182."""
-    names = table_file("cocostuff10k")["raw_names"]
-    return [names[str(index)] for index in range(1, NUM_NAMES + 1)]
 
 
 def read(root: Path | str | None, *, split: str) -> SampleSet:

@@ -15,23 +15,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from segkit.data.files import read_text
-from segkit.data.labels import load_table
-from segkit.data.layout import Layout, check_split, table_file
+from segkit.data.labels import load_table, table_file
+from segkit.data.layout import Layout, check_split
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
 FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 ARCHIVES = "mapillary-vistas-dataset_public_v1.2.zip"
 TOPS = ("mapillary-vistas-dataset_public_v1.2", "mapillary-vistas-dataset_public_v2.0")
-FIELDS = ("name", "readable", "color", "instances", "evaluate")
-
-
-def config_labels() -> list[dict[str, Any]]:
-    """Return the 66 entries of ``labels`` in version 1.2's config.json, with :data:`FIELDS`."""
-    return [{field: entry[field] for field in FIELDS} for entry in table_file("mapillary")["config_labels"]]
 
 
 def read(root: Path | str | None, *, split: str) -> SampleSet:
@@ -88,14 +81,14 @@ def check_config(path: Path) -> None:
             f"{path} is of version {version}, whose labels differ; this data set is version 1.2: unpack "
             f"{ARCHIVES}, or keep config_v1.2.json of the 2.0 archive beside it"
         )
-    expected = config_labels()
+    expected = table_file("mapillary")["config_labels"]
     if len(labels) != len(expected):
         raise InputError(
             f"{path} lists {len(labels)} labels, but version 1.2 has {len(expected)} (version 2.0 has 124); "
             f"unpack {ARCHIVES}"
         )
     for index, (found, wanted) in enumerate(zip(labels, expected, strict=True)):
-        for field in FIELDS:
+        for field in wanted:
             value = found.get(field) if isinstance(found, dict) else None
             if value != wanted[field]:
                 raise InputError(

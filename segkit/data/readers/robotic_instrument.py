@@ -22,8 +22,8 @@ import numpy as np
 
 from segkit.data.decode import read_index_png
 from segkit.data.files import is_folder, visible_entries
-from segkit.data.labels import LabelTable, load_table
-from segkit.data.layout import Layout, check_option, check_split, refuse, table_file
+from segkit.data.labels import LabelTable, load_table, table_file
+from segkit.data.layout import Layout, check_option, check_split, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -44,16 +44,6 @@ IGNORED = 255
 _IS_ODD = np.array([value not in PART_CODES for value in range(256)], np.uint8)
 _FLOOR = np.array([value // 10 * 10 if value <= PART_CODES[-1] else 0 for value in range(256)], np.uint8)
 _FRAME = re.compile(r"frame(\d{3})\.png")
-
-
-def mask_folders() -> dict[str, list[str]]:
-    """Return {sequence: instrument folders} of the official archives, sorted."""
-    return table_file("robotic_instrument_parts")["mask_folders"]
-
-
-def instrument_types() -> dict[str, int]:
-    """Return {part of a folder's name: code of the instrument type}."""
-    return table_file("robotic_instrument_type")["type_mapping"]
 
 
 def read(
@@ -212,10 +202,11 @@ def _check_codes(mask: np.ndarray, path: Path) -> None:
 
 
 def _type_code(folder: Path) -> int:
-    for name, code in instrument_types().items():
+    types = table_file("robotic_instrument_type")["type_mapping"]
+    for name, code in types.items():
         if name in folder.name:
             return code
     raise InputError(
         f"folder {folder} names no known instrument; its name must contain one of "
-        f"{', '.join(instrument_types())} (needed for dataset.reader.task=type only)"
+        f"{', '.join(types)} (needed for dataset.reader.task=type only)"
     )

@@ -8,7 +8,7 @@ image there twice. :mod:`segkit.check.findings` turns the answers into sentences
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +30,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of one sample. ``image_error``, ``label_error`` and ``size_error`` are the readers' sentences.
+    """What was seen of one sample.
 
     ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels; ``turned``: the
-    image has an orientation tag, which is ignored.
+    image has an orientation tag, which is ignored; ``errors``: the readers' sentences about "image", "label" and
+    "size".
     """
 
     index: int
@@ -42,9 +43,7 @@ class Look:
     digest: str | None = None
     one_colour: bool = False
     turned: bool = False
-    image_error: str | None = None
-    label_error: str | None = None
-    size_error: str | None = None
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -52,26 +51,28 @@ class SplitAudit:
     """What was seen of one split.
 
     ``indices``: the samples looked at; ``sizes``: images of each (height, width); ``raw_pixels``: pixels of each raw
-    label value; ``class_pixels`` and ``class_images``: int64 (K,); ``unknown``: for each raw value that the table does
-    not know, its pixels in each sample; ``digests``: the samples that share an image content.
+    label value; ``class_pixels`` and ``class_images``: int64 (K,); ``ignored_pixels``: those whose raw value the table
+    maps to ``ignore_index``; ``unknown``: for each raw value that the table does not know, its pixels in each sample;
+    ``digests``: the samples that share an image content; ``errors``: a sentence for each sample, about "image", "label"
+    and "size".
     """
 
     dataset: SampleSet
     indices: list[int]
     sizes: Counter[Size] = field(default_factory=Counter)
     raw_pixels: Counter[int] = field(default_factory=Counter)
+    class_pixels: np.ndarray = field(init=False)
     class_images: np.ndarray = field(init=False)
-    digests: dict[str, list[int]] = field(default_factory=dict)
-    image_errors: dict[int, str] = field(default_factory=dict)
-    label_errors: dict[int, str] = field(default_factory=dict)
-    size_errors: dict[int, str] = field(default_factory=dict)
-    unknown: dict[int, dict[int, int]] = field(default_factory=dict)
+    ignored_pixels: int = 0
+    digests: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    errors: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+    unknown: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     one_colour: list[int] = field(default_factory=list)
     no_class: list[int] = field(default_factory=list)
     turned: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.class_images = np.zeros(self.dataset.num_classes, np.int64)
+        self.class_pixels, self.class_images = np.zeros((2, self.dataset.num_classes), np.int64)
 
     @property
     def is_complete(self) -> bool:
@@ -79,27 +80,9 @@ class SplitAudit:
         return len(self.indices) == len(self.dataset)
 
     @property
-    def class_pixels(self) -> np.ndarray:
-        """Pixels of each class, int64 (K,)."""
-        pixels = np.zeros(self.dataset.num_classes, np.int64)
-        for value, count in self.raw_pixels.items():
-            train = self.dataset.table.raw_to_train.get(value)
-            if train is not None and train != self.dataset.ignore_index:
-                pixels[train] += count
-        return pixels
-
-    @property
-    def ignored_pixels(self) -> int:
-        """Pixels whose raw value the table maps to ``ignore_index``."""
-        table = self.dataset.table
-        train_of = table.raw_to_train.get
-        return sum(pixels for value, pixels in self.raw_pixels.items() if train_of(value) == table.ignore_index)
-
-    @property
     def broken(self) -> set[int]:
         """Samples that cannot be trained on."""
-        unknown = {index for samples in self.unknown.values() for index in samples}
-        return {*self.image_errors, *self.label_errors, *self.size_errors, *unknown}
+        return set[int]().union(*self.errors.values(), *self.unknown.values())
 
     def usable(self) -> list[int]:
         """The samples looked at that can be trained on, in the order of the split."""
@@ -108,16 +91,12 @@ class SplitAudit:
 
     def add(self, look: Look) -> None:
         """Add what was seen of one sample."""
-        if look.image_error is not None:
-            self.image_errors[look.index] = look.image_error
-        if look.label_error is not None:
-            self.label_errors[look.index] = look.label_error
-        if look.size_error is not None:
-            self.size_errors[look.index] = look.size_error
+        for about, sentence in look.errors.items():
+            self.errors[about][look.index] = sentence
         if look.image_size is not None:
             self.sizes[look.image_size] += 1
         if look.digest is not None:
-            self.digests.setdefault(look.digest, []).append(look.index)
+            self.digests[look.digest].append(look.index)
         if look.one_colour:
             self.one_colour.append(look.index)
         if look.turned:
@@ -131,8 +110,11 @@ class SplitAudit:
             self.raw_pixels[value] += count
             train = table.raw_to_train.get(value)
             if train is None:
-                self.unknown.setdefault(value, {})[look.index] = count
-            elif train != table.ignore_index:
+                self.unknown[value][look.index] = count
+            elif train == table.ignore_index:
+                self.ignored_pixels += count
+            else:
+                self.class_pixels[train] += count
                 present.add(train)
         self.class_images[list(present)] += 1
         if not present:
@@ -161,10 +143,11 @@ def look_at(dataset: SampleSet, index: int) -> Look:
     """Read image and label of one sample; an error becomes part of the result."""
     sample = dataset.samples[index]
     seen: dict[str, Any] = {}
+    errors: dict[str, str] = {}
     try:
         image = dataset.image(index)
     except Exception as error:
-        seen["image_error"] = _sentence(error, sample.image)
+        errors["image"] = _sentence(error, sample.image)
         with suppress(InputError, OSError):
             seen["image_size"] = image_size(sample.image)
     else:
@@ -174,14 +157,14 @@ def look_at(dataset: SampleSet, index: int) -> Look:
         try:
             raw = dataset.raw_label(index)
         except Exception as error:
-            seen["label_error"] = _sentence(error, sample.labels[0] if sample.labels else sample.name)
+            errors["label"] = _sentence(error, sample.labels[0] if sample.labels else sample.name)
         else:
             seen["raw_pixels"] = raw_histogram(raw)
             try:
                 dataset.check_sizes(index, seen.get("image_size", raw.shape), raw.shape)
             except InputError as error:
-                seen["size_error"] = str(error)
-    return Look(index, **seen)
+                errors["size"] = str(error)
+    return Look(index, errors=errors, **seen)
 
 
 def _sentence(error: Exception, file: Path | str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from segkit.check.audit import SplitAudit
 from segkit.config.schema import Config, DatasetConfig
 from segkit.data.labels import ranges
+from segkit.data.layout import and_more
 from segkit.data.statistics import one_class
 
 if TYPE_CHECKING:
@@ -97,41 +98,42 @@ def published_count(dataset: Any, reader: dict[str, Any]) -> int | None:
     return dataset.table.splits.get(dataset.split)
 
 
-def split_findings(audit: SplitAudit, *, published: int | None, validates: bool) -> list[Finding]:
-    """Return all findings about one split; ``validates``: scores are computed on it."""
+def split_findings(audit: SplitAudit, *, published: int | None, validates: bool) -> Iterator[Finding]:
+    """Yield all findings about one split; ``validates``: scores are computed on it."""
     dataset = audit.dataset
-    findings = [Finding(NOTE, note) for note in dataset.notes]
-    findings += _count_findings(audit, published)
+    for note in dataset.notes:
+        yield Finding(NOTE, note)
+    yield from _count_findings(audit, published)
     if not dataset.labelled:
         text = (
             f"split {dataset.split!r} of {dataset.name} has no labels, so that nothing can be trained or measured on "
             "it: choose another dataset.train_split or dataset.val_split"
         )
-        findings.append(Finding(ERROR, text))
-    findings += _listed(audit, audit.image_errors, what="images that cannot be read")
-    findings += _listed(audit, audit.label_errors, what="labels that cannot be read")
-    findings += _listed(audit, audit.size_errors, what="images of another size than their labels")
-    findings += [_unknown_value(audit, value) for value in sorted(audit.unknown)]
-    findings += _suspicious(audit)
+        yield Finding(ERROR, text)
+    yield from _listed(audit, "image", what="images that cannot be read")
+    yield from _listed(audit, "label", what="labels that cannot be read")
+    yield from _listed(audit, "size", what="images of another size than their labels")
+    for value in sorted(audit.unknown):
+        yield _unknown_value(audit, value)
+    yield from _suspicious(audit)
     if dataset.labelled and audit.raw_pixels:
-        findings += _absent_classes(audit, validates=validates)
+        yield from _absent_classes(audit, validates=validates)
         if sentence := one_class(audit.class_pixels, audit.ignored_pixels, dataset):
-            findings.append(Finding(ERROR, sentence))
-    return findings
+            yield Finding(ERROR, sentence)
 
 
-def _count_findings(audit: SplitAudit, published: int | None) -> list[Finding]:
+def _count_findings(audit: SplitAudit, published: int | None) -> Iterator[Finding]:
     dataset = audit.dataset
     found = len(dataset)
     left_out = LEFT_OUT.get((dataset.name, dataset.split), 0)
     if published is None or found in (published, published - left_out):
-        return []
+        return
     more_or_less = "only " if found < published else ""
     text = (
         f"split {dataset.split} of {dataset.name} has {more_or_less}{found:,} images, but {published - left_out:,} "
         "are published: unpack the archives again, or go on if this is a part on purpose"
     )
-    return [Finding(WARNING, text)]
+    yield Finding(WARNING, text)
 
 
 def _file(audit: SplitAudit, index: int, *, label: bool = False) -> str:
@@ -139,20 +141,20 @@ def _file(audit: SplitAudit, index: int, *, label: bool = False) -> str:
     return str(sample.labels[0] if label and sample.labels else sample.image)
 
 
-def _listed(audit: SplitAudit, sentences: dict[int, str], *, what: str) -> list[Finding]:
-    """Return a finding for each of the first sentences, and one for the rest."""
-    indices = sorted(sentences)
-    label = what.startswith("labels")
-    first = indices if len(indices) <= NUM_SHOWN + 1 else indices[:NUM_SHOWN]
-    findings = [Finding(ERROR, sentences[i], (_file(audit, i, label=label),)) for i in first]
-    rest = indices[len(first) :]
+def _listed(audit: SplitAudit, about: str, *, what: str) -> Iterator[Finding]:
+    """Yield a finding for each of the first errors ``about`` image, label or size, and one for the rest."""
+    sentences = audit.errors[about]
+    files = {index: _file(audit, index, label=about == "label") for index in sorted(sentences)}
+    num_first = len(files) if len(files) <= NUM_SHOWN + 1 else NUM_SHOWN
+    for index in list(files)[:num_first]:
+        yield Finding(ERROR, sentences[index], (files[index],))
+    rest = tuple(files.values())[num_first:]
     if rest:
         text = (
-            f"split {audit.dataset.split} has {len(rest)} more {what}, for example "
-            f"{_file(audit, rest[0], label=label)}: mend them likewise (--json lists them all)"
+            f"split {audit.dataset.split} has {len(rest)} more {what}, for example {rest[0]}: mend them likewise "
+            "(--json lists them all)"
         )
-        findings.append(Finding(ERROR, text, tuple(_file(audit, i, label=label) for i in rest)))
-    return findings
+        yield Finding(ERROR, text, rest)
 
 
 def _unknown_value(audit: SplitAudit, value: int) -> Finding:
@@ -173,50 +175,44 @@ def _unknown_value(audit: SplitAudit, value: int) -> Finding:
     return Finding(ERROR, text, files)
 
 
-def _suspicious(audit: SplitAudit) -> list[Finding]:
-    findings = []
-    for indices, label, text in (
-        (audit.one_colour, False, "shows one colour only"),
-        (audit.no_class, True, "has no pixel of any class"),
+def _suspicious(audit: SplitAudit) -> Iterator[Finding]:
+    split = audit.dataset.split
+    for indices, kind, what in (
+        (audit.one_colour, "image", "shows one colour only"),
+        (audit.no_class, "label", "has no pixel of any class"),
     ):
-        if indices:
-            kind, first = "label" if label else "image", _file(audit, indices[0], label=label)
-            others = f" and {len(indices) - 1} more like it" if len(indices) > 1 else ""
-            files = tuple(_file(audit, index, label=label) for index in indices)
-            sentence = (
-                f"{kind} {first} {text}{others}: look at it, and remove the pair from {audit.dataset.split} if broken"
-            )
-            findings.append(Finding(WARNING, sentence, files))
+        files = tuple(_file(audit, index, label=kind == "label") for index in indices)
+        if files:
+            text = f"{kind} {files[0]} {what}{and_more(files)}: look at it, and remove the pair from {split} if broken"
+            yield Finding(WARNING, text, files)
     if audit.turned:
+        files = tuple(_file(audit, index) for index in audit.turned)
         text = (
-            f"{len(audit.turned)} of {len(audit.indices)} images of split {audit.dataset.split} have an orientation "
-            f"tag, for example {_file(audit, audit.turned[0])}: it is ignored, since labels match the pixels as "
-            "they are stored; if yours were drawn on the turned images, turn the images and remove the tag"
+            f"{len(files)} of {len(audit.indices)} images of split {split} have an orientation tag, for example "
+            f"{files[0]}: it is ignored, since labels match the pixels as they are stored; if yours were drawn on the "
+            "turned images, turn the images and remove the tag"
         )
-        findings.append(Finding(NOTE, text, tuple(_file(audit, index) for index in audit.turned)))
+        yield Finding(NOTE, text, files)
     twice = [indices for indices in audit.digests.values() if len(indices) > 1]
     if twice:
-        one, other = twice[0][:2]
         files = tuple(_file(audit, index) for indices in twice for index in indices)
         text = (
-            f"split {audit.dataset.split} shows {len(twice)} image{'s' * (len(twice) > 1)} more than once, for example "
-            f"{_file(audit, one)} and {_file(audit, other)}: remove the copies"
+            f"split {split} shows {len(twice)} image{'s' * (len(twice) > 1)} more than once, for example {files[0]} "
+            f"and {files[1]}: remove the copies"
         )
-        findings.append(Finding(WARNING, text, files))
-    return findings
+        yield Finding(WARNING, text, files)
 
 
-def _absent_classes(audit: SplitAudit, *, validates: bool) -> list[Finding]:
+def _absent_classes(audit: SplitAudit, *, validates: bool) -> Iterator[Finding]:
     classes, split = audit.dataset.classes, audit.dataset.split
     absent = [classes[k] for k in np.flatnonzero(audit.class_pixels == 0)]
     if not absent:
-        return []
+        return
     names = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    pronoun = "it" if len(absent) == 1 else "them"
     if not audit.is_complete:
         text = f"the {len(audit.indices)} samples of {split} show no pixel of {names}: leave out --sample to know"
-        return [Finding(NOTE, text)]
-    pronoun = "it" if len(absent) == 1 else "them"
-    if validates:
+    elif validates:
         text = (
             f"split {split} has no pixel of {names}, so the mean IoU will be that of {len(classes) - len(absent)} "
             f"classes: compare it only with scores on the same split, or add images of {pronoun}"
@@ -226,24 +222,23 @@ def _absent_classes(audit: SplitAudit, *, validates: bool) -> list[Finding]:
             f"split {split} has no pixel of {names}, so {pronoun} cannot be learnt, and the loss gives "
             f"{pronoun} the margin of loss.absent: add images, or correct the label table"
         )
-    return [Finding(WARNING, text)]
+    yield Finding(WARNING if audit.is_complete else NOTE, text)
 
 
-def overlap_findings(train: SplitAudit, val: SplitAudit) -> list[Finding]:
-    """Return at most one finding: images of ``train`` whose pixels are in ``val`` as well."""
+def overlap_findings(train: SplitAudit, val: SplitAudit) -> Iterator[Finding]:
+    """Yield at most one finding: images of ``train`` whose pixels are in ``val`` as well."""
     common = [digest for digest in val.digests if digest in train.digests]
     shared = [(train.digests[digest][0], index) for digest in common for index in val.digests[digest]]
     if not shared:
-        return []
-    first, second = shared[0]
+        return
+    files = tuple(_file(val, index) for _, index in shared)
     text = (
         f"{len(shared)} of {len(val.indices)} images of split {val.dataset.split} are in {train.dataset.split} as "
-        f"well, for example {_file(val, second)} = {_file(train, first)}: remove them from {train.dataset.split}, as "
+        f"well, for example {files[0]} = {_file(train, shared[0][0])}: remove them from {train.dataset.split}, as "
         "scores on images that were trained on say little about others"
     )
     share = len(shared) / len(val.indices)
-    files = tuple(_file(val, index) for _, index in shared)
-    return [Finding(ERROR if share > TOLERATED_OVERLAP else WARNING, text, files)]
+    yield Finding(ERROR if share > TOLERATED_OVERLAP else WARNING, text, files)
 
 
 def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
@@ -258,9 +253,9 @@ def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
         "num_published": published,
         "num_checked": len(audit.indices),
         "num_broken": len(audit.broken),
-        "num_unreadable_images": len(audit.image_errors),
-        "num_unreadable_labels": len(audit.label_errors),
-        "num_different_sizes": len(audit.size_errors),
+        "num_unreadable_images": len(audit.errors["image"]),
+        "num_unreadable_labels": len(audit.errors["label"]),
+        "num_different_sizes": len(audit.errors["size"]),
         "num_with_orientation": len(audit.turned),
         "sizes": [{"height": h, "width": w, "images": n} for (h, w), n in audit.sizes.most_common()],
         "ignored_pixels": audit.ignored_pixels,

@@ -39,7 +39,7 @@ def audit(root, split="train", **options):
 
 
 def findings_of(found, *, validates=False):
-    return split_findings(found, published=None, validates=validates)
+    return list(split_findings(found, published=None, validates=validates))
 
 
 def label_of(root, number):
@@ -228,7 +228,7 @@ def test_published_counts():
     ],
 )
 def test_counts_beside_the_published_ones(root, num, published, says):
-    found = split_findings(audit(root), published=published, validates=False)
+    found = list(split_findings(audit(root), published=published, validates=False))
     assert [finding.level for finding in found] == ([] if says is None else [WARNING])
     assert says is None or says in found[0].text
 
@@ -255,7 +255,7 @@ def test_overlap_is_found_by_content(root):
 
 
 def test_no_overlap(root):
-    assert overlap_findings(audit(root), audit(root, "val")) == []
+    assert not list(overlap_findings(audit(root), audit(root, "val")))
 
 
 def test_a_few_shared_images_of_a_published_split_are_a_warning(root):
@@ -344,9 +344,9 @@ def test_camvid_as_published(shared_data):
         table = found.dataset.table
         assert len(found.dataset) == published_count(found.dataset, {}) == table.splits[split]
         published = published_count(found.dataset, {})
-        assert split_findings(found, published=published, validates=split == "val") == []
+        assert not list(split_findings(found, published=published, validates=split == "val"))
         assert found.sizes == {(360, 480): len(found.dataset)}
-    assert overlap_findings(audits["train"], audits["val"]) == []
+    assert not list(overlap_findings(audits["train"], audits["val"]))
     shares = audits["train"].class_pixels / audits["train"].class_pixels.sum() * 100
     published_shares = [17.54, 24.21, 1.02, 32.96, 4.67, 10.12, 1.22, 1.17, 6.11, 0.67, 0.30]
     np.testing.assert_allclose(shares, published_shares, atol=0.006)

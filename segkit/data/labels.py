@@ -89,10 +89,11 @@ class LabelTable:
         Raises InputError naming ``file``, the values that are not in the table and how many pixels have them.
         """
         assert np.issubdtype(raw.dtype, np.integer), f"raw labels must be integers, not {raw.dtype}"
-        if raw.dtype == np.uint8:
+        narrow = narrowed(raw)
+        if narrow.dtype == np.uint8:
             import cv2  # six times as fast as indexing; imported here to keep `import segkit.data` light
 
-            train = np.asarray(cv2.LUT(raw, self._lookup))
+            train = np.asarray(cv2.LUT(narrow, self._lookup))
         else:
             train = np.full(raw.shape, UNKNOWN, np.uint8)
             for value in np.unique(raw).tolist():
@@ -114,6 +115,13 @@ class LabelTable:
             f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
             f"{ranges(sorted(self.raw_to_train))}: {cure}"
         )
+
+
+def narrowed(raw: np.ndarray) -> np.ndarray:
+    """Return an integer array as uint8 if that holds all its values, else as it is; an empty one as it is."""
+    if raw.dtype == np.uint8 or raw.size == 0 or raw.min() < 0 or raw.max() > 255:
+        return raw
+    return raw.astype(np.uint8)
 
 
 def ranges(values: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 
 from segkit.data.files import check_readable
 from segkit.data.formats.masks import load_index
+from segkit.data.labels import narrowed
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
@@ -129,7 +130,7 @@ def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | No
     is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
     ``cache_dir`` that cannot be written.
     """
-    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir, each=False)
+    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir)
     if sentence := one_class(counts.class_pixels, counts.ignored_pixels, dataset):
         raise InputError(sentence)
     return counts
@@ -137,33 +138,19 @@ def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | No
 
 def classes_of_images(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> np.ndarray:
     """Return which sample has a pixel of which class, bool (N, K), from the same count and kept beside it."""
-    return _counted(dataset, workers=workers, cache_dir=cache_dir, each=True)[1]
+    return _counted(dataset, workers=workers, cache_dir=cache_dir)[1]
 
 
-def _counted(
-    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None, each: bool
-) -> tuple[LabelCounts, np.ndarray]:
-    """The counts, and with ``each`` the classes of each sample (else it may be empty), from the cache where kept."""
+def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) -> tuple[LabelCounts, np.ndarray]:
+    """The counts and the classes of each sample, from the cache where they are kept."""
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
-    if cached is not None and cached.is_file() and (counts := _from_cache(cached, dataset, mark)) is not None:
-        has_class = _kept_classes(cached.with_suffix(".npy"), counts) if each else np.zeros(0, bool)
-        if has_class is not None:
-            return counts, has_class
-    counts, has_class = _count(dataset, mark, workers=workers)
-    if cached is not None:
-        _store(cached, counts, has_class)
-    return counts, has_class
-
-
-def _kept_classes(path: Path, counts: LabelCounts) -> np.ndarray | None:
-    """What :func:`_store` has kept of each sample; None where it is missing, torn, or does not match the counts."""
-    try:
-        has_class = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    same = has_class.dtype == bool and has_class.shape == (counts.num_images, len(counts.classes))
-    return has_class if same and np.array_equal(has_class.sum(0), counts.class_images) else None
+    found = None if cached is None else _from_cache(cached, dataset, mark)
+    if found is None:
+        found = _count(dataset, mark, workers=workers)
+        if cached is not None:
+            _store(cached, *found)
+    return found
 
 
 def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet) -> str | None:
@@ -182,14 +169,16 @@ def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet)
     )
 
 
-def _from_cache(path: Path, dataset: SampleSet, mark: str) -> LabelCounts | None:
-    """The kept counts; None where the file is torn or not ours, so that it is written anew."""
+def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts, np.ndarray] | None:
+    """What :func:`_store` has kept; None where it is missing, torn or not ours, so that it is written anew."""
     try:
         counts = LabelCounts.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        has_class = np.load(path.with_suffix(".npy"), allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
-    same = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
-    return counts if same else None
+    ours = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
+    alike = has_class.dtype == bool and has_class.shape == (len(dataset), dataset.num_classes)
+    return (counts, has_class) if ours and alike and np.array_equal(has_class.sum(0), counts.class_images) else None
 
 
 def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
@@ -261,11 +250,10 @@ def _moments(dataset: SampleSet, index: int) -> tuple[int, np.ndarray, np.ndarra
 
 def raw_histogram(raw: np.ndarray) -> dict[int, int]:
     """Return {value: pixels} of an integer array of any type."""
+    raw = narrowed(raw)
     if raw.dtype != np.uint8:
-        if raw.size == 0 or raw.min() < 0 or raw.max() > 255:
-            values, counts = np.unique(raw, return_counts=True)
-            return dict(zip(values.tolist(), counts.tolist(), strict=True))
-        raw = raw.astype(np.uint8)
+        values, counts = np.unique(raw, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
     counts = byte_histogram(raw)
     return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
 

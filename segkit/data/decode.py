@@ -228,23 +228,18 @@ def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
     image = as_stored(opened, path)
     if image.mode.startswith("I"):
         tags: Any = getattr(opened, "tag_v2", {})
-        return _upper_byte(image, path, white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
+        grey = (values >> 8).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds for 8 bits only
+            grey = 255 - grey
+        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits, or set dataset.dtype")
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
-
-
-def _upper_byte(image: Image.Image, path: Path, *, white_is_zero: bool) -> np.ndarray:
-    """RGB of 16- or 32-bit grey values; Pillow heeds ``white_is_zero`` (of TIFFs) for 8 bits only."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
-    grey = (values >> 8).astype(np.uint8)
-    if white_is_zero:
-        grey = 255 - grey
-    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def _png_as_rgb(image: np.ndarray) -> np.ndarray:

@@ -136,6 +136,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def without_suffix(relative: str) -> str:
+    """Return the path of an image below its folder without its extension, with forward slashes."""
+    path = Path(relative)
+    return (path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path).as_posix()
+
+
 def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     """Find the image files of a folder (see :func:`walk`), of a pattern such as ``'shots/*.jpg'``, or a single file.
 

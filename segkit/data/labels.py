@@ -52,9 +52,6 @@ class LabelTable:
         if len(set(self.classes)) != num:
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise InputError(f"label table {self.name} names a class twice: {', '.join(twice)}; rename one")
-        self._check_maps(num)
-
-    def _check_maps(self, num: int) -> None:
         wrong = {r: t for r, t in self.raw_to_train.items() if not (0 <= t < num or t == self.ignore_index)}
         if wrong:
             raw, train = next(iter(wrong.items()))
@@ -150,19 +147,15 @@ def load_table(name: str) -> LabelTable:
     return table_from_dict(table_file(name))
 
 
-def _palette(content: Mapping[str, Any]) -> np.ndarray:
-    colours = np.asarray(content["palette"], dtype=np.int64).reshape(-1, 3)
-    if colours.size and (colours.min() < 0 or colours.max() > 255):
-        raise InputError(f"label table {content['name']} has a palette value outside 0..255; mend that colour")
-    return colours.astype(np.uint8)
-
-
 def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     """Build a LabelTable from the content of a table file.
 
     Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw (default:
     the first raw value that is mapped to the class), source, splits.
     """
+    colours = np.asarray(content["palette"], dtype=np.int64).reshape(-1, 3)
+    if colours.size and (colours.min() < 0 or colours.max() > 255):
+        raise InputError(f"label table {content['name']} has a palette value outside 0..255; mend that colour")
     raw_to_train = {int(raw): int(train) for raw, train in content["raw_to_train"].items()}
     train_to_raw = {int(train): int(raw) for train, raw in content.get("train_to_raw", {}).items()}
     if not train_to_raw:
@@ -172,7 +165,7 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     return LabelTable(
         name=str(content["name"]),
         classes=tuple(str(name) for name in content["classes"]),
-        palette=_palette(content),
+        palette=colours.astype(np.uint8),
         raw_to_train=raw_to_train,
         train_to_raw=train_to_raw,
         ignore_index=int(content.get("ignore_index", 255)),

@@ -106,18 +106,22 @@ class Layout:
         ``tops`` are the relative paths of those top folders. Raises InputError otherwise: where the tree lies one or
         two levels above ``root``, or one below, the sentence says so and gives the right ``dataset.root``.
         """
-        for candidate in _levels(self.root, tops):
-            if os.path.isdir(candidate / marker):
-                return candidate
+
+        def holder(root: Path) -> Path | None:
+            places = (root, *(root / top for top in tops))
+            return next((place for place in places if os.path.isdir(place / marker)), None)
+
+        if found := holder(self.root):
+            return found
         root = self.root.absolute()
         for above in list(root.parents)[:2]:
-            if any(os.path.isdir(candidate / marker) for candidate in _levels(above, tops)):
+            if holder(above):
                 raise InputError(
                     f"dataset.root={root} is too deep for {self.dataset}, whose folder {marker} must lie in it; "
                     f"set dataset.root={above}"
                 )
         for below in _subfolders(root):
-            if any(os.path.isdir(candidate / marker) for candidate in _levels(below, tops)):
+            if holder(below):
                 raise InputError(
                     f"dataset.root={root} is one level too shallow for {self.dataset}, whose folder {marker} must lie "
                     f"in it; set dataset.root={below}"
@@ -226,10 +230,6 @@ class Layout:
         """Return the samples of the files <id>.jpg in ``images`` and <id>``suffix`` in ``labels``, as :meth:`pair`."""
         wanted = {"image": f"{images}/{{id}}.jpg", "label": f"{labels}/{{id}}{suffix}"}
         return self.pair(self.files(images, ".jpg"), self.files(labels, suffix), **wanted)
-
-
-def _levels(folder: Path, tops: Sequence[str]) -> list[Path]:
-    return [folder, *(folder / top for top in tops)]
 
 
 def _subfolders(folder: Path) -> list[Path]:

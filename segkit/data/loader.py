@@ -90,8 +90,8 @@ def crop_of(dataset: SampleSet, transform: TrainTransform, draw: Draw) -> tuple[
     image = dataset.image(index, shrink=shrink)
     dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
     shrink = 1 if image.shape[:2] == raw.shape else shrink
-    label_cut = dataset.to_train(index, window.cut_label(raw))
-    return transform.finish(window.cut_image(image, shrink), label_cut, window)
+    label_cut = dataset.to_train(index, window.cut(raw))
+    return transform.finish(window.cut(image, shrink), label_cut, window)
 
 
 @dataclass(eq=False)
@@ -107,13 +107,6 @@ class _TrainSteps(Dataset[Batch | InputError]):
     world_size: int
     sampler: Sampler | None
 
-    def draws(self, step: int) -> list[Draw]:
-        """Return this rank's samples of ``step``."""
-        epoch, number = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
-        places = range(number * self.batch_size, (number + 1) * self.batch_size)
-        draws = draws_of(places, self.dataset, self.sampler, seed=self.seed, phase=self.phase, epoch=epoch)
-        return draws[self.rank :: self.world_size]
-
     def __getitem__(self, step: int) -> Batch | InputError:
         try:
             return self._batch(step)
@@ -121,7 +114,10 @@ class _TrainSteps(Dataset[Batch | InputError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        draws = self.draws(step)
+        epoch, number = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
+        places = range(number * self.batch_size, (number + 1) * self.batch_size)
+        draws = draws_of(places, self.dataset, self.sampler, seed=self.seed, phase=self.phase, epoch=epoch)
+        draws = draws[self.rank :: self.world_size]  # this rank's
         indices = [draw.sample for draw in draws]
         height, width = self.transform.crop
         channels, dtype = self.dataset.kind
@@ -162,20 +158,20 @@ def _planes(image: np.ndarray, target: torch.Tensor) -> None:
         planes[:] = image.transpose(2, 0, 1)
 
 
+@dataclass(eq=False)
 class Batches(Iterable[Batch]):
     """An iterable of batches; every ``iter()`` begins anew, and its workers end with that iterator."""
 
-    def __init__(self, start: Callable[[], Iterator[Batch]], num_batches: int | None) -> None:
-        self._start = start
-        self._num_batches = num_batches
+    start: Callable[[], Iterator[Batch]]
+    num_batches: int | None
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._start()
+        return self.start()
 
     def __len__(self) -> int:
-        if self._num_batches is None:
+        if self.num_batches is None:
             raise TypeError("the number of these batches depends on the sizes of the images")
-        return self._num_batches
+        return self.num_batches
 
 
 def train_batches(
@@ -245,14 +241,10 @@ def eval_batches(
 def _grouped(single: Iterator[Batch], batch_size: int, *, pin_memory: bool) -> Iterator[Batch]:
     for _, alike in itertools.groupby(single, lambda batch: (batch.images.shape, batch.labels.shape)):
         while held := list(itertools.islice(alike, batch_size)):
-            yield _joined(held, pin_memory=pin_memory)
-
-
-def _joined(held: list[Batch], *, pin_memory: bool) -> Batch:
-    images, labels = torch.cat([b.images for b in held]), torch.cat([b.labels for b in held])
-    if pin_memory and torch.cuda.is_available():
-        images, labels = images.pin_memory(), labels.pin_memory()
-    return Batch(images, labels, [n for b in held for n in b.names], [i for b in held for i in b.indices])
+            images, labels = torch.cat([b.images for b in held]), torch.cat([b.labels for b in held])
+            if pin_memory and torch.cuda.is_available():
+                images, labels = images.pin_memory(), labels.pin_memory()
+            yield Batch(images, labels, [n for b in held for n in b.names], [i for b in held for i in b.indices])
 
 
 def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -82,14 +82,10 @@ class Window:
     shrink: int
     seed: int = 0
 
-    def cut_image(self, image: np.ndarray, shrink: int) -> np.ndarray:
-        """Return the window's part of an image that was decoded at 1/``shrink`` of its size; a view."""
+    def cut(self, part: np.ndarray, shrink: int = 1) -> np.ndarray:
+        """Return the window's part of a label, or of an image that was decoded at 1/``shrink`` of its size; a view."""
         rows = slice(self.top // shrink, -(-self.bottom // shrink))
-        return image[rows, self.left // shrink : -(-self.right // shrink)]
-
-    def cut_label(self, label: np.ndarray) -> np.ndarray:
-        """Return the window's part of a label of full size; a view."""
-        return label[self.top : self.bottom, self.left : self.right]
+        return part[rows, self.left // shrink : -(-self.right // shrink)]
 
 
 class Augment:

@@ -127,11 +127,6 @@ def _noise(cell: int) -> NDArray[np.float32]:
     return (grown - grown.mean()) / grown.std()
 
 
-@cache
-def _colours(material: str) -> list[bytes]:
-    return [bytes.fromhex(code) for code in MATERIALS[material].colours.split()]
-
-
 class Canvas:
     """A picture in the making, of ``size`` (height, width), with all that is random drawn from ``rng``.
 
@@ -150,9 +145,9 @@ class Canvas:
 
     def pick(self, material: str) -> Colour:
         """One of the colours of a material, somewhat moved."""
-        colours, spread = _colours(material), MATERIALS[material].spread
+        colours, spread = MATERIALS[material].colours.split(), MATERIALS[material].spread
         whole, *single = self.rng.uniform(-spread, spread, 4).tolist()
-        moved = zip(colours[int(self.rng.integers(len(colours)))], single, strict=True)
+        moved = zip(bytes.fromhex(colours[int(self.rng.integers(len(colours)))]), single, strict=True)
         red, green, blue = (min(max(value + whole + shift / 2, 5), 250) for value, shift in moved)
         return red, green, blue
 

@@ -4,7 +4,7 @@
 def apply(transform, image, label, window):
     """The crop of ``window``; the image may have been decoded at 1/``window.shrink`` of its size."""
     shrink = 1 if image.shape[:2] == label.shape else window.shrink
-    return transform.finish(window.cut_image(image, shrink), window.cut_label(label), window)
+    return transform.finish(window.cut(image, shrink), window.cut(label), window)
 
 
 def drawn_crop(transform, image, label, rng):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.files import IMAGE_SUFFIXES
+from segkit.data.files import without_suffix
 from segkit.data.formats.polygons import Meaning, Size, fill, read_json_label, ring_of, true_size
 from segkit.data.layout import inside, near_miss, refuse
 from segkit.data.samples import Sample
@@ -106,11 +106,9 @@ def _content(path: str, modified: int) -> Content:
         name = entry.get("file_name")
         if not isinstance(name, str) or not name or not isinstance(entry.get("id"), int | str):
             raise InputError(f"label {file} has an image without id or file_name: export it again")
-        key = Path(name)
-        key = key.with_suffix("") if key.suffix.lower() in IMAGE_SUFFIXES else key
-        if key.as_posix() in entries:
+        if without_suffix(name) in entries:
             raise InputError(f"label {file} has the image {name!r} twice: remove one of the two")
-        entries[key.as_posix()] = entry
+        entries[without_suffix(name)] = entry
     named = [(item["id"], str(item.get("name"))) for item in content["categories"] if isinstance(item.get("id"), int)]
     names = dict(named)
     for kind, found in ("image", [entry["id"] for entry in entries.values()]), ("category", [i for i, _ in set(named)]):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segkit.data.decode import colour_mode
-from segkit.data.files import IMAGE_SUFFIXES, is_folder, visible_entries, walk
+from segkit.data.files import IMAGE_SUFFIXES, is_folder, visible_entries, walk, without_suffix
 from segkit.data.formats import coco, labelme, masks, yolo
 from segkit.data.formats.classes import FolderClasses, read_classes
 from segkit.data.formats.polygons import Meaning
@@ -254,10 +254,10 @@ class _Place:
 
     def _listed(self, list_file: Path, images: Files, labels: Files, kind: str, *, test: bool) -> list[Sample]:
         entries = self.layout.entries(list_file, self.top / self.images)
-        labelled = not test or any(_key(entry) in labels for entry in entries)
+        labelled = not test or any(without_suffix(entry) in labels for entry in entries)
         samples = []
         for entry in entries:
-            key, path = _key(entry), self.top / self.images / entry
+            key, path = without_suffix(entry), self.top / self.images / entry
             found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
             label = self.top / self.labels / f"{key}{self.suffix}{_suffix(kind)}"
             if not found:
@@ -321,12 +321,6 @@ def _reading(kind: str, table: FolderClasses, first: Sample, path: Path) -> tupl
         coco.check_categories(first.labels[0], meaning)
     load = {"coco": coco.load, "labelme": labelme.load, "yolo": yolo.load}[kind]
     return plain, partial(load, meaning=meaning)
-
-
-def _key(relative: str) -> str:
-    """The path below images/ without an image's extension, with forward slashes."""
-    path = Path(relative)
-    return (path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path).as_posix()
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> Files:

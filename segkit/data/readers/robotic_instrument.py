@@ -22,7 +22,7 @@ import numpy as np
 
 from segkit.data.decode import read_index_png
 from segkit.data.files import is_folder, visible_entries
-from segkit.data.labels import LabelTable, load_table, table_file
+from segkit.data.labels import load_table, table_file
 from segkit.data.layout import Layout, check_option, check_split, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
@@ -86,21 +86,17 @@ def read(
     missing = ", ".join(str(number) for number in wanted if number not in found)
     of = "1..8" if splits == "paper" else f"split {split}"
     notes = [f"sequences {missing} of {of} are not under {layout.root}: unpack {ARCHIVES}"] if missing else []
+    table = load_table(f"robotic_instrument_{task}")
+    if overlap == "ignore":
+        table = dataclasses.replace(table, raw_to_train={**table.raw_to_train, IGNORED: table.ignore_index})
     return SampleSet(
         samples,
-        table=_table(task, overlap),
+        table=table,
         name=name,
         split=split,
         load_label=partial(merge_masks, task=task, overlap=overlap, odd_values=odd_values),
         notes=notes,
     )
-
-
-def _table(task: str, overlap: str) -> LabelTable:
-    table = load_table(f"robotic_instrument_{task}")
-    if overlap == "ignore":
-        table = dataclasses.replace(table, raw_to_train={**table.raw_to_train, IGNORED: table.ignore_index})
-    return table
 
 
 def _sequences(layout: Layout) -> dict[int, Path]:

@@ -50,7 +50,8 @@ class Look:
 class SplitAudit:
     """What was seen of one split.
 
-    ``indices``: the samples looked at; ``sizes``: images of each (height, width); ``raw_pixels``: pixels of each raw
+    ``indices``: the samples looked at; ``published``: the number of images that the split should have, None if that is
+    not known; ``sizes``: images of each (height, width); ``raw_pixels``: pixels of each raw
     label value; ``class_pixels`` and ``class_images``: int64 (K,); ``ignored_pixels``: those whose raw value the table
     maps to ``ignore_index``; ``unknown``: for each raw value that the table does not know, its pixels in each sample;
     ``digests``: the samples that share an image content; ``errors``: a sentence for each sample, about "image", "label"
@@ -59,6 +60,7 @@ class SplitAudit:
 
     dataset: SampleSet
     indices: list[int]
+    published: int | None = None
     sizes: Counter[Size] = field(default_factory=Counter)
     raw_pixels: Counter[int] = field(default_factory=Counter)
     class_pixels: np.ndarray = field(init=False)

@@ -74,8 +74,8 @@ def _audit(report: Report, dataset: DatasetConfig, split: str, *, validates: boo
     if opened is None:
         return None
     audit = audit_split(opened, sample=report.sample, seed=report.config.seed, workers=report.config.workers)
-    published = published_count(opened, dataset.reader)
-    report.extend(split_findings(audit, published=published, validates=validates))
+    audit.published = published_count(opened, dataset.reader)
+    report.extend(split_findings(audit, validates=validates))
     return audit
 
 

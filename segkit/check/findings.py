@@ -98,12 +98,12 @@ def published_count(dataset: Any, reader: dict[str, Any]) -> int | None:
     return dataset.table.splits.get(dataset.split)
 
 
-def split_findings(audit: SplitAudit, *, published: int | None, validates: bool) -> Iterator[Finding]:
+def split_findings(audit: SplitAudit, *, validates: bool) -> Iterator[Finding]:
     """Yield all findings about one split; ``validates``: scores are computed on it."""
     dataset = audit.dataset
     for note in dataset.notes:
         yield Finding(NOTE, note)
-    yield from _count_findings(audit, published)
+    yield from _count_findings(audit)
     if not dataset.labelled:
         text = (
             f"split {dataset.split!r} of {dataset.name} has no labels, so that nothing can be trained or measured on "
@@ -122,9 +122,8 @@ def split_findings(audit: SplitAudit, *, published: int | None, validates: bool)
             yield Finding(ERROR, sentence)
 
 
-def _count_findings(audit: SplitAudit, published: int | None) -> Iterator[Finding]:
-    dataset = audit.dataset
-    found = len(dataset)
+def _count_findings(audit: SplitAudit) -> Iterator[Finding]:
+    dataset, published, found = audit.dataset, audit.published, len(audit.dataset)
     left_out = LEFT_OUT.get((dataset.name, dataset.split), 0)
     if published is None or found in (published, published - left_out):
         return
@@ -241,7 +240,7 @@ def overlap_findings(train: SplitAudit, val: SplitAudit) -> Iterator[Finding]:
     yield Finding(ERROR if share > TOLERATED_OVERLAP else WARNING, text, files)
 
 
-def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
+def summary(audit: SplitAudit) -> dict[str, Any]:
     """Return what was seen of a split as JSON values."""
     dataset = audit.dataset
     pixels, images = audit.class_pixels.tolist(), audit.class_images.tolist()
@@ -250,7 +249,7 @@ def summary(audit: SplitAudit, *, published: int | None) -> dict[str, Any]:
         "dataset": dataset.name,
         "split": dataset.split,
         "num_images": len(dataset),
-        "num_published": published,
+        "num_published": audit.published,
         "num_checked": len(audit.indices),
         "num_broken": len(audit.broken),
         "num_unreadable_images": len(audit.errors["image"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from segkit.check.findings import LEVELS, Report, published_count, summary
+from segkit.check.findings import LEVELS, Report, summary
 from segkit.report.tables import percent, screen_table
 from segkit.report.text import for_terminal
 
@@ -18,7 +18,6 @@ RAREST = 12
 def to_json(report: Report) -> dict[str, Any]:
     """Return the whole report as JSON values, the findings ordered by level."""
     config = report.config
-    readers = {audit: seen.config.reader for seen in report.data for audit in (seen.train, seen.val)}
     ordered = sorted(report.findings, key=lambda finding: LEVELS.index(finding.level))
     return {
         "verdict": report.verdict,
@@ -27,9 +26,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "model": config.model,
         "loss": config.loss,
         "sample": report.sample,
-        "splits": [
-            summary(audit, published=published_count(audit.dataset, readers[audit])) for audit in report.audits()
-        ],
+        "splits": [summary(audit) for audit in report.audits()],
         "rehearsal": None if report.rehearsal is None else report.rehearsal.to_json(),
         "findings": [{"level": item.level, "text": item.text, "files": list(item.files)} for item in ordered],
     }

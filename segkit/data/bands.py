@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import TiffImagePlugin
+from PIL.ExifTags import Base as Tag
 
 from segkit.config.dataset import RGB
 from segkit.data import decode
@@ -25,7 +26,6 @@ from segkit.errors import InputError
 
 TIFF = (b"II", b"MM")
 _KINDS = {1: "uint", 2: "int", 3: "float"}
-_WIDTH, _HEIGHT, _BITS, _SAMPLES, _PLANAR, _FORMAT = 256, 257, 258, 277, 284, 339  # tags of TIFF
 
 
 class _Page(NamedTuple):
@@ -110,10 +110,10 @@ def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
             while tags.next and len(found) < most:
                 file.seek(tags.next)
                 tags.load(file)
-                bits, kinds = set(tags.get(_BITS, (1,))), set(tags.get(_FORMAT, (1,)))
+                bits, kinds = set(tags.get(Tag.BitsPerSample, (1,))), set(tags.get(Tag.SampleFormat, (1,)))
                 kind = f"{_KINDS.get(min(kinds), 'unknown ')}{min(bits)}" if len(bits) == len(kinds) == 1 else "mixed"
-                shape = int(tags[_HEIGHT]), int(tags[_WIDTH]), int(tags.get(_SAMPLES, 1))
-                found.append(_Page(shape, kind, tags.get(_PLANAR, 1) == 2))
+                shape = int(tags[Tag.ImageLength]), int(tags[Tag.ImageWidth]), int(tags.get(Tag.SamplesPerPixel, 1))
+                found.append(_Page(shape, kind, tags.get(Tag.PlanarConfiguration, 1) == 2))
         height, width, _ = found[0].shape
     except decode.DAMAGED as error:
         raise decode.damaged(path, error) from error

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.ExifTags import Base as Tag
 
 from segkit.data.files import check_readable, read_bytes
 from segkit.errors import InputError
@@ -42,8 +43,6 @@ _JPEG = b"\xff\xd8\xff"
 _GREY = 0  # colour type of a PNG
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that give the size
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
-_ORIENTATION, _WIDTH, _HEIGHT, _PHOTOMETRIC = 274, 256, 257, 262  # tags of EXIF and TIFF
-_BITS, _PLANAR, _SAMPLE_FORMAT = 258, 284, 339
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _UNDO = {
@@ -126,7 +125,7 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
         bits = _grey_bits(image)
         label = np.array(as_stored(image, path))
         tags: Any = getattr(image, "tag_v2", {})
-    if tags.get(_PHOTOMETRIC) == 0 and label.itemsize == 1:  # white is 0, and Pillow has turned the values around
+    if tags.get(Tag.PhotometricInterpretation) == 0 and label.itemsize == 1:  # white is 0, and Pillow turned values
         label = ~label
     if label.ndim == 3:
         if not first_channel and (label[..., :3] != label[..., :1]).any():
@@ -165,8 +164,8 @@ def orientation(path: Path | str) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of a damaged tag
-            with lazily_opened(Path(path)) as image:
-                found = Image.Image.getexif(image).get(_ORIENTATION, 1)  # not PNG's own, which decodes the image
+            with lazily_opened(Path(path)) as image:  # with getexif of all formats: PNG's own decodes the image
+                found = Image.Image.getexif(image).get(Tag.Orientation, 1)
     except Exception:  # whatever is wrong with the file is for the reader of its pixels to say
         return 1
     return found if found in _UNDO else 1
@@ -205,7 +204,7 @@ def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """Return (height, width) of an opened file as stored."""
     tags: Any = getattr(image, "tag_v2", None)  # of a TIFF; Pillow gives the size of the turned image
-    return (tags[_HEIGHT], tags[_WIDTH]) if tags else (image.height, image.width)
+    return (tags[Tag.ImageLength], tags[Tag.ImageWidth]) if tags else (image.height, image.width)
 
 
 def as_stored(image: Image.Image, path: Path) -> Image.Image:
@@ -214,12 +213,12 @@ def as_stored(image: Image.Image, path: Path) -> Image.Image:
     Raises InputError for TIFFs that Pillow reads wrongly: 16 bits in separate planes, and negative values of 8 bits.
     """
     tags: Any = getattr(image, "tag_v2", {})
-    turned = image.getexif().get(_ORIENTATION, 1) if tags else 1
-    bits = set(tags.get(_BITS, (8,)))
-    if tags.get(_PLANAR) == 2 and image.mode != "L" and bits != {8}:  # Pillow would mix the bytes of 16 bits
+    turned = image.getexif().get(Tag.Orientation, 1) if tags else 1
+    bits = set(tags.get(Tag.BitsPerSample, (8,)))
+    if tags.get(Tag.PlanarConfiguration) == 2 and image.mode != "L" and bits != {8}:  # Pillow would mix bytes
         raise InputError(f"{path} is a TIFF of separate planes of {max(bits)} bits: convert it to interleaved channels")
     image.load()
-    if bits == {8} and 2 in tags.get(_SAMPLE_FORMAT, ()) and np.asarray(image).max(initial=0) > 127:
+    if bits == {8} and 2 in tags.get(Tag.SampleFormat, ()) and np.asarray(image).max(initial=0) > 127:
         raise InputError(f"{path} holds negative values (8 bits with a sign): convert it to 8 bits without a sign")
     return image.transpose(_UNDO[turned]) if turned in _UNDO else image
 
@@ -232,7 +231,7 @@ def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
         grey = (values >> 8).astype(np.uint8)
-        if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds for 8 bits only
+        if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow heeds for 8 bits only
             grey = 255 - grey
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
 from segkit.config.compose import config_dir
 from segkit.config.dataset import RGB
@@ -233,6 +233,4 @@ def _dataset_config(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise InputError(f"there is no data set {name!r}{hint}; configs/dataset has: {', '.join(known)}")
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict), path
-    return cast("dict[str, Any]", content)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

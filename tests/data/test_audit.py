@@ -39,7 +39,7 @@ def audit(root, split="train", **options):
 
 
 def findings_of(found, *, validates=False):
-    return list(split_findings(found, published=None, validates=validates))
+    return list(split_findings(found, validates=validates))
 
 
 def label_of(root, number):
@@ -81,7 +81,7 @@ def test_counts_are_those_of_a_plain_reading(root):
 def test_processes_see_what_one_process_sees(root):
     label_of(root, 2).write_bytes(b"")
     one, several = audit(root), audit(root, workers=2)
-    assert summary(one, published=None) == summary(several, published=None)
+    assert summary(one) == summary(several)
     assert findings_of(one) == findings_of(several)
 
 
@@ -126,7 +126,7 @@ def test_all_problems_are_collected(root):
     assert found.usable() == [5]
     warnings = [finding.text for finding in findings_of(found) if finding.level == WARNING]
     assert [text for text in warnings if f"image {image_of(root, 5)} shows one colour only" in text]
-    assert summary(found, published=None)["num_broken"] == 5
+    assert summary(found)["num_broken"] == 5
 
 
 def test_an_image_that_does_not_decode_still_has_a_size(root):
@@ -228,7 +228,9 @@ def test_published_counts():
     ],
 )
 def test_counts_beside_the_published_ones(root, num, published, says):
-    found = list(split_findings(audit(root), published=published, validates=False))
+    seen = audit(root)
+    seen.published = published
+    found = list(split_findings(seen, validates=False))
     assert [finding.level for finding in found] == ([] if says is None else [WARNING])
     assert says is None or says in found[0].text
 
@@ -236,10 +238,12 @@ def test_counts_beside_the_published_ones(root, num, published, says):
 def test_pairs_that_the_reader_leaves_out_are_not_missing(tmp_path):
     root = make_sample("bdd100k", tmp_path / "bdd100k", num_images=4, scale=0.05)
     found = audit_split(open_dataset("bdd100k", root=root, split="train"))
-    counted = [f.text for f in split_findings(found, published=len(found.dataset) + 4, validates=False)]
+    found.published = len(found.dataset) + 4
+    counted = [f.text for f in split_findings(found, validates=False)]
     assert not any("published" in text for text in counted)
     assert any(text.startswith("skipped ") for text in counted)  # the reader's note
-    missing = [f.text for f in split_findings(found, published=7000, validates=False) if f.level == WARNING]
+    found.published = 7000
+    missing = [f.text for f in split_findings(found, validates=False) if f.level == WARNING]
     assert "6,996 are published" in missing[0]
 
 
@@ -298,7 +302,7 @@ def test_images_with_an_orientation_tag_are_counted(root):
         f"2 of {NUM_IMAGES} images of split train have an orientation tag, for example {image_of(root, 1)}: it is"
     )
     assert finding.files == (str(image_of(root, 1)), str(image_of(root, 4)))
-    assert summary(found, published=None)["num_with_orientation"] == 2
+    assert summary(found)["num_with_orientation"] == 2
 
 
 def test_ranges():
@@ -343,8 +347,8 @@ def test_camvid_as_published(shared_data):
     for split, found in audits.items():
         table = found.dataset.table
         assert len(found.dataset) == published_count(found.dataset, {}) == table.splits[split]
-        published = published_count(found.dataset, {})
-        assert not list(split_findings(found, published=published, validates=split == "val"))
+        found.published = published_count(found.dataset, {})
+        assert not list(split_findings(found, validates=split == "val"))
         assert found.sizes == {(360, 480): len(found.dataset)}
     assert not list(overlap_findings(audits["train"], audits["val"]))
     shares = audits["train"].class_pixels / audits["train"].class_pixels.sum() * 100

@@ -159,11 +159,8 @@ def _integers(value: Any, path: Path, *, key: str, default: list[int]) -> list[i
 
 def _colours(colours: list[Any], path: Path) -> np.ndarray:
     for colour in colours:
-        if (
-            not isinstance(colour, list)
-            or len(colour) != 3
-            or not all(type(item) is int and 0 <= item <= 255 for item in colour)
-        ):
+        is_triple = isinstance(colour, list) and len(colour) == 3
+        if not is_triple or not all(type(item) is int and 0 <= item <= 255 for item in colour):
             raise InputError(f"{path} has the colour {colour}, but [red, green, blue] of 0 to 255 is wanted")
     return np.array(colours, np.uint8).reshape(-1, 3)
 

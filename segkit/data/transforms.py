@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -59,24 +59,25 @@ def target_size(size: Size, resize: Resize) -> Size:
     return height, width
 
 
+class Span(NamedTuple):
+    """One axis of a crop: whole source pixels ``start:stop``, resized to ``length`` pixels from ``pad`` of it on."""
+
+    start: int
+    stop: int
+    length: int
+    pad: int
+
+
 @dataclass(frozen=True)
 class Window:
-    """A drawn crop: rows and columns of the full-size pair, the size they are resized to, and what comes after.
+    """A drawn crop: rows and columns of the full-size pair, alike for image and label, and what comes after.
 
-    ``top:bottom``, ``left:right`` are whole pixels of image and label alike, so that both are cut at the same
-    lines.  ``height``, ``width`` is their size after resizing; it lies at (``pad_top``, ``pad_left``) of the crop.
     ``shrink`` (1, 2 or 4): an image decoded at that fraction of its size is fine enough. ``seed``: of the transforms
     behind the crop.
     """
 
-    top: int
-    bottom: int
-    left: int
-    right: int
-    height: int
-    width: int
-    pad_top: int
-    pad_left: int
+    rows: Span
+    columns: Span
     flip: bool
     jitter: dict[str, Any] | None
     shrink: int
@@ -84,8 +85,8 @@ class Window:
 
     def cut(self, part: np.ndarray, shrink: int = 1) -> np.ndarray:
         """Return the window's part of a label, or of an image that was decoded at 1/``shrink`` of its size; a view."""
-        rows = slice(self.top // shrink, -(-self.bottom // shrink))
-        return part[rows, self.left // shrink : -(-self.right // shrink)]
+        rows, columns = (slice(span.start // shrink, -(-span.stop // shrink)) for span in (self.rows, self.columns))
+        return part[rows, columns]
 
 
 class Augment:
@@ -162,7 +163,7 @@ class TrainTransform:
         With ``hold``, a (row, column) of the pair, it is one of those that have this pixel.
         """
         scale = rng.uniform(*self.scale)
-        place = rng.random(4)
+        place = rng.random(4).tolist()
         flip = rng.random() < self.flip
         jitter_on = rng.random() < self.color_jitter
         about = {key: float(key != "hue") for key in JITTER}  # factors vary about 1, the turn of the hue about 0
@@ -172,17 +173,13 @@ class TrainTransform:
         scaled = [max(1, round(side * scale)) for side in resized]
         shrink = _shrink(max(scaled[0] / size[0], scaled[1] / size[1]))
         held = hold or (None, None)
-        spans = [_span(size[i], scaled[i], self.crop[i], float(place[i]), shrink, held[i]) for i in (0, 1)]
-        (top, bottom, height), (left, right, width) = spans
+        rows, columns = (
+            _span(size[i], scaled[i], self.crop[i], shrink, place=place[i], pad=place[i + 2], hold=held[i])
+            for i in (0, 1)
+        )
         return Window(
-            top=top,
-            bottom=bottom,
-            left=left,
-            right=right,
-            height=height,
-            width=width,
-            pad_top=math.floor(place[2] * (self.crop[0] - height + 1)),
-            pad_left=math.floor(place[3] * (self.crop[1] - width + 1)),
+            rows,
+            columns,
             flip=bool(flip),
             jitter={**jitter, "order": order} if jitter_on else None,
             shrink=shrink,
@@ -191,7 +188,7 @@ class TrainTransform:
 
     def finish(self, image_cut: np.ndarray, label_cut: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the crop from the two parts that ``window`` cuts out: jitter, resize, pad, flip, augment."""
-        size = (window.height, window.width)
+        size = (window.rows.length, window.columns.length)
         # The colours are jittered at the smaller of the two sizes, and never in the padding.
         early = image_cut.shape[0] * image_cut.shape[1] < size[0] * size[1]
         if early:
@@ -214,8 +211,8 @@ class TrainTransform:
     def _padded(self, part: np.ndarray, window: Window, value: Any) -> np.ndarray:
         whole = np.empty((*self.crop, *part.shape[2:]), part.dtype)
         whole[:] = value
-        rows = slice(window.pad_top, window.pad_top + window.height)
-        whole[rows, window.pad_left : window.pad_left + window.width] = part
+        rows, columns = (slice(span.pad, span.pad + span.length) for span in (window.rows, window.columns))
+        whole[rows, columns] = part
         return whole
 
 
@@ -228,11 +225,11 @@ def _shrink(factor: float) -> int:
     return 4 if factor <= 0.25 else 2 if factor <= 0.5 else 1
 
 
-def _span(size: int, scaled: int, crop: int, place: float, shrink: int, hold: int | None) -> tuple[int, int, int]:
-    """(start, stop, length after resizing) along one axis of ``size`` pixels that is scaled to ``scaled``.
+def _span(size: int, scaled: int, crop: int, shrink: int, *, place: float, pad: float, hold: int | None) -> Span:
+    """The span along one axis of ``size`` pixels that is scaled to ``scaled``; ``place`` and ``pad`` lie in [0, 1).
 
-    Start and stop are whole source pixels, and multiples of ``shrink`` so that a shrunk image is cut at the same lines
-    as the label. The pixel ``hold`` lies between them.
+    Start and stop are multiples of ``shrink`` so that a shrunk image is cut at the same lines as the label. The pixel
+    ``hold`` lies between them.
     """
     length = min(crop, scaled)
     first, last = 0, scaled - length
@@ -244,7 +241,8 @@ def _span(size: int, scaled: int, crop: int, place: float, shrink: int, hold: in
     stop = max(start + 1, min(size, round((offset + length) * size / scaled)))
     if hold is not None:  # which rounding may have left out
         start, stop = min(start, hold), max(stop, hold + 1)
-    return start // shrink * shrink, min(size, -(-stop // shrink) * shrink), length
+    start, stop = start // shrink * shrink, min(size, -(-stop // shrink) * shrink)
+    return Span(start, stop, length, pad=math.floor(pad * (crop - length + 1)))
 
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from crops import apply, drawn_crop
 
-from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform, Window, target_size
+from segkit.data.transforms import PAD_COLOUR, EvalTransform, Span, TrainTransform, Window, target_size
 from segkit.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -27,12 +27,12 @@ def blobs(height, width, *, seed=0, num=5, sigma=12.0):
 
 def bilinear(image, window):
     """Slow float64 reference: sample at pixel centres of the window, clamped to it as it is cut out first."""
-    part = image[window.top : window.bottom, window.left : window.right].astype(np.float64)
-    out = np.empty((window.height, window.width, part.shape[2]))
-    for y in range(window.height):
-        v = np.clip((y + 0.5) * part.shape[0] / window.height - 0.5, 0, part.shape[0] - 1)
-        for x in range(window.width):
-            u = np.clip((x + 0.5) * part.shape[1] / window.width - 0.5, 0, part.shape[1] - 1)
+    part = image[window.rows.start : window.rows.stop, window.columns.start : window.columns.stop].astype(np.float64)
+    out = np.empty((window.rows.length, window.columns.length, part.shape[2]))
+    for y in range(window.rows.length):
+        v = np.clip((y + 0.5) * part.shape[0] / window.rows.length - 0.5, 0, part.shape[0] - 1)
+        for x in range(window.columns.length):
+            u = np.clip((x + 0.5) * part.shape[1] / window.columns.length - 0.5, 0, part.shape[1] - 1)
             y0, x0 = int(v), int(u)
             y1, x1 = min(y0 + 1, part.shape[0] - 1), min(x0 + 1, part.shape[1] - 1)
             fy, fx = v - y0, u - x0
@@ -42,8 +42,14 @@ def bilinear(image, window):
 
 
 def nearest(label, window):
-    rows = [window.top + int((y + 0.5) * (window.bottom - window.top) / window.height) for y in range(window.height)]
-    columns = [window.left + int((x + 0.5) * (window.right - window.left) / window.width) for x in range(window.width)]
+    rows = [
+        window.rows.start + int((y + 0.5) * (window.rows.stop - window.rows.start) / window.rows.length)
+        for y in range(window.rows.length)
+    ]
+    columns = [
+        window.columns.start + int((x + 0.5) * (window.columns.stop - window.columns.start) / window.columns.length)
+        for x in range(window.columns.length)
+    ]
     return label[np.ix_(rows, columns)]
 
 
@@ -65,8 +71,8 @@ def test_window_first_equals_resizing_the_whole_image_and_cropping():
     for seed in range(5):
         window = transform.draw(LABEL.shape, np.random.default_rng(seed))
         image, label = apply(transform, IMAGE, LABEL, window)
-        rows = slice(2 * window.top, 2 * window.top + 24)
-        columns = slice(2 * window.left, 2 * window.left + 32)
+        rows = slice(2 * window.rows.start, 2 * window.rows.start + 24)
+        columns = slice(2 * window.columns.start, 2 * window.columns.start + 32)
         inner = (slice(1, -1), slice(1, -1))  # the outermost pixels see neighbours outside the window
         np.testing.assert_array_equal(image[inner], whole[rows, columns][inner])
         np.testing.assert_array_equal(label, LABEL.repeat(2, 0).repeat(2, 1)[rows, columns])
@@ -78,7 +84,10 @@ def test_without_scale_the_crop_is_a_copy():
     for seed in range(20):
         window = transform.draw(LABEL.shape, np.random.default_rng(seed))
         image, label = drawn_crop(transform, IMAGE, LABEL, np.random.default_rng(seed))
-        rows, columns = slice(window.top, window.top + 20), slice(window.left, window.left + 30)
+        rows, columns = (
+            slice(window.rows.start, window.rows.start + 20),
+            slice(window.columns.start, window.columns.start + 30),
+        )
         step = -1 if window.flip else 1
         flipped += window.flip
         np.testing.assert_array_equal(image, IMAGE[rows, columns][:, ::step])
@@ -141,22 +150,19 @@ def test_padding():
     for seed in range(20):
         window = transform.draw(LABEL.shape, np.random.default_rng(seed))
         image, label = apply(transform, IMAGE, LABEL, window)
-        assert (window.height, window.width) == (30, 40)
-        rows = slice(window.pad_top, window.pad_top + 30)
+        assert (window.rows.length, window.columns.length) == (30, 40)
+        rows = slice(window.rows.pad, window.rows.pad + 30)
         np.testing.assert_array_equal(label[rows], nearest(LABEL, window))
         outside = np.ones(100, bool)
         outside[rows] = False
         assert (label[outside] == 255).all()
         assert (image[outside] == PAD_COLOUR).all()
-        places.add(window.pad_top)
+        places.add(window.rows.pad)
     assert len(places) > 10
 
 
 def fixed(**changes):
-    values = {
-        "top": 0, "bottom": 60, "left": 0, "right": 90, "height": 60, "width": 90, "pad_top": 0, "pad_left": 0,
-        "flip": False, "jitter": None, "shrink": 1,
-    }  # fmt: skip
+    values = {"rows": Span(0, 60, 60, 0), "columns": Span(0, 90, 90, 0), "flip": False, "jitter": None, "shrink": 1}
     return Window(**{**values, **changes})
 
 

@@ -3,9 +3,6 @@
 Which samples make up step ``s`` of a phase, in which order, and how each is augmented, is a pure function of (seed,
 phase, epoch, index). Workers therefore hold no random state, any number of them gives bitwise the same batches, and
 starting at step s costs nothing but computing one permutation. No global generator is read or moved.
-
-Workers are forked on Linux (they start in milliseconds and share the list of samples; they never touch CUDA and use
-neither OpenCV's nor OpenMP's threads, which a fork would leave broken) and spawned elsewhere.
 """
 
 from __future__ import annotations
@@ -254,7 +251,8 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
     with warnings.catch_warnings():
         # How many workers pay depends on the files and the disk; the user's number stands.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        # Python 3.12 and later warn of any fork beside threads; what the workers use is safe (see the top).
+        # Python 3.12 and later warn of any fork beside threads; the workers never touch CUDA, and use neither OpenCV's
+        # nor OpenMP's threads, which a fork would leave broken.
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         loader = DataLoader(
             items,

@@ -39,6 +39,7 @@ LABEL_SUFFIXES = {
     "labelme": frozenset({".json"}),
     "yolo": frozenset({".txt"}),
 }
+SUFFIX = {"labelme": ".json", "yolo": ".txt"}
 WANTED = "images/, labels/ and classes.yaml"
 
 Files = Mapping[str, list[Path]]
@@ -248,7 +249,7 @@ class _Place:
                 f"split {sub!r} of {self.top} has images but no labels: folder {labels_folder} does not exist; put one "
                 f"label there for every image, or set dataset.reader.labels={self.images} if they lie beside the images"
             )
-        wanted = f"{labels_folder}/{{id}}{self.suffix}{_suffix(kind)}"
+        wanted = f"{labels_folder}/{{id}}{self.suffix}{SUFFIX.get(kind, '.png')}"
         paired = {key: _only(files) for key, files in labels.items()}
         return self.layout.pair(single, paired, image=f"{folder}/{{id}}.jpg", label=wanted)
 
@@ -259,7 +260,7 @@ class _Place:
         for entry in entries:
             key, path = without_suffix(entry), self.top / self.images / entry
             found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
-            label = self.top / self.labels / f"{key}{self.suffix}{_suffix(kind)}"
+            label = self.top / self.labels / f"{key}{self.suffix}{SUFFIX.get(kind, '.png')}"
             if not found:
                 refuse(
                     f"{list_file} names {entry!r}, but {path} does not exist{near_miss(path)}; correct the line or add "
@@ -273,10 +274,6 @@ class _Place:
             else:
                 samples.append(Sample(key, _only(found), (_only(labels[key]),) if labelled else ()))
         return samples
-
-
-def _suffix(kind: str) -> str:
-    return {"labelme": ".json", "yolo": ".txt"}.get(kind, ".png")
 
 
 def _splits(top: Path, images: str) -> str:

@@ -130,10 +130,7 @@ class Layout:
         return self.folder(top / marker)
 
     def folder(self, folder: Path) -> Path:
-        """Return ``folder`` if it is one; else raise InputError naming it, the archives to unpack and dataset.root.
-
-        Where the wanted tree lies one level above or below ``root`` the sentence says which root would be right.
-        """
+        """Return ``folder`` if it is one; else raise InputError naming it, the archives to unpack and dataset.root."""
         try:
             if folder.is_dir():
                 next(folder.iterdir(), None)
@@ -144,18 +141,8 @@ class Layout:
             ) from None
         raise InputError(
             f"{self.dataset} is not complete under {self.root}: folder {folder} does not exist; unpack {self.archives} "
-            f"into one folder and set dataset.root to it{self._nearby(folder)}"
+            "into one folder and set dataset.root to it"
         )
-
-    def _nearby(self, folder: Path) -> str:
-        try:
-            wanted = folder.relative_to(self.root)
-        except ValueError:
-            return ""
-        for candidate in [self.root.parent, *_subfolders(self.root)] if self.root.is_dir() else []:
-            if (candidate / wanted).is_dir():
-                return f" (it looks like dataset.root={candidate})"
-        return ""
 
     def files(self, folder: Path, suffix: str) -> dict[str, Path]:
         """Return {name without ``suffix``: path} of the files in ``folder`` that end with it, sorted.

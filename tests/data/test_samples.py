@@ -152,11 +152,11 @@ def test_a_root_is_needed():
 
 def test_missing_folder_names_archives_and_guesses_the_level(tmp_path):
     (tmp_path / "top" / "images").mkdir(parents=True)
-    for root in (tmp_path, tmp_path / "top" / "images"):
-        expected = rf"folder .*images does not exist; unpack a\.zip .*looks like dataset\.root={tmp_path / 'top'}\)"
+    for root, how in ((tmp_path, "one level too shallow"), (tmp_path / "top" / "images", "too deep")):
+        expected = rf"={root} is {how} for toy, whose folder images .*; set dataset\.root={tmp_path / 'top'}$"
         with pytest.raises(InputError, match=expected):
-            Layout("toy", root, archives="a.zip").folder(root / "images")
-    with pytest.raises(InputError, match=r"set dataset\.root to it$"):
+            Layout("toy", root, archives="a.zip").base("images")
+    with pytest.raises(InputError, match=r"folder .*images does not exist; unpack a\.zip .* set dataset\.root to it$"):
         Layout("toy", tmp_path / "x", archives="a.zip").folder(tmp_path / "x" / "images")
 
 

@@ -23,6 +23,7 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
     """
     layout = Layout("camvid", root, archives=ARCHIVES)
     check_split(split, SPLITS, dataset="camvid")
+    layout.base(f"{split}annot")
     for folder in (split, f"{split}annot"):
         layout.folder(layout.root / folder)
     list_file = layout.root / f"{split}.txt"

@@ -30,6 +30,7 @@ def read(root: Path | str | None, *, split: str, labels: str = "fine") -> Sample
     image_archive = IMAGE_ARCHIVE.get(split, "leftImg8bit_trainvaltest.zip")
     label_archive = "gtFine_trainvaltest.zip" if kind == "gtFine" else "gtCoarse.zip"
     layout = Layout("cityscapes", root, archives=f"{image_archive} and {label_archive}")
+    layout.base(f"leftImg8bit/{split}")
     images = _by_city(layout, f"leftImg8bit/{split}", "_leftImg8bit.png")
     notes = []
     if split == "test":

@@ -346,7 +346,7 @@ def test_half_sized_image_is_refused_also_where_half_size_would_do(tmp_path, suf
 
 def test_a_spawned_worker_gets_the_same_batches():
     """Where fork is not to be had, the steps travel to the worker by pickle."""
-    steps = load(made(10))._start.args[0]
+    steps = load(made(10)).start.args[0]
     again = pickle.loads(pickle.dumps(steps))
     for step in (0, 3):
         assert torch.equal(again[step].images, steps[step].images)

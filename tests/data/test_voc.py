@@ -159,7 +159,7 @@ def test_unknown_options_and_splits_are_refused(root):
         ("../../../2007_000001", r"leaves the data set's folder"),
         ("/etc/passwd", r"leaves the data set's folder"),
         ("2007_000001", r"names '2007_000001' twice"),
-        ("2007_999999", r"image 2007_999999 of list .*train.txt has no label"),
+        ("2007_999999", r"SegmentationClass/2007_999999.png, which .*train.txt of voc names, does not exist"),
     ],
 )
 def test_bad_list_entries_are_refused(root, entry, message):

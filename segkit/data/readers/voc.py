@@ -54,9 +54,6 @@ def read(
     notes: list[str] = []
     if split == "trainaug":
         samples, notes = _augmented(layout, voc, images, augmentation, sbd_root)
-    elif split == "test":
-        keys = _with_image(layout, voc, split, _entries(layout, voc, split), images)
-        samples = [Sample(key, images[key]) for key in keys]
     else:
         samples = _official(layout, voc, split, images)
     return SampleSet(samples, table=load_table("voc"), name="voc", split=split, load_label=read_label, notes=notes)
@@ -89,26 +86,15 @@ def _entries(layout: Layout, voc: Path, split: str) -> list[str]:
     return layout.entries(voc / LISTS / f"{split}.txt", voc / LISTS)
 
 
-def _with_image(layout: Layout, voc: Path, split: str, keys: list[str], images: dict[str, Path]) -> list[str]:
-    """The keys whose image is there: all of them, or those without one are refused."""
-    wanted = f"{voc}/JPEGImages/{{id}}.jpg"
-    return layout.listed(keys, images, wanted=wanted, list_file=voc / LISTS / f"{split}.txt")
-
-
 def _official(layout: Layout, voc: Path, split: str, images: dict[str, Path]) -> list[Sample]:
-    """The pairs of train, val or trainval with their palette PNGs."""
-    folder = voc / "SegmentationClass"
-    masks = layout.files(folder, ".png")
+    """The pairs of an official split with their palette PNGs; of test, whose masks are not public, the images."""
+    folder, list_file = voc / "SegmentationClass", voc / LISTS / f"{split}.txt"
+    masks = {} if split == "test" else layout.files(folder, ".png")
     keys = _entries(layout, voc, split)
-    missing = [key for key in keys if key not in masks]
-    if missing:
-        path = folder / f"{missing[0]}.png"
-        refuse(
-            f"image {missing[0]} of list {voc / LISTS / split}.txt has no label ({path} is missing{near_miss(path)})"
-            f"{and_more(missing)}; unpack {ARCHIVES} again"
-        )
-    keys = _with_image(layout, voc, split, keys, images)
-    return [Sample(key, images[key], (masks[key],)) for key in keys if key in masks]
+    if split != "test":
+        keys = layout.listed(keys, masks, wanted=f"{folder}/{{id}}.png", list_file=list_file)
+    keys = layout.listed(keys, images, wanted=f"{voc}/JPEGImages/{{id}}.jpg", list_file=list_file)
+    return [Sample(key, images[key], (masks[key],) if masks else ()) for key in keys]
 
 
 def _augmented(

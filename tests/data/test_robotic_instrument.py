@@ -214,11 +214,13 @@ def test_missing_masks_images_and_folders_are_named(tiny):
     path = mask(tiny, 1, "Other_labels")
     content = path.read_bytes()
     path.unlink()
-    with pytest.raises(InputError, match=rf"frame000.png has no label in {path.parent} \(frame000.png is missing\)"):
+    with pytest.raises(InputError, match=rf"frame000.png of {NAME} has no label \({path} is missing\)"):
         open_dataset(NAME, root=tiny, split="train")
     path.write_bytes(content)
     (tiny / "instrument_dataset_1" / "left_frames" / "frame000.png").unlink()
-    with pytest.raises(InputError, match=r"label .*frame000.png has no image \(.*left_frames lacks it\)"):
+    with pytest.raises(
+        InputError, match=r"label .*frame000.png of .* has no image \(.*left_frames/frame000.png is missing\)"
+    ):
         open_dataset(NAME, root=tiny, split="train")
     for folder in ("Left_Prograsp_Forceps_labels", "Other_labels"):
         shutil.rmtree(tiny / "instrument_dataset_1" / "ground_truth" / folder)

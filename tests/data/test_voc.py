@@ -192,7 +192,7 @@ def test_an_sbd_mask_without_an_image_is_named(root):
     name = lines(sbd(root) / "val.txt")[-1]
     (devkit(root) / "JPEGImages" / f"{name}.jpg").unlink()
     (sbd(root) / "img" / f"{name}.jpg").unlink()
-    with pytest.raises(InputError, match=rf"label .*{name}.mat has no image \(.*{name}.jpg is missing\)"):
+    with pytest.raises(InputError, match=rf"label .*{name}.mat of voc has no image \(.*{name}.jpg is missing\)"):
         open_dataset("voc", root=root, split="trainaug")
 
 

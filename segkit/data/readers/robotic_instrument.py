@@ -23,7 +23,7 @@ import numpy as np
 from segkit.data.decode import read_index_png
 from segkit.data.files import is_folder, visible_entries
 from segkit.data.labels import load_table, table_file
-from segkit.data.layout import Layout, check_option, check_split, refuse
+from segkit.data.layout import Layout, check_option, check_split
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
@@ -43,7 +43,7 @@ PART_CODES = (0, 10, 20, 30, 40)
 IGNORED = 255
 _IS_ODD = np.array([value not in PART_CODES for value in range(256)], np.uint8)
 _FLOOR = np.array([value // 10 * 10 if value <= PART_CODES[-1] else 0 for value in range(256)], np.uint8)
-_FRAME = re.compile(r"frame(\d{3})\.png")
+_FRAME = re.compile(r"(frame(\d{3}))\.png")
 
 
 def read(
@@ -82,7 +82,7 @@ def read(
     samples = []
     for number in wanted:
         if number in found:
-            samples += _samples(found[number], frames=PAPER_FRAMES[split] if splits == "paper" else range(225))
+            samples += _samples(layout, found[number], frames=PAPER_FRAMES[split] if splits == "paper" else range(225))
     missing = ", ".join(str(number) for number in wanted if number not in found)
     of = "1..8" if splits == "paper" else f"split {split}"
     notes = [f"sequences {missing} of {of} are not under {layout.root}: unpack {ARCHIVES}"] if missing else []
@@ -117,11 +117,10 @@ def _sequences(layout: Layout) -> dict[int, Path]:
     return found
 
 
-def _frames(folder: Path) -> dict[int, Path]:
-    """{number: file} of the frames in ``folder``."""
-    with os.scandir(folder) as entries:
-        matches = [(match, entry.path) for entry in entries if (match := _FRAME.fullmatch(entry.name))]
-    return {int(match[1]): Path(path) for match, path in matches}
+def _frames(folder: Path, among: range = range(1000)) -> dict[str, Path]:
+    """{frame%03d: file} of the frames in ``folder`` whose numbers are ``among`` these, in order."""
+    found = [(match, entry.path) for entry in visible_entries(folder) if (match := _FRAME.fullmatch(entry.name))]
+    return {match[1]: Path(path) for match, path in found if int(match[2]) in among}
 
 
 def instrument_folders(sequence: Path) -> list[Path]:
@@ -131,34 +130,22 @@ def instrument_folders(sequence: Path) -> list[Path]:
     return [folder for folder in folders if _frames(folder)]
 
 
-def _samples(sequence: Path, *, frames: range) -> list[Sample]:
+def _samples(layout: Layout, sequence: Path, *, frames: range) -> list[Sample]:
     """The samples of one sequence whose frame numbers lie in ``frames``."""
     folders = instrument_folders(sequence)
     if not folders:
         raise InputError(
             f"no folder of {sequence / 'ground_truth'} holds masks named frame000.png; unpack {ARCHIVES} again"
         )
-    images = _frames(sequence / "left_frames")
-    masks = [_frames(folder) for folder in folders]
-    samples = []
-    for number in sorted(set(images).union(*masks) & set(frames)):
-        if number not in images:
-            folder = next(folder for folder, found in zip(folders, masks, strict=True) if number in found)
-            refuse(
-                f"label {folder / f'frame{number:03d}.png'} has no image ({sequence / 'left_frames'} lacks it); unpack "
-                f"{ARCHIVES} again"
-            )
-            continue
-        lacking = [folder for folder, found in zip(folders, masks, strict=True) if number not in found]
-        if lacking:
-            refuse(
-                f"image {images[number]} has no label in {lacking[0]} (frame{number:03d}.png is missing); unpack "
-                f"{ARCHIVES} again"
-            )
-            continue
-        labels = tuple(found[number] for found in masks)
-        samples.append(Sample(f"{sequence.name}_frame{number:03d}", images[number], labels))
-    return samples
+    images = _frames(sequence / "left_frames", frames)
+    masks = [_frames(folder, frames) for folder in folders]
+    for folder, found in zip(folders, masks, strict=True):
+        layout.pair(images, found, image=f"{sequence}/left_frames/{{id}}.png", label=f"{folder}/{{id}}.png")
+    return [
+        Sample(f"{sequence.name}_{key}", image, tuple(found[key] for found in masks))
+        for key, image in images.items()
+        if all(key in found for found in masks)
+    ]
 
 
 def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from segkit.data.decode import read_index_png
 from segkit.data.labels import load_table
-from segkit.data.layout import Layout, and_more, check_option, check_split, near_miss, refuse
+from segkit.data.layout import Layout, and_more, check_option, check_split
 from segkit.data.matlab import read_mat
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
@@ -117,15 +117,10 @@ def _augmented(
         )
     keys = sorted((set(official) | set(masks)) - set(val))
     _check_count(keys, {"train": len(official), "val": len(val), **lists}, num_masks=len(masks), source=source)
-    samples = []
-    for key in keys:
-        if key in official:
-            samples.append(official[key])
-        elif key in images:
-            samples.append(Sample(key, images[key], (masks[key],)))
-        else:
-            path = voc / "JPEGImages" / f"{key}.jpg"
-            refuse(f"label {masks[key]} has no image ({path} is missing{near_miss(path)}); unpack {ARCHIVES} again")
+    extra = {key: masks[key] for key in keys if key not in official}
+    found = {key: images[key] for key in extra if key in images}
+    pairs = layout.pair(found, extra, image=f"{voc}/JPEGImages/{{id}}.jpg", label="")
+    samples = sorted([*official.values(), *pairs], key=lambda sample: sample.name)
     note = f"trainaug: {len(official)} masks of VOC, {len(keys) - len(official)} of {source}"
     return samples, [note]
 

@@ -77,12 +77,10 @@ def check_bands(image: Any, path: Path, kind: tuple[int, str]) -> None:
 
 def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
     """The samples of an image file, (H, W) or (H, W, C)."""
-    import imagecodecs
-
     content = read_bytes(path, role="image")
     if content[:8] == decode.PNG:
         decode.png_header(content, path, role="image")
-        return decode.decode_png(content, path)
+        return decode.decoded(content, path)
     if content[:2] not in TIFF:
         with decode.pillow(io.BytesIO(content), path, role="image") as opened:
             return np.array(decode.as_stored(opened, path))
@@ -90,10 +88,7 @@ def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
     *size, num = pages[0].shape
     stacked = num == 1 < kind[0] == len(pages) and len(set(pages)) == 1
     check_bands(pages[0]._replace(shape=(*size, kind[0] if stacked else num)), path, kind)
-    try:
-        decoded = [imagecodecs.tiff_decode(content, index=page) for page in range(len(pages) if stacked else 1)]
-    except decode.DAMAGED as error:
-        raise decode.damaged(path, error) from error
+    decoded = [decode.decoded(content, path, page=page) for page in range(len(pages) if stacked else 1)]
     image = np.stack(decoded) if stacked else decoded[0]
     return np.moveaxis(image, 0, -1) if stacked or (pages[0].planar and image.ndim == 3) else image
 

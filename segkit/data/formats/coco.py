@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from segkit.data.files import without_suffix
-from segkit.data.formats.polygons import Meaning, Size, fill, read_json_label, ring_of, true_size
+from segkit.data.formats.polygons import Meaning, Size, blank_label, fill, read_json_label, ring_of
 from segkit.data.layout import inside, near_miss, refuse
 from segkit.data.samples import Sample
 from segkit.errors import InputError
@@ -81,17 +81,16 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     path = sample.labels[0]
     content = _content(str(path), os.stat(path).st_mtime_ns)
     entry = content.images[sample.name]
-    size = true_size(sample, (entry.get("height"), entry.get("width")))
-    label = np.full(size, meaning.unlabelled, np.uint8)
+    label = blank_label(sample, meaning, (entry.get("height"), entry.get("width")))
     for number, item in content.annotations.get(entry["id"], []):
         where = f"annotation {number} of {path} (image {entry['file_name']!r})"
         value = meaning.crowd if item.get("iscrowd") else meaning.value(_name(item, content), where=where)
         region = item.get("segmentation")
         if isinstance(region, dict):
-            label[_mask(region, size, where)] = value
+            label[_mask(region, label.shape, where)] = value
         elif isinstance(region, list) and region:
             for part in region if isinstance(region[0], list) else [region]:
-                fill(label, ring_of(part, size, where=where), value)
+                fill(label, ring_of(part, label.shape, where=where), value)
         else:
             raise InputError(f"{where} has no segmentation, a box alone perhaps: draw its polygon, or remove it")
     return label

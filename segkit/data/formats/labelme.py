@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.formats.polygons import Meaning, fill, read_json_label, ring_of, true_size
+from segkit.data.formats.polygons import Meaning, blank_label, fill, read_json_label, ring_of
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
@@ -15,12 +15,11 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     """Return the label (H, W) of class numbers; raises InputError for a shape that is no polygon or rectangle."""
     path = sample.labels[0]
     content = read_json_label(path, keys=["shapes"], kind="Labelme")
-    size = true_size(sample, (content.get("imageHeight"), content.get("imageWidth")))
-    label = np.full(size, meaning.unlabelled, np.uint8)
+    label = blank_label(sample, meaning, (content.get("imageHeight"), content.get("imageWidth")))
     for number, item in enumerate(content["shapes"]):
         where = f"shape {number} of {path}"
         value = meaning.value(str(item.get("label")), where=where)
-        fill(label, ring_of(_points(item, where), size, where=where), value)
+        fill(label, ring_of(_points(item, where), label.shape, where=where), value)
     return label
 
 

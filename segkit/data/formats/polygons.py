@@ -27,7 +27,7 @@ FARTHEST = 2.0**24
 MOST_CROSSINGS = 2**22
 """Crossings of edges with rows that are computed at a time: a polygon of a stranger may have any number."""
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ def ring_of(numbers: Any, size: Size, *, where: str) -> np.ndarray:
     return ring
 
 
-def true_size(sample: Sample, declared: Sequence[Any]) -> Size:
-    """Return (height, width) of the sample's image; raises InputError if its label declares another one.
+def blank_label(sample: Sample, meaning: Meaning, declared: Sequence[Any] = (None, None)) -> np.ndarray:
+    """Return a label uint8 (H, W) of the size of the sample's image, without a polygon as yet.
 
-    None in ``declared``, (height, width) by the label, says nothing.
+    Raises InputError if the sample's label is of an image of another size: ``declared``, (height, width), of which None
+    says nothing.
     """
     size = image_size(sample.image)
     if any(said is not None and said != side for said, side in zip(declared, size, strict=True)):
@@ -104,7 +105,7 @@ def true_size(sample: Sample, declared: Sequence[Any]) -> Size:
             f"label {sample.labels[0]} is of an image of {declared[1]}x{declared[0]} pixels, but {sample.image} has "
             f"{size[1]}x{size[0]}: annotate the image as it is, or put the annotated one there"
         )
-    return size
+    return np.full(size, meaning.unlabelled, np.uint8)
 
 
 def read_json_label(path: Path, *, keys: Sequence[str], kind: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from segkit.data.files import read_text
 from segkit.data.formats.classes import FolderClasses, classes_of, load_yaml
-from segkit.data.formats.polygons import Meaning, fill, ring_of, true_size
+from segkit.data.formats.polygons import Meaning, blank_label, fill, ring_of
 from segkit.data.layout import inside
 from segkit.data.samples import Sample
 from segkit.errors import InputError
@@ -57,8 +57,7 @@ def labels_of(images: str) -> str:
 def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     """Return the label (H, W) of class numbers; raises InputError for a line that is no polygon."""
     path = sample.labels[0]
-    size = true_size(sample, (None, None))
-    label = np.full(size, meaning.unlabelled, np.uint8)
+    label = blank_label(sample, meaning)
     text = read_text(path, role="label", missing=f"label {path} does not exist; copy or unpack it again")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -73,7 +72,7 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
             ) from None
         if shares.size == 4:
             raise InputError(f"{where} is a box, but polygons are wanted: export the polygons of the data set")
-        sides = np.resize([size[1], size[0]], shares.size)
+        sides = np.resize(label.shape[::-1], shares.size)
         value = meaning.value(key, where=where)
-        fill(label, ring_of(shares * sides, size, where=where), value)
+        fill(label, ring_of(shares * sides, label.shape, where=where), value)
     return label

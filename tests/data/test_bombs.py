@@ -154,9 +154,9 @@ def test_training_counting_and_check_say_it_once(tmp_path, workers):
     with pytest.raises(InputError, match=sentence("label", Path("bad_label.png"))):
         count_labels(data, workers=workers)
     audit = audit_split(data, workers=workers)
-    assert set(audit.image_errors) == set(audit.label_errors) == {1}
-    assert "bad.png has 60000x60000 pixels" in audit.image_errors[1]
-    assert "bad_label.png has 60000x60000 pixels" in audit.label_errors[1]
+    assert set(audit.errors["image"]) == set(audit.errors["label"]) == {1}
+    assert "bad.png has 60000x60000 pixels" in audit.errors["image"][1]
+    assert "bad_label.png has 60000x60000 pixels" in audit.errors["label"][1]
 
 
 def test_prediction_reports_it_and_goes_on(tmp_path):

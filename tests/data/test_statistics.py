@@ -93,6 +93,11 @@ def test_byte_histogram_equals_bincount(shape):
         np.testing.assert_array_equal(counts, np.bincount(array.ravel(), minlength=256))
 
 
+def test_byte_histogram_is_exact_beyond_float32():
+    counts = byte_histogram(np.full(2**24 + 3, 7, np.uint8))
+    assert counts[7] == counts.sum() == 2**24 + 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unknown_value_names_file_value_and_count(tmp_path, workers):
     data = written(tmp_path / "data")

@@ -134,14 +134,14 @@ def test_no_shift_between_image_and_label(scale):
 def test_scale_and_place_cover_their_ranges():
     transform = TrainTransform(crop=(16, 16), scale=(0.5, 2.0))
     windows = [transform.draw((64, 96), np.random.default_rng(seed)) for seed in range(600)]
-    scales = np.array([w.width / (w.right - w.left) for w in windows])
+    scales = np.array([w.columns.length / (w.columns.stop - w.columns.start) for w in windows])
     assert 0.49 < scales.min() < 0.53
     assert 1.85 < scales.max() < 2.05
     assert abs(scales.mean() - 1.25) < 0.05  # uniform
-    assert min(w.top for w in windows) == 0
-    assert max(w.bottom for w in windows) == 64
-    assert max(w.right for w in windows) == 96
-    assert all(0 <= w.left < w.right <= 96 and 0 <= w.top < w.bottom <= 64 for w in windows)
+    assert min(w.rows.start for w in windows) == 0
+    assert max(w.rows.stop for w in windows) == 64
+    assert max(w.columns.stop for w in windows) == 96
+    assert all(0 <= w.columns.start < w.columns.stop <= 96 and 0 <= w.rows.start < w.rows.stop <= 64 for w in windows)
 
 
 def test_padding():
@@ -288,4 +288,4 @@ def test_eval_transform():
     assert label.shape == (60, 90)
     image, label = EvalTransform(resize={"size": [30, 30]}, labels="resized")(IMAGE, LABEL)
     assert image.shape == (30, 30, 3)
-    np.testing.assert_array_equal(label, nearest(LABEL, fixed(height=30, width=30)))
+    np.testing.assert_array_equal(label, nearest(LABEL, fixed(rows=Span(0, 60, 30, 0), columns=Span(0, 90, 30, 0))))

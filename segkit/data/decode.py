@@ -46,17 +46,6 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that
 _BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG markers without a length
 _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
-_UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-"""The inverse of each orientation."""
-
 # What the libraries raise on damaged files: OSError (also UnidentifiedImageError), SyntaxError of Pillow's PNG reader,
 # RuntimeError from imagecodecs, the others from Pillow's readers of chunks and tags.
 DAMAGED = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError)
@@ -110,10 +99,9 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
     """Return the indices (H, W) uint8 of an 8-bit label file: grey values, or palette indices of a palette file.
 
     Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows colour
-    files and takes their first channel. ``deep`` allows grey files of 16 or 32 bits, whose array has wider integers
-    if 8 bits do not hold them.
-    Raises InputError for other colour files, lossy formats and damaged files. A lossless WebP, which knows no grey, is
-    an index file if its channels are equal.
+    files and takes their first channel. ``deep`` allows grey files of 16 or 32 bits, whose array has wider integers if
+    8 bits do not hold them. A lossless WebP, which knows no grey, is an index file if its channels are equal. Raises
+    InputError for other colour files, lossy formats and damaged files.
     """
     path = Path(path)
     content = read_bytes(path, role="label")
@@ -167,7 +155,7 @@ def orientation(path: Path | str) -> int:
                 found = Image.Image.getexif(image).get(Tag.Orientation, 1)
     except Exception:  # whatever is wrong with the file is for the reader of its pixels to say
         return 1
-    return found if found in _UNDO else 1
+    return found if found in range(1, 9) else 1
 
 
 @contextmanager
@@ -207,19 +195,22 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def as_stored(image: Image.Image, path: Path) -> Image.Image:
-    """Decode an image and take back what Pillow does to TIFFs only: it turns them by their orientation.
+    """Decode an image without what Pillow does to TIFFs only: it turns them by their orientation.
 
     Raises InputError for TIFFs that Pillow reads wrongly: 16 bits in separate planes, and negative values of 8 bits.
     """
     tags: Any = getattr(image, "tag_v2", {})
-    turned = image.getexif().get(Tag.Orientation, 1) if tags else 1
     bits = set(tags.get(Tag.BitsPerSample, (8,)))
     if tags.get(Tag.PlanarConfiguration) == 2 and image.mode != "L" and bits != {8}:  # Pillow would mix bytes
         raise InputError(f"{path} is a TIFF of separate planes of {max(bits)} bits: convert it to interleaved channels")
+    if tags:
+        image.getexif()[Tag.Orientation] = 1
     image.load()
     if bits == {8} and 2 in tags.get(Tag.SampleFormat, ()) and np.asarray(image).max(initial=0) > 127:
         raise InputError(f"{path} holds negative values (8 bits with a sign): convert it to 8 bits without a sign")
-    return image.transpose(_UNDO[turned]) if turned in _UNDO else image
+    return (
+        image if image.size == image.im.size else image.copy()
+    )  # which has the size of its pixels, not of turned ones
 
 
 def _rgb(opened: Image.Image, path: Path) -> np.ndarray:

@@ -71,9 +71,9 @@ def check_config(path: Path) -> None:
     """Raise InputError unless the file ``path`` lists the labels of version 1.2, in their order."""
     try:
         config = json.loads(read_text(path, role="file", missing=f"{path} does not exist; unpack {ARCHIVES} again"))
-        labels = config["labels"]
-        assert isinstance(labels, list)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        if not isinstance(labels := config["labels"], list):
+            raise TypeError(labels)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is no JSON file with a list named labels; unpack {ARCHIVES} again") from None
     version = str(config.get("version", "")).lstrip("v")
     if version.startswith("2"):

@@ -139,8 +139,11 @@ def _samples(layout: Layout, sequence: Path, *, frames: range) -> list[Sample]:
         )
     images = _frames(sequence / "left_frames", frames)
     masks = [_frames(folder, frames) for folder in folders]
+    lonely = {key: path for found in masks for key, path in found.items() if key not in images}
+    layout.pair({}, lonely, image=f"{sequence}/left_frames/{{id}}.png", label="")
     for folder, found in zip(folders, masks, strict=True):
-        layout.pair(images, found, image=f"{sequence}/left_frames/{{id}}.png", label=f"{folder}/{{id}}.png")
+        known = {key: path for key, path in found.items() if key in images}
+        layout.pair(images, known, image="", label=f"{folder}/{{id}}.png")
     return [
         Sample(f"{sequence.name}_{key}", image, tuple(found[key] for found in masks))
         for key, image in images.items()

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
 MOST_BYTES = 2**20
 """Size of a saved configuration beyond which it is not read."""
@@ -152,8 +152,7 @@ def read_config_text(path: Path, *, cure: str = _FOREIGN, whole: bool = True) ->
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read ({reason}): {cure}") from None
+        raise InputError(f"{path} cannot be read ({first_line(error)}): {cure}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no configuration: {cure}")
     if missing := [key for key in PARTS if whole and key not in content]:

@@ -66,8 +66,7 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
     if ranks.is_lost_peer(error):
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"out of memory ({reason}): {VERB_ADVICE.get(verb, MEMORY_ADVICE)}", OutOfMemory.exit_code
+        return f"out of memory ({first_line(error)}): {VERB_ADVICE.get(verb, MEMORY_ADVICE)}", OutOfMemory.exit_code
     if isinstance(error, NotImplementedError | TypeError) and "MPS" in str(error):
         return (
             f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
@@ -145,7 +144,7 @@ def _explain_hydra(error: BaseException) -> str:
             "-m sweep=search '+sweep.space.KEY={low:1,high:2}'"
         )
     if text.startswith("Error merging override") and cause is not None:
-        reason = str(cause).splitlines()[0]
+        reason = first_line(cause)
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"
     return "; ".join(lines[:2]) + " (`python train.py --cfg job` shows the configuration)"
 

@@ -66,6 +66,39 @@ def test_ranks_without_torchrun_must_be_given_a_folder(second_rank):
     assert ranks.speaks("anything")
 
 
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"RANK": "x"}, "invalid literal.*'x'"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE 2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
+        ({"MASTER_PORT": "99999999"}, "port must have value from 0 to 65535"),
+        ({"SEGKIT_RANK_TIMEOUT_MINUTES": "long"}, "'long'"),
+        ({"SEGKIT_RANK_TIMEOUT_MINUTES": "-1"}, "SEGKIT_RANK_TIMEOUT_MINUTES is -1"),
+        ({"SEGKIT_RANK_TIMEOUT_MINUTES": "0.001"}, "timed out"),
+    ],
+)
+def test_processes_that_form_no_group_are_told_how(second_rank, monkeypatch, variables, reason):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not variables.get("MASTER_ADDR", "localhost"):
+        monkeypatch.delenv("MASTER_ADDR")
+    with (
+        pytest.raises(
+            InputError, match=rf"form no group \(.*{reason}.*\): start them with torchrun.* is a number of minutes"
+        ),
+        distributed.process_group(torch.device("cpu")),
+    ):
+        pass
+
+
+def test_a_sentence_is_said_where_the_store_is_gone(agent, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR")
+    assert ranks.speaks("the store is gone")
+
+
 def test_warnings_are_left_to_rank_0(second_rank, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

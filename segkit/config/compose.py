@@ -14,7 +14,7 @@ from typing import Any
 
 from segkit.config.schema import Config, targets
 from segkit.config.targets import check_allowed, described, fits, trust
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
 
 def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ()) -> Config:
@@ -130,7 +130,7 @@ def to_config(node: Any) -> Config:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(f"the configuration is not valid: {str(error).splitlines()[0]}") from None
+        raise InputError(f"the configuration is not valid: {first_line(error)}") from None
     assert isinstance(config, Config)
     _check_values(config, "")
     trust(config.trust)  # of a command line: a saved configuration comes here without it

@@ -110,7 +110,7 @@ def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Ca
         except Exception as error:
             Compiler.failed = True
             warnings.warn(
-                f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0]}): the plain form of "
+                f"torch.compile failed ({type(error).__name__}: {first_line(error)}): the plain form of "
                 "the loss is used, with the same numbers but slower (loss.compile_tiles=false avoids the attempt)",
                 stacklevel=2,
             )

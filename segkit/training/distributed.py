@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.progress import show
 
 T = TypeVar("T")
@@ -63,8 +63,26 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    try:
+        _join(device)
+    except (ValueError, OverflowError, LookupError, dist.DistError) as error:
+        raise InputError(
+            f"RANK and WORLD_SIZE tell of several processes, but they form no group ({first_line(error)}): "
+            "start them with torchrun, or unset RANK and WORLD_SIZE to train in one; SEGKIT_RANK_TIMEOUT_MINUTES, if "
+            "it is set, is a number of minutes"
+        ) from None
+    yield
+    # Not after an error: to leave in good order would mean to wait for ranks that wait for this one.
+    dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
     minutes = float(os.environ.get("SEGKIT_RANK_TIMEOUT_MINUTES", "30"))
+    if not 0 < minutes < 1e6:
+        raise ValueError(f"SEGKIT_RANK_TIMEOUT_MINUTES is {minutes:g}")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK is {rank}, but WORLD_SIZE {world_size}")
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent's store outlives a restart, and with it the addresses of ranks that are dead.
@@ -77,9 +95,6 @@ def process_group(device: torch.device) -> Iterator[None]:
         rank=rank,
         world_size=world_size,
     )
-    yield
-    # Not after an error: to leave in good order would mean to wait for ranks that wait for this one.
-    dist.destroy_process_group()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segkit.errors import first_line
 from segkit.losses.tiles import TileFunction, Workspace, compute_dtype, sum_dtype
 
 # Temporaries are to live in registers. By default the compiler stores what is read often or took many operations,

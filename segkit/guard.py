@@ -74,7 +74,11 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         ), InputError.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
-    if override := _override_in(error):
+    if (option := _local_in(error, "load_config", "config_path")) and isinstance(option, str):
+        mark = getattr(error, "problem_mark", None)  # of YAML's errors, whose first line says little
+        reason = f"{error.problem} in line {mark.line + 1}" if mark else first_line(error)  # type: ignore[attr-defined]
+        return f"the option {option} cannot be read ({reason}): mend its YAML file", InputError.exit_code
+    if override := getattr(_local_in(error, "_apply_overrides_to_config", "override"), "input_line", None):
         return (
             f"the override {override!r} cannot be applied: something before its last dot is null, a list or one "
             "value; set that as a whole, or choose one of a group's options, as +loss@schedule.PHASE.loss=NAME"
@@ -104,11 +108,14 @@ MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
 
 
-def _override_in(error: BaseException) -> str | None:
-    """The override at which OmegaConf failed with an exception that is none of its own."""
+def _local_in(error: BaseException, function: str, name: str) -> Any:
+    """The variable ``name`` of the first ``function`` that ``error`` came through, for Hydra does not say it; or None.
+
+    The option that could not be read, for example, or the override that failed with an exception not OmegaConf's.
+    """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "_apply_overrides_to_config":
-            return getattr(frame.f_locals.get("override"), "input_line", None)
+        if frame.f_code.co_name == function:
+            return frame.f_locals.get(name)
     return None
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from segkit.errors import InputError
-from segkit.guard import guard, guarded
+from segkit.guard import explain, guard, guarded
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
@@ -70,7 +70,8 @@ def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
     from segkit.sweeps.jobs import LocalSweep
 
     if not _sweeps:
-        _sweeps.append(LocalSweep(Path(hydra_config.sweep.dir), jobs=config.sweep.jobs, workers=config.workers))
+        folder, share = Path(hydra_config.sweep.dir), {"jobs": config.sweep.jobs, "workers": config.workers}
+        _sweeps.append(LocalSweep(folder, **share, options=passed_on()))
     _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir), config)
     check_job(config)
 
@@ -99,7 +100,16 @@ def _search(config: Any, overrides: list[str], folder: Path | None) -> None:
         )
     if _sweeps:
         raise InputError("a search takes its values from sweep.space: give every key one value on the command line")
-    _sweeps.append(Search(folder, config=config, overrides=overrides))
+    _sweeps.append(Search(folder, config=config, overrides=overrides, options=passed_on()))
+
+
+def passed_on() -> list[str]:
+    """What the command line says of where configurations lie, which every job of a sweep must be told as well."""
+    from hydra._internal.utils import get_args_parser
+
+    given = get_args_parser().parse_args()
+    options = [f"--config-dir={given.config_dir}"] if given.config_dir else []
+    return options + [text for text in given.overrides if text.startswith("hydra.searchpath=")]
 
 
 def hydra_command() -> Callable[[], None]:
@@ -118,16 +128,53 @@ def hydra_command() -> Callable[[], None]:
 
 
 def check_command_line() -> None:
-    """Raise InputError for an override that Hydra cannot read, in words of our own."""
+    """Raise InputError for an option or override that Hydra cannot read, in words of our own.
+
+    Options among overrides, which Hydra does not take, are put before them.
+    """
+    from hydra._internal.utils import get_args_parser
+
     from segkit.config.compose import check_overrides
 
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}: a setting is KEY=VALUE, without dashes; `python train.py --help` lists options")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args()
+    overrides = given.overrides
+    if (
+        len(modes := [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)])
+        > 1
+    ):
+        refuse(f"--{modes[0]} and --{modes[1]} exclude each other")
+    if given.resolve and not (given.cfg or given.help):
+        refuse("--resolve goes with --cfg")
+    sys.argv[1:] = [*(text for text in sys.argv[1:] if text not in overrides), *overrides]
     check_overrides(sys.argv[1:])
 
 
 def finish_sweep() -> None:
-    """Wait for the jobs of a sweep, if there is one; ends the process with the sweep's exit code."""
-    if _sweeps:
-        sys.exit(_sweeps[0].finish())
+    """Run the jobs of a sweep, if there is one; ends the process with the sweep's exit code."""
+    for sweep in _sweeps:
+        for overrides in sweep.extremes():
+            _check_extreme(overrides)
+        sys.exit(sweep.finish())
+
+
+def _check_extreme(overrides: list[str]) -> None:
+    """Raise InputError if a search may come to ``overrides``, of which the last is a value of its own, in vain."""
+    from segkit.config.compose import compose
+
+    dirs = [option.partition("=")[2] for option in passed_on() if option.startswith("--config-dir=")]
+    more = [option for option in passed_on() if not option.startswith("--config-dir=")]
+    try:
+        check_job(compose([*more, *overrides], config_dirs=dirs))
+    except Exception as error:
+        sentence = explain(error)[0]
+        if sentence is None:
+            raise
+        raise InputError(f"the search may come to {overrides[-1]}: {sentence}; narrow sweep.space") from None
 
 
 def run(argv: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
+from segkit import launch  # noqa: E402
 from segkit.config.compose import compose  # noqa: E402
 from segkit.errors import InputError, Interrupted  # noqa: E402
 from segkit.sweeps import search  # noqa: E402
@@ -175,8 +176,11 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
         (["sweep.trials=0"], "sweep.trials is 0, but must be at least 1"),
         (["sweep.hours=0"], "sweep.hours is 0.0, but must be positive or null"),
         (["sweep.prune_after=0"], "sweep.prune_after is 0, but must be at least 1"),
-        (["sweep.space.loss.tau.low=2000"], r"loss.tau has low=2000 and high=1000.0, but needs low < high: set sweep."),
-        (["sweep.space.loss.tau.low=a"], "loss.tau has low=a and high=1000.0, but needs low < high"),
+        (["sweep.space.loss.tau.low=2000"], r"loss.tau has low=2000 and high=1000.0, but needs .* low < high: set"),
+        (["sweep.space.loss.tau.low=a"], "loss.tau has low=a and high=1000.0, but needs numbers with low < high"),
+        (["sweep.space.loss.tau.high=inf"], "loss.tau has low=1.0 and high=inf, but needs numbers with low < high"),
+        (["sweep.space.loss.tau.low=true"], "loss.tau has low=True and high=1000.0, but needs numbers"),
+        (["sweep.space.loss.tau.log=maybe"], "loss.tau.log is 'maybe', but must be true or false"),
         (["sweep.space.loss.tau.low=0"], "loss.tau has low=0, but log: true needs a positive one"),
         (["+sweep.space.loss.tua={low:1,high:2}"], "space.loss.tua names no key .*, did you mean tau for tua"),
         (["+sweep.space.foo.bar={low:1,high:2}"], "space.foo.bar names no key of this configuration"),
@@ -194,6 +198,34 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
 def test_a_mistake_is_answered_with_a_sentence(tmp_path, overrides, message):
     with pytest.raises(InputError, match=message):
         Search(tmp_path, config=compose(["sweep=search", *overrides]), overrides=[])
+
+
+@pytest.mark.parametrize("content", ["garbage", '{"a": 1}', "[1]", b"\xff\x00"])
+def test_a_damaged_study_is_answered_with_a_sentence(tmp_path, content):
+    (tmp_path / search.STUDY).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"study.journal cannot be read as a search .* or set another hydra.sweep.dir"):
+        fake(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sweep.space.loss.tau.low=-5", "sweep.space.loss.tau.log=false"],
+            "may come to loss.tau=-5.0: tau must be .* at least 0, got -5.0; set loss.tau; narrow sweep.space",
+        ),
+        (["+sweep.space.batch_size={low:1,high:1000000}"], "may come to batch_size=1000000: batch_size is 1000000"),
+        (["+sweep.space.optimizer.lr={choices:[0.1,fast]}"], "may come to optimizer.lr=fast: optimizer.lr is 'fast'"),
+        (["+sweep.space.precision={choices:[fp32,fp8]}"], "may come to precision=fp8: .*fp8"),
+    ],
+    ids=str,
+)
+def test_values_that_no_trial_could_take_are_refused_before_the_first(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(launch, "_sweeps", [fake(tmp_path, "sweep.trials=1", *overrides)])
+    with pytest.raises(InputError, match=message):
+        launch.finish_sweep()
+    assert not (tmp_path / "0").exists()
 
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):

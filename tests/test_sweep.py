@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from segkit.config.compose import check_overrides, compose
 from segkit.errors import InputError
 from segkit.guard import explain
-from segkit.launch import check_job
+from segkit.launch import check_job, passed_on
 from segkit.sweeps.jobs import Job, LocalSweep
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -31,8 +31,12 @@ SMALL = [
 
 
 def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    fixed = [*SMALL, f"hydra.sweep.dir={folder}/sweep", f"cache_dir={folder}/cache"]
-    command = [sys.executable, str(TRAIN), "-m", *fixed, *arguments]
+    """A sweep with the option ``own`` of a folder that is given by ``--config-dir``."""
+    option = folder / "configs" / "loss" / "own.yaml"
+    option.parent.mkdir(parents=True, exist_ok=True)
+    option.write_text("defaults:\n  - margin_calibration\n")
+    fixed = [*SMALL, "loss=own", f"hydra.sweep.dir={folder}/sweep", f"cache_dir={folder}/cache"]
+    command = [sys.executable, str(TRAIN), "--config-dir", str(folder / "configs"), "-m", *fixed, *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -55,6 +59,15 @@ def test_a_sweep_with_a_job_that_fails(tmp_path, goes_on):
     states = [job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())]
     assert states == ["failed", "finished"]
     assert "phase pretrain: finished already" in (tmp_path / "sweep" / "1" / "log.txt").read_text()
+
+
+def test_jobs_are_told_where_options_lie(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "-cd", "mine", "hydra.searchpath=[file:///there]", "seed=1,2"])
+    sweep = LocalSweep(Path("sweep"), jobs=1, options=passed_on())
+    command = sweep._command(Job(0, ["seed=1"], "there"))
+    assert command[3:] == ["--config-dir=mine", "hydra.searchpath=[file:///there]", "seed=1", 'hydra.run.dir="there"']
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2"])
+    assert passed_on() == []
 
 
 def test_jobs_must_be_positive(tmp_path):

@@ -130,13 +130,19 @@ def to_config(node: Any) -> Config:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(f"the configuration is not valid: {first_line(error)}") from None
+        raise InputError(f"the configuration is not valid: {reason_of(error)}") from None
     assert isinstance(config, Config)
     _check_values(config, "")
     trust(config.trust)  # of a command line: a saved configuration comes here without it
     for name, target in targets(config):
         check_allowed(target, key=name)
     return config
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong in one line, with the key that OmegaConf names apart from it."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first_line(error)}" if key else first_line(error)
 
 
 def _check_keys(node: Any, kind: Any, prefix: str) -> None:

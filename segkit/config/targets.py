@@ -227,8 +227,9 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
     options = {name: node.get(name) for name in LOSS_OPTIONS if group_name(key) == "loss"}
     hints = {**_hints(function), **dict.fromkeys(options, bool)}
     for name, value in (arguments | options).items():
-        if value is None and (name in facts or name in options or parameters[name].default is None):
-            continue  # a fact, or the default
+        has_default = name in facts or name in options or name not in parameters or parameters[name].default is None
+        if value is None and has_default:
+            continue
         if name in hints and not fits(value, hints[name]):
             raise InputError(f"{key}.{name} is {value!r}, but must be {described(hints[name])}: set {key}.{name}=...")
     for name, value in facts.items():

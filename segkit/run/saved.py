@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segkit.config.compose import to_config
+from segkit.config.compose import reason_of, to_config
 from segkit.config.schema import Config, check_targets
-from segkit.errors import InputError, first_line
+from segkit.errors import InputError
 from segkit.files import read_config_text, read_json
 
 CHECKPOINTS = ("last", "best")
@@ -172,9 +172,7 @@ def read_config(saved: Path) -> Config:
     except InputError as error:
         raise InputError(f"{saved}: {error}") from None
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason, key = first_line(error), getattr(error, "full_key", None)
-        reason = f"{key}: {reason}" if key else reason
-        raise InputError(f"{saved} is not a configuration of this version ({reason}): train again") from None
+        raise InputError(f"{saved} is not a configuration of this version ({reason_of(error)}): train again") from None
     return config
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,13 @@ class Job:
 
 
 class LocalSweep:
-    """Runs the jobs of one sweep on this machine, ``jobs`` at a time, which share its cores and the ``workers``."""
+    """Runs the jobs of one sweep on this machine, ``jobs`` at a time, which share its cores and the ``workers``.
 
-    def __init__(self, folder: Path, *, jobs: int, workers: int = 0) -> None:
-        self.folder, self.limit = folder, jobs
+    ``options``: what stands before the overrides of each job, such as ``--config-dir``.
+    """
+
+    def __init__(self, folder: Path, *, jobs: int, workers: int = 0, options: Sequence[str] = ()) -> None:
+        self.folder, self.limit, self.options = folder, jobs, list(options)
         cores = num_cores()
         self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
         self.workers = max(min(workers, 1), workers // jobs)
@@ -82,6 +85,10 @@ class LocalSweep:
         self._configs.append(config)
         self._waiting.append((list(overrides), folder))
 
+    def extremes(self) -> Iterator[list[str]]:
+        """Overrides of jobs that must be possible before the first one starts, beside those that :meth:`add` got."""
+        yield from ()
+
     def submit(self, overrides: Sequence[str], folder: Path) -> None:
         """Start a job as soon as fewer than ``limit`` are running."""
         self._wait_for_slot()
@@ -94,7 +101,8 @@ class LocalSweep:
 
     def _command(self, job: Job) -> list[str]:
         share = [f"workers={self.workers}"] * (self.limit > 1)
-        return [sys.executable, "-m", "segkit.launch", *job.overrides, *share, f"hydra.run.dir={quoted(job.folder)}"]
+        overrides = [*job.overrides, *share, f"hydra.run.dir={quoted(job.folder)}"]
+        return [sys.executable, "-m", "segkit.launch", *self.options, *overrides]
 
     def _start(self, job: Job) -> None:
         folder = Path(job.folder)

@@ -3,25 +3,26 @@
 optuna proposes the values of a trial (a tree-structured Parzen estimator), and a job of
 :class:`segkit.sweeps.jobs.LocalSweep` trains with them. Its score at the last checkpoint goes back to optuna, and so
 do those of the evaluations before, at which a poor trial is stopped. The study lies in the sweep's folder: the same
-command with
-the same ``hydra.sweep.dir`` goes on with it.
+command with the same ``hydra.sweep.dir`` goes on with it.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import quoted
 from segkit.config.schema import Config, plain
-from segkit.errors import InputError
+from segkit.config.targets import fits
+from segkit.errors import InputError, first_line
 from segkit.progress import show
 from segkit.runtime import derive_seed
 from segkit.sweeps.jobs import Job, LocalSweep
@@ -91,18 +92,20 @@ def distribution(key: str, spec: dict[str, Any], current: Any) -> Any:
         return optuna.distributions.CategoricalDistribution(choices)
     low: Any = spec.get("low")
     high, log = spec.get("high"), spec.get("log", False)
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
-    if not numbers or not low < high:
+    if not all(fits(value, float) and math.isfinite(value) for value in (low, high)) or not low < high:
         raise InputError(
-            f"sweep.space.{key} has low={low} and high={high}, but needs low < high: set sweep.space.{key}.low=..."
+            f"sweep.space.{key} has low={low} and high={high}, but needs numbers with low < high: set "
+            f"sweep.space.{key}.low=..."
         )
+    if not isinstance(log, bool):
+        raise InputError(f"sweep.space.{key}.log is {log!r}, but must be true or false: set sweep.space.{key}.log=true")
     if log and low <= 0:
         raise InputError(
             f"sweep.space.{key} has low={low}, but log: true needs a positive one: set sweep.space.{key}.low=..."
         )
     if all(isinstance(value, int) for value in (current, low, high)):
-        return optuna.distributions.IntDistribution(low, high, log=bool(log))
-    return optuna.distributions.FloatDistribution(low, high, log=bool(log))
+        return optuna.distributions.IntDistribution(low, high, log=log)
+    return optuna.distributions.FloatDistribution(low, high, log=log)
 
 
 def is_of_sweep(override: str) -> bool:
@@ -113,8 +116,8 @@ def is_of_sweep(override: str) -> bool:
 class Search(LocalSweep):
     """The trials of one search; a job's number is that of its trial."""
 
-    def __init__(self, folder: Path, *, config: Config, overrides: Sequence[str]) -> None:
-        super().__init__(folder, jobs=config.sweep.jobs, workers=config.workers)
+    def __init__(self, folder: Path, *, config: Config, overrides: Sequence[str], options: Sequence[str] = ()) -> None:
+        super().__init__(folder, jobs=config.sweep.jobs, workers=config.workers, options=options)
         self.budget, self.seed, self.split = config.sweep, config.seed, config.dataset.val_split
         self.overrides = [item for item in overrides if not is_of_sweep(item)]
         self.last_phase = list(config.schedule)[-1]
@@ -141,13 +144,19 @@ class Search(LocalSweep):
         pruner: Any = optuna.pruners.NopPruner()
         if self.budget.prune_after is not None:
             pruner = optuna.pruners.MedianPruner(n_startup_trials=self.budget.prune_after)
-        study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name="search",
-            direction="maximize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
+        try:
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend),
+                study_name="search",
+                direction="maximize",
+                pruner=pruner,
+                load_if_exists=True,
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise InputError(
+                f"{self.folder / STUDY} cannot be read as a search ({first_line(error)}): copy it again, or set "
+                "another hydra.sweep.dir"
+            ) from None
         mine = {"overrides": self.overrides, "space": specs}
         theirs = study.user_attrs.get("command", mine)
         if theirs != mine:
@@ -158,6 +167,12 @@ class Search(LocalSweep):
             )
         study.set_user_attr("command", mine)
         return study
+
+    def extremes(self) -> Iterator[list[str]]:
+        """The configuration with the least and the greatest value of each key, and with each of its choices."""
+        for key, found in self.space.items():
+            for value in found.choices if hasattr(found, "choices") else (found.low, found.high):
+                yield [*self.overrides, written((key, value))]
 
     def finish(self) -> int:
         """Run all trials that are still to be run, show them and the best; returns the exit code."""
@@ -262,7 +277,7 @@ class Search(LocalSweep):
             return
         best = max(finished, key=lambda job: (job.mean_iou, -job.number))
         show(f"best of {len(finished)} finished trials, by the mean IoU on split {self.split}: {best.mean_iou:.4f}")
-        show(f"  python train.py {shlex.join(best.overrides)}")
+        show(f"  python train.py {shlex.join([*self.options, *best.overrides])}")
         show(f"that score was chosen on split {self.split} and is too good: report it on images that no trial saw")
 
 

@@ -27,21 +27,16 @@ def train(
     """
     import time
 
-    from hydra.errors import HydraException
-
     from segkit.config.compose import compose
     from segkit.config.targets import short_name
-    from segkit.errors import InputError
     from segkit.files import read_json
-    from segkit.guard import explain
+    from segkit.guard import sentences
     from segkit.run.splits import open_phases
     from segkit.runtime import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
-    try:
+    with sentences():
         config = compose(overrides, config_dirs=config_dirs)
-    except HydraException as error:
-        raise InputError(explain(error)[0]) from None
     if folder is None:
         name = f"{short_name(config.model)}-{short_name(config.loss)}"
         folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -48,6 +48,20 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
         sys.exit(code)
 
 
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Raise InputError with the sentence of :func:`explain` in place of another exception that the user can mend."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        sentence = explain(error)[0]
+        if sentence is None:
+            raise
+        raise InputError(sentence) from None
+
+
 def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, int]:
     """One sentence for ``error`` and the exit code; None for a defect of segkit, which deserves its traceback.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from segkit.errors import InputError
-from segkit.guard import explain, guard, guarded
+from segkit.guard import guard, guarded, sentences
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
@@ -169,12 +169,10 @@ def _check_extreme(overrides: list[str]) -> None:
     dirs = [option.partition("=")[2] for option in passed_on() if option.startswith("--config-dir=")]
     more = [option for option in passed_on() if not option.startswith("--config-dir=")]
     try:
-        check_job(compose([*more, *overrides], config_dirs=dirs))
-    except Exception as error:
-        sentence = explain(error)[0]
-        if sentence is None:
-            raise
-        raise InputError(f"the search may come to {overrides[-1]}: {sentence}; narrow sweep.space") from None
+        with sentences():
+            check_job(compose([*more, *overrides], config_dirs=dirs))
+    except InputError as error:
+        raise InputError(f"the search may come to {overrides[-1]}: {error}; narrow sweep.space") from None
 
 
 def run(argv: Sequence[str]) -> None:

@@ -91,7 +91,8 @@ def distribution(key: str, spec: dict[str, Any], current: Any) -> Any:
             )
         return optuna.distributions.CategoricalDistribution(choices)
     low: Any = spec.get("low")
-    high, log = spec.get("high"), spec.get("log", False)
+    high: Any = spec.get("high")
+    log = spec.get("log", False)
     if not all(fits(value, float) and math.isfinite(value) for value in (low, high)) or not low < high:
         raise InputError(
             f"sweep.space.{key} has low={low} and high={high}, but needs numbers with low < high: set "

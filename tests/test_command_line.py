@@ -1,0 +1,76 @@
+"""What stands on a command line beside overrides: options, and files of options that are damaged."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import segkit
+from segkit.config.compose import compose
+from segkit.errors import InputError
+from segkit.guard import explain
+from segkit.launch import check_command_line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=camvid"], "unrecognized arguments: --dataset=camvid: a setting is KEY=VALUE, without dashes"),
+        (["--lr", "0.1"], "unrecognized arguments: --lr"),
+        (["--config-dir"], "argument --config-dir/-cd: expected one argument"),
+        (["--cfg", "bogus"], "argument --cfg/-c: invalid choice: 'bogus'"),
+        (["-m", "--cfg", "job"], "--multirun and --cfg exclude each other"),
+        (["--resolve"], "--resolve goes with --cfg"),
+    ],
+)
+def test_a_wrong_option_is_a_sentence(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(InputError, match=f"^{message}"):
+        check_command_line()
+
+
+def test_options_may_stand_between_overrides(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "seed=1", "--config-dir", "mine", "~augment", "--cfg", "job", "a=b=c"]
+    )
+    with pytest.raises(InputError, match="the override 'a=b=c' cannot be read"):
+        check_command_line()
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "seed=1", "--config-dir", "mine", "~augment", "--cfg", "job", "loss=own"]
+    )
+    check_command_line()
+    assert sys.argv == ["train.py", "--config-dir", "mine", "--cfg", "job", "seed=1", "~augment", "loss=own"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a: [1", "expected ',' or ']', but got '<stream end>' in line 1"),
+        (b"a: 1\na: 2\n", "found duplicate key a in line 2"),
+        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff"),
+        (b"defaults: 3\n", "defaults must be a list"),
+        (b"5\n", "Invalid loaded object type: int"),
+        (b"a: &x [*x]\n", "maximum recursion depth exceeded"),
+        (b'!!python/object/apply:os.system ["true"]\n', "could not determine a constructor for the tag"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_named(tmp_path, content, reason):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "own.yaml").write_bytes(content)
+    with pytest.raises(Exception) as caught:
+        compose(["loss=own"], config_dirs=[tmp_path])
+    sentence, code = explain(caught.value)
+    assert (code, "\n" in sentence) == (2, False)
+    assert sentence.startswith("the option loss/own cannot be read (")
+    assert reason in sentence
+    with pytest.raises(InputError, match=r"^the option loss/own cannot be read"):
+        segkit.train(["loss=own"], config_dirs=[tmp_path])
+
+
+@pytest.mark.parametrize("value", ["${nope}", "${oc.env:SEGKIT_NOPE}", "${x:1}", "???"])
+def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "own.yaml").write_text(f"_target_: segkit.losses.FocalLoss\ngamma: {value}\n")
+    with pytest.raises(InputError, match=r"the configuration is not valid: loss\.gamma: "):
+        compose(["loss=own"], config_dirs=[tmp_path])

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segkit.commands.options import (
     INFERENCE,
@@ -18,6 +18,9 @@ from segkit.commands.options import (
     verb_parser,
 )
 from segkit.progress import show
+
+if TYPE_CHECKING:
+    from segkit.evaluation.submission import Submission
 
 
 def parser() -> ArgumentParser:
@@ -43,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     check_writable(arguments, "output")
     from segkit.commands.decision import decision_of
     from segkit.data.bands import image_size
-    from segkit.evaluation.submission import check_images, write_submission
+    from segkit.evaluation.submission import Submission
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
@@ -54,19 +57,17 @@ def run(argv: Sequence[str]) -> None:
     check_classes(saved, split.classes)
     model = saved.model(arguments.checkpoint)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-    form = dataset.name.removesuffix("_coarse")
+    form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
     sizes = {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
-    check_images(sizes, format=form, split=arguments.split)
     device = resolve_device(arguments.device)
     model = decision.around(model.to(device))
     predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
-    options = {"format": form, "table": split.table, "split": arguments.split, "competition": arguments.competition}
     files = predictions(predict, dataset, split, model, device, precision, workers=arguments.workers)
-    number = write_submission(arguments.output, files, image_sizes=sizes, **options)
+    number = form.write(arguments.output, files, sizes)
     show(f"written: {number} predictions in {arguments.output}")
     if split.labelled:
-        show(f"mean IoU of the files: {100 * score(arguments.output, split, options):.2f} %")
+        show(f"mean IoU of the files: {100 * score(form, arguments.output, split):.2f} %")
 
 
 def predictions(
@@ -89,15 +90,14 @@ def predictions(
         yield from zip(batch.names, predicted.cpu().numpy(), strict=True)
 
 
-def score(archive: Path, split: Any, options: dict[str, Any]) -> float:
+def score(form: Submission, archive: Path, split: Any) -> float:
     """Return the mean IoU of the files in ``archive`` against the labels of ``split``."""
     import torch
 
     from segkit.evaluation import ConfusionMatrix
-    from segkit.evaluation.submission import read_submission
 
     matrix = ConfusionMatrix(split.num_classes, split.ignore_index)
     index = {Path(sample.name).name: number for number, sample in enumerate(split.samples)}
-    for name, prediction in read_submission(archive, **options):
+    for name, prediction in form.read(archive):
         matrix.update(torch.from_numpy(prediction), torch.from_numpy(split.label(index[name])))
     return matrix.mean_iou()

@@ -22,9 +22,8 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,9 +34,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segkit.errors import InputError
+from segkit.evaluation.ahead import ahead
 
 Labels = NDArray[np.uint8]
 Size = tuple[int, int]
+Prediction = tuple[str, NDArray[np.integer]]
+"""Name of an image, and its train ids (H, W)"""
 _VOID_COLOUR = (224, 224, 192)
 _TAR_MODES = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz"}
 
@@ -81,126 +83,16 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def write_submission(
-    path: str | os.PathLike[str],
-    predictions: Iterable[tuple[str, NDArray[np.integer]]],
-    *,
-    format: str,
-    table: LabelTable,
-    split: str = "test",
-    competition: str = "comp6",
-    image_sizes: Mapping[str, Size] | None = None,
-    threads: int = 2,
-) -> int:
-    """Write predictions, one ``(name, train ids (H, W))`` at a time, check the archive, and return its number of files.
-
-    ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6. ``image_sizes``, if given, are the names and sizes
-    of all images to come: they go through `check_images` before the first prediction is asked for. The archive gets
-    its name once it is complete and right.
-
-    Raises `InputError` naming the image for a wrong name, size or value, and if there is no prediction.
-    """
-    rules = _Rules(format, split, competition)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    sizes: dict[str, Size] = {}
-    if image_sizes is not None:
-        rules.check_images(image_sizes)
-
-    def files() -> Iterator[tuple[str, NDArray[np.integer]]]:
-        for name, prediction in predictions:
-            name = PurePosixPath(name).name
-            rules.check_prediction(name, prediction, num_classes=len(table.classes), image_sizes=image_sizes)
-            if name in sizes:
-                raise InputError(f"image {name} was predicted twice; a submission holds every image once")
-            sizes[name] = (prediction.shape[0], prediction.shape[1])
-            yield rules.member(name), prediction
-
-    try:
-        with _archive(path, temporary) as add:
-            for member, content in _encoded(files(), table, palette=rules.form.palette, threads=threads):
-                add(member, content)
-        if not sizes:
-            raise InputError(f"there is no prediction to write to {path}; check the split")
-        rules.check_number(len(sizes))
-        expected = sizes if image_sizes is None else image_sizes
-        validate_submission(temporary, format=format, table=table, sizes=expected, split=split, competition=competition)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(sizes)
-
-
-def check_images(image_sizes: Mapping[str, Size], *, format: str, split: str = "test") -> None:
-    """Check names, sizes and number of the images of a split before any is predicted.
-
-    The test splits of Cityscapes and BDD100K have one size, and every server wants all images of its test split.
-    Raises `InputError` that names the first image that the server would refuse.
-    """
-    _Rules(format, split).check_images(image_sizes)
-
-
-def validate_submission(
-    path: str | os.PathLike[str],
-    *,
-    format: str,
-    table: LabelTable,
-    sizes: Mapping[str, Size] | None = None,
-    split: str = "test",
-    competition: str = "comp6",
-) -> int:
-    """Check every file of an archive, and return the number of files.
-
-    ``sizes``: image names with (height, width); all of them must be there and no other. Raises `InputError` that
-    names the first file with a wrong path, kind of PNG, size or value, or files that are missing or too many.
-    """
-    found: dict[str, Size] = {}
-    for name, labels in read_submission(path, format=format, table=table, split=split, competition=competition):
-        found[name] = (labels.shape[0], labels.shape[1])
-        if sizes is not None and name in sizes and tuple(sizes[name]) != found[name]:
-            raise InputError(
-                f"{path}: {name} has the size {_by(found[name])}, but its image has {_by(sizes[name])}; "
-                "predict at the size of the label"
-            )
-    if sizes is not None and sizes.keys() != found.keys():
-        missing, extra = sorted(sizes.keys() - found.keys()), sorted(found.keys() - sizes.keys())
-        raise InputError(
-            f"{path}: {len(missing)} images are missing ({', '.join(missing[:3])}) and {len(extra)} are too many "
-            f"({', '.join(extra[:3])}); predict exactly the images of the split"
-        )
-    return len(found)
-
-
-def read_submission(
-    path: str | os.PathLike[str], *, format: str, table: LabelTable, split: str = "test", competition: str = "comp6"
-) -> Iterator[tuple[str, Labels]]:
-    """Yield ``(image name, train ids uint8 (H, W))``: the inverse of `write_submission`, checking as it reads."""
-    rules = _Rules(format, split, competition)
-    to_train = np.full(256, 255, np.uint8)
-    raw = list(table.train_to_raw.values())
-    to_train[raw] = list(table.train_to_raw)
-    allowed = np.isin(np.arange(256), raw)
-    with closing(_members(Path(path))) as members:
-        for member, content in members:
-            name = PurePosixPath(member).name.removesuffix(rules.form.ending)
-            if member != rules.member(name) or not re.fullmatch(rules.form.pattern, name):
-                raise InputError(f"{path}: there is a file {member}; expected are files such as {rules.member('NAME')}")
-            raw_labels = _decoded(content, f"{path}: {member}", palette=rules.form.palette)
-            if not allowed[raw_labels].all():
-                wrong = np.unique(raw_labels[~allowed[raw_labels]])[:5].tolist()
-                raise InputError(
-                    f"{path}: {member} has the values {wrong}, which are no label of {format}; write train ids "
-                    "with `segkit submit`, which maps them"
-                )
-            yield name, to_train[raw_labels]
-
-
 @dataclass(frozen=True)
-class _Rules:
-    """What the server of benchmark ``format`` wants of a split; the checks raise `InputError`."""
+class Submission:
+    """An archive as the server of a benchmark wants it: written, checked, read back. All checks raise `InputError`.
+
+    ``format``: a key of `FORMATS`. ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6.
+    """
 
     format: str
-    split: str
+    table: LabelTable
+    split: str = "test"
     competition: str = "comp6"
 
     def __post_init__(self) -> None:
@@ -214,6 +106,7 @@ class _Rules:
 
     @property
     def form(self) -> Format:
+        """How the benchmark wants its files."""
         return FORMATS[self.format]
 
     def member(self, name: str) -> str:
@@ -222,15 +115,63 @@ class _Rules:
         return str(folder / f"{name}{self.form.ending}")
 
     def check_images(self, sizes: Mapping[str, Size]) -> None:
-        for name, size in sizes.items():
-            self.check_name(name)
-            self.check_official_size(name, size)
-        self.check_number(len(sizes))
+        """Check names, sizes and number of the images of the split before any is predicted.
 
-    def check_prediction(
-        self, name: str, prediction: NDArray[np.integer], *, num_classes: int, image_sizes: Mapping[str, Size] | None
-    ) -> None:
-        self.check_name(name)
+        The test splits of Cityscapes and BDD100K have one size, and every server wants all images of its test split.
+        The error names the first image that the server would refuse.
+        """
+        form, is_test = self.form, self.split == "test"
+        for name, size in sizes.items():
+            if not re.fullmatch(form.pattern, name):
+                raise InputError(f"image name {name!r} is none of {self.format}; names must match {form.pattern}")
+            if is_test and form.test_size is not None and tuple(size) != form.test_size:
+                raise InputError(
+                    f"{name} has the size {_by(size)}; the test split of {self.format} wants {_by(form.test_size)}: "
+                    "point dataset.root (segkit submit --root) to the original images"
+                )
+        if is_test and form.num_test is not None and len(sizes) != form.num_test:
+            raise InputError(
+                f"the submission would hold {len(sizes)} images; the test split of {self.format} has {form.num_test}: "
+                "complete the data set, or name another split with segkit submit --split"
+            )
+
+    def write(self, path: Path, predictions: Iterable[Prediction], sizes: Mapping[str, Size]) -> int:
+        """Write predictions, one at a time, check the archive, and return its number of files.
+
+        ``sizes``: names and sizes of all images to come; they go through `check_images` before the first prediction is
+        asked for. The archive gets its name once it is complete and right.
+
+        The error names the image for a wrong name, size or value; it is one, too, if there is no prediction.
+        """
+        self.check_images(sizes)
+        temporary = path.with_name(f".{path.name}.part")
+        written: set[str] = set()
+        try:
+            with _archive(path, temporary) as add:
+                for member, content in ahead(self._encoder(), self._checked(predictions, sizes, written), threads=2):
+                    add(member, content)
+            if not written:
+                raise InputError(f"there is no prediction to write to {path}; check the split")
+            self.validate(temporary, sizes)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return len(written)
+
+    def _checked(
+        self, predictions: Iterable[Prediction], sizes: Mapping[str, Size], seen: set[str]
+    ) -> Iterator[Prediction]:
+        """Yield the predictions with the names of their images, each of which may come once; they go into ``seen``."""
+        for path, prediction in predictions:
+            name = PurePosixPath(path).name
+            self._check_prediction(name, prediction, sizes)
+            if name in seen:
+                raise InputError(f"image {name} was predicted twice; a submission holds every image once")
+            seen.add(name)
+            yield name, prediction
+
+    def _check_prediction(self, name: str, prediction: NDArray[np.integer], sizes: Mapping[str, Size]) -> None:
+        num_classes = len(self.table.classes)
         if prediction.ndim != 2 or prediction.dtype.kind not in "iu":
             raise InputError(
                 f"the prediction of {name} must hold class numbers (H, W), got {prediction.dtype} of shape "
@@ -241,72 +182,82 @@ class _Rules:
                 f"the prediction of {name} has values from {prediction.min()} to {prediction.max()}; allowed are the "
                 f"classes 0..{num_classes - 1}"
             )
-        self.check_official_size(name, prediction.shape)
-        if image_sizes is None:
-            return
-        if name not in image_sizes:
+        if name not in sizes:
             raise InputError(
                 f"the prediction of {name} belongs to no image of split {self.split}; predict exactly its images"
             )
-        if prediction.shape != tuple(image_sizes[name]):
+        if prediction.shape != tuple(sizes[name]):
             raise InputError(
                 f"the prediction of {name} has the size {_by(prediction.shape)}; {self.format} wants "
-                f"{_by(image_sizes[name])}: predict at the size of the image"
+                f"{_by(sizes[name])}: predict at the size of the image"
             )
 
-    def check_name(self, name: str) -> None:
-        if not re.fullmatch(self.form.pattern, name):
-            raise InputError(f"image name {name!r} is none of {self.format}; names must match {self.form.pattern}")
+    def _encoder(self) -> Callable[[Prediction], tuple[str, bytes]]:
+        """Return the function from a prediction to its file: name in the archive, and PNG bytes."""
+        to_raw = np.array([self.table.train_to_raw[k] for k in range(len(self.table.classes))], np.uint8)
+        colours = np.zeros((256, 3), np.uint8)
+        colours[to_raw] = self.table.palette
+        if 255 not in to_raw:
+            colours[255] = _VOID_COLOUR
 
-    def check_official_size(self, name: str, size: tuple[int, ...]) -> None:
-        official = self.form.test_size
-        if self.split == "test" and official is not None and tuple(size) != official:
+        def encode(named: Prediction) -> tuple[str, bytes]:
+            name, prediction = named
+            image = Image.fromarray(to_raw[prediction])
+            if self.form.palette:
+                image.putpalette(colours.tobytes())
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            return self.member(name), buffer.getvalue()
+
+        return encode
+
+    def validate(self, path: Path, sizes: Mapping[str, Size]) -> int:
+        """Check every file of an archive, and return the number of files.
+
+        ``sizes``: image names with (height, width); all of them must be there and no other. The error names the first
+        file with a wrong path, kind of PNG, size or value, or files that are missing or too many.
+        """
+        found: set[str] = set()
+        for name, labels in self.read(path):
+            found.add(name)
+            if name in sizes and tuple(sizes[name]) != labels.shape:
+                raise InputError(
+                    f"{path}: {name} has the size {_by(labels.shape)}, but its image has {_by(sizes[name])}; "
+                    "predict at the size of the label"
+                )
+        if sizes.keys() != found:
+            missing, extra = sorted(sizes.keys() - found), sorted(found - sizes.keys())
             raise InputError(
-                f"{name} has the size {_by(size)}; the test split of {self.format} wants {_by(official)}: point "
-                "dataset.root (segkit submit --root) to the original images"
+                f"{path}: {len(missing)} images are missing ({', '.join(missing[:3])}) and {len(extra)} are too many "
+                f"({', '.join(extra[:3])}); predict exactly the images of the split"
             )
+        return len(found)
 
-    def check_number(self, num_files: int) -> None:
-        official = self.form.num_test
-        if self.split == "test" and official is not None and num_files != official:
-            raise InputError(
-                f"the submission would hold {num_files} images; the test split of {self.format} has {official}: "
-                "complete the data set, or name another split with segkit submit --split"
-            )
+    def read(self, path: Path) -> Iterator[tuple[str, Labels]]:
+        """Yield ``(image name, train ids uint8 (H, W))``: the inverse of `write`, checking as it reads."""
+        to_train = np.full(256, 255, np.uint8)
+        raw = list(self.table.train_to_raw.values())
+        to_train[raw] = list(self.table.train_to_raw)
+        allowed = np.isin(np.arange(256), raw)
+        with closing(_members(path)) as members:
+            for member, content in members:
+                name = PurePosixPath(member).name.removesuffix(self.form.ending)
+                if member != self.member(name) or not re.fullmatch(self.form.pattern, name):
+                    raise InputError(
+                        f"{path}: there is a file {member}; expected are files such as {self.member('NAME')}"
+                    )
+                raw_labels = _decoded(content, f"{path}: {member}", palette=self.form.palette)
+                if not allowed[raw_labels].all():
+                    wrong = np.unique(raw_labels[~allowed[raw_labels]])[:5].tolist()
+                    raise InputError(
+                        f"{path}: {member} has the values {wrong}, which are no label of {self.format}; write train "
+                        "ids with `segkit submit`, which maps them"
+                    )
+                yield name, to_train[raw_labels]
 
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[0]}x{size[1]} (height x width)"
-
-
-def _encoded(
-    files: Iterable[tuple[str, NDArray[np.integer]]], table: LabelTable, *, palette: bool, threads: int
-) -> Iterator[tuple[str, bytes]]:
-    """Yield the PNG bytes of every file in order; a few are encoded at a time."""
-    to_raw = np.array([table.train_to_raw[k] for k in range(len(table.classes))], np.uint8)
-    colours = np.zeros((256, 3), np.uint8)
-    colours[to_raw] = table.palette
-    if 255 not in to_raw:
-        colours[255] = _VOID_COLOUR
-
-    def encode(prediction: NDArray[np.integer]) -> bytes:
-        image = Image.fromarray(to_raw[prediction])
-        if palette:
-            image.putpalette(colours.tobytes())
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
-
-    waiting: deque[tuple[str, Future[bytes]]] = deque()
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for name, prediction in files:
-            waiting.append((name, pool.submit(encode, prediction)))
-            if len(waiting) > 2 * threads:
-                first, content = waiting.popleft()
-                yield first, content.result()
-        while waiting:
-            first, content = waiting.popleft()
-            yield first, content.result()
 
 
 def _decoded(content: bytes, where: str, *, palette: bool) -> Labels:

@@ -16,7 +16,7 @@ from PIL import Image
 from segkit.data.labels import load_table
 from segkit.errors import InputError
 from segkit.evaluation import ConfusionMatrix
-from segkit.evaluation.submission import FORMATS, check_images, read_submission, validate_submission, write_submission
+from segkit.evaluation.submission import FORMATS, Submission
 
 NAMES = {
     "cityscapes": ("lindau_000000_000019", "frankfurt_000001_002512"),
@@ -52,11 +52,15 @@ def predictions(format, table):
     return list(zip(NAMES[format], (first, second), strict=True))
 
 
+def submission(format, split="val", **options):
+    return Submission(format, load_table(format) if format in NAMES else None, split, **options)
+
+
 def written(format, path, **options):
-    table = load_table(format)
+    form = submission(format, **options)
+    table = form.table
     given = predictions(format, table)
-    num = write_submission(path, iter(given), format=format, table=table, split="val", **options)
-    assert num == 2
+    assert form.write(path, iter(given), {name: prediction.shape for name, prediction in given}) == 2
     return table, given
 
 
@@ -90,7 +94,7 @@ def test_files_read_back_score_the_same(format, ending, tmp_path):
     internal, exported = ConfusionMatrix(len(table.classes)), ConfusionMatrix(len(table.classes))
     for name, prediction in given:
         internal.update(torch.from_numpy(prediction), torch.from_numpy(labels[name]))
-    for name, prediction in read_submission(tmp_path / f"out{ending}", format=format, table=table, split="val"):
+    for name, prediction in submission(format).read(tmp_path / f"out{ending}"):
         exported.update(torch.from_numpy(prediction), torch.from_numpy(labels[name]))
     assert 0.3 < internal.mean_iou() < 1
     assert torch.equal(internal.counts, exported.counts)
@@ -119,6 +123,7 @@ class Case(NamedTuple):
     names: tuple[str, ...] = ("ADE_val_00000001",)
     maps: tuple = (np.zeros((4, 5), np.uint8),)
     options: dict = {}  # noqa: RUF012
+    sizes: dict | None = None
     path: str = "out.zip"
 
 
@@ -140,15 +145,15 @@ ONE = np.zeros((4, 5), np.uint8)
         Case(r"would hold 1 images; the test split of ade20k has 3352", options={"split": "test"}),
         Case(
             r"has the size 4x5 \(height x width\); ade20k wants 8x5",
-            options={"image_sizes": {"ADE_val_00000001": (8, 5)}},
+            sizes={"ADE_val_00000001": (8, 5)},
         ),
         Case(
             r"prediction of ADE_val_00000001 belongs to no image of split val; predict exactly",
-            options={"image_sizes": {"ADE_val_00000002": (4, 5)}},
+            sizes={"ADE_val_00000002": (4, 5)},
         ),
         Case(
             r"1 images are missing \(ADE_val_00000002\) and 0 are too many",
-            options={"image_sizes": {"ADE_val_00000001": (4, 5), "ADE_val_00000002": (4, 5)}},
+            sizes={"ADE_val_00000001": (4, 5), "ADE_val_00000002": (4, 5)},
         ),
         Case(r"out\.rar must end in \.zip, \.tar, \.tar\.gz or \.tgz", path="out.rar"),
         Case(
@@ -160,24 +165,24 @@ ONE = np.zeros((4, 5), np.uint8)
     ids=lambda case: re.sub(r"\W+", " ", case.message)[:30],
 )
 def test_what_cannot_be_written_is_named_and_leaves_no_file(case, tmp_path):
-    options = {"format": "ade20k", "split": "val", **case.options}
-    given = zip(case.names, case.maps, strict=True)
+    given = list(zip(case.names, case.maps, strict=True))
+    sizes = {name: one.shape[:2] for name, one in given} if case.sizes is None else case.sizes
     with pytest.raises(InputError, match=case.message):
-        write_submission(tmp_path / case.path, given, table=load_table("ade20k"), **options)
+        submission(**{"format": "ade20k", **case.options}).write(tmp_path / case.path, given, sizes)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("format", "size"), [("cityscapes", "1024x2048"), ("bdd100k", "720x1280")])
 def test_test_splits_of_one_size(format, size, tmp_path):
-    name, table = NAMES[format][0], load_table(format)
+    name = NAMES[format][0]
     message = (
         rf"{name} has the size 4x5 .*; the test split of {format} wants {size} .*: point dataset\.root .* original"
     )
     with pytest.raises(InputError, match=message):
-        write_submission(tmp_path / "out.zip", [(name, ONE)], format=format, table=table)
+        submission(format, "test").write(tmp_path / "out.zip", [(name, ONE)], {name: (4, 5)})
     with pytest.raises(InputError, match=message):
-        check_images({name: (4, 5)}, format=format)
-    check_images({name: (4, 5)}, format=format, split="val")
+        submission(format, "test").check_images({name: (4, 5)})
+    submission(format).check_images({name: (4, 5)})
 
 
 def test_images_are_checked_before_any_is_predicted(tmp_path):
@@ -185,13 +190,13 @@ def test_images_are_checked_before_any_is_predicted(tmp_path):
         raise AssertionError("a prediction was asked for")
         yield
 
-    options = {"format": "bdd100k", "table": load_table("bdd100k")}
+    form = submission("bdd100k", "test")
     sizes = {f"{number:08x}-{number:08x}": (720, 1280) for number in range(1999)}
     with pytest.raises(InputError, match=r"would hold 1999 images; the test split of bdd100k has 2000: complete"):
-        write_submission(tmp_path / "out.zip", never(), image_sizes=sizes, **options)
+        form.write(tmp_path / "out.zip", never(), sizes)
     with pytest.raises(InputError, match=r"image name 'street' is none of bdd100k"):
-        write_submission(tmp_path / "out.zip", never(), image_sizes={"street": (720, 1280)}, **options)
-    check_images(sizes | {"ffffffff-ffffffff": (720, 1280)}, format="bdd100k")
+        form.write(tmp_path / "out.zip", never(), {"street": (720, 1280)})
+    form.check_images(sizes | {"ffffffff-ffffffff": (720, 1280)})
 
 
 def png(array, **options):
@@ -229,25 +234,23 @@ def test_archives_that_are_wrong(members, message, tmp_path):
         for name, content in members.items():
             archive.writestr(name, content)
     with pytest.raises(InputError, match=message):
-        validate_submission(
-            path, format="ade20k", table=load_table("ade20k"), sizes={"ADE_val_00000001": (4, 5)}, split="val"
-        )
+        submission("ade20k").validate(path, {"ADE_val_00000001": (4, 5)})
 
 
 def test_files_that_are_no_archive_or_hold_a_file_twice(tmp_path):
-    table = load_table("ade20k")
+    form = submission("ade20k", "test")
     with pytest.raises(InputError, match=r"there is no archive .*none\.zip"):
-        validate_submission(tmp_path / "none.zip", format="ade20k", table=table)
+        form.validate(tmp_path / "none.zip", {})
     (tmp_path / "text.zip").write_text("text")
     with pytest.raises(InputError, match=r"text\.zip is neither a zip nor a tar archive"):
-        validate_submission(tmp_path / "text.zip", format="ade20k", table=table)
+        form.validate(tmp_path / "text.zip", {})
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         for _ in range(2):
             info = tarfile.TarInfo("ADE_val_00000001.png")
             info.size = len(png(ONE + 1))
             archive.addfile(info, io.BytesIO(png(ONE + 1)))
     with pytest.raises(InputError, match=r"twice\.tar holds ADE_val_00000001\.png twice"):
-        validate_submission(tmp_path / "twice.tar", format="ade20k", table=table)
+        form.validate(tmp_path / "twice.tar", {})
 
 
 @pytest.mark.data
@@ -265,9 +268,10 @@ def test_a_real_label_of_each_kind_comes_back(shared_data, tmp_path):
         prediction = np.where(counted, label, 0)
         name = path.stem.removesuffix("_gtFine_labelIds")
         out = tmp_path / f"{format}.zip"
-        write_submission(out, [(name, prediction)], format=format, table=table, split="val")
+        form = submission(format)
+        form.write(out, [(name, prediction)], {name: prediction.shape})
         with zipfile.ZipFile(out) as archive:
             exported = np.asarray(Image.open(io.BytesIO(archive.read(archive.namelist()[0]))))
         np.testing.assert_array_equal(exported[counted], raw[counted])
-        ((_, back),) = read_submission(out, format=format, table=table, split="val")
+        ((_, back),) = form.read(out)
         np.testing.assert_array_equal(back, prediction)

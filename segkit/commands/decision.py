@@ -12,11 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from segkit.config.schema import DatasetConfig, plain
+from segkit.data.loader import eval_batches
+from segkit.data.samples import SampleSet
+from segkit.data.transforms import EvalTransform
 from segkit.errors import InputError
+from segkit.evaluation.decision import BiasedModel, bias_from_json, collect_logits, tune_bias
+from segkit.evaluation.miou_rule import MiouRule, ScaledModel, fit_miou_rule, rule_from_json
 from segkit.files import read_json, write_json
-from segkit.progress import show
-from segkit.run.saved import SavedRun
+from segkit.progress import show, track
+from segkit.run.saved import SavedRun, check_classes
+from segkit.run.splits import open_holdout, open_split
 
 FILE = "decision.json"
 MAX_IMAGES = 500
@@ -28,24 +39,24 @@ class Decision:
     """A rule by name, with its numbers and ``fitted_on``: data set, split, held-out share, number of images, images."""
 
     name: str = "argmax"
-    bias: Any = None
-    rule: Any = None
+    bias: NDArray[np.float32] | None = None
+    rule: MiouRule | None = None
     fitted_on: Mapping[str, Any] | None = None
 
-    def around(self, model: Any) -> Any:
+    def around(self, model: nn.Module) -> nn.Module:
         """Return ``model`` with the part of the decision that is linear in the logits."""
-        from segkit.evaluation.decision import BiasedModel
-        from segkit.evaluation.miou_rule import ScaledModel
-
-        if self.name == "argmax":
+        if self.bias is not None:
+            wrapped: nn.Module = BiasedModel(model, self.bias)
+        elif self.rule is not None:
+            wrapped = ScaledModel(model, self.rule)
+        else:
             return model
-        wrapped = BiasedModel(model, self.bias) if self.name == "bias" else ScaledModel(model, self.rule)
         return wrapped.to(next(model.parameters()).device).eval()
 
     @property
-    def decide(self) -> Callable[[Any], Any] | None:
+    def decide(self) -> Callable[[Tensor], Tensor] | None:
         """The part that is applied to probabilities at the size of the label (``Inference.decide``)."""
-        return self.rule.scores if self.name == "miou" else None
+        return None if self.rule is None else self.rule.scores
 
     def protocol(self) -> dict[str, Any]:
         """Return what a protocol says of it: the name, and on what it was fitted, without the list of images."""
@@ -57,7 +68,7 @@ class Decision:
         }
 
 
-def check_unseen(fitted_on: Mapping[str, Any] | None, scored: Any, dataset: DatasetConfig) -> None:
+def check_unseen(fitted_on: Mapping[str, Any] | None, scored: SampleSet, dataset: DatasetConfig) -> None:
     """Raise InputError if an image of the split ``scored`` is one that a decision is fitted on."""
     if fitted_on is None or fitted_on["dataset"] != dataset.name:
         return
@@ -110,9 +121,6 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
             f"{path} was fitted for another checkpoint than {saved.checkpoint(checkpoint)}: fit it again with "
             f"`{command} --refit`"
         )
-    from segkit.evaluation.decision import bias_from_json
-    from segkit.evaluation.miou_rule import rule_from_json
-
     if name == "bias":
         return Decision(name, bias=bias_from_json({"bias": values}, classes), fitted_on=fitted_on)
     return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
@@ -120,21 +128,17 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
 
 def exported(facts: Mapping[str, Any]) -> Decision:
     """Return what is left to decide for the weights that segkit export wrote with ``facts``: a bias is in them."""
-    from segkit.evaluation.miou_rule import rule_from_json
-
     if facts.get("decision") != "miou":
         return Decision()
     return Decision("miou", rule=rule_from_json(facts.get("rule"), facts["classes"]))
 
 
-def to_fit_on(dataset: DatasetConfig) -> tuple[Any, dict[str, Any]]:
+def to_fit_on(dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
     """Return the images that a decision is fitted on, and what ``fitted_on`` says of them.
 
     Up to :data:`MAX_IMAGES`, evenly chosen from those held out of training (``dataset.holdout``), or from the training
     images where none were held out.
     """
-    from segkit.run.splits import open_holdout, open_split
-
     split = open_holdout(dataset) if dataset.holdout else open_split(dataset, dataset.train_split)
     num_images = min(MAX_IMAGES, len(split))
     split = split.subset([number * len(split) // num_images for number in range(num_images)])
@@ -152,19 +156,12 @@ def fit(
     model: Any,
     dataset: DatasetConfig,
     *,
-    scored: Any,
+    scored: SampleSet,
     checkpoint: str,
-    device: Any,
+    device: torch.device,
     workers: int,
 ) -> None:
     """Fit bias and rule together, and write :data:`FILE`; InputError if an image of the split ``scored`` is used."""
-    from segkit.data.loader import eval_batches
-    from segkit.data.transforms import EvalTransform
-    from segkit.evaluation.decision import collect_logits, tune_bias
-    from segkit.evaluation.miou_rule import fit_miou_rule
-    from segkit.progress import track
-    from segkit.run.saved import check_classes
-
     split, fitted_on = to_fit_on(dataset)
     check_classes(saved, split.classes)
     check_unseen(fitted_on, scored, dataset)
@@ -201,13 +198,8 @@ def fit(
     )
 
 
-def add_bias(saved: SavedRun, model: Any, bias: Any) -> None:
+def add_bias(saved: SavedRun, model: Any, bias: NDArray[np.float32]) -> None:
     """Add ``bias`` (K,) to the last layer of ``model``, in place; InputError unless an image of noise confirms it."""
-    import torch
-    from torch import nn
-
-    from segkit.evaluation.decision import BiasedModel
-
     biased = BiasedModel(model, bias)
     layers = [part for part in model.modules() if isinstance(part, nn.Conv2d) and part.out_channels == len(bias)]
     images = torch.rand(1, len(model.mean), 64, 64, generator=torch.Generator().manual_seed(0)) * model.divisor

@@ -63,17 +63,17 @@ def run(argv: Sequence[str]) -> None:
     model = saved.model(arguments.checkpoint)
     evaluated = copy.deepcopy(model)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-    if decision.name == "bias":
+    if decision.bias is not None:
         add_bias(saved, model, decision.bias)
     described = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())
     facts = {"segkit": __version__, **described}
-    head = decision.rule.decide if decision.name == "miou" else None
+    head = None if decision.rule is None else decision.rule.decide
     expected, images = predictor(decision, evaluated, "fp32"), list(real_images(split, facts["resize"]))
     if is_graph:
         options = {"format": arguments.format, "classes": arguments.classes, "head": head, "predict": expected}
         found, written = export(model, output, metadata=facts, images=images, **options), output
     else:
-        if head is not None:
+        if decision.rule is not None:
             facts["rule"] = decision.rule.to_json(facts["classes"])
         written = write_portable(arguments, output, model, facts)
         found = agreement(written, model, images, head=head, predict=expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
 from segkit.config.dataset import RGB
 from segkit.errors import InputError
-from segkit.progress import show
+from segkit.progress import show, track
 
 
 def parser(*, files: bool = True) -> ArgumentParser:
@@ -44,17 +43,15 @@ def run(argv: Sequence[str]) -> None:
     from segkit.commands.scorers import load
     from segkit.data.decode import orientation
     from segkit.data.files import find_images
-    from segkit.evaluation.predict import Outputs, predict_files
-    from segkit.progress import track
+    from segkit.evaluation.predict import predict_files
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
-    from segkit.training.precision import DTYPES
 
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
     first = load(arguments.run, arguments, device)
     chosen = inference(arguments, first.window)
-    scorers = {title(arguments.run): first}
+    models = {title(arguments.run): first}
     if arguments.side_by_side:
         other = load(arguments.side_by_side, arguments, device)
         difference = differing_classes(other.classes, first.classes)
@@ -64,24 +61,20 @@ def run(argv: Sequence[str]) -> None:
                 f"{arguments.side_by_side} predicts other classes than {arguments.run} ({difference}): name two runs "
                 "of one data set"
             )
-        scorers[title(arguments.side_by_side) + " "] = other  # the blank tells runs of one title apart
-    report = predict_files(
-        {name: loaded.score for name, loaded in scorers.items()},
+        models[title(arguments.side_by_side) + " "] = other  # the blank tells runs of one title apart
+    num_written, failed = predict_files(
+        {name: model.predictor(chosen, arguments.precision) for name, model in models.items()},
         images,
         arguments.output,
         read_image=first.read,
         classes=first.classes,
         palette=first.palette,
-        device=device,
-        dtype=DTYPES[arguments.precision],
-        inference={name: replace(chosen, decide=loaded.decide) for name, loaded in scorers.items()},
-        prepare={name: loaded.prepare for name, loaded in scorers.items()},
-        outputs=Outputs(probabilities=arguments.probabilities),
+        probabilities=arguments.probabilities,
         progress=lambda names: track(names, description="predicting", unit="images"),
     )
-    for _, reason in report.failed:
+    for _, reason in failed:
         show(f"skipped: {reason}", error=True)
-    show(f"written: {report.num_written} predictions in {arguments.output}")
+    show(f"written: {num_written} predictions in {arguments.output}")
     turned = sum(orientation(path) != 1 for path in images.values())
     if turned:
         show(
@@ -89,19 +82,16 @@ def run(argv: Sequence[str]) -> None:
             "the pixels as they are stored",
             error=True,
         )
-    sys.exit(report.exit_code)
+    sys.exit(1 if failed else 0)
 
 
 def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
     """Return the class map (H, W) of each of ``images``, paths or arrays (H, W, C) of what the model was trained on."""
     limit_pixels(arguments)
     from segkit.commands.scorers import load
-    from segkit.evaluation.predict import predict_arrays
     from segkit.runtime import resolve_device
-    from segkit.training.precision import DTYPES
 
-    device = resolve_device(arguments.device)
-    model = load(arguments.run, arguments, device)
+    model = load(arguments.run, arguments, resolve_device(arguments.device))
 
     def pixels(image: Any) -> np.ndarray:
         if not isinstance(image, np.ndarray):
@@ -113,9 +103,8 @@ def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
             )
         return image
 
-    chosen = replace(inference(arguments, model.window), decide=model.decide)
-    arrays, dtype = map(pixels, images), DTYPES[arguments.precision]
-    return predict_arrays(model.score, arrays, inference=chosen, prepare=model.prepare, device=device, dtype=dtype)
+    predictor = model.predictor(inference(arguments, model.window), arguments.precision)
+    return [predictor.labels(pixels(image)) for image in images]
 
 
 def title(run: Path) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from segkit.commands.decision import decision_of, exported
 from segkit.commands.options import DECISIONS, PROGRAMS
 from segkit.config.dataset import RGB
 from segkit.config.schema import plain
+from segkit.data.bands import read_bands
+from segkit.data.labels import load_table
+from segkit.data.transforms import resize_image, target_size
 from segkit.errors import InputError
+from segkit.evaluation.inference import Inference
+from segkit.evaluation.predict import Predictor
+from segkit.run.portable import check_facts, is_portable, open_portable
+from segkit.run.saved import open_run
+from segkit.training.precision import DTYPES
 
 GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
 """Formats of segkit export that are a graph, by the ending of the file"""
@@ -28,59 +38,56 @@ class Loaded:
     """
 
     score: Any
+    device: torch.device
     window: list[int]
     classes: tuple[str, ...]
     palette: np.ndarray
-    decide: Callable[[Any], Any] | None = None
-    resize: Mapping[str, Any] = field(default_factory=dict)
-    kind: tuple[int, str] = RGB
+    decide: Callable[[Any], Any] | None
+    resize: Mapping[str, Any]
+    kind: tuple[int, str]
 
     def read(self, path: Path) -> np.ndarray:
         """Return the image (H, W, C) in the file ``path``, as the data set of the run reads it."""
-        from segkit.data.bands import read_bands
-
         return read_bands(path, self.kind)
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """Return ``image`` (H, W, C) at the size at which the run evaluates."""
-        from segkit.data.transforms import resize_image, target_size
+    def predictor(self, inference: Inference, precision: str) -> Predictor:
+        """Return what predicts with ``inference``, at the size at which the run evaluates."""
+        inference = replace(inference, decide=self.decide)
+        return Predictor(self.score, inference, self._resized, self.device, DTYPES[precision])
 
+    def _resized(self, image: np.ndarray) -> np.ndarray:
         return resize_image(image, target_size(image.shape[:2], self.resize))
 
 
-def load(path: Path, arguments: argparse.Namespace, device: Any) -> Loaded:
+def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loaded:
     """Return the model of the run folder or of the export ``path``, ready to score images on ``device``."""
-    from segkit.commands.decision import decision_of, exported
-    from segkit.data.labels import load_table
-    from segkit.run.portable import is_portable, open_portable
-    from segkit.run.saved import open_run
-
+    decide = None
     if path.suffix in GRAPHS:
-        return _load_graph(path, arguments)
-    if is_portable(path):
+        score, facts = _open_graph(path, arguments)
+    elif is_portable(path):
         facts, model = open_portable(path)
         _check_options(path, facts, arguments)
         decision = exported(facts)
-        score = decision.around(model.to(device))
-        return _loaded(score, facts, decide=decision.decide)
-    saved = open_run(path, phase=arguments.phase)
-    dataset = saved.config.phase_dataset(saved.phase_name)
-    model = saved.model(arguments.checkpoint).to(device)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-    counts = saved.label_counts()
-    palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
-    facts = {"classes": counts["classes"], "palette": palette}
-    facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
-    facts |= dict(zip(("in_channels", "dtype"), dataset.kind, strict=True))
-    return _loaded(decision.around(model), facts, decide=decision.decide)
+        score, decide = decision.around(model.to(device)), decision.decide
+    else:
+        saved = open_run(path, phase=arguments.phase)
+        dataset = saved.config.phase_dataset(saved.phase_name)
+        model = saved.model(arguments.checkpoint).to(device)
+        decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
+        score, decide = decision.around(model), decision.decide
+        counts = saved.label_counts()
+        palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
+        facts = {"classes": counts["classes"], "palette": palette}
+        facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
+        facts |= dict(zip(("in_channels", "dtype"), dataset.kind, strict=True))
+    palette = np.asarray(facts["palette"], np.uint8)
+    kind, classes = (facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])), tuple(facts["classes"])
+    return Loaded(score, device, facts["crop"], classes, palette, decide, facts["resize"], kind)
 
 
-def _load_graph(path: Path, arguments: argparse.Namespace) -> Loaded:
-    """Return the ONNX file or program of torch.export ``path``, which computes on the CPU."""
-    import torch
-
+def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return score and facts of the ONNX file or program of torch.export ``path``, which computes on the CPU."""
     from segkit.models.exported import read_metadata, runner
-    from segkit.run.portable import check_facts
 
     if path.suffix == ".onnx":
         try:
@@ -103,7 +110,7 @@ def _load_graph(path: Path, arguments: argparse.Namespace) -> Loaded:
         found = compute(images.float().cpu()).to(images.device)
         return found if found.dim() == 4 else torch.nn.functional.one_hot(found.long(), num_classes).movedim(-1, 1)
 
-    return _loaded(score, facts)
+    return score, facts
 
 
 def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Namespace) -> None:
@@ -127,9 +134,3 @@ def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Nam
                 f"{path} gives {gives} and no probabilities, which does not go with --{option}: "
                 "predict with the run folder, or write the file again with segkit export RUN --decision argmax"
             )
-
-
-def _loaded(score: Any, facts: Mapping[str, Any], decide: Callable[[Any], Any] | None = None) -> Loaded:
-    palette = np.asarray(facts["palette"], np.uint8)
-    kind, classes = (facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])), tuple(facts["classes"])
-    return Loaded(score, facts["crop"], classes, palette, decide=decide, resize=facts["resize"], kind=kind)

@@ -27,7 +27,8 @@ from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
 from segkit.data.workers import start_worker
 from segkit.errors import InputError
-from segkit.evaluation.predict import Outputs, predict_files
+from segkit.evaluation.inference import Inference
+from segkit.evaluation.predict import Predictor, predict_files
 
 SIDE = 60_000
 TABLE = table_from_dict({"name": "toy", "classes": ["a"], "palette": [[0, 0, 0]], "raw_to_train": {"0": 0}})
@@ -162,18 +163,17 @@ def test_training_counting_and_check_say_it_once(tmp_path, workers):
 def test_prediction_reports_it_and_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
     dataset(tmp_path / "in", image=png())
-    report = predict_files(
-        lambda images: images.float(),
+    num_written, failed = predict_files(
+        {"prediction": Predictor(lambda images: images.float(), Inference())},
         find_images(tmp_path / "in"),
         tmp_path / "out",
         read_image=read_rgb,
         classes=["a", "b", "c"],
         palette=np.zeros((3, 3)),
-        outputs=Outputs(overlays=False),
     )
-    assert report.num_written == 3
-    assert [path.name for path, _ in report.failed] == ["bad.png"]
-    assert "bad.png has 60000x60000 pixels" in report.failed[0][1]
+    assert num_written == 3
+    assert [path.name for path, _ in failed] == ["bad.png"]
+    assert "bad.png has 60000x60000 pixels" in failed[0][1]
 
 
 def test_the_limit_can_be_raised_and_lowered(tmp_path):

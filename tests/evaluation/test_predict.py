@@ -16,7 +16,7 @@ from segkit.data.decode import read_rgb
 from segkit.data.files import find_images
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
-from segkit.evaluation.predict import Outputs, predict_files
+from segkit.evaluation.predict import Predictor, predict_files
 
 CLASSES = ["red", "green", "blue"]
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
@@ -45,9 +45,10 @@ def picture(height=40, width=60):
     return image
 
 
-def run(folder, output, **options):
+def run(folder, output, *, inference=None, **options):
+    scorers = options.pop("scorers", {"prediction": Brightest()})
     return predict_files(
-        options.pop("scorers", Brightest()),
+        {title: Predictor(score, inference or Inference()) for title, score in scorers.items()},
         find_images(folder, output=output),
         output,
         read_image=options.pop("read_image", read_rgb),
@@ -63,8 +64,7 @@ def test_results_have_the_size_of_the_image_and_its_classes(tmp_path):
     Image.fromarray(picture()).save(source / "a.png")
     Image.fromarray(picture(33, 47)).save(source / "deep" / "b.bmp")
     (source / "notes.txt").write_text("no image")
-    report = run(source, tmp_path / "out", outputs=Outputs(probabilities=True))
-    assert (report.num_written, report.failed, report.exit_code) == (2, [], 0)
+    assert run(source, tmp_path / "out", probabilities=True) == (2, [])
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     kinds = (("labels", "png"), ("overlays", "png"), ("probabilities", "npz"))
     assert written == {f"{kind}/{name}.{end}" for kind, end in kinds for name in ("a", "deep/b")}
@@ -86,17 +86,15 @@ def test_results_have_the_size_of_the_image_and_its_classes(tmp_path):
 def test_several_models_are_shown_side_by_side(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "a.png")
     scorers = {"CE": Brightest(), "other": lambda images: -images.float()}
-    report = run(tmp_path / "a.png", tmp_path / "out", scorers=scorers, outputs=Outputs(overlays=False))
-    assert report.num_written == 1
+    assert run(tmp_path / "a.png", tmp_path / "out", scorers=scorers) == (1, [])
     np.testing.assert_array_equal(np.asarray(opened(tmp_path / "out/labels/a.png")), picture().argmax(-1))
     assert opened(tmp_path / "out/side_by_side/a.png").size[0] > 180
-    assert not (tmp_path / "out/overlays").exists()
 
 
 def test_windows_flips_and_scales_are_taken(tmp_path):
     Image.fromarray(picture(70, 100)).save(tmp_path / "a.png")
     inference = Inference(window=(32, 64), flip=True, scales=(0.5, 1.0))
-    run(tmp_path / "a.png", tmp_path / "out", inference=inference, outputs=Outputs(overlays=False))
+    run(tmp_path / "a.png", tmp_path / "out", inference=inference)
     found = np.asarray(opened(tmp_path / "out/labels/a.png"))
     assert (found == picture(70, 100).argmax(-1)).mean() > 0.97
 
@@ -125,8 +123,7 @@ def test_odd_files_are_predicted_at_their_size(tmp_path, inference):
     source = tmp_path / "in"
     source.mkdir()
     odd = odd_files(source)
-    report = run(source, tmp_path / "out", inference=inference)
-    assert (report.num_written, report.exit_code) == (len(odd), 0)
+    assert run(source, tmp_path / "out", inference=inference) == (len(odd), [])
     for path in (tmp_path / "out/labels").iterdir():
         size = odd[path.name if path.name in odd else path.stem]  # grey16.png.png beside grey16.tiff.png
         assert opened(path).size == size[::-1], path.name
@@ -142,17 +139,16 @@ def test_broken_files_are_reported_and_the_others_predicted(tmp_path):
     (source / "z_cut.png").write_bytes(good[:-60])
     Image.fromarray(np.zeros((4, 4), np.float32)).save(source / "float.tif")
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(source / "wide.tif")
-    report = run(source, tmp_path / "out", outputs=Outputs(overlays=False), threads=3)
-    assert report.exit_code == 1
-    assert report.num_written == len(odd)
-    assert sorted(path.name for path, _ in report.failed) == [
+    num_written, failed = run(source, tmp_path / "out", threads=3)
+    assert num_written == len(odd)
+    assert sorted(path.name for path, _ in failed) == [
         "0_empty.png",
         "1_text.jpg",
         "float.tif",
         "wide.tif",
         "z_cut.png",
     ]
-    messages = {path.name: message for path, message in report.failed}
+    messages = {path.name: message for path, message in failed}
     assert re.search(r"1_text\.jpg is damaged or no image file \(.*\); copy or unpack it", messages["1_text.jpg"])
     assert "float.tif holds floating-point values; convert it" in messages["float.tif"]
     assert "wide.tif holds values beyond 16 bits; convert it" in messages["wide.tif"]
@@ -168,7 +164,7 @@ def test_a_folder_that_cannot_be_written_and_classes_without_names(tmp_path):
         return torch.cat([images.float(), 300 + images[:, :2].float()], 1)
 
     with pytest.raises(InputError, match="the model predicts class 4, but 3 classes are named"):
-        run(tmp_path / "a.png", tmp_path / "out", scorers=five_classes)
+        run(tmp_path / "a.png", tmp_path / "out", scorers={"prediction": five_classes})
 
 
 def test_decoding_and_writing_happen_beside_the_model(tmp_path, monkeypatch):
@@ -190,8 +186,8 @@ def test_decoding_and_writing_happen_beside_the_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(overlay, "palette_image", note("write", overlay.palette_image))
     start = time.perf_counter()
-    ways = {"scorers": note("model", Brightest()), "read_image": note("read", read_rgb)}
-    run(tmp_path, tmp_path / "out", outputs=Outputs(overlays=False), **ways)
+    ways = {"scorers": {"prediction": note("model", Brightest())}, "read_image": note("read", read_rgb)}
+    run(tmp_path, tmp_path / "out", **ways)
     elapsed = time.perf_counter() - start
     assert seen["model"] == {main}
     assert main not in seen["read"] | seen["write"]
@@ -213,7 +209,7 @@ def test_memory_holds_a_few_images_only(tmp_path):
         decoded.append(path)
         return read_rgb(path)
 
-    ways = {"scorers": scorer, "read_image": read_image}
-    run(tmp_path, tmp_path / "out", outputs=Outputs(overlays=False), threads=2, **ways)
+    ways = {"scorers": {"prediction": scorer}, "read_image": read_image}
+    run(tmp_path, tmp_path / "out", threads=2, **ways)
     assert len(predicted) == 20
     assert max(ahead) <= 5

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
+from segkit.commands.options import add_shared, check_writable, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -19,8 +19,7 @@ def parser() -> ArgumentParser:
         "Show training crops, clean and augmented, with their labels and class shares, on one page without a network.",
         example="dataset=folder dataset.root=/data/mine augment=strong --output browse.html",
     )
-    verb.add_argument("overrides", **OVERRIDES)
-    verb.add_argument("--config-dir", **CONFIG_DIR)
+    add_shared(verb, "overrides", "--config-dir")
     verb.add_argument("--output", type=Path, required=True, metavar="FILE", help="the page to write")
     verb.add_argument("--n", type=int, default=24, metavar="N", help="samples to show")
     verb.add_argument("--rare-first", action="store_true", help="look at all labels, and show the rarest classes first")

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
+from segkit.commands.options import add_shared, check_writable, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -22,8 +22,7 @@ def parser() -> ArgumentParser:
         "Read every file of a data set, then train, evaluate, save and resume a few real steps of a run.",
         example="dataset=cityscapes dataset.root=/data/cityscapes loss=margin_calibration",
     )
-    verb.add_argument("overrides", **OVERRIDES)
-    verb.add_argument("--config-dir", **CONFIG_DIR)
+    add_shared(verb, "overrides", "--config-dir")
     verb.add_argument("--sample", type=int, metavar="N", help="look at N random samples of each split (default: all)")
     verb.add_argument("--skip-step", action="store_true", help="look at the data only")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")

@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from segkit.evaluation import Inference
     from segkit.run.saved import SavedRun
 
-OVERRIDES: dict[str, Any] = {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for train.py: dataset=..., loss.tau=..."}
-
-CONFIG_DIR: dict[str, Any] = {
-    "action": "append",
-    "default": [],
-    "metavar": "DIR",
-    "help": "a folder of options of your own, as for train.py",
-}
-
-
 PROGRAMS = "torch_export"
 """What ``--trust`` says, beside packages, for a program of torch.export"""
 
@@ -53,6 +43,13 @@ def count(least: int, *, most: int = 2**31) -> Callable[[str], int]:
 DECISIONS = ("argmax", "bias", "miou")
 
 SHARED: dict[str, dict[str, Any]] = {
+    "overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "as for train.py: dataset=..., loss.tau=..."},
+    "--config-dir": {
+        "action": "append",
+        "default": [],
+        "metavar": "DIR",
+        "help": "a folder of options of your own, as for train.py",
+    },
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
     "--phase": {"help": "a phase of the run (default: the last)"},
     "--trust": {

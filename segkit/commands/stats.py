@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import CONFIG_DIR, OVERRIDES, check_writable, verb_parser
+from segkit.commands.options import add_shared, check_writable, verb_parser
 from segkit.config.dataset import RGB
 from segkit.config.schema import Config
 from segkit.errors import InputError
@@ -27,8 +27,7 @@ def parser() -> ArgumentParser:
         "are not 8-bit RGB also mean and deviation of each channel.",
         example="dataset=camvid dataset.root=data/CamVid loss.tau=5 --plot shares.png",
     )
-    verb.add_argument("overrides", **OVERRIDES)
-    verb.add_argument("--config-dir", **CONFIG_DIR)
+    add_shared(verb, "overrides", "--config-dir")
     verb.add_argument("--split", help="split to count (default: dataset.train_split)")
     verb.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")

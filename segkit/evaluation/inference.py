@@ -116,10 +116,10 @@ class Inference:
             windows = grid(shape, scale, window=self.window, overlap=self.overlap, multiple=self.multiple)
             for flipped, source in sources.items():
                 yield View(
-                    model,
-                    source,
-                    size,
-                    windows,
+                    model=model,
+                    images=source,
+                    size=size,
+                    windows=windows,
                     flipped=flipped,
                     gaussian=self.blending == "gaussian",
                     tiles_per_batch=self.tiles_per_batch,

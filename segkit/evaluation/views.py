@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int
     return [cells * i // num_steps * multiple for i in range(num_steps + 1)]
 
 
+@dataclass(kw_only=True, eq=False)
 class View:
     """Logits of one view of ``images`` (N, 3, h, w) at the label's ``size``, band by band from the top.
 
@@ -93,37 +94,25 @@ class View:
     likely classes near 0, where half precision is fine: the relative error of a probability is about 1e-3 at most.
     """
 
-    def __init__(
-        self,
-        model: Scorer,
-        images: Tensor,
-        size: Size,
-        windows: Grid,
-        *,
-        flipped: bool = False,
-        gaussian: bool = True,
-        tiles_per_batch: int = 1,
-        num_views: int = 1,
-    ) -> None:
-        self.model, self.images, self.size, self.windows = model, images, size, windows
-        self.flipped, self.gaussian = flipped, gaussian
-        self.tiles_per_batch, self.num_views = tiles_per_batch, num_views
-        self._num_done = 0
-        self._first = 0
+    model: Scorer
+    images: Tensor
+    size: Size
+    windows: Grid
+    flipped: bool
+    gaussian: bool
+    tiles_per_batch: int
+    num_views: int
+    maps: Tensor = field(init=False)
+    """The rows (N, K, h, w) of the map that are held now."""
+    _num_done: int = field(default=0, init=False)
+    _first: int = field(default=0, init=False)
 
     def start(self) -> None:
         """Run the first row of windows, from which stride and size of the map follow."""
-        if self._num_done == 0:
-            self._next_windows(keep=0)
-
-    @property
-    def maps(self) -> Tensor:
-        """The rows (N, K, h, w) of the map that are held now."""
-        return self._maps
+        self._next_windows(keep=0)
 
     def reach(self, rows: slice) -> None:
         """Run the windows that the band ``rows`` of the label's size needs, and forget the rows above the band."""
-        self.start()
         needed = source_rows(rows, height=self.size[0], extent=self._extent[0], num_rows=self._low[0])
         while self._num_final < needed.stop:
             self._next_windows(keep=needed.start)
@@ -131,7 +120,7 @@ class View:
     def band(self, rows: slice) -> Tensor:
         """Return logits (N, K, len(rows), W) in float32, after `reach`."""
         held = {"first": self._first, "num_rows": self._low[0]}
-        band = resized_rows(self._maps, self.size, rows, extent=self._extent, dtype=torch.float32, **held)
+        band = resized_rows(self.maps, self.size, rows, extent=self._extent, dtype=torch.float32, **held)
         return band.flip(-1) if self.flipped else band
 
     @property
@@ -156,7 +145,7 @@ class View:
             if self._num_done == 0 and first == 0:
                 self._measure(logits)
             if windows.tile == windows.padded:
-                self._maps = _halved(logits) if self._in_halves else logits
+                self.maps = _halved(logits) if self._in_halves else logits
                 break
             if first == 0:
                 self._extend(logits, self._cells(top), keep)
@@ -188,20 +177,20 @@ class View:
         width = self._low[1]
         self._in_halves = self.num_views > 1 and worth_halving(self.num_views * cells[0] * width, self.size)
         dtype = torch.float16 if self._in_halves else torch.float32
-        self._maps = logits.new_empty(len(self.images), logits.shape[1], 0, width, dtype=dtype)
+        self.maps = logits.new_empty(len(self.images), logits.shape[1], 0, width, dtype=dtype)
         self._weight_sum = logits.new_empty(0, width)
 
     def _extend(self, logits: Tensor, top: int, keep: int) -> None:
         """Forget the rows above ``keep``, and append rows for windows whose logits start in row ``top``."""
         keep = min(keep, top)
-        kept = slice(keep - self._first, self._maps.shape[2])
+        kept = slice(keep - self._first, self.maps.shape[2])
         num_kept, num_rows = max(0, kept.stop - kept.start), top + logits.shape[2] - keep
-        num_images, num_classes, _, width = self._maps.shape
-        maps = self._maps.new_zeros(num_images, num_classes, num_rows, width)
-        maps[:, :, :num_kept] = self._maps[:, :, kept]
+        num_images, num_classes, _, width = self.maps.shape
+        maps = self.maps.new_zeros(num_images, num_classes, num_rows, width)
+        maps[:, :, :num_kept] = self.maps[:, :, kept]
         weight_sum = self._weight_sum.new_zeros(num_rows, width)
         weight_sum[:num_kept] = self._weight_sum[kept]
-        self._maps, self._weight_sum, self._first = maps, weight_sum, keep
+        self.maps, self._weight_sum, self._first = maps, weight_sum, keep
 
     def _blend(self, logits: Tensor, top: int, left: int) -> None:
         """Add the logits (N, K, h, w) of a window to the weighted mean, at cell (top, left) of the map."""
@@ -209,7 +198,7 @@ class View:
         rows, columns = slice(top - self._first, top - self._first + height), slice(left, left + width)
         self._weight_sum[rows, columns] += self._weight
         share = self._weight / self._weight_sum[rows, columns]
-        place = self._maps[:, :, rows, columns]
+        place = self.maps[:, :, rows, columns]
         if self._in_halves:
             logits = _halved(logits)
         for part in band_slices((height, width), logits.shape[0] * logits.shape[1]):
@@ -264,8 +253,12 @@ def averaged(views: Iterable[View], size: Size, *, num_views: int) -> Iterator[t
     total: Tensor | None = None
     begun: list[View] = []
     for view in views:
-        if begun and _held(begun) > 4 * math.prod(begun[0].maps.shape[:2]) * math.prod(size):
-            total = _summed_up(begun, size, total)
+        held = sum(one.maps.numel() * one.maps.element_size() for one in begun)
+        if begun and held > 4 * math.prod(begun[0].maps.shape[:2]) * math.prod(size):
+            if total is None:
+                total = begun[0].maps.new_zeros(*begun[0].maps.shape[:2], *size, dtype=torch.float32)
+            for _ in _sums(begun, size, total, softmax=True):
+                pass  # adds to ``total`` in place
             begun = []
         view.start()
         begun.append(view)
@@ -274,20 +267,6 @@ def averaged(views: Iterable[View], size: Size, *, num_views: int) -> Iterator[t
     for rows, band in _sums(begun, size, total, softmax=num_views > 1):
         yield rows, band.div_(num_views) if num_views > 1 else band
         del band
-
-
-def _held(views: Iterable[View]) -> int:
-    """Return the bytes of the maps."""
-    return sum(view.maps.numel() * view.maps.element_size() for view in views)
-
-
-def _summed_up(views: list[View], size: Size, total: Tensor | None) -> Tensor:
-    """Return ``total`` (None for zeros) plus the probabilities (N, K, H, W) of ``views``."""
-    if total is None:
-        total = views[0].maps.new_zeros(*views[0].maps.shape[:2], *size, dtype=torch.float32)
-    for _ in _sums(views, size, total, softmax=True):
-        pass  # adds to ``total`` in place
-    return total
 
 
 def _sums(views: list[View], size: Size, total: Tensor | None, *, softmax: bool) -> Iterator[tuple[slice, Tensor]]:

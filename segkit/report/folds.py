@@ -89,16 +89,16 @@ def _pooled(group: Sequence[RunRecord]) -> RunRecord:
     counts = PerImageCounts(image, target, prediction, count, tuple(holder), parts[0].num_classes)
     results = metrics.summary(counts.total(), group[0].classes)
     results |= {"num_images": counts.num_images, "protocol": group[0].protocol}
-    config = deepcopy(group[0].config)
+    own = [fold_of(run) or (0, 0) for run in group]
+    total = own[0][1]
     record = replace(
-        group[0], config=config, results=results, per_image=counts, folds=tuple(group),
+        group[0], config=deepcopy(group[0].config), results=results, per_image=counts, folds=tuple(group),
         pictures={name: picture for run in group for name, picture in run.pictures.items()},
         counts=_added([run.counts for run in group]), margins=None,
+        pooled=f"{len(own)} {f'of {total} ' if len(own) < total else ''}folds pooled",
     )  # fmt: skip
-    own = [fold_of(run) or (0, 0) for run in group]
     _reader(record)["fold"] = ",".join(str(fold) for fold, _ in own)
-    total = own[0][1]
-    return replace(record, pooled=f"{len(own)} {f'of {total} ' if len(own) < total else ''}folds pooled")
+    return record
 
 
 def _added(all_counts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:

@@ -175,7 +175,7 @@ def confusions(c: Comparison) -> Part:
         if counts is None:
             continue
         num_open += group is c.baseline or group is c.contender
-        worst = plots.top_confusions(counts, group.classes)[:5]
+        worst = plots.top_confusions(counts, group.classes)
         errors = "; ".join(f"{a} taken for {b} {100 * share:.1f} %" for a, b, share in worst)
         matrices.append({"name": group.name, "chart": plots.confusion_chart(counts, group.classes), "errors": errors})
     return {"matrices": matrices, "num_open": num_open} if matrices else None

@@ -238,15 +238,14 @@ def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
     return names, {}
 
 
-def class_gains(group: Group, baseline: Group, order: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Return the :func:`gain` of ``group`` over ``baseline`` in IoU by class; None where one has no score."""
-    return [(name, gain(group, baseline, f"iou/{name}")[0]) for name in order]
-
-
 def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, BarChart]]:
     """Return, for each group except the baseline, bars of its gain in IoU per class, all on one scale."""
     order, _ = class_order(groups)
-    gains = [(group, class_gains(group, baseline, order)) for group in groups if group is not baseline]
+    gains = [
+        (group, [(name, gain(group, baseline, f"iou/{name}")[0]) for name in order])
+        for group in groups
+        if group is not baseline
+    ]
     axis = scale([value for _, rows in gains for _, value in rows if value is not None], zero=True, least=POINT)
     return [
         (group, BarChart(f"IoU per class, {group.name} less {baseline.name}", axis(0.0),
@@ -373,7 +372,7 @@ def confusion_chart(counts: NDArray[np.int64], classes: Sequence[str]) -> HeatMa
     return HeatMap("Confusion matrix", "label", "prediction", list(classes), rows, is_matrix=True, is_written=written)
 
 
-def top_confusions(counts: NDArray[np.int64], classes: Sequence[str], most: int = 6) -> list[tuple[str, str, float]]:
+def top_confusions(counts: NDArray[np.int64], classes: Sequence[str], most: int = 5) -> list[tuple[str, str, float]]:
     """Return the largest (label, prediction, share of the label's pixels) off the diagonal, largest first.
 
     None is so small that it would be written as 0.0 %.

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segkit.config.targets import fits
 from segkit.errors import InputError
+from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import MOST_JSON_BYTES, digest_of, read_config_text, read_json, read_text
 from segkit.report.pictures import StoredPicture, read_pictures
@@ -99,7 +101,7 @@ def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> 
             raise InputError(f"{path} is not a folder: name run folders such as outputs/DATA/MODEL/TIME, or a sweep's")
         is_phase = (path / "results.json").is_file() and (path.resolve().parent / "config.yaml").is_file()
         if is_phase or (path / "config.yaml").is_file():
-            runs.append(_up_to_date(read_run(path, evaluation=evaluation), evaluation))
+            runs.append(_read_current(path, evaluation))
         else:
             found, left_out = _read_sweep(path, evaluation)
             runs += found
@@ -110,8 +112,9 @@ def find_runs(paths: Sequence[Path | str], *, evaluation: str | None = None) -> 
     return list(once.values()), [*notes, *(note for run in once.values() for note in run.notes)]
 
 
-def _up_to_date(run: RunRecord, evaluation: str | None) -> RunRecord:
-    """Return ``run``; InputError if its checkpoint has other weights now than the evaluation was of."""
+def _read_current(path: Path, evaluation: str | None) -> RunRecord:
+    """Return the record of a run; InputError if its checkpoint has other weights now than the evaluation was of."""
+    run = read_run(path, evaluation=evaluation)
     if run.is_outdated():
         raise InputError(
             f"the evaluation {evaluation!r} of {run.path} is of weights that it has not any more, since its training "
@@ -131,7 +134,7 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
         elif not (folder / "results.json").is_file():
             notes.append(f"left out: {folder} has no results.json, its run {ends.get(folder.name, 'is not finished')}")
         else:
-            runs.append(_up_to_date(read_run(folder, evaluation=evaluation), evaluation))
+            runs.append(_read_current(folder, evaluation))
     if runs:
         return runs, notes
     if any((folder / "config.yaml").is_file() for folder in folders):
@@ -151,14 +154,8 @@ def _sweep_ends(path: Path) -> dict[str, str]:
         failed = [job for job in jobs if job["state"] == "failed"]
         reasons = [str(job.get("error") or "its log says why").strip().removeprefix("error: ") for job in failed]
         return {Path(job["folder"]).name: f"failed: {why}" for job, why in zip(failed, reasons, strict=True)}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # a sweep on a cluster has no sweep.json; its folders suffice
-        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}  # a sweep on a cluster has no sweep.json; its folders suffice
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
@@ -179,12 +176,19 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         phase = results["phase"]
     until = names[: names.index(phase) + 1]
     config = {**config, "schedule": {name: config["schedule"][name] for name in until}}
-    read = _OptionalFiles(path)
-    metrics = read(top / "metrics.jsonl", lambda file: _read_lines(file, until), "curves")
+    notes: list[str] = []
+
+    def read(file: Path, reader: Callable[[Path], Any], purpose: str) -> Any:
+        if file.is_file():
+            return reader(file)
+        notes.append(f"{path} has no {file.name}: no {purpose} for it")
+        return None
+
+    curves = read(top / "metrics.jsonl", lambda file: _read_lines(file, until), "curves")
     pictures = read_pictures(path / "pictures")
     if evaluation is not None and pictures:
         pictures = {}
-        read.notes.append(f"the pictures in {path} are of the evaluation after training and not shown for {evaluation}")
+        notes.append(f"the pictures in {path} are of the evaluation after training and not shown for {evaluation}")
     record = RunRecord(
         path=path,
         phase=phase,
@@ -194,10 +198,10 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         provenance=read(top / "provenance.json", _read_json, "origin") or {},
         counts=read(path / "label_counts.json", _read_counts, "label distribution"),
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
-        metrics=tuple(metrics or ()),
+        metrics=tuple(curves or ()),
         per_image=read(counts_file, PerImageCounts.load, "intervals, tests and confusion matrix"),
         pictures=pictures,
-        notes=tuple(read.notes),
+        notes=tuple(notes),
     )
     _check_per_image(record, results_file, counts_file)
     return record
@@ -228,19 +232,6 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
     return folder / f"{evaluation}.json", folder / f"{evaluation}.npz"
 
 
-class _OptionalFiles:
-    """Reads a file if it exists; otherwise notes what the report cannot show without it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.notes = path, list[str]()
-
-    def __call__(self, file: Path, reader: Callable[[Path], Any], purpose: str) -> Any:
-        if file.is_file():
-            return reader(file)
-        self.notes.append(f"{self.path} has no {file.name}: no {purpose} for it")
-        return None
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_config_text(path, whole=False)
     missing = [key for key in CONFIG_KEYS if key not in config]
@@ -264,23 +255,20 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: {AGAIN}")
     classes = results["classes"]
-    rows = list(classes.values()) if isinstance(classes, dict) else []
-    ious = [row.get("iou") for row in rows if isinstance(row, dict)]
-    scores = [results["mean_iou"], results["pixel_accuracy"], *ious]
-    are_shares = all(map(_is_share, scores)) and all(
+    rows = list(classes.values()) if fits(classes, dict[str, dict[str, Any]]) else []
+    are_shares = _is_share(results["mean_iou"]) and _is_share(results["pixel_accuracy"])
+    are_shares = are_shares and all(
         _is_share(value) or (name.endswith("_pixels") and type(value) is int and 0 <= value < 2**63)
         for row in rows
-        if isinstance(row, dict)
         for name, value in row.items()
     )
-    if len(ious) != len(rows) or not rows or not are_shares:
+    if not rows or not are_shares:
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
         raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {AGAIN}")
     best, absent = results.get("best") or {}, results.get("absent_classes") or []
-    if not (isinstance(best, dict) and (not best or _is_share(best.get("mean_iou", "none")))) or not (
-        isinstance(absent, list) and all(isinstance(name, str) for name in absent)
-    ):
+    known = isinstance(best, dict) and (not best or _is_share(best.get("mean_iou", "none")))
+    if not known or not fits(absent, list[str]):
         raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {AGAIN}")
     if not isinstance(results["protocol"], dict):
         raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {AGAIN}")
@@ -308,16 +296,10 @@ def _read_counts(path: Path) -> dict[str, int]:
 
 def _read_margins(path: Path) -> dict[str, Any]:
     margins = _read_json(path)
-    columns = [margins.get(key) for key in ("classes", "rho_0k", "rho_k0")]
-    numbers = all(
-        type(value) in (int, float) and abs(value) < 1e300
-        for column in columns[1:]
-        if isinstance(column, list)
-        for value in column
-    )
-    numbers = numbers and isinstance(columns[0], list) and all(isinstance(name, str) for name in columns[0])
-    sizes = {len(column) if isinstance(column, list) else 0 for column in columns}
-    if len(sizes) != 1 or sizes == {0} or not numbers:
+    names: Any = margins.get("classes")
+    columns: list[Any] = [margins.get(key) for key in ("rho_0k", "rho_k0")]
+    good = fits(names, list[str]) and all(fits(column, list[float]) for column in columns)
+    if not good or not names or any(len(column) != len(names) or max(map(abs, column)) >= 1e300 for column in columns):
         raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")
     return margins
 
@@ -342,8 +324,6 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
 
 def _check_per_image(run: RunRecord, results_file: Path, counts_file: Path) -> None:
     """Raise InputError unless the per-image counts are of the evaluation that wrote the results."""
-    from segkit.evaluation import metrics
-
     if run.per_image is None:
         return
     counts = run.per_image.total()

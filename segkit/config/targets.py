@@ -17,7 +17,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
 import types
@@ -308,7 +307,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
     if hint in (bool, str):

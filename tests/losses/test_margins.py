@@ -138,6 +138,7 @@ def test_upsilon_too_small_names_class_and_least_value():
         ([5, 5], {"class_names": ["one"]}, "got 1 class names for 2 counts"),
         ([5, 5], {"tau": -1.0}, "tau must be a finite number at least 0, got -1.0; set loss.tau"),
         ([5, 5], {"tau": math.nan}, "tau must be a finite number"),
+        ([5, 5], {"tau": 10**400}, "tau must be a finite number at least 0, got 1000"),
         ([5, 5], {"upsilon": 0.0}, "upsilon must be a finite number greater than 0"),
         ([5, 5], {"scale": "log"}, "scale must be one of tau, mean, got 'log'; set loss.scale"),
         ([5, 5], {"absent": "skip"}, "absent must be one of max, zero, error"),

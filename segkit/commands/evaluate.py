@@ -21,9 +21,9 @@ from segkit.commands.options import (
     verb_parser,
 )
 from segkit.errors import InputError
+from segkit.evaluation.protocols import PROTOCOLS
 from segkit.progress import show
 
-PROTOCOLS = ("standard", "cityscapes", "ade20k", "bdd100k")
 BOUNDARY_RATIO = 0.02
 """Width of the band of ``--boundary``, as a share of the image's diagonal."""
 
@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
         "--split", help="split to score, or holdout for the images of dataset.holdout (default: dataset.val_split)"
     )
     verb.add_argument("--max-images", type=count(1), metavar="N", help="score only the first N images (default: all)")
-    verb.add_argument("--protocol", default="standard", choices=PROTOCOLS, help="figures of a benchmark to add")
+    verb.add_argument("--protocol", default="standard", choices=list(PROTOCOLS), help="figures of a benchmark to add")
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
     verb.add_argument("--refit", action="store_true", help="fit --decision bias or miou again, though one is stored")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from segkit.errors import InputError
 from segkit.evaluation.metrics import Floats, divide
@@ -196,11 +195,7 @@ def _aligned(first: PerImageCounts, second: PerImageCounts) -> PerImageCounts:
             f"the runs were evaluated on different images ({len(only)} are in one of them only: {examples}); "
             "evaluate both on the same split"
         )
-    position = {name: i for i, name in enumerate(first.names)}
-    number: NDArray[np.int64] = np.array([position[name] for name in second.names])
-    aligned = PerImageCounts(
-        number[second.image], second.target, second.prediction, second.count, first.names, first.num_classes
-    )
+    aligned = PerImageCounts.joined([second], first.names)
     if not np.array_equal(first.class_totals()[1], aligned.class_totals()[1]):
         raise InputError(
             "the runs were scored against different labels; evaluate both with the same resize and label table"

@@ -21,7 +21,8 @@ _FIELDS = ("image", "target", "prediction", "count", "names", "num_classes")
 class PerImageCounts:
     """Non-zero entries of one (K, K) confusion matrix per image.
 
-    Entry e: in image ``image[e]``, ``count[e]`` pixels of class ``target[e]`` were predicted as ``prediction[e]``.
+    Entry e: in image ``image[e]``, ``count[e]`` pixels of class ``target[e]`` were predicted as ``prediction[e]``;
+    entries of one place add up.
     The arrays are int64 and of one length; ``names`` has one name per image, in the order of the data set. An image
     without any labelled pixel has no entry but keeps its name.
     """
@@ -48,6 +49,16 @@ class PerImageCounts:
         target, prediction, count = np.concatenate(matrices, axis=1)
         return cls(image, target, prediction, count, tuple(names), num_classes)
 
+    @classmethod
+    def joined(cls, parts: Sequence[PerImageCounts], names: Sequence[str]) -> PerImageCounts:
+        """Return the sum of ``parts`` over the images ``names``, which are in that order and told by their names."""
+        position = {name: number for number, name in enumerate(names)}
+        image = [np.array([position[name] for name in part.names], np.int64)[part.image] for part in parts]
+        target, prediction, count = (
+            np.concatenate([getattr(part, key) for part in parts]) for key in ("target", "prediction", "count")
+        )
+        return cls(np.concatenate(image), target, prediction, count, tuple(names), parts[0].num_classes)
+
     def total(self) -> NDArray[np.int64]:
         """The confusion matrix (K, K) of all images together."""
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
@@ -58,7 +69,7 @@ class PerImageCounts:
         """The dense confusion matrix (K, K) of one image."""
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         of_image = self.image == image
-        counts[self.target[of_image], self.prediction[of_image]] = self.count[of_image]
+        np.add.at(counts, (self.target[of_image], self.prediction[of_image]), self.count[of_image])
         return counts
 
     def class_totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -66,7 +77,7 @@ class PerImageCounts:
         shape = (self.num_images, self.num_classes)
         tp, target, predicted = (np.zeros(shape, np.int64) for _ in range(3))
         hit = self.target == self.prediction
-        tp[self.image[hit], self.target[hit]] = self.count[hit]
+        np.add.at(tp, (self.image[hit], self.target[hit]), self.count[hit])
         np.add.at(target, (self.image, self.target), self.count)
         np.add.at(predicted, (self.image, self.prediction), self.count)
         return tp, target, predicted

@@ -49,9 +49,9 @@ def merge_by_name(
 
 def benchmark_scores(protocol: str, counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
     """Return the figures of a named protocol: ``score`` (which ranks), its parts, and the policy on absent classes."""
-    if protocol not in _PROTOCOLS:
-        raise InputError(f"there is no protocol {protocol!r}; allowed are {', '.join(_PROTOCOLS)}")
-    return {"protocol": protocol, **_PROTOCOLS[protocol](counts, class_names)}
+    if protocol not in PROTOCOLS:
+        raise InputError(f"there is no protocol {protocol!r}; allowed are {', '.join(PROTOCOLS)}")
+    return {"protocol": protocol, **PROTOCOLS[protocol](counts, class_names)}
 
 
 def _standard(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _bdd100k(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-_PROTOCOLS: dict[str, Callable[[ArrayLike, Sequence[str]], dict[str, Any]]] = {
+PROTOCOLS: dict[str, Callable[[ArrayLike, Sequence[str]], dict[str, Any]]] = {
     "standard": _standard,
     "cityscapes": _cityscapes,
     "ade20k": _ade20k,

@@ -35,6 +35,7 @@ from PIL import Image
 
 from segkit.errors import InputError
 from segkit.evaluation.ahead import ahead
+from segkit.evaluation.overlay import palette_image
 
 Labels = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -202,9 +203,8 @@ class Submission:
 
         def encode(named: Prediction) -> tuple[str, bytes]:
             name, prediction = named
-            image = Image.fromarray(to_raw[prediction])
-            if self.form.palette:
-                image.putpalette(colours.tobytes())
+            raw = to_raw[prediction]
+            image = palette_image(raw, colours) if self.form.palette else Image.fromarray(raw)
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             return self.member(name), buffer.getvalue()

@@ -12,8 +12,6 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from segkit.errors import InputError
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
@@ -81,12 +79,7 @@ def _pooled(group: Sequence[RunRecord]) -> RunRecord:
                     "one fold holds out each image: train all folds on the same files, or compare the runs one by one"
                 )
     parts = [run.per_image for run in group if run.per_image is not None]
-    first = np.cumsum([0, *(part.num_images for part in parts)])
-    target, prediction, count = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("target", "prediction", "count")
-    )
-    image = np.concatenate([part.image + start for part, start in zip(parts, first, strict=False)])
-    counts = PerImageCounts(image, target, prediction, count, tuple(holder), parts[0].num_classes)
+    counts = PerImageCounts.joined(parts, tuple(holder))
     results = metrics.summary(counts.total(), group[0].classes)
     results |= {"num_images": counts.num_images, "protocol": group[0].protocol}
     own = [fold_of(run) or (0, 0) for run in group]

@@ -176,42 +176,25 @@ class Bar(NamedTuple):
     kind: str = ""
 
 
-class BarChart(NamedTuple):
-    """Horizontal bars from the line at ``zero``."""
-
-    label: str
-    zero: float
-    rows: list[Bar]
-
-
 class Dot(NamedTuple):
-    """One value of a series."""
+    """One value of a series as a position and in words; ``low`` and ``high`` where it has an interval."""
 
     number: int
     name: str
     at: float
     text: str
-
-
-class Interval(NamedTuple):
-    """A value with its interval: positions, and both in words."""
-
-    number: int
-    name: str
-    low: float
-    at: float
-    high: float
-    text: str
+    low: float | None = None
+    high: float | None = None
 
 
 class AxisChart(NamedTuple):
-    """Intervals, or rows of dots with their names; ``zero`` is the position of 0 where that has a line."""
+    """Bars, intervals, or rows of dots with their names; ``zero`` is the position of 0 where that has a line."""
 
     label: str
-    x_label: str
-    ticks: list[Tick]
     rows: list[Any]
     zero: float | None = None
+    x_label: str = ""
+    ticks: Sequence[Tick] = ()
 
 
 def interval_chart(
@@ -221,10 +204,10 @@ def interval_chart(
     """Return the chart of rows (series, name, low, value, high), all shares; ``zero`` puts 0 on the axis."""
     axis = scale([value for row in rows for value in row[2:]], zero=zero, least=POINT)
     drawn = [
-        Interval(number, name, axis(low), axis(value), axis(high), f"{text(value)} [{text(low)}, {text(high)}]")
+        Dot(number, name, axis(value), f"{text(value)} [{text(low)}, {text(high)}]", axis(low), axis(high))
         for number, name, low, value, high in rows
     ]
-    return AxisChart(label, x_label, axis.ticks(percent_tick, 6), drawn, axis(0.0) if zero else None)
+    return AxisChart(label, drawn, axis(0.0) if zero else None, x_label, axis.ticks(percent_tick, 6))
 
 
 def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
@@ -238,7 +221,7 @@ def class_order(groups: Sequence[Group]) -> tuple[list[str], dict[str, float]]:
     return names, {}
 
 
-def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, BarChart]]:
+def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, AxisChart]]:
     """Return, for each group except the baseline, bars of its gain in IoU per class, all on one scale."""
     order, _ = class_order(groups)
     gains = [
@@ -248,8 +231,8 @@ def gain_charts(groups: Sequence[Group], baseline: Group) -> list[tuple[Group, B
     ]
     axis = scale([value for _, rows in gains for _, value in rows if value is not None], zero=True, least=POINT)
     return [
-        (group, BarChart(f"IoU per class, {group.name} less {baseline.name}", axis(0.0),
-                         [_gain_bar(name, value, axis) for name, value in rows]))
+        (group, AxisChart(f"IoU per class, {group.name} less {baseline.name}",
+                          [_gain_bar(name, value, axis) for name, value in rows], axis(0.0)))
         for group, rows in gains
     ]  # fmt: skip
 
@@ -261,7 +244,7 @@ def _gain_bar(name: str, value: float | None, axis: Scale) -> Bar:
     return Bar(name, points(value, 1), ends[0], round(ends[1] - ends[0], 2), "gain" if value >= 0 else "loss")
 
 
-def share_chart(groups: Sequence[Group]) -> BarChart | None:
+def share_chart(groups: Sequence[Group]) -> AxisChart | None:
     """Return the share of every class in the training labels on a logarithmic axis; None without label counts."""
     order, shares = class_order(groups)
     known = [share for share in shares.values() if share > 0]
@@ -274,7 +257,7 @@ def share_chart(groups: Sequence[Group]) -> BarChart | None:
         else Bar(name, "none")
         for name in order
     ]  # fmt: skip
-    return BarChart("Share of training pixels per class", 0.0, bars)
+    return AxisChart("Share of training pixels per class", bars, 0.0)
 
 
 def margin_chart(groups: Sequence[Group], key: str) -> AxisChart | None:
@@ -298,7 +281,7 @@ def margin_chart(groups: Sequence[Group], key: str) -> AxisChart | None:
                 for index, group, margins in known if name in margins and (margins[name] > 0 or not log)])
         for name in order
     ]  # fmt: skip
-    return AxisChart(f"Margins {key} per class", "logits", axis.ticks(compact), rows)
+    return AxisChart(f"Margins {key} per class", rows, x_label="logits", ticks=axis.ticks(compact))
 
 
 # -- heat maps: grids of two settings, confusion matrices ----------------------------------------------------------

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.report.groups import Group, comparable
@@ -66,16 +64,7 @@ def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
     """Return the counts of several runs on the same images, added image by image, in the first run's order."""
     known = [run.per_image for run in runs if run.per_image is not None]
     assert len(known) == len(runs) > 0
-    if len(known) == 1:
-        return known[0]
-    number = {name: index for index, name in enumerate(known[0].names)}
-    image = np.concatenate([np.array([number[name] for name in one.names], np.int64)[one.image] for one in known])
-    rest = [np.concatenate([getattr(one, part) for one in known]) for part in ("target", "prediction", "count")]
-    # Every (image, target, prediction) stands once in sparse counts.
-    keys, position = np.unique(np.stack([image, *rest[:2]]), axis=1, return_inverse=True)
-    count = np.zeros(keys.shape[1], np.int64)
-    np.add.at(count, position.reshape(-1), rest[2])
-    return PerImageCounts(keys[0], keys[1], keys[2], count, known[0].names, known[0].num_classes)
+    return PerImageCounts.joined(known, known[0].names)
 
 
 def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:

@@ -12,7 +12,6 @@ import pytest
 from segkit import cli
 from segkit.commands import evaluate, options
 from segkit.errors import InputError
-from segkit.evaluation import protocols
 
 VERBS = tuple(verb for verb in cli.VERBS if verb != "train")  # whose arguments are Hydra's
 
@@ -47,10 +46,6 @@ def test_verbs_that_share_an_argument_describe_it_alike():
                 seen.setdefault(name, set()).add((action.metavar, action.type, str(action.choices)))
     assert seen.keys() == {name for name in options.SHARED if name.startswith("--")}
     assert all(len(kinds) == 1 for kinds in seen.values()), seen
-
-
-def test_the_protocols_are_those_that_there_are():
-    assert set(evaluate.PROTOCOLS) == protocols._PROTOCOLS.keys()
 
 
 def test_every_verb_has_help(capsys):

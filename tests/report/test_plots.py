@@ -140,7 +140,7 @@ def test_a_legend_holds_all_letters_of_its_names():
 def test_bars_are_as_long_as_their_values():
     axis = scales.Scale(-0.1, 0.2)
     rows = [plots._gain_bar(name, value, axis) for name, value in (("a", 0.2), ("b", -0.1), ("c", None))]
-    root = drawn("bar_chart", plots.BarChart("x", axis(0.0), rows))
+    root = drawn("bar_chart", plots.AxisChart("x", rows, axis(0.0)))
     bars = having(root, "bar")
     widths = [percent(item, "width") for item in bars]
     assert widths[0] == pytest.approx(2 * widths[1], abs=0.02)
@@ -179,10 +179,10 @@ def test_a_single_point_is_a_dot():
 def test_names_are_whole_whatever_their_length():
     """Nothing is cut here: the browser alone knows how much fits."""
     name = "a very long name of a class, longer than any chart is wide: " + "x" * 100
-    bars = plots.BarChart("x", 0.0, [plots.Bar(name, "1", 0.0, 5.0, "s7")])
-    dots = plots.AxisChart("x", "", [], [(name, [])])
+    bars = plots.AxisChart("x", [plots.Bar(name, "1", 0.0, 5.0, "s7")], 0.0)
+    dots = plots.AxisChart("x", [(name, [])])
     cells = plots.HeatMap("x", "", "", [name], [(name, [("1", 5)])], is_matrix=True)
-    intervals = plots.AxisChart("x", "", [], [plots.Interval(0, name, 1.0, 2.0, 3.0, "")])
+    intervals = plots.AxisChart("x", [plots.Dot(0, name, 2.0, "", 1.0, 3.0)])
     for macro, chart in (("bar_chart", bars), ("dot_chart", dots), ("heat_map", cells), ("interval_chart", intervals)):
         assert name in {item.text for item in drawn(macro, chart).iter()}
 

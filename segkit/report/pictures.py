@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segkit.errors import InputError
-from segkit.evaluation.overlay import palette_image
 from segkit.files import read_json, write_json
 
 VOID = 255
@@ -142,7 +141,9 @@ def write_pictures(folder: Path, pictures: Sequence[Any], *, palette: Any, class
         resized = Image.fromarray(picture.image).resize(size, Image.Resampling.BOX)
         resized.save(folder / files["image"], quality=88)
         for part in ("label", "prediction"):
-            indices = palette_image(getattr(picture, part), table).resize(size, Image.Resampling.NEAREST)
+            indices = Image.fromarray(np.asarray(getattr(picture, part)).astype(np.uint8))
+            indices = indices.resize(size, Image.Resampling.NEAREST)
+            indices.putpalette(table.ravel().tolist())
             indices.save(folder / files[part], optimize=True)
         entries.append({"name": picture.name, **files})
     index = {"classes": list(classes), "palette": np.asarray(palette).tolist(), "pictures": entries}

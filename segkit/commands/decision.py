@@ -152,14 +152,7 @@ def to_fit_on(dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
 
 
 def fit(
-    saved: SavedRun,
-    model: Any,
-    dataset: DatasetConfig,
-    *,
-    scored: SampleSet,
-    checkpoint: str,
-    device: torch.device,
-    workers: int,
+    saved: SavedRun, model: Any, dataset: DatasetConfig, *, scored: SampleSet, checkpoint: str, workers: int
 ) -> None:
     """Fit bias and rule together, and write :data:`FILE`; InputError if an image of the split ``scored`` is used."""
     split, fitted_on = to_fit_on(dataset)
@@ -171,7 +164,7 @@ def fit(
         eval_batches(split, transform=transform, workers=workers),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
-        device=device,
+        device=next(model.parameters()).device,
         progress=lambda items: track(items, description="fitting the decision", total=len(split), unit="images"),
     )
     bias, miou = tune_bias(sample), fit_miou_rule(sample)

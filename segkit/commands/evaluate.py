@@ -10,16 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import (
-    INFERENCE,
-    add_shared,
-    check_writable,
-    count,
-    dataset_of,
-    inference,
-    limit_pixels,
-    verb_parser,
-)
+from segkit.commands.options import INFERENCE, add_shared, check_writable, count, dataset_of, inference, verb_parser
 from segkit.errors import InputError
 from segkit.evaluation.protocols import PROTOCOLS
 from segkit.progress import show
@@ -44,17 +35,8 @@ def parser() -> ArgumentParser:
     verb.add_argument("--boundary", action="store_true", help="also boundary IoU and F-score, and trimap IoU")
     verb.add_argument("--refit", action="store_true", help="fit --decision bias or miou again, though one is stored")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE as well")
-    add_shared(
-        verb,
-        "--decision",
-        "--root",
-        "--batch-size",
-        "--workers",
-        "--precision",
-        "--device",
-        "--max-pixels",
-        *INFERENCE,
-    )
+    shared = ("--decision", "--root", "--batch-size", "--workers", "--precision", "--device", "--max-pixels")
+    add_shared(verb, *shared, *INFERENCE)
     return verb
 
 
@@ -74,7 +56,6 @@ def run(argv: Sequence[str]) -> None:
 
 def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate and write the results; returns them, in the form of results.json, and the files."""
-    limit_pixels(arguments)
     check_writable(arguments, "output")
     from segkit.files import write_atomically, write_json
     from segkit.run.saved import check_classes, open_run
@@ -90,8 +71,8 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
         raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
-    chosen = decide(arguments, saved, dataset, split, model, device)
-    results, evaluation = evaluate_split(arguments, saved, dataset, split, model, device, chosen)
+    chosen = decide(arguments, saved, dataset, split, model)
+    results, evaluation = evaluate_split(arguments, saved, dataset, split, model, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": model.digest}
     folder.mkdir(exist_ok=True)
     name = evaluation_name(arguments, results["protocol"])
@@ -102,7 +83,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     return results, written
 
 
-def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any) -> Any:
+def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any) -> Any:
     """Return the decision of ``--decision``, fitted before if it is not stored or ``--refit`` is given."""
     from segkit.commands import decision
 
@@ -111,8 +92,7 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
             raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
         return decision.Decision()
     if arguments.refit or not (saved.folder / decision.FILE).is_file():
-        which = {"checkpoint": arguments.checkpoint, "device": device, "workers": arguments.workers}
-        decision.fit(saved, model, dataset, scored=split, **which)
+        decision.fit(saved, model, dataset, scored=split, checkpoint=arguments.checkpoint, workers=arguments.workers)
     chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     decision.check_unseen(chosen.fitted_on, split, dataset)
     return chosen
@@ -134,9 +114,8 @@ def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
 
 
 def evaluate_split(
-    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, device: Any, decision: Any,
-    pictures: Sequence[int] = (),
-) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, decision: Any, pictures: Sequence[int] = ()
+) -> tuple[dict[str, Any], Any]:
     """Return the results in the form of results.json, and the evaluation, which keeps ``pictures``."""
     from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
@@ -156,7 +135,7 @@ def evaluate_split(
         eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
-        device=device,
+        device=next(model.parameters()).device,
         dtype=DTYPES[precision],
         predict=predict,
         pictures=pictures,

@@ -29,6 +29,18 @@ class _Trust(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Limit(argparse.Action):
+    """``--max-pixels``: refuses larger images as soon as it is read, so that no verb has to think of it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from segkit.data.decode import set_pixel_limit
+
+        if values < 1:
+            raise InputError(f"--max-pixels is {values}, but must be at least 1")
+        set_pixel_limit(values)
+        setattr(namespace, self.dest, values)
+
+
 def count(least: int, *, most: int = 2**31) -> Callable[[str], int]:
     """Return a ``type`` of argparse: a whole number from ``least`` to ``most``."""
 
@@ -69,7 +81,12 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "images of equal size in one forward pass",
     },
     "--workers": {"type": count(0, most=1000), "default": 2, "metavar": "N", "help": "processes that load images"},
-    "--max-pixels": {"type": int, "metavar": "N", "help": "refuse images of more pixels (default: 200 million)"},
+    "--max-pixels": {
+        "action": _Limit,
+        "type": int,
+        "metavar": "N",
+        "help": "refuse images of more pixels (default: 200 million)",
+    },
     "--decision": {
         "default": "argmax",
         "choices": DECISIONS,
@@ -140,16 +157,6 @@ def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str
     for name in names:
         changed = changes.get(name.lstrip("-").replace("-", "_"), {})
         parser.add_argument(name, **{**SHARED[name], **changed})
-
-
-def limit_pixels(arguments: argparse.Namespace) -> None:
-    """Refuse images of more than ``--max-pixels`` pixels from now on, if that is given."""
-    if arguments.max_pixels is not None:
-        from segkit.data.decode import set_pixel_limit
-
-        if arguments.max_pixels < 1:
-            raise InputError(f"--max-pixels is {arguments.max_pixels}, but must be at least 1")
-        set_pixel_limit(arguments.max_pixels)
 
 
 RUN_FILES = frozenset({

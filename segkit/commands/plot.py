@@ -79,11 +79,9 @@ def calibrated_log_loss(lam: Any, rho: float) -> Any:
 def draw(rhos: list[float], reach: float) -> Any:
     """Return the figure: one panel per loss, one curve per margin."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     lam = np.sort(np.append(np.linspace(-reach, reach, 401), 1e-9))  # so that the curve of rho = 0 has its step at 0
     shades = [(0.09, 0.29, 0.61, 0.25 + 0.75 * (i + 1) / len(rhos)) for i in range(len(rhos))]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from segkit.commands.options import INFERENCE, add_shared, inference, limit_pixels, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, inference, verb_parser
 from segkit.config.dataset import RGB
 from segkit.errors import InputError
 from segkit.progress import show, track
@@ -39,7 +39,6 @@ def parser(*, files: bool = True) -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     arguments = parser().parse_args(argv)
-    limit_pixels(arguments)
     from segkit.commands.scorers import load
     from segkit.data.decode import orientation
     from segkit.data.files import find_images
@@ -87,7 +86,6 @@ def run(argv: Sequence[str]) -> None:
 
 def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
     """Return the class map (H, W) of each of ``images``, paths or arrays (H, W, C) of what the model was trained on."""
-    limit_pixels(arguments)
     from segkit.commands.scorers import load
     from segkit.runtime import resolve_device
 

@@ -146,17 +146,14 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
 
     A class without pixels has no bar on the left, but the word "absent".
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     from segkit.report.text import for_matplotlib
 
     ordered = sorted(rows, key=lambda row: row["share"])
     names = [for_matplotlib(row["class"]) for row in ordered]
-    height = max(2.5, 0.22 * len(rows) + 1.2)
-    figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(10, height), layout="constrained")
+    figure = Figure(figsize=(10, max(2.5, 0.22 * len(rows) + 1.2)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     shares = [100 * row["share"] for row in ordered]
     least = min(share for share in shares if share > 0) / 3
     left.barh(names, [share if share > 0 else float("nan") for share in shares], color="#3b6ea8")
@@ -172,4 +169,3 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
         axis.tick_params(axis="y", labelsize=8 if len(rows) < 60 else 5)
     figure.suptitle(for_matplotlib(f"{summary['dataset']} {summary['split']}: {summary['num_images']:,} images"))
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

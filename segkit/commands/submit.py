@@ -8,15 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.commands.options import (
-    INFERENCE,
-    add_shared,
-    check_writable,
-    dataset_of,
-    inference,
-    limit_pixels,
-    verb_parser,
-)
+from segkit.commands.options import INFERENCE, add_shared, check_writable, dataset_of, inference, verb_parser
 from segkit.progress import show
 
 if TYPE_CHECKING:
@@ -42,7 +34,6 @@ def parser() -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     arguments = parser().parse_args(argv)
-    limit_pixels(arguments)
     check_writable(arguments, "output")
     from segkit.commands.decision import decision_of
     from segkit.data.bands import image_size

@@ -58,9 +58,25 @@ class BoundaryCounts:
         void = target == self.ignore_index
         target = np.where(void, _VOID, target.astype(np.int16))
         pred = np.where(void, _VOID, pred.astype(np.int16))
-        self._add_bands(pred, target, width)
-        self._add_contours(pred, target, width)
-        self._add_trimap(pred, target, width)
+        target_band, predicted_band = near_other_label(target, width), near_other_label(pred, width)
+        self.target_band += self._per_class(target, target_band)
+        self.predicted_band += self._per_class(pred, predicted_band)
+        self.both_bands += self._per_class(target, target_band & predicted_band & (target == pred))
+
+        target_contour, predicted_contour = contour(target), contour(pred)
+        self.target_contour += self._per_class(target, target_contour)
+        self.predicted_contour += self._per_class(pred, predicted_contour)
+        for k in np.intersect1d(target, pred):
+            if k < 0:
+                continue
+            of_target = target_contour & (target == k)
+            of_pred = predicted_contour & (pred == k)
+            self.target_met[k] += np.count_nonzero(of_target & within(of_pred, width))
+            self.predicted_met[k] += np.count_nonzero(of_pred & within(of_target, width))
+
+        counted = within(target_contour, width) & (target >= 0)
+        index = target[counted].astype(np.int64) * self.num_classes + pred[counted]
+        self.trimap += np.bincount(index, minlength=self.num_classes**2).reshape(self.trimap.shape)
 
     @contextmanager
     def in_background(self) -> Iterator[Callable[[Labels, Labels], None]]:
@@ -79,29 +95,6 @@ class BoundaryCounts:
             yield update
             for future in waiting:
                 future.result()
-
-    def _add_bands(self, pred: Labels, target: Labels, width: int) -> None:
-        target_band, predicted_band = near_other_label(target, width), near_other_label(pred, width)
-        self.target_band += self._per_class(target, target_band)
-        self.predicted_band += self._per_class(pred, predicted_band)
-        self.both_bands += self._per_class(target, target_band & predicted_band & (target == pred))
-
-    def _add_contours(self, pred: Labels, target: Labels, width: int) -> None:
-        target_contour, predicted_contour = contour(target), contour(pred)
-        self.target_contour += self._per_class(target, target_contour)
-        self.predicted_contour += self._per_class(pred, predicted_contour)
-        for k in np.intersect1d(target, pred):
-            if k < 0:
-                continue
-            of_target = target_contour & (target == k)
-            of_pred = predicted_contour & (pred == k)
-            self.target_met[k] += np.count_nonzero(of_target & within(of_pred, width))
-            self.predicted_met[k] += np.count_nonzero(of_pred & within(of_target, width))
-
-    def _add_trimap(self, pred: Labels, target: Labels, width: int) -> None:
-        counted = within(contour(target), width) & (target >= 0)
-        index = target[counted].astype(np.int64) * self.num_classes + pred[counted]
-        self.trimap += np.bincount(index, minlength=self.num_classes**2).reshape(self.trimap.shape)
 
     def _per_class(self, labels: Labels, where: NDArray[np.bool_]) -> Ints:
         found = labels[where]
@@ -145,11 +138,9 @@ def band_width(shape: tuple[int, ...], ratio: float) -> int:
 def near_other_label(labels: Labels, width: int) -> NDArray[np.bool_]:
     """Return the pixels within ``width`` (along either axis) of another label or of the outside of the image."""
     # One minimum and one maximum filter do it for all classes at once.
-    framed = np.pad(labels.astype(np.int16), width, constant_values=_OUTSIDE)
-    square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-    inside = slice(width, -width)
-    lowest = cv2.erode(framed, square)[inside, inside]
-    highest = cv2.dilate(framed, square)[inside, inside]
+    labels, square = labels.astype(np.int16), np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    lowest = cv2.erode(labels, square, borderType=cv2.BORDER_CONSTANT, borderValue=_OUTSIDE)
+    highest = cv2.dilate(labels, square, borderType=cv2.BORDER_CONSTANT, borderValue=_OUTSIDE)
     return np.not_equal(lowest, highest)
 
 

@@ -132,35 +132,32 @@ def marks(groups: Sequence[Group]) -> list[tuple[float, str]]:
     return sorted(found)[:MOST_MARKS]
 
 
-def line_chart(
-    drawn: Sequence[Series], *, label: str, y_label: str, y_text: Callable[[float], str] = compact,
-    log: bool = False, least: float = 0.0, marks: Sequence[tuple[float, str]] = (),
-) -> LineChart:  # fmt: skip
-    """Return the chart of ``drawn`` over the steps; ``least`` as for a scale, ``marks`` are (step, word)."""
+def line_chart(drawn: Sequence[Series], key: str, marks: Sequence[tuple[float, str]] = ()) -> LineChart:
+    """Return the chart of ``drawn``, values of ``key`` over the steps; ``marks`` are (step, word).
+
+    ``mean_iou`` is a share, on the validation split; the training ``loss`` may need a logarithmic axis.
+    """
+    is_loss, heights = key == "loss", [value for one in drawn for value in one.y]
+    log = is_loss and min(heights) > 0 and max(heights) > LOG_RATIO * min(heights)
+    label = "Training loss" if is_loss else "Mean IoU during training"
+    y_label = "training loss" + (", logarithmic" if log else "") if is_loss else "mean IoU, validation, %"
     x = scale([value for one in drawn for value in one.x], zero=True)
-    y = scale([value for one in drawn for value in (*one.y, *one.low, *one.high)], log=log, least=least)
+    spanned = [value for one in drawn for value in (*one.y, *one.low, *one.high)]
+    y = scale(spanned, log=log, least=0.0 if is_loss else POINT)
     curves = []
     for one in drawn:
         line, low, high = ([(x(a), 100 - y(b)) for a, b in zip(one.x, values, strict=False)]
                            for values in (one.y, one.low, one.high))  # fmt: skip
         curves.append(Curve(one.name, one.number, line, [*high, *low[::-1]] if low != high else []))
     lines = [(x(step), word) for step, word in marks]
-    y_ticks = [(100 - at, text) for at, text in y.ticks(y_text)]
+    y_ticks = [(100 - at, text) for at, text in y.ticks(compact if is_loss else percent_tick)]
     return LineChart(label, "step", y_label, x.ticks(compact), y_ticks, lines, curves)
 
 
 def training_curve(groups: Sequence[Group], key: str) -> LineChart | None:
     """Return ``mean_iou`` on the validation split or the training ``loss`` over the steps; None without records."""
-    is_loss = key == "loss"
-    drawn = series(groups, "train" if is_loss else "val", key)
-    values = [value for one in drawn for value in one.y]
-    if not values:
-        return None
-    log = is_loss and min(values) > 0 and max(values) > LOG_RATIO * min(values)
-    label = "Training loss" if is_loss else "Mean IoU during training"
-    y_label = "training loss" + (", logarithmic" if log else "") if is_loss else "mean IoU, validation, %"
-    y_text, least = (compact, 0.0) if is_loss else (percent_tick, POINT)
-    return line_chart(drawn, label=label, y_label=y_label, y_text=y_text, log=log, least=least, marks=marks(groups))
+    drawn = series(groups, "train" if key == "loss" else "val", key)
+    return line_chart(drawn, key, marks(groups)) if drawn else None
 
 
 # -- bars, dots and intervals --------------------------------------------------------------------------------------

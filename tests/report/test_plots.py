@@ -159,7 +159,7 @@ def test_heat_cells_have_shares_of_the_colour():
 
 
 def test_a_curve_goes_through_its_points():
-    chart = plots.line_chart([plots.Series("s", 0, [0, 10], [1.0, 2.0])], label="x", y_label="")
+    chart = plots.line_chart([plots.Series("s", 0, [0, 10], [1.0, 2.0])], "loss")
     (line,) = drawn("line_chart", chart).iter("polyline")
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.get("points").split())
     assert x0 < x1
@@ -169,7 +169,7 @@ def test_a_curve_goes_through_its_points():
 
 
 def test_a_single_point_is_a_dot():
-    chart = plots.line_chart([plots.Series("s", 3, [10], [1.0])], label="x", y_label="")
+    chart = plots.line_chart([plots.Series("s", 3, [10], [1.0])], "loss")
     root = drawn("line_chart", chart)
     (dot,) = having(root, "dot")
     assert (dot.get("data-series"), percent(dot, "top")) == ("3", 50.0)

@@ -25,8 +25,11 @@ Arms = dict[str, dict[int, Any]]
 
 
 def report(folder: Path, study: dict[str, Any]) -> None:
-    """Write table.txt, signs.txt and the figures from the results in ``folder``."""
+    """Write table.txt, signs.txt and the figures from the results in ``folder``; of learning rates the table alone."""
     arms, curves = load_all(folder, study)
+    if any(arm.endswith("_high") for arm in arms):
+        (folder / "table.txt").write_text(learning_rates(arms))
+        return
     if CONTROL in arms:
         (folder / "table.txt").write_text(table(arms))
         study_figure(folder, arms)
@@ -132,6 +135,33 @@ def table(arms: Arms) -> str:
     hours = sum(run["seconds"] for run in runs) / 3600
     parts.append(f"{len(runs)} runs; their durations add up to {hours:.1f} hours; {MACHINE}; {versions}.\n")
     return "\n".join(part for part in parts if part)
+
+
+def learning_rates(arms: Arms) -> str:
+    """The mean IoU of every arm at its three learning rates, the best in bold; those beside its own are arms as well.
+
+    Their names end with ``_low`` and ``_high``.
+    """
+    rates: dict[str, None] = {}
+    rows = []
+    for name in (name for name in arms if not name.endswith(("_low", "_high"))):
+        row = [name]
+        for decision in ("argmax", "miou"):
+            runs = {rate_of(arms[key]): arms[key] for key in (f"{name}_low", name, f"{name}_high") if key in arms}
+            scores = {rate: 100 * float(np.nanmean(ratios(own, decision)["iou"])) for rate, own in runs.items()}
+            rates |= dict.fromkeys(scores)
+            best = max(scores.values())
+            row += [f"**{scores[rate]:.2f}**" if scores[rate] == best else f"{scores[rate]:.2f}" for rate in scores]
+        rows.append(row)
+    seeds = sorted({seed for runs in arms.values() for seed in runs})
+    head = ["arm", *(f"{decision}, {rate}" for decision in ("argmax", "`miou`") for rate in rates)]
+    return f"Mean IoU, %, seed {', '.join(map(str, seeds))}, by learning rate:\n\n{markdown(head, rows)}"
+
+
+def rate_of(runs: dict[int, Any]) -> str:
+    """The learning rate of an arm's own phase, as its overrides say."""
+    texts = next(iter(runs.values()))["overrides"]
+    return next(text for text in reversed(texts) if text.startswith("schedule.finetune.lr=")).partition("=")[2]
 
 
 def signs(arms: Arms) -> str:

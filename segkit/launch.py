@@ -150,6 +150,12 @@ def check_command_line() -> None:
         refuse(f"--{modes[0]} and --{modes[1]} exclude each other")
     if given.resolve and not (given.cfg or given.help):
         refuse("--resolve goes with --cfg")
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    if given.multirun and "hydra.run.dir" in keys:
+        raise InputError("hydra.run.dir is the folder of one run, but -m makes several: set hydra.sweep.dir=DIR")
+    of_sweep = [key for key in keys if key.startswith(("hydra.sweep.", "sweep."))]
+    if of_sweep and not (given.multirun or CHILD in os.environ):
+        raise InputError(f"{of_sweep[0]} is of a sweep, but this is one run: add -m, or leave it out")
     sys.argv[1:] = [*(text for text in sys.argv[1:] if text not in overrides), *overrides]
     check_overrides(sys.argv[1:])
 

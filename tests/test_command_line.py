@@ -21,6 +21,12 @@ from segkit.launch import check_command_line
         (["--config-dir"], "argument --config-dir/-cd: expected one argument"),
         (["--cfg", "bogus"], "argument --cfg/-c: invalid choice: 'bogus'"),
         (["-m", "--cfg", "job"], "--multirun and --cfg exclude each other"),
+        (
+            ["-m", "seed=1,2", "hydra.run.dir=a"],
+            "hydra.run.dir is the folder of one run, but -m makes several: set hydra.sw",
+        ),
+        (["hydra.sweep.dir=a"], "hydra.sweep.dir is of a sweep, but this is one run: add -m"),
+        (["sweep.jobs=2"], "sweep.jobs is of a sweep, but this is one run: add -m"),
         (["--resolve"], "--resolve goes with --cfg"),
     ],
 )

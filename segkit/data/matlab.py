@@ -45,11 +45,9 @@ def read_mat(path: Path, variables: Sequence[str]) -> dict[str, Any]:
         ) from None
     except InputError:
         raise
-    except (MatReadError, zlib.error, *DAMAGED) as error:
+    except (MatReadError, zlib.error, Warning, *DAMAGED) as error:
         reason = first_line(error)
         raise InputError(f"{path} is damaged or no MATLAB file ({reason}); copy or unpack it again") from error
-    except Warning as error:
-        raise InputError(f"{path} is damaged ({error}); copy or unpack it again") from error
 
 
 def _check_inflated_size(path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from segkit.data.files import read_text
 from segkit.data.labels import UNKNOWN, VOID, LabelTable
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.files import more_than_plain
 
 CLASS_KEYS = ("names", "ids", "ignore", "colours", "unlabelled", "crowd")
@@ -118,8 +118,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is no valid YAML ({reason}); correct it") from None
+        raise InputError(f"{path} is no valid YAML ({first_line(error)}); correct it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no mapping; write for example `names: [background, tool]`")
     _check_spelling(node, path)

@@ -19,7 +19,7 @@ from segkit.data.bands import image_size
 from segkit.data.files import read_text
 from segkit.data.labels import VOID
 from segkit.data.samples import Sample
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 
 FARTHEST = 2.0**24
 """Pixels from the corner beyond which a number is no position."""
@@ -114,8 +114,7 @@ def read_json_label(path: Path, *, keys: Sequence[str], kind: str) -> dict[str, 
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"label {path} is no valid JSON ({reason}); export or unpack it again") from None
+        raise InputError(f"label {path} is no valid JSON ({first_line(error)}); export or unpack it again") from None
     missing = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing or not all(isinstance(item, dict) for key in keys for item in content[key]):
         lacks = f"its list {missing[0]!r} is missing" if missing else "its lists do not hold mappings"

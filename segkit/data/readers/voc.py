@@ -26,9 +26,6 @@ from segkit.errors import InputError
 SPLITS = ("train", "val", "trainaug", "trainval", "test")
 ARCHIVES = "VOCtrainval_11-May-2012.tar"
 SBD_ARCHIVE = "benchmark.tgz (SBD)"
-WHOLE = {"train": 1464, "val": 1449, "sbd_train": 8498, "sbd_val": 2857, "trainaug": 10582}
-"""Entries of the official lists, and what follows from them."""
-
 LISTS = Path("ImageSets", "Segmentation")
 
 
@@ -127,13 +124,14 @@ def _augmented(
 
 def _check_count(keys: list[str], found: dict[str, int], *, num_masks: int, source: str) -> None:
     """Where all lists have their official length, the derived split must have its official length too."""
+    published = load_table("voc").splits
     if source == "SBD":
-        whole = all(found[name] == WHOLE[name] for name in ("train", "val", "sbd_train", "sbd_val"))
+        whole = all(found[name] == published[name] for name in ("train", "val", "sbd_train", "sbd_val"))
     else:
-        whole = found["train"] == WHOLE["train"] and num_masks >= WHOLE["trainaug"]
-    if whole and len(keys) != WHOLE["trainaug"]:
+        whole = found["train"] == published["train"] and num_masks >= published["trainaug"]
+    if whole and len(keys) != published["trainaug"]:
         raise InputError(
-            f"trainaug of voc has {len(keys)} images, but the official lists give {WHOLE['trainaug']}; the "
+            f"trainaug of voc has {len(keys)} images, but the official lists give {published['trainaug']}; the "
             f"lists or the masks of {source} are not the official ones: unpack {ARCHIVES} and {source} again"
         )
 

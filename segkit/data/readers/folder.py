@@ -34,12 +34,9 @@ from segkit.data.layout import Layout, group_of, name_share, near_miss, refuse
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
 
-LABEL_SUFFIXES = {
-    "masks": frozenset({".png", ".tif", ".tiff", ".bmp", ".webp"}),
-    "labelme": frozenset({".json"}),
-    "yolo": frozenset({".txt"}),
-}
-SUFFIX = {"labelme": ".json", "yolo": ".txt"}
+FORMATS = {".json": "labelme", ".txt": "yolo", **dict.fromkeys((".png", ".tif", ".tiff", ".bmp", ".webp"), "masks")}
+"""Format of a label whose name ends so."""
+
 WANTED = "images/, labels/ and classes.yaml"
 
 Files = Mapping[str, list[Path]]
@@ -191,15 +188,16 @@ class _Place:
                 f"dataset.val_split to {_splits(self.top, self.images)}"
             )
         sub = "" if listed or split is None else split
-        images, labels_folder = self._image_files(sub), self.top / self.labels / sub
-        found = self._label_files(sub, images) if os.path.isdir(labels_folder) else {}
+        images = self._image_files(sub)
+        found = self._label_files(sub, images) if os.path.isdir(self.top / self.labels / sub) else {}
         kind = self._kind(found, images)
-        suffixes = LABEL_SUFFIXES.get(kind, frozenset())
-        labels = {key: [path for path in files if path.suffix.lower() in suffixes] for key, files in found.items()}
+        labels = {key: [path for path in files if FORMATS[path.suffix.lower()] == kind] for key, files in found.items()}
         labels = {key: files for key, files in labels.items() if files}
+        end = {"labelme": ".json", "yolo": ".txt"}.get(kind, ".png")
+        wanted = f"{self.top / self.labels / sub}/{{id}}{self.suffix}{end}"
         if listed:
-            return self._listed(list_file, images, labels, kind, test=test), kind
-        return self._in_folders(sub, images, labels, kind, test=test), kind
+            return self._listed(list_file, images, labels, wanted, test=test), kind
+        return self._in_folders(sub, images, labels, wanted, test=test), kind
 
     def _image_files(self, sub: str) -> Files:
         """The images of a folder; a file with the suffix of labels is none where both lie in one folder."""
@@ -210,10 +208,10 @@ class _Place:
 
     def _label_files(self, sub: str, images: Files) -> Files:
         """The files of a folder that may be labels, under the names of their images."""
-        allowed = LABEL_SUFFIXES.values() if self.format == "auto" else [LABEL_SUFFIXES.get(self.format, frozenset())]
+        allowed = frozenset(suffix for suffix, kind in FORMATS.items() if self.format in ("auto", kind))
         own = {path for paths in images.values() for path in paths}
         found: dict[str, list[Path]] = {}
-        for key, paths in _files(self.top / self.labels / sub, frozenset[str]().union(*allowed)).items():
+        for key, paths in _files(self.top / self.labels / sub, allowed).items():
             files = [path for path in paths if path not in own and path.name != "classes.txt"]  # a list of YOLO's tools
             if files and key.endswith(self.suffix):
                 found[key.removesuffix(self.suffix)] = files
@@ -230,8 +228,7 @@ class _Place:
         examples: dict[str, Path] = {}
         for key, files in found.items():
             for path in files if key in images else ():
-                kind = next(kind for kind, suffixes in LABEL_SUFFIXES.items() if path.suffix.lower() in suffixes)
-                examples.setdefault(kind, path)
+                examples.setdefault(FORMATS[path.suffix.lower()], path)
         if len(examples) > 1:
             raise InputError(
                 f"labels of {self.top} are of several formats ({', '.join(f'{k}: {p}' for k, p in examples.items())}): "
@@ -239,7 +236,7 @@ class _Place:
             )
         return next(iter(examples), "masks")
 
-    def _in_folders(self, sub: str, images: Files, labels: Files, kind: str, *, test: bool) -> list[Sample]:
+    def _in_folders(self, sub: str, images: Files, labels: Files, wanted: str, *, test: bool) -> list[Sample]:
         folder, labels_folder = self.top / self.images / sub, self.top / self.labels / sub
         single = {key: _only(files) for key, files in images.items()}
         if not labels and test:
@@ -249,18 +246,17 @@ class _Place:
                 f"split {sub!r} of {self.top} has images but no labels: folder {labels_folder} does not exist; put one "
                 f"label there for every image, or set dataset.reader.labels={self.images} if they lie beside the images"
             )
-        wanted = f"{labels_folder}/{{id}}{self.suffix}{SUFFIX.get(kind, '.png')}"
         paired = {key: _only(files) for key, files in labels.items()}
         return self.layout.pair(single, paired, image=f"{folder}/{{id}}.jpg", label=wanted)
 
-    def _listed(self, list_file: Path, images: Files, labels: Files, kind: str, *, test: bool) -> list[Sample]:
+    def _listed(self, list_file: Path, images: Files, labels: Files, wanted: str, *, test: bool) -> list[Sample]:
         entries = self.layout.entries(list_file, self.top / self.images)
         labelled = not test or any(without_suffix(entry) in labels for entry in entries)
         samples = []
         for entry in entries:
             key, path = without_suffix(entry), self.top / self.images / entry
             found = [file for file in images.get(key, []) if file == path] or images.get(key, [])
-            label = self.top / self.labels / f"{key}{self.suffix}{SUFFIX.get(kind, '.png')}"
+            label = Path(wanted.replace("{id}", key))
             if not found:
                 refuse(
                     f"{list_file} names {entry!r}, but {path} does not exist{near_miss(path)}; correct the line or add "

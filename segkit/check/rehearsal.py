@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from segkit import memory, runtime
-from segkit.config.schema import Config, cache_dir_of, check_targets
+from segkit.config.schema import Config, cache_dir_of
 from segkit.errors import Interrupted
 from segkit.progress import show
 from segkit.run import pipeline
@@ -98,7 +98,6 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
     ``phases`` may hold fewer samples than the real splits, which have ``sizes`` images (training, validation). Raises
     what the pipeline raises.
     """
-    check_targets(config)
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
     is_gpu = device.type == "cuda"

@@ -36,13 +36,12 @@ class _Page(NamedTuple):
     planar: bool = False
 
 
-def read_bands(path: Path | str, kind: tuple[int, str]) -> np.ndarray:
+def read_bands(path: Path, kind: tuple[int, str]) -> np.ndarray:
     """Return the image (H, W, C) in a file, of ``kind``: channels, and uint8, uint16 or float32.
 
     Other files than NPY are converted to RGB for the kind (3, "uint8") (:mod:`segkit.data.decode`). Raises InputError
     for a file of another kind, with values that are not finite, or damaged.
     """
-    path = Path(path)
     if path.suffix.lower() == ".npy":
         image = _npy(path)
         if image.ndim == 3 and image.shape[2] != kind[0] == image.shape[0]:
@@ -134,12 +133,11 @@ def _size(array: np.ndarray) -> tuple[int, int]:
     return height, width
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) as stored, from the header alone; raises InputError for a file that is damaged.
 
     Of an array with three axes, the smaller one of the first and the last is taken for that of the channels.
     """
-    path = Path(path)
     if path.suffix.lower() == ".npy":
         return _size(_npy(path))
     check_readable(path, role="image")

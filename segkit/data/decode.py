@@ -70,14 +70,13 @@ set_pixel_limit(MAX_PIXELS)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is the one that counts
 
 
-def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
+def read_rgb(path: Path, *, shrink: int = 1) -> np.ndarray:
     """Return the image (H, W, 3) uint8 RGB of a file, by the rules above.
 
     ``shrink`` (1, 2, 4 or 8) allows a JPEG to be decoded at that fraction of its size, rounded up to whole pixels,
     which the format does almost for free; other files, and JPEGs of four channels, come at full size all the
     same. Each format goes through the library that is fastest at it. Raises InputError for whatever cannot be read.
     """
-    path = Path(path)
     content = read_bytes(path, role="image")
     if content[:3] == _JPEG:
         height, width, channels = _jpeg_frame(content, path)
@@ -95,7 +94,7 @@ def read_rgb(path: Path | str, *, shrink: int = 1) -> np.ndarray:
         return _rgb(opened, path)
 
 
-def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool = False) -> np.ndarray:
+def read_index_png(path: Path, *, first_channel: bool = False, deep: bool = False) -> np.ndarray:
     """Return the indices (H, W) uint8 of an 8-bit label file: grey values, or palette indices of a palette file.
 
     Files of 1, 2 or 4 bits give the stored sample values (0..1, 0..3, 0..15), unscaled. ``first_channel`` allows colour
@@ -103,7 +102,6 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
     8 bits do not hold them. A lossless WebP, which knows no grey, is an index file if its channels are equal. Raises
     InputError for other colour files, lossy formats and damaged files.
     """
-    path = Path(path)
     content = read_bytes(path, role="label")
     if content[:8] == PNG:
         bits, colours = png_header(content, path, role="label")
@@ -123,9 +121,8 @@ def read_index_png(path: Path | str, *, first_channel: bool = False, deep: bool 
     return narrowed(label)
 
 
-def read_colours(path: Path | str) -> np.ndarray:
+def read_colours(path: Path) -> np.ndarray:
     """Return the colours (H, W, 3) uint8 of a label file as they are stored; raises InputError if it has none."""
-    path = Path(path)
     content = read_bytes(path, role="label")
     with pillow(io.BytesIO(content), path, role="label") as image:
         _check_lossless(image, content, path)
@@ -137,21 +134,21 @@ def read_colours(path: Path | str) -> np.ndarray:
         return np.ascontiguousarray(np.array(as_stored(image, path))[..., :3])
 
 
-def colour_mode(path: Path | str) -> str | None:
+def colour_mode(path: Path) -> str | None:
     """Return RGB or RGBA for an image of colours, WEBP for a file of that format, None for others and damaged ones."""
     try:
-        with lazily_opened(Path(path)) as image:
+        with lazily_opened(path) as image:
             return "WEBP" if image.format == "WEBP" else image.mode if image.mode in ("RGB", "RGBA") else None
     except InputError:  # for the reader of its pixels to say
         return None
 
 
-def orientation(path: Path | str) -> int:
+def orientation(path: Path) -> int:
     """Return the orientation tag of an image, which all readers ignore: 1 (upright, or no tag) to 8."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of a damaged tag
-            with lazily_opened(Path(path)) as image:  # with getexif of all formats: PNG's own decodes the image
+            with lazily_opened(path) as image:  # with getexif of all formats: PNG's own decodes the image
                 found = Image.Image.getexif(image).get(Tag.Orientation, 1)
     except Exception:  # whatever is wrong with the file is for the reader of its pixels to say
         return 1

@@ -22,12 +22,11 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".p
 _KINDS = {stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket"}
 
 
-def check_readable(path: Path | str, *, role: str, may_be_empty: bool = False) -> None:
+def check_readable(path: Path, *, role: str, may_be_empty: bool = False) -> None:
     """Raise the InputError for a file that is missing, empty, not regular or may not be read, without reading it.
 
     ``role`` names the file in the sentence ("image", "label").
     """
-    path = Path(path)
     try:
         state = path.stat()
         if stat.S_ISREG(state.st_mode):
@@ -44,16 +43,16 @@ def check_readable(path: Path | str, *, role: str, may_be_empty: bool = False) -
         raise InputError(f"{role} {path} is empty (0 bytes); copy or unpack it again")
 
 
-def read_bytes(path: Path | str, *, role: str, may_be_empty: bool = False) -> bytes:
+def read_bytes(path: Path, *, role: str, may_be_empty: bool = False) -> bytes:
     """Return the content of a file; raises the InputErrors of :func:`check_readable`."""
     check_readable(path, role=role, may_be_empty=may_be_empty)
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise _unreadable(Path(path), error, role) from None
+        raise _unreadable(path, error, role) from None
 
 
-def read_text(path: Path | str, *, role: str, missing: str) -> str:
+def read_text(path: Path, *, role: str, missing: str) -> str:
     """Return the text of a UTF-8 file without its byte order mark, with "\\n" at the end of lines.
 
     ``missing`` is the sentence for a file that does not exist. Raises InputError for that, for a file that may not be
@@ -82,7 +81,7 @@ def _unreadable(path: Path, error: OSError, role: str) -> InputError:
     return InputError(f"{role} {path} cannot be read: {error.strerror}; check the disk")
 
 
-def walk(folder: Path | str, suffixes: Collection[str] | None = None) -> list[Path]:
+def walk(folder: Path, suffixes: Collection[str] | None = None) -> list[Path]:
     """Return the files of ``folder`` and its subfolders whose names end with one of ``suffixes``, sorted.
 
     Upper and lower case of the end of a name do not matter; without ``suffixes`` all files count. Hidden files and
@@ -91,10 +90,9 @@ def walk(folder: Path | str, suffixes: Collection[str] | None = None) -> list[Pa
     results; reading them gives the sentence. Raises InputError for a folder that may not be read, and for a name that
     is no UTF-8.
     """
-    top = Path(folder)
-    seen = {_identity(parent) for parent in top.resolve().parents}
+    seen = {_identity(parent) for parent in folder.resolve().parents}
     found: list[Path] = []
-    folders, links = [top], list[Path]()
+    folders, links = [folder], list[Path]()
     while folders or links:  # links last: what can be reached without one keeps its own path
         current = folders.pop() if folders else links.pop(0)
         if (identity := _identity(current)) in seen:
@@ -114,13 +112,13 @@ def _identity(folder: Path) -> tuple[int, int]:
     return state.st_dev, state.st_ino
 
 
-def visible_entries(folder: Path | str) -> list[os.DirEntry[str]]:
+def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return the entries of ``folder`` that are not hidden, by name; raises InputError as :func:`walk` does."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise _unreadable(Path(folder), error, "folder") from None
+        raise _unreadable(folder, error, "folder") from None
     shown.sort(key=lambda entry: entry.name)
     for entry in shown:
         if (name := os.fsencode(entry.name).decode("utf-8", "backslashreplace")) != entry.name:

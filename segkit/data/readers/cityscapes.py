@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segkit.data.files import visible_entries
+from segkit.data.files import is_folder, visible_entries
 from segkit.data.labels import load_table
 from segkit.data.layout import Layout, check_option, check_split
 from segkit.data.samples import Sample, SampleSet
@@ -65,7 +65,7 @@ def _by_city(layout: Layout, relative: str, suffix: str) -> dict[str, Path]:
     folder = layout.folder(layout.root / relative)
     found: dict[str, Path] = {}
     for city in visible_entries(folder):
-        for key, path in layout.files(Path(city.path), suffix).items() if city.is_dir() else ():
+        for key, path in layout.files(Path(city.path), suffix).items() if is_folder(city) else ():
             if key in found:
                 raise InputError(f"{key!r} occurs twice in cityscapes ({found[key]} and {path}); remove one of them")
             found[key] = path

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_shared, check_writable, verb_parser
-from segkit.errors import InputError
+from segkit.commands.options import add_shared, check_writable, count, verb_parser
 from segkit.progress import show
 
 
@@ -21,7 +20,7 @@ def parser() -> ArgumentParser:
     )
     add_shared(verb, "overrides", "--config-dir")
     verb.add_argument("--output", type=Path, required=True, metavar="FILE", help="the page to write")
-    verb.add_argument("--n", type=int, default=24, metavar="N", help="samples to show")
+    verb.add_argument("--n", type=count(1, most=1000), default=24, metavar="N", help="samples to show")
     verb.add_argument("--rare-first", action="store_true", help="look at all labels, and show the rarest classes first")
     return verb
 
@@ -30,8 +29,6 @@ def run(argv: Sequence[str]) -> None:
     """Write the page."""
     arguments = parser().parse_intermixed_args(argv)
     check_writable(arguments, "output")
-    if arguments.n < 1:
-        raise InputError(f"--n is {arguments.n}, but must be at least 1")
     from segkit.config.compose import compose
     from segkit.config.schema import check_targets
     from segkit.data.decode import set_pixel_limit

@@ -57,6 +57,9 @@ def run(argv: Sequence[str]) -> None:
 def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate and write the results; returns them, in the form of results.json, and the files."""
     check_writable(arguments, "output")
+    import numpy as np
+
+    from segkit.evaluation import benchmark_scores
     from segkit.files import write_atomically, write_json
     from segkit.run.saved import check_classes, open_run
     from segkit.run.splits import open_split
@@ -66,6 +69,8 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     dataset = dataset_of(saved, arguments)
     split = open_split(dataset, arguments.split or dataset.val_split)
     check_classes(saved, split.classes)
+    inference(arguments, dataset.crop)
+    benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     folder = saved.folder / "evaluations"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")

@@ -75,7 +75,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps"},
     "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
     "--batch-size": {
-        "type": count(1),
+        "type": count(1, most=1024),
         "default": 1,
         "metavar": "N",
         "help": "images of equal size in one forward pass",
@@ -205,10 +205,13 @@ def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
         scales = _numbers(arguments.scales) if arguments.scales else ADE20K_SCALES
     elif arguments.scales:
         raise InputError("--scales is given without --tta ms: add --tta ms")
-    window = None
-    if arguments.slide:
-        height, width = crop if arguments.slide == "crop" else _window(arguments.slide)
-        window = (-(-height // 32) * 32, -(-width // 32) * 32)
+    window: tuple[int, int] | None = None
+    if arguments.slide == "crop":
+        window = (-(-crop[0] // 32) * 32, -(-crop[1] // 32) * 32)
+    elif arguments.slide:
+        window = _window(arguments.slide)
+    elif (arguments.overlap, arguments.blending) != (0.5, "gaussian"):
+        raise InputError("--overlap or --blending is given without a window: add --slide")
     return Inference(
         window=window, overlap=arguments.overlap, blending=arguments.blending, flip="flip" in modes, scales=scales
     )

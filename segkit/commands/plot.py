@@ -6,7 +6,6 @@ The two panels are Figure 1 of Yu et al., IJCV 130(1), 2022, and what the code o
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,13 @@ def run(argv: Sequence[str]) -> None:
     path = arguments.output
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--output is {path}, but its ending must be one of {', '.join(FORMATS)}")
-    if not all(0 <= rho < math.inf for rho in arguments.rho):
+    if not all(0 <= rho <= 1000 for rho in arguments.rho):
         given = " ".join(f"{rho:g}" for rho in arguments.rho)
+        raise InputError(f"--rho is {given}, but a margin is a number of logits from 0 to 1000: give --rho 0 0.5 1 2")
+    if not 0 < arguments.range <= 1000:
         raise InputError(
-            f"--rho is {given}, but a margin is a finite number of logits, 0 or more: give --rho 0 0.5 1 2"
+            f"--range is {arguments.range:g}, but must be a positive number of logits, at most 1000: give --range 4"
         )
-    if not 0 < arguments.range < math.inf:
-        raise InputError(f"--range is {arguments.range:g}, but must be a positive number of logits: give --range 4")
     check_writable(arguments, "output", makes_folders=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.rho, arguments.range).savefig(path, dpi=200)

@@ -21,8 +21,7 @@ from segkit.evaluation.views import Scorer, View, argmax_channel, averaged, clas
 ADE20K_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales that are averaged, with flips, in the usual ADE20K protocol."""
 
-MOST_SCALE = 100
-"""Largest factor of a scale."""
+LEAST_SCALE, MOST_SCALE = 0.01, 16
 _BLENDINGS = ("gaussian", "uniform")
 
 
@@ -62,9 +61,9 @@ class Inference:
         if not 0 <= self.overlap < 1:
             raise InputError(f"overlap is {self.overlap}; it must be at least 0 and less than 1")
         differ = len(set(self.scales)) == len(self.scales)
-        if not self.scales or not differ or not all(0 < scale <= MOST_SCALE for scale in self.scales):
+        if not self.scales or not differ or not all(LEAST_SCALE <= scale <= MOST_SCALE for scale in self.scales):
             raise InputError(
-                f"scales are {list(self.scales)}; give one or more different positive factors of at most {MOST_SCALE}"
+                f"scales are {list(self.scales)}; give one or more different factors from {LEAST_SCALE} to {MOST_SCALE}"
             )
         if self.tiles_per_batch < 1 or self.multiple < 1:
             raise InputError(

@@ -38,7 +38,8 @@ def merge_by_name(
         for name in members:
             if name not in class_names:
                 raise InputError(
-                    f"group {group!r} names the class {name!r}, which is none of: {', '.join(class_names)}"
+                    f"group {group!r} names the class {name!r}, which is none of {', '.join(class_names)}: "
+                    "take the protocol of another benchmark"
                 )
             if name in group_of:
                 raise InputError(f"class {name!r} is in two groups; put it into one")

@@ -78,5 +78,5 @@ def test_names_are_text_and_bad_numbers_are_refused(page, tmp_path):
     text = (tmp_path / "own.html").read_text()
     assert "&lt;b&gt;x" in text
     assert "<script>alert" not in text
-    with pytest.raises(InputError, match=r"--n is 0, but must be at least 1"):
+    with pytest.raises(InputError, match="--n: '0' is no whole number from 1 to 1000"):
         page("--n", "0")

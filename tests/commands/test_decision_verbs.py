@@ -246,6 +246,19 @@ def test_a_program_is_run_for_who_trusts_it(run, finished, call, tmp_path):
         call(*arguments, "--tta", "flip")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "cityscapes"], "names the class '.*', which is none of .*: take the protocol of another"),
+        (["--slide", "33x32", "--decision", "miou"], r"window is \[33, 32\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_forward_pass(run, call, monkeypatch, options, message):
+    monkeypatch.setattr(evaluate, "decide", None)
+    with pytest.raises(InputError, match=message):
+        call(evaluate, run, *QUICK, *options)
+
+
 def test_evaluations_do_not_overwrite_each_other(run, call, tmp_path):
     """Every option that changes a score changes the name; the score of the training stays what it was."""
     trained = (run / "results.json").read_text()

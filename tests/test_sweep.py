@@ -14,6 +14,7 @@ from segkit.config.compose import check_overrides, compose
 from segkit.errors import InputError
 from segkit.guard import explain
 from segkit.launch import check_job, passed_on
+from segkit.sweeps import jobs
 from segkit.sweeps.jobs import Job, LocalSweep
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -76,9 +77,23 @@ def test_jobs_must_be_positive(tmp_path):
     assert "sweep.jobs is 0, but must be at least 1" in done.stderr
 
 
+def test_a_job_is_named_by_what_differs_and_the_cores_are_shared_by_the_jobs_there_are(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(jobs, "num_cores", lambda: 8)
+    monkeypatch.setattr(LocalSweep, "_command", lambda self, job: ["true"])
+    sweep = LocalSweep(tmp_path, jobs=4, workers=8)
+    for seed in "01":
+        sweep.add([*SMALL, f"seed={seed}"], tmp_path / seed, compose([*SMALL, "sweep.jobs=4", f"seed={seed}"]))
+    assert sweep.finish() == 1
+    shared, first, *_ = capsys.readouterr().out.splitlines()
+    assert shared == "2 jobs at a time share 8 cores: each has 4 threads to compute and 4 workers to load"
+    assert first.startswith("job 0: seed=0 started")
+
+
 def test_a_table_shows_overrides_as_they_are_written():
     sweep = LocalSweep(Path("a [bold]"), jobs=1)
     sweep.jobs = [Job(0, ["name=car [rare]"], "0"), Job(1, ["name=tool [/x]\x1b[2J"], "1", "finished", 0.5)]
+    sweep._waiting = [(job.overrides, Path(job.folder)) for job in sweep.jobs]
     text = sweep.table()
     assert "name=car [rare]" in text
     assert r"name=tool [/x]\x1b[2J" in text

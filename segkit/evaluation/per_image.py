@@ -99,7 +99,7 @@ class PerImageCounts:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerImageCounts:
         """Read a file with the content of `to_bytes`. Raises `InputError` for any other file."""
-        cure = "write it again with `segkit evaluate`"
+        cure = "delete it to do without intervals, or evaluate the run again with `segkit evaluate`"
         if not Path(path).exists():
             raise InputError(f"there is no per-image count file {path}; `segkit evaluate` writes it")
         if not Path(path).is_file():

@@ -22,8 +22,12 @@ RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", 
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
 OLD = "it was written by another version of segkit"
-DAMAGED = "the run folder is damaged; copy it again, leave it out of the comparison, or train again"
-AGAIN = "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or train it again"
+DAMAGED = "give the command that trained the run again, which mends the file or says how, or leave the run out"
+CONFIG = "delete it, and give the command that trained the run again"
+AGAIN = (
+    "evaluate the run again with `segkit evaluate RUN` and compare with --evaluation, or delete PHASE/results.json in "
+    "it and give the command that trained it again"
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
     results_file, counts_file = _result_files(path, evaluation)
-    results = _check_results(_read_json(results_file), results_file)
+    results = check_results(read_json(results_file, cure=AGAIN), results_file)
     if top == path and results.get("phase") in names:
         phase = results["phase"]
     until = names[: names.index(phase) + 1]
@@ -246,14 +250,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise InputError(f"{path} has no {name}._target_, {OLD}: run it again")
     if type(config["seed"]) is not int:
-        raise InputError(f"{path} has the seed {config['seed']!r}, but must have a whole number: {DAMAGED}")
+        raise InputError(f"{path} has the seed {config['seed']!r}, but must have a whole number: {CONFIG}")
     return config
 
 
-def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
+def check_results(results: dict[str, Any], path: Path, *, cure: str = AGAIN) -> dict[str, Any]:
+    """Return ``results``, the content of ``path``; InputError, which ends with ``cure``, if they are no results."""
     missing = [key for key in RESULT_KEYS if key not in results]
     if missing:
-        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: {AGAIN}")
+        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: {cure}")
     classes = results["classes"]
     rows = list(classes.values()) if fits(classes, dict[str, dict[str, Any]]) else []
     are_shares = _is_share(results["mean_iou"]) and _is_share(results["pixel_accuracy"])
@@ -263,15 +268,15 @@ def _check_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
         for name, value in row.items()
     )
     if not rows or not are_shares:
-        raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {AGAIN}")
+        raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {cure}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
-        raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {AGAIN}")
+        raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {cure}")
     best, absent = results.get("best") or {}, results.get("absent_classes") or []
     known = isinstance(best, dict) and (not best or _is_share(best.get("mean_iou", "none")))
     if not known or not fits(absent, list[str]):
-        raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {AGAIN}")
+        raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {cure}")
     if not isinstance(results["protocol"], dict):
-        raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {AGAIN}")
+        raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {cure}")
     return results
 
 
@@ -290,7 +295,7 @@ def _read_counts(path: Path) -> dict[str, int]:
         if not counts or not all(0 <= pixels < 2**63 for pixels in counts.values()):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{path} has not a number of pixels per class: train the run again") from None
+        raise InputError(f"{path} has not a number of pixels per class: {DAMAGED}") from None
     return counts
 
 
@@ -300,7 +305,7 @@ def _read_margins(path: Path) -> dict[str, Any]:
     columns: list[Any] = [margins.get(key) for key in ("rho_0k", "rho_k0")]
     good = fits(names, list[str]) and all(fits(column, list[float]) for column in columns)
     if not good or not names or any(len(column) != len(names) or max(map(abs, column)) >= 1e300 for column in columns):
-        raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: train the run again")
+        raise InputError(f"{path} has not one rho_0k and one rho_k0 per class: {DAMAGED}")
     return margins
 
 
@@ -314,9 +319,7 @@ def _read_lines(path: Path, phases: Iterable[str]) -> list[dict[str, Any]]:
             if type(record["step"]) is not int or not isinstance(phase, str) or any(abs(n) >= 2**63 for n in whole):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(
-                f"line {number} of {path} is no record of a phase: the file is damaged; go on with the run to mend it"
-            ) from None
+            raise InputError(f"line {number} of {path} is no record of a phase: {DAMAGED}") from None
         if phase in wanted:
             records.append(record)
     return records

@@ -25,6 +25,7 @@ from torch import nn
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json, remove_if_empty, write_atomically, write_json
+from segkit.report.runs import check_results
 from segkit.run.changes import CONFIG_CURE, check_changes, check_files, write_files
 from segkit.run.splits import Splits
 from segkit.training import distributed
@@ -71,9 +72,8 @@ class RunFolder:
         """The results of a finished phase."""
         path = self.phase(name) / "results.json"
         cure = "delete it, and the same command evaluates the last checkpoint of the phase again"
-        results = read_json(path, cure=cure)
-        score = results.get("mean_iou", 0.0)
-        if type(results.get("step")) is not int or not (score is None or type(score) in (int, float)):
+        results = check_results(read_json(path, cure=cure), path, cure=cure)
+        if type(results.get("step")) is not int:
             raise InputError(f"{path} is not what a phase writes at its end: {cure}")
         return results
 

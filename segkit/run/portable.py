@@ -144,8 +144,9 @@ def write_folder(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:
 
 
 def is_portable(path: Path) -> bool:
-    """True for a safetensors file, and for a folder that has a config.json and is no run."""
-    return path.suffix == ".safetensors" or ((path / CONFIG).exists() and not (path / "config.yaml").exists())
+    """True for a safetensors file, and for a folder that has a config.json or weights and is no run."""
+    has = [(path / name).exists() for name in (CONFIG, WEIGHTS)]
+    return path.suffix == ".safetensors" or (any(has) and not (path / "config.yaml").exists())
 
 
 def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
@@ -158,6 +159,8 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
 
     is_file = path.suffix == ".safetensors"
     source, weights = (path, path) if is_file else (path / CONFIG, path / WEIGHTS)
+    if not (is_file or source.exists()):
+        raise InputError(f"{path} has no {CONFIG}: give {weights}, which has all of it, or {CURE}")
     facts = read_metadata(path) if is_file else read_json(source, most=MOST_BYTES, cure=CURE)
     images = check_facts(facts, source)
     state = read_weights(weights)

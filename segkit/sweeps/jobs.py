@@ -48,15 +48,7 @@ class LocalSweep:
     """
 
     def __init__(self, folder: Path, *, jobs: int, workers: int = 0, options: Sequence[str] = ()) -> None:
-        self.folder, self.limit, self.options = folder, jobs, list(options)
-        cores = num_cores()
-        self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
-        self.workers = max(min(workers, 1), workers // jobs)
-        if jobs > 1:
-            show(
-                f"{jobs} jobs at a time share {cores} cores: each has {self.threads} threads to compute and "
-                f"{self.workers} workers to load"
-            )
+        self.folder, self.limit, self.workers, self.options = folder, jobs, workers, list(options)
         self.jobs: list[Job] = []
         self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
         self._waiting: list[tuple[list[str], Path]] = []
@@ -89,6 +81,18 @@ class LocalSweep:
         """Overrides of jobs that must be possible before the first one starts, beside those that :meth:`add` got."""
         yield from ()
 
+    def share(self, most: int | None) -> None:
+        """Divide cores and workers among the jobs that run at a time; there are at ``most`` that many (None: any)."""
+        self.limit = min(self.limit, most or self.limit)
+        cores = num_cores()
+        self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.limit))
+        self.workers = max(min(self.workers, 1), self.workers // self.limit)
+        if self.limit > 1:
+            show(
+                f"{self.limit} jobs at a time share {cores} cores: each has {self.threads} threads to compute and "
+                f"{self.workers} workers to load"
+            )
+
     def submit(self, overrides: Sequence[str], folder: Path) -> None:
         """Start a job as soon as fewer than ``limit`` are running."""
         self._wait_for_slot()
@@ -118,6 +122,8 @@ class LocalSweep:
 
     def finish(self) -> int:
         """Run all jobs and show their table; returns the exit code of the sweep."""
+        if self._waiting:
+            self.share(len(self._waiting))
         for overrides, folder in self._waiting:
             self.submit(overrides, folder)
         while self._running:
@@ -177,8 +183,8 @@ class LocalSweep:
         job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 
     def _label(self, job: Job) -> str:
-        """The overrides in which the jobs differ; all of them for the first job, when that is not known yet."""
-        common = set.intersection(*(set(other.overrides) for other in self.jobs)) if len(self.jobs) > 1 else set()
+        """The overrides in which the jobs differ."""
+        common = set.intersection(*(set(overrides) for overrides, _ in self._waiting))
         return ", ".join(item for item in job.overrides if item not in common) or "as configured"
 
     def _note(self) -> None:

@@ -177,6 +177,7 @@ class Search(LocalSweep):
 
     def finish(self) -> int:
         """Run all trials that are still to be run, show them and the best; returns the exit code."""
+        self.share(self.budget.trials)
         optuna = import_optuna()
         unfinished = []
         for frozen in self.study.get_trials(deepcopy=False):

@@ -65,7 +65,10 @@ def test_one_curve_per_margin():
         (["--output", "x.png", "--rho", "-1"], "--rho is -1, but a margin is a number of logits from 0 to 1000"),
         (["--output", "x.png", "--rho", "1e300"], "--rho is 1e+300, but a margin is a number"),
         (["--output", "x.png", "--rho", "nan"], "--rho is nan, but a margin is a number"),
-        (["--output", "x.png", "--range", "1e300"], "--range is 1e+300, but must be a positive number of logits, at most"),
+        (
+            ["--output", "x.png", "--range", "1e300"],
+            "--range is 1e+300, but must be a positive number of logits, at",
+        ),
         (["--output", "x.png", "--range", "0"], "--range is 0, but must be a positive number of logits"),
     ],
 )

@@ -146,6 +146,7 @@ HUBS = [
     Case("hub: a network larger than the memory",
          facts(model__feature_channels=[2**14 * n for n in (1, 2, 4, 8, 16)]), (HUB,), OTHER),
     Case("hub: channels below zero", facts(model__feature_channels=[-4, 8, 16, 32, 64]), (HUB,), "channel"),
+    Case("hub: no config.json", lambda run: (run / "hub" / "config.json").unlink(), (HUB,), "has no config.json: give"),
     Case("hub: no weights", lambda run: (run / "hub" / "model.safetensors").unlink(), (HUB,), "there is no file"),
     Case("hub: a pipe for the weights", pipe_for("hub/model.safetensors"), (HUB,), "there is no file"),
     Case("hub: pickled code as weights", written("hub/model.safetensors", pickle.dumps(Code())), (HUB,), UNREADABLE),

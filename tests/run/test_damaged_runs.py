@@ -17,6 +17,7 @@ import torch
 from segkit.commands import compare, evaluate
 from segkit.config.compose import compose as compose_config
 from segkit.errors import InputError
+from segkit.report.runs import find_runs
 from segkit.run import pipeline
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
@@ -148,6 +149,26 @@ def test_damaged_label_counts_are_written_anew(run, content):
         open_run(run).label_counts()
     train(run)
     assert path.read_bytes() == whole
+
+
+def test_what_compare_cannot_read_is_mended_by_the_command_that_trained_the_run(run):
+    for name in ("train/label_counts.json", "metrics.jsonl"):
+        whole = (run / name).read_text()
+        (run / name).write_text(whole[:-9])
+        with pytest.raises(InputError, match=r": give the command that trained the run again, which mends the file"):
+            find_runs([run])
+        train(run)
+        assert (run / name).read_text() == whole
+    results = run / "train/results.json"
+    score = json.loads(results.read_text())
+    results.write_text(json.dumps(score | {"protocol": 3}))
+    with pytest.raises(InputError, match=r"or delete PHASE/results\.json in it and give the command that trained it"):
+        find_runs([run])
+    with pytest.raises(InputError, match="protocol that is not of keys and values, the file is damaged: delete it"):
+        train(run)
+    results.unlink()
+    train(run)
+    assert find_runs([run])[0][0].results["mean_iou"] == score["mean_iou"]
 
 
 @pytest.mark.parametrize("name", ["results.json", "train/results.json", "train/metrics.jsonl", "per_image.npz"])

@@ -10,7 +10,7 @@ from importlib import import_module
 from segkit import __version__
 from segkit.errors import InputError
 from segkit.guard import guarded
-from segkit.progress import show
+from segkit.progress import need_no_reader, show
 from segkit.runtime import let_waiting_threads_sleep
 
 VERBS = {
@@ -47,6 +47,7 @@ def verb_function(verb: str) -> Callable[[Sequence[str]], None]:
 def main() -> None:
     """Entry point of the command ``segkit``."""
     let_waiting_threads_sleep()
+    need_no_reader()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -30,7 +30,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Two processes may write the same file at once: one of the two contents stays.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f"{path.name[:50]}.{os.getpid()}.tmp"
+    )  # whose name is not too long if that of path is not
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # in a stranger's folder the name may be a link to another file
@@ -38,9 +40,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -28,9 +28,36 @@ def show(text: str, *, error: bool = False) -> None:
     print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
+class _Unread:
+    """The text ``stream``, which loses what is written once nobody reads it."""
+
+    def __init__(self, stream: Any) -> None:
+        stream.reconfigure(errors="backslashreplace")
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._stream.flush()
+
+
+def need_no_reader() -> None:
+    """Let the work go on when what reads its output has ended (``| head``); escape letters that a terminal lacks."""
+    for name in ("stdout", "stderr"):
+        if stream := getattr(sys, name):  # None if the shell has closed it
+            setattr(sys, name, _Unread(stream))
+
+
 def is_terminal() -> bool:
     """True if a moving bar can be drawn."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def track(iterable: Iterable[T], *, description: str, total: int | None = None, unit: str = "items") -> Iterator[T]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from segkit.commands.options import add_shared, check_writable, dataset_of, verb_parser
 from segkit.errors import InputError
+from segkit.files import write_atomically
 from segkit.progress import show
 
 if TYPE_CHECKING:
@@ -146,5 +147,5 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
 def write(path: Path, text: str) -> None:
     """Write ``text`` to the file ``path``, creating missing folders, and print its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_atomically(path, text.encode(errors="backslashreplace"))
     show(f"written: {path}")

@@ -7,6 +7,7 @@ miou     the rule that maximises the mean IoU of a data set, on calibrated proba
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -210,7 +211,7 @@ def add_bias(saved: SavedRun, model: Any, bias: NDArray[np.float32]) -> None:
 def _command(saved: SavedRun, name: str, checkpoint: str) -> str:
     phase = f" --phase {saved.phase}" if saved.phase else ""
     which = f" --checkpoint {checkpoint}" if checkpoint != "last" else ""
-    return f"segkit evaluate {saved.path}{phase}{which} --decision {name}"
+    return f"segkit evaluate {shlex.quote(str(saved.path))}{phase}{which} --decision {name}"
 
 
 def _place(image: Path, dataset: DatasetConfig) -> str:

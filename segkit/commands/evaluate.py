@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,6 +75,8 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     folder = saved.folder / "evaluations"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
+    if not os.access(folder if folder.exists() else saved.folder, os.W_OK):
+        raise InputError(f"evaluations are kept in {folder}, which cannot be written: copy the run, and evaluate that")
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model)

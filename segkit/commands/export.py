@@ -45,17 +45,17 @@ def run(argv: Sequence[str]) -> None:
     is_graph = arguments.format in ("onnx", "torch_export")
     if arguments.classes and not is_graph:
         raise InputError(f"--classes is for a graph, not for --format {arguments.format}: leave it out")
-    if arguments.format != "hub":
-        check_writable(arguments, "output")
     from segkit.commands.decision import add_bias, decision_of
     from segkit.models.export import agreement, export
     from segkit.run.portable import check_folder, facts_of
     from segkit.run.saved import check_classes, open_run
 
     saved = open_run(arguments.run, phase=arguments.phase)
-    output = arguments.output or saved.folder / FORMATS[arguments.format]
+    arguments.output = output = arguments.output or saved.folder / FORMATS[arguments.format]
     if arguments.format == "hub":
         check_folder(output)
+    else:
+        check_writable(arguments, "output")
     dataset = dataset_of(saved, arguments)
     split, unreachable = validation_split(dataset)
     if split is not None:

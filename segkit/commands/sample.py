@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,11 @@ def run(argv: Sequence[str]) -> None:
     key, _, name = arguments.dataset.partition("=")
     if key != "dataset" or not name:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")
+    from segkit.config.compose import quoted
     from segkit.synthetic.sample_maker import make_sample
 
     make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed, scale=arguments.scale)
     show(f"written: {arguments.output}")
-    show(f"try: segkit check dataset={name} {shlex.quote(f'dataset.root={arguments.output}')}")
+    is_plain = re.fullmatch(r"[\w./-]+", str(arguments.output), re.ASCII)
+    root = arguments.output if is_plain else quoted(arguments.output)
+    show(f"try: segkit check dataset={name} {shlex.quote(f'dataset.root={root}')}")

@@ -7,6 +7,7 @@ import difflib
 import itertools
 import math
 import re
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,13 +64,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if text.startswith("-") or ("=" not in text and text[:1] not in "+~"):
             continue
         key, _, value = text.partition("=")
-        quoted = f"""'{key}="{value}"'"""
+        in_quotes = shlex.quote(f"{key}={quoted(value)}")
         try:
             override = parser.parse_override(text)
         except (HydraException, ValueError):
             raise InputError(
                 f"the override {text!r} cannot be read: it is KEY=VALUE, and a value with signs such as = ( [ {{ # ~ "
-                f"or letters beyond ASCII stands in quotes, {quoted}"
+                f"or letters beyond ASCII stands in quotes, {in_quotes}"
             ) from None
         if not key.strip("+~ "):
             raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
@@ -81,7 +82,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if override.is_sweep_override() and not sweeps:
             raise InputError(
                 f"the override {text!r} gives several values: add -m for a sweep over them, or put one value with a "
-                f"comma in quotes, {quoted}"
+                f"comma in quotes, {in_quotes}"
             )
         if override.is_discrete_sweep():
             num_jobs *= _num_values(override, text, any(item.startswith("--config-dir") for item in arguments))

@@ -6,6 +6,7 @@ resolution, never from crops, and are added up in int64.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
@@ -150,6 +151,8 @@ def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) 
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
     found = None if cached is None else _from_cache(cached, dataset, mark)
     if found is None:
+        if cached is not None:
+            _make_writable(cached.parent)
         found = _count(dataset, mark, workers=workers)
         if cached is not None:
             _store(cached, *found)
@@ -187,14 +190,19 @@ def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts,
 def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, has_class)
+    write_atomically(path.with_suffix(".npy"), content.getvalue())
+    write_atomically(path, counts.to_json())
+
+
+def _make_writable(folder: Path) -> None:
+    """Make ``folder``; InputError if nothing can be kept there, before minutes of counting."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path.with_suffix(".npy"), content.getvalue())
-        write_atomically(path, counts.to_json())
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(
-            f"label counts cannot be kept in {path.parent} ({error.strerror}); set cache_dir to a folder that may be "
-            "written"
+            f"label counts cannot be kept in {folder} ({error.strerror}); set cache_dir to a folder that may be written"
         ) from error
 
 

@@ -232,7 +232,9 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
         evaluation = matching[0] if matching else evaluation
     if evaluation not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise InputError(f"{path} has no evaluation {evaluation!r}, {has}: make it with `segkit evaluate {path}`")
+        raise InputError(
+            f"{path} has no evaluation {evaluation!r}, {has}: make it with `segkit evaluate {shlex.quote(str(path))}`"
+        )
     return folder / f"{evaluation}.json", folder / f"{evaluation}.npz"
 
 

@@ -297,6 +297,6 @@ def written(item: tuple[str, Any]) -> str:
     """``key=value`` as Hydra reads it."""
     key, value = item
     if isinstance(value, str):
-        plain_word = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in NO_WORDS
+        plain_word = re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII) and value.lower() not in NO_WORDS
         return f"{key}={value}" if plain_word else f"{key}={quoted(value)}"
     return f"{key}={json.dumps(value)}"

@@ -28,7 +28,7 @@ def call(monkeypatch, capsys, *arguments):
 
 
 def test_what_is_written_opens_with_the_command_that_is_printed(monkeypatch, capsys, tmp_path):
-    target = tmp_path / "a folder"
+    target = tmp_path / "a folder [x], 'ü' #1 \"=\""
     code, out, _ = call(monkeypatch, capsys, "dataset=camvid", "--n", 3, "--output", target, "--scale", 0.1)
     assert code == 0
     written, hint = out.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -223,6 +224,17 @@ def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finish
 def test_bad_options(finished, call, options, message):
     with pytest.raises(InputError, match=message):
         call(evaluate, finished, *options)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_before_the_work(finished, call, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    monkeypatch.setattr(saved_run.SavedRun, "model", None)
+    with pytest.raises(
+        InputError, match=r"evaluations are kept in .*evaluations, which cannot be written: copy the run"
+    ):
+        call(evaluate, finished)
+    with pytest.raises(InputError, match=r"--output is .*run/model\.onnx, but the folder .*run cannot be written"):
+        call(export, finished)
 
 
 def test_folders_that_are_no_run(finished, tmp_path):

@@ -15,6 +15,7 @@ from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.files import IMAGE_SUFFIXES, find_images, read_bytes, read_text, walk
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError
+from segkit.files import write_atomically
 from segkit.synthetic.sample_maker import make_sample
 
 
@@ -45,8 +46,22 @@ def test_files_are_found_by_folder_pattern_and_name(tmp_path):
     assert list(find_images(source / "d.txt")) == ["d"]  # named by the user: tried
     with pytest.raises(InputError, match=r"no image matches .*\*\.gif; give a file, a pattern in quotes, or a folder"):
         find_images(source / "*.gif")
-    with pytest.raises(InputError, match=r"no image matches .*out"):
+    with pytest.raises(InputError, match=r"all images of .*out lie below .*out, where the results go: give another"):
         find_images(source / "out", output=source / "out")
+
+
+def test_a_file_of_the_longest_name_is_written_and_an_interrupted_one_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / ("ü" * 125 + ".html")
+    write_atomically(path, "whole")
+    assert path.read_text() == "whole"
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "half")
+    assert [item.read_text() for item in tmp_path.iterdir()] == ["whole"]
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -14,7 +16,7 @@ import pytest
 from segkit.check.report import as_text
 from segkit.errors import InputError
 from segkit.guard import guarded
-from segkit.progress import track
+from segkit.progress import need_no_reader, show, track
 from segkit.report.comparison import compare
 from segkit.report.page import page
 from segkit.report.tables import class_table, csv_text, latex, markdown, screen_table
@@ -177,6 +179,29 @@ def terminal(monkeypatch):
     for name, value in {"COLUMNS": "200", "TERM": "xterm-256color"}.items():
         monkeypatch.setenv(name, value)
     return out
+
+
+def test_the_work_goes_on_when_nobody_reads_its_output_and_one_stream_is_closed(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115 (it cannot be closed in order)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", None)
+    need_no_reader()
+    show("one line")
+    print("x" * 100_000)
+    sys.stdout.flush()
+    assert list(track([1, 2], description="lines")) == [1, 2]
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    seen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(seen, encoding="ascii"))
+    need_no_reader()
+    show("grün, τ=10")
+    assert seen.getvalue() == rb"gr\xfcn, \u03c4=10" + b"\n"
 
 
 def test_a_bar_shows_names_as_they_are_written(monkeypatch):

@@ -76,7 +76,8 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
             error.exit_code,
         )
     if isinstance(error, InputError | NonFiniteLoss | OutOfMemory):
-        return str(error), error.exit_code
+        text = str(error)
+        return text.replace("set dataset.root", "set --root") if verb in WITH_ROOT else text, error.exit_code
     if ranks.is_lost_peer(error):
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
@@ -118,6 +119,8 @@ VERB_ADVICE = {
     "sample": "give a smaller --scale",
 }
 
+WITH_ROOT = ("evaluate", "submit", "export", "compare")
+"""Verbs that take the folder of the data by an option"""
 MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
 

@@ -167,8 +167,15 @@ RUN_FILES = frozenset({
 """Names of files that a run needs, and that no output of a verb replaces."""
 
 
-def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: bool = False) -> None:
-    """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not."""
+def check_writable(
+    arguments: argparse.Namespace, *options: str, makes_folders: bool = False, draws: bool = False
+) -> None:
+    """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not.
+
+    So is an image that is there, unless the verb ``draws`` one: it would be an input.
+    """
+    from segkit.data.files import IMAGE_SUFFIXES
+
     for option in options:
         if (path := getattr(arguments, option)) is None:
             continue
@@ -180,6 +187,8 @@ def check_writable(arguments: argparse.Namespace, *options: str, makes_folders: 
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")
+        if path.exists() and path.suffix.lower() in IMAGE_SUFFIXES and not draws:
+            raise InputError(f"--{option} is {str(path)!r}, an image, which stays as it is: name another file")
         run = next((above for above in list(path.resolve().parents)[:3] if (above / "config.yaml").is_file()), None)
         if path.exists() and run is not None and path.name in RUN_FILES and path.resolve().parent.name != "evaluations":
             raise InputError(f"--{option} is {path}, a file of the run {run}, which stays as it is: name another file")

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(
             f"--range is {arguments.range:g}, but must be a positive number of logits, at most 1000: give --range 4"
         )
-    check_writable(arguments, "output", makes_folders=True)
+    check_writable(arguments, "output", makes_folders=True, draws=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.rho, arguments.range).savefig(path, dpi=200)
     show(f"written: {path}")

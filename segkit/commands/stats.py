@@ -38,7 +38,8 @@ def parser() -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Count, print the table, and write the files that were asked for."""
     arguments = parser().parse_intermixed_args(argv)
-    check_writable(arguments, "csv", "json", "plot")
+    check_writable(arguments, "csv", "json")
+    check_writable(arguments, "plot", draws=True)
     if arguments.plot and arguments.plot.suffix.lower() not in PLOT_SUFFIXES:
         raise InputError(f"--plot is {arguments.plot}, but must end with {', '.join(PLOT_SUFFIXES)}")
     from segkit.config.compose import compose

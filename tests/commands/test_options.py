@@ -12,6 +12,7 @@ import pytest
 from segkit import cli
 from segkit.commands import evaluate, options
 from segkit.errors import InputError
+from segkit.guard import explain
 
 VERBS = tuple(verb for verb in cli.VERBS if verb != "train")  # whose arguments are Hydra's
 
@@ -48,6 +49,13 @@ def test_verbs_that_share_an_argument_describe_it_alike():
     assert all(len(kinds) == 1 for kinds in seen.values()), seen
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_who_takes_the_folder_of_the_data_by_an_option_is_told_of_that_option(verb):
+    has_option = any("--root" in action.option_strings for action in actions(verb)[1])
+    sentence, _ = explain(InputError("camvid is not complete; set dataset.root to its folder"), verb=verb)
+    assert sentence == f"camvid is not complete; set {'--root' if has_option else 'dataset.root'} to its folder"
+
+
 def test_every_verb_has_help(capsys):
     for verb in VERBS:
         assert verb in cli.VERBS
@@ -72,6 +80,10 @@ def test_files_need_a_folder(tmp_path):
     options.check_writable(argparse.Namespace(json=tmp_path / "a.json", csv=None), "json", "csv")
     with pytest.raises(InputError, match=r"--csv is .*x\.csv, but .*none is no folder: make it, or give another one"):
         options.check_writable(argparse.Namespace(csv=Path(tmp_path / "none" / "x.csv")), "csv")
+    (tmp_path / "photo.JPG").touch()
+    with pytest.raises(InputError, match=r"--json is .*photo\.JPG', an image, which stays as it is: name another file"):
+        options.check_writable(argparse.Namespace(json=tmp_path / "photo.JPG"), "json")
+    options.check_writable(argparse.Namespace(plot=tmp_path / "photo.JPG"), "plot", draws=True)
     for place, kind in ((tmp_path, "a folder"), (Path("/dev/null"), "no regular file"), (Path(""), "a folder")):
         with pytest.raises(InputError, match=rf"--csv is '.*', which is {kind}: give the name of a file"):
             options.check_writable(argparse.Namespace(csv=place), "csv")

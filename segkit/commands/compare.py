@@ -131,7 +131,7 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
     options, pictures = evaluate.parser().parse_args(["--workers=0", str(top)]), range(len(known))
     model, argmax = saved.model().to(device), decision.Decision()
     _, found = evaluate.evaluate_split(options, saved, dataset, split, model, argmax, pictures)
-    for at, name in enumerate(found.names):
+    for at, name in enumerate(found.per_image.names):
         before = scored.matrix(scored.names.index(name))
         moved = np.abs(found.per_image.matrix(at) - before).sum()
         if moved > 0.02 * before.sum():  # more than another machine explains

@@ -24,21 +24,16 @@ if TYPE_CHECKING:
     from segkit.evaluation.protocols import benchmark_scores as benchmark_scores
     from segkit.evaluation.protocols import merge_by_name as merge_by_name
 
-_HOME = {
-    "merge_by_name": "protocols",
-    "benchmark_scores": "protocols",
-    "compare_runs": "bootstrap",
-    "bootstrap_mean_iou": "bootstrap",
-    "BoundaryCounts": "boundary",
-    "ConfusionMatrix": "confusion",
-    "count_pixels": "confusion",
-    "Evaluation": "loop",
-    "evaluate": "loop",
-    "to_results": "loop",
-    "Inference": "inference",
-    "whole_image": "inference",
-    "PerImageCounts": "per_image",
+_NAMES = {
+    "bootstrap": ("bootstrap_mean_iou", "compare_runs"),
+    "boundary": ("BoundaryCounts",),
+    "confusion": ("ConfusionMatrix", "count_pixels"),
+    "inference": ("Inference", "whole_image"),
+    "loop": ("Evaluation", "evaluate", "to_results"),
+    "per_image": ("PerImageCounts",),
+    "protocols": ("benchmark_scores", "merge_by_name"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOME)
 

@@ -66,19 +66,6 @@ class Evaluation:
     pictures: list[Picture] = field(default_factory=list)
     boundary: BoundaryCounts | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.per_image.names
-
-    @property
-    def num_images(self) -> int:
-        return self.per_image.num_images
-
-    @property
-    def mean_iou(self) -> float:
-        """Mean IoU over the classes with a union."""
-        return metrics.mean_iou(self.counts)
-
 
 @dataclass(frozen=True)
 class _Image:
@@ -208,7 +195,7 @@ def to_results(
     A score of no pixel is None. ``protocol`` takes any JSON values.
     """
     results = metrics.summary(evaluation.counts, class_names)
-    results["num_images"] = evaluation.num_images
+    results["num_images"] = evaluation.per_image.num_images
     if evaluation.boundary is not None:
         results["boundary"] = evaluation.boundary.summary()
         for name, score in zip(class_names, evaluation.boundary.iou(), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +96,15 @@ class PerImageCounts:
         return content.getvalue()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PerImageCounts:
+    def load(cls, path: Path) -> PerImageCounts:
         """Read a file with the content of `to_bytes`. Raises `InputError` for any other file."""
         cure = "delete it to do without intervals, or evaluate the run again with `segkit evaluate`"
-        if not Path(path).exists():
+        if not path.exists():
             raise InputError(f"there is no per-image count file {path}; `segkit evaluate` writes it")
-        if not Path(path).is_file():
+        if not path.is_file():
             raise InputError(f"{path} is not a per-image count file (it is no file); {cure}")
         try:
-            check_archive(Path(path), cure=cure)
+            check_archive(path, cure=cure)
             with np.load(path, allow_pickle=False) as stored:
                 fields = {key: stored[key] for key in _FIELDS}
         except InputError:

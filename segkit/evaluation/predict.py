@@ -6,7 +6,6 @@ cannot be read is reported and skipped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ class _Done:
 def predict_files(
     predictors: Mapping[str, Predictor],
     images: Mapping[str, Path],
-    output: str | os.PathLike[str],
+    output: Path,
     *,
     read_image: Callable[[Path], Pixels],
     classes: Sequence[str],
@@ -100,7 +99,7 @@ def predict_files(
     kinds = ["labels", "overlays"]
     kinds += ["probabilities"] * probabilities
     kinds += ["side_by_side"] * (len(predictors) > 1)
-    writer = _Writer(Path(output), kinds, classes, np.asarray(palette, np.uint8))
+    writer = _Writer(output, kinds, classes, np.asarray(palette, np.uint8))
     writer.make_folders(images)
     failed: list[tuple[Path, str]] = []
 

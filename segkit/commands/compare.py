@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.commands.options import add_shared, check_writable, dataset_of, verb_parser
+from segkit.commands.options import add_shared, check_writable, open_scored, verb_parser
 from segkit.errors import InputError
 from segkit.files import write_atomically
 from segkit.progress import show
@@ -114,22 +114,17 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
 
     from segkit.commands import decision, evaluate
     from segkit.report.pictures import read_pictures, write_pictures
-    from segkit.run.saved import check_classes, open_run
-    from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
     scored = record.per_image
     if scored is None or not (known := set(names) & set(scored.names)):
         return {}
     top = record.path if (record.path / "config.yaml").is_file() else record.path.resolve().parent
-    saved, device = open_run(top, phase=record.phase), resolve_device(arguments.device)
-    dataset = dataset_of(saved, arguments)
-    split = open_split(dataset, str(record.protocol.get("split")))
-    check_classes(saved, split.classes)
+    saved, dataset, split = open_scored(top, arguments, phase=record.phase, split=str(record.protocol.get("split")))
     split = split.subset([at for at, sample in enumerate(split.samples) if sample.name in known])
     show(f"predicting {len(known)} images with {record.path}")
     options, pictures = evaluate.parser().parse_args(["--workers=0", str(top)]), range(len(known))
-    model, argmax = saved.model().to(device), decision.Decision()
+    model, argmax = saved.model().to(resolve_device(arguments.device)), decision.Decision()
     _, found = evaluate.evaluate_split(options, saved, dataset, split, model, argmax, pictures)
     for at, name in enumerate(found.per_image.names):
         before = scored.matrix(scored.names.index(name))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, check_writable, count, dataset_of, inference, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, check_writable, count, inference, open_scored, verb_parser
 from segkit.errors import InputError
 from segkit.evaluation.protocols import PROTOCOLS
 from segkit.progress import show
@@ -62,14 +62,9 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
 
     from segkit.evaluation import benchmark_scores
     from segkit.files import write_atomically, write_json
-    from segkit.run.saved import check_classes, open_run
-    from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    saved = open_run(arguments.run, phase=arguments.phase)
-    dataset = dataset_of(saved, arguments)
-    split = open_split(dataset, arguments.split or dataset.val_split)
-    check_classes(saved, split.classes)
+    saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     folder = saved.folder / "evaluations"

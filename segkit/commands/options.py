@@ -14,6 +14,7 @@ from segkit.errors import InputError
 
 if TYPE_CHECKING:
     from segkit.config.schema import DatasetConfig
+    from segkit.data.samples import SampleSet
     from segkit.evaluation import Inference
     from segkit.run.saved import SavedRun
 
@@ -200,6 +201,20 @@ def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:
     """Return the data set that the phase was trained on, at ``--root`` if that is given."""
     dataset = saved.config.phase_dataset(saved.phase_name)
     return dataset if arguments.root is None else dataclasses.replace(dataset, root=arguments.root)
+
+
+def open_scored(
+    run: Path, arguments: argparse.Namespace, *, phase: str | None, split: str | None
+) -> tuple[SavedRun, DatasetConfig, SampleSet]:
+    """Open ``run`` and ``split`` of its data set (default: dataset.val_split), whose classes must be the same."""
+    from segkit.run.saved import check_classes, open_run
+    from segkit.run.splits import open_split
+
+    saved = open_run(run, phase=phase)
+    dataset = dataset_of(saved, arguments)
+    opened = open_split(dataset, split or dataset.val_split)
+    check_classes(saved, opened.classes)
+    return saved, dataset, opened
 
 
 def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:

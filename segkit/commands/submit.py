@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.commands.options import INFERENCE, add_shared, check_writable, dataset_of, inference, verb_parser
+from segkit.commands.options import INFERENCE, add_shared, check_writable, inference, open_scored, verb_parser
 from segkit.progress import show
 
 if TYPE_CHECKING:
@@ -38,14 +38,9 @@ def run(argv: Sequence[str]) -> None:
     from segkit.commands.decision import decision_of
     from segkit.data.bands import image_size
     from segkit.evaluation.submission import Submission
-    from segkit.run.saved import check_classes, open_run
-    from segkit.run.splits import open_split
     from segkit.runtime import resolve_device
 
-    saved = open_run(arguments.run, phase=arguments.phase)
-    dataset = dataset_of(saved, arguments)
-    split = open_split(dataset, arguments.split)
-    check_classes(saved, split.classes)
+    saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     model = saved.model(arguments.checkpoint)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from segkit.check.audit import _digest, look_at
 from segkit.commands import predict, scorers
+from segkit.config import dataset
 from segkit.data import Sample, SampleSet
 from segkit.data.bands import image_size
 from segkit.data.decode import orientation, read_index_png, read_rgb
@@ -182,7 +183,10 @@ def predicted_on(data, folder, monkeypatch):
         seen.append(images)
         return images.float()
 
-    model = scorers.Loaded(score=scorer, window=[*SIZE], classes=("a", "b", "c"), palette=np.zeros((3, 3), np.uint8))
+    model = scorers.Loaded(
+        score=scorer, device=torch.device("cpu"), window=[*SIZE], classes=("a", "b", "c"),
+        palette=np.zeros((3, 3), np.uint8), decide=None, resize={}, kind=dataset.RGB,
+    )  # fmt: skip
     monkeypatch.setattr(scorers, "load", lambda *_: model)
     arguments = ["RUN", "--input", f"{data.samples[0].image}", "--output", f"{folder}", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:

@@ -138,7 +138,7 @@ def test_ranks_together_equal_one_process():
         reduce=lambda counts, local: (shards[0] + counts, [parts[0], local]),
     )
     np.testing.assert_array_equal(joined.counts, whole.counts)
-    assert joined.names == whole.names
+    assert joined.per_image.names == whole.per_image.names
     np.testing.assert_array_equal(joined.per_image.image, whole.per_image.image)
     np.testing.assert_array_equal(joined.per_image.count, whole.per_image.count)
     assert [p.name for p in joined.pictures] == ["image0", "image1"]

@@ -56,6 +56,16 @@ def test_who_takes_the_folder_of_the_data_by_an_option_is_told_of_that_option(ve
     assert sentence == f"camvid is not complete; set {'--root' if has_option else 'dataset.root'} to its folder"
 
 
+def test_a_working_directory_that_is_gone_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("x").absolute()
+    sentence = "the folder that this shell is in is not there any more: go to one that is, `cd DIR`"
+    assert explain(caught.value) == (sentence, 2)
+
+
 def test_every_verb_has_help(capsys):
     for verb in VERBS:
         assert verb in cli.VERBS

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,16 +176,32 @@ def _explain_hydra(error: BaseException) -> str:
 
 
 def _explain_key(key: str, parent: Any) -> str:
-    known = [str(name) for name in parent] if parent is not None else []
-    prefix, _, last = key.rpartition(".")
+    """``parent``: the node of OmegaConf in which a part of the dotted ``key`` was not found, or None."""
     if key.startswith("sweep.space."):
         return (
             f"there is no key {key} yet: write '+{key}={{low:1,high:10}}', after '~{key}' if it replaces another range"
         )
-    close = difflib.get_close_matches(last, known, n=1)
-    full = f"{prefix}.{close[0]}" if close and prefix else "".join(close)
-    hint = f": did you mean {full}?" if close else f": {prefix or 'a run'} has {', '.join(known)}" if known else ""
+    prefix = parent._get_full_key(None) if parent is not None else ""
+    name = key.removeprefix(f"{prefix}.").partition(".")[0]
+    known = [str(item) for item in parent if item != "hydra"] if parent is not None else []
+    deeper = sorted(_places(parent, name, prefix), key=lambda place: (".recipe." in place, place.count(".")))
+    close = [f"{prefix}.{item}".lstrip(".") for item in difflib.get_close_matches(name, known, n=1)]
+    hint = f": {prefix or 'a run'} has {', '.join(known)}" if known else ""
+    if deeper or close:
+        hint = f": did you mean {' or '.join((deeper or close)[:3])}?"
     return f"there is no key {key}{hint} (`python train.py --cfg job` shows all keys)"
+
+
+def _places(node: Any, name: str, prefix: str) -> list[str]:
+    """Dotted keys of what is called ``name`` somewhere within ``node``, itself at ``prefix``."""
+    found = []
+    for key in node if isinstance(node, Mapping) else ():
+        place = f"{prefix}.{key}".lstrip(".")
+        if key == name:
+            found.append(place)
+        if place != "hydra":
+            found += _places(node._get_node(key), name, place)
+    return found
 
 
 def _explain_option(name: str, text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import segkit
 from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.guard import explain
+from segkit.guard import explain, sentences
 from segkit.launch import check_command_line
 
 
@@ -80,3 +80,19 @@ def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
     (tmp_path / "loss" / "own.yaml").write_text(f"_target_: segkit.losses.FocalLoss\ngamma: {value}\n")
     with pytest.raises(InputError, match=r"the configuration is not valid: loss\.gamma: "):
         compose(["loss=own"], config_dirs=[tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["lr=1"], r"did you mean optimizer\.lr or schedule\.pretrain\.lr"),
+        (["root=/data"], r"did you mean dataset\.root\?"),
+        (["num_workers=1"], r"did you mean workers\?"),
+        (["dataset.foo.bar=1"], "dataset has name, reader"),
+        (["schedule=single", "schedule.finetune.lr=1"], r"schedule has train \("),
+        (["gpus=2"], "a run has dataset, model"),
+    ],
+)
+def test_a_key_that_there_is_not_is_looked_for_elsewhere(overrides, hint):
+    with pytest.raises(InputError, match=rf"^there is no key {overrides[-1].split('=')[0]}: {hint}"), sentences():
+        compose(overrides)

@@ -205,9 +205,8 @@ def as_stored(image: Image.Image, path: Path) -> Image.Image:
     image.load()
     if bits == {8} and 2 in tags.get(Tag.SampleFormat, ()) and np.asarray(image).max(initial=0) > 127:
         raise InputError(f"{path} holds negative values (8 bits with a sign): convert it to 8 bits without a sign")
-    return (
-        image if image.size == image.im.size else image.copy()
-    )  # which has the size of its pixels, not of turned ones
+    turned = image.size != image.im.size  # by what Pillow says of the file: a copy has the size of its pixels
+    return image.copy() if turned else image
 
 
 def _rgb(opened: Image.Image, path: Path) -> np.ndarray:

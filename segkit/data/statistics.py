@@ -30,9 +30,6 @@ from segkit.errors import InputError
 from segkit.files import write_atomically
 from segkit.progress import track
 
-EXACT = 2**24
-"""Pixels that OpenCV counts at a time: in float32, which is exact up to here."""
-
 
 @dataclass(frozen=True, eq=False)
 class LabelCounts:
@@ -270,11 +267,19 @@ def raw_histogram(raw: np.ndarray) -> dict[int, int]:
 
 
 def byte_histogram(array: np.ndarray) -> np.ndarray:
-    """Count each value 0..255 of a uint8 array: int64 (256,)."""
-    import cv2  # seven times as fast as np.bincount
+    """Count each value 0..255 of a uint8 array: int64 (256,).
 
-    flat, counts = np.ascontiguousarray(array).reshape(-1), np.zeros(256, np.int64)
-    for start in range(0, flat.size, EXACT):
-        part = cv2.calcHist([flat[start : start + EXACT]], [0], None, [256], [0, 256])
-        counts += part.ravel().astype(np.int64)
-    return counts
+    Labels are mostly runs of one value, and counting a run pixel by pixel is slow, as each step waits for the one
+    before. So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted with
+    the run's length as their weight (in float64, exact up to 2**53).
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    length = flat.size // 8 * 8
+    words = flat[:length].view(np.uint64)
+    ends = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
+    if words.size == 0 or 4 * ends.size > words.size:
+        return np.bincount(flat, minlength=256)
+    pixels = words[ends].view(np.uint8).reshape(-1, 8)
+    lengths = np.diff(ends, prepend=-1).astype(np.float64)
+    counts = sum(np.bincount(pixels[:, place], weights=lengths, minlength=256) for place in range(8))
+    return np.asarray(counts).astype(np.int64) + np.bincount(flat[length:], minlength=256)

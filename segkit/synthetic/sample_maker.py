@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -302,5 +303,9 @@ def make_sample(name: str, output: Path | str, *, num_images: int = 8, seed: int
         raise InputError(
             f"{output} exists and is not an empty folder; name a new folder with --output, nothing is overwritten"
         )
-    WRITERS[name](output, num_images=num_images, rng=np.random.default_rng(seed), scale=scale)
+    try:
+        WRITERS[name](output, num_images=num_images, rng=np.random.default_rng(seed), scale=scale)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # half a sample would open as a smaller one
+        raise
     return output

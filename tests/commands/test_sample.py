@@ -13,6 +13,7 @@ from segkit.config.compose import compose
 from segkit.data import open_dataset
 from segkit.guard import guarded
 from segkit.run.splits import open_phases
+from segkit.synthetic import sample_maker
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -68,6 +69,17 @@ def test_mistakes_end_with_2_and_write_nothing(monkeypatch, capsys, tmp_path, ar
     code, out, err = call(monkeypatch, capsys, *arguments, "--output", tmp_path / "new")
     assert (code, out) == (2, "")
     assert sentence in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_sample_leaves_no_half(monkeypatch, capsys, tmp_path):
+    def half(output, **options):
+        (output / "images").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sample_maker.WRITERS, "camvid", half)
+    code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")
+    assert code == 130
     assert not (tmp_path / "new").exists()
 
 

@@ -21,14 +21,39 @@ study_report = pytest.importorskip("study_report")
 study = pytest.importorskip("study")
 
 
-def test_the_committed_tables_are_those_of_the_stored_results(tmp_path):
-    shutil.copytree(STUDY / "results", tmp_path / "results")
-    study_report.report(tmp_path, yaml.safe_load((STUDY / "study.yaml").read_text()))
-    for name in ("table.txt", "signs.txt"):
-        assert (tmp_path / name).read_text() == (STUDY / name).read_text()
-    for figure in STUDY.glob("*.svg"):
+@pytest.mark.parametrize("name", [".", "confirmation", "learning_rates", "tuned"])
+def test_the_committed_tables_are_those_of_the_stored_results(tmp_path, name):
+    folder = STUDY / name
+    shutil.copytree(folder / "results", tmp_path / "results")
+    study_report.report(tmp_path, yaml.safe_load((folder / "study.yaml").read_text()))
+    tables = sorted(folder.glob("*.txt"))
+    assert tables
+    for table in tables:
+        assert (tmp_path / table.name).read_text() == table.read_text()
+    for figure in folder.glob("*.svg"):
         assert (tmp_path / figure.name).read_text().startswith("<?xml")
-    assert sum(path.stat().st_size for path in (STUDY / "results").iterdir()) < 500_000
+    assert sum(path.stat().st_size for path in (folder / "results").iterdir()) < 700_000
+
+
+def test_learning_rates_by_hand(tmp_path):
+    """The rate of an arm is in its overrides; the best of each decision is bold."""
+    for arm, rate, pole in (
+        ("cross_entropy_low", "1e-4", 5),
+        ("cross_entropy", "1e-3", 10),
+        ("cross_entropy_high", "1e-2", 8),
+    ):
+        write(tmp_path, arm, 0, ([[80, pole], [90, 5]], [[100 - pole, pole], [95, 5]]))
+        path = tmp_path / "results" / f"arms-{arm}-0.json"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"overrides": ["a=1", f"schedule.finetune.lr={rate}"]})
+        )
+    arms = {"cross_entropy": [], "cross_entropy_low": [], "cross_entropy_high": []}
+    study_report.report(tmp_path, {"arms": {"each": arms}, "curves": {"each": {}}, "seeds": [0]})
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[2:5]] == ["argmax, 1e-4", "argmax, 1e-3", "argmax, 1e-2"]
+    scores = [50 * (170 / (195 - pole) + (pole + 5) / 30) for pole in (5, 10, 8)]
+    cells = [f"**{score:.2f}**" if score == max(scores) else f"{score:.2f}" for score in scores]
+    assert [cell.strip() for cell in lines[4].split("|")[2:8]] == cells * 2
 
 
 def write(folder, arm, seed, counts):

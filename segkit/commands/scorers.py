@@ -80,9 +80,16 @@ def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loa
         facts = {"classes": counts["classes"], "palette": palette}
         facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
         facts |= dict(zip(("in_channels", "dtype"), dataset.kind, strict=True))
-    palette = np.asarray(facts["palette"], np.uint8)
-    kind, classes = (facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])), tuple(facts["classes"])
-    return Loaded(score, device, facts["crop"], classes, palette, decide, facts["resize"], kind)
+    return Loaded(
+        score=score,
+        device=device,
+        window=facts["crop"],
+        classes=tuple(facts["classes"]),
+        palette=np.asarray(facts["palette"], np.uint8),
+        decide=decide,
+        resize=facts["resize"],
+        kind=(facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])),
+    )
 
 
 def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -316,6 +316,7 @@ def test_a_quoted_value_is_read_as_it_was(text):
         ("trust=[nowhere_at_all]", "trust has 'nowhere_at_all', but there is no such package here, nor in PYTHONPATH"),
         ("dataset.root=", "dataset.root is empty: set dataset.root=DIR"),
         ("=3", "the override '=3' has no key"),
+        (f"+lr_factors.encoder={10**400}", "lr_factors.encoder is 10+, but must be a positive number"),
         ("+early_stopping=5", r"there is no key early_stopping: a run has dataset, model"),
         ("++dataset.foo=1", r"there is no key dataset.foo: dataset has name, reader"),
         ("++evaluation.batchsize=1", "there is no key evaluation.batchsize: did you mean evaluation.batch_size"),

@@ -103,6 +103,7 @@ def test_what_a_trusted_package_merely_imports_is_refused(monkeypatch, tmp_path)
     [
         ("optimizer", {"_target_": "torch.optim.AdamW", "lr": "1e-4f"}, r"optimizer\.lr is '1e-4f', but must be a num"),
         ("optimizer", {"_target_": "torch.optim.AdamW", "lr": True}, r"optimizer\.lr is True, but must be a number"),
+        ("optimizer", {"_target_": "torch.optim.AdamW", "lr": 10**400}, r"optimizer\.lr is 10+, but must be a number"),
         ("optimizer", {"_target_": "torch.optim.AdamW", "lr": float("nan")}, r"optimizer\.lr is nan, but must be a nu"),
         ("optimizer", {"_target_": "torch.optim.AdamW", "lr": -1}, r"refuses its arguments \(Invalid learning rate: -"),
         ("optimizer", {"_target_": "torch.optim.AdamW", "betas": [2, 3]}, r"Invalid beta.*correct optimizer\.betas="),

@@ -20,6 +20,7 @@ from typing import Any
 
 from segkit.config.dataset import DatasetConfig, at_least, require
 from segkit.config.targets import check_node, group_name
+from segkit.errors import MOST_NUMBER
 
 FREE_KEYS = (
     "workers",
@@ -248,7 +249,7 @@ class Config:
         )
         for pattern, factor in self.lr_factors.items():
             require(
-                type(factor) in (int, float) and 0 < factor < math.inf,
+                type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
                 f"lr_factors.{pattern} is {factor!r}, but must be a positive number: set freeze={pattern} to keep "
                 "these weights",
             )

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def show(text: str, *, error: bool = False) -> None:
 class _Unread:
     """The text ``stream``, which loses what is written once nobody reads it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIOWrapper) -> None:
         stream.reconfigure(errors="backslashreplace")
         self._stream = stream
 
@@ -51,7 +52,7 @@ class _Unread:
 def need_no_reader() -> None:
     """Let the work go on when what reads its output has ended (``| head``); escape letters that a terminal lacks."""
     for name in ("stdout", "stderr"):
-        if stream := getattr(sys, name):  # None if the shell has closed it
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):  # not None, where the shell has closed it
             setattr(sys, name, _Unread(stream))
 
 

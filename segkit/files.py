@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Two processes may write the same file at once: one of the two contents stays.
     """
-    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")  # as long as that of path at most, or short
+    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")  # not too long where that of path is not
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # in a stranger's folder the name may be a link to another file

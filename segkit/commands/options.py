@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from segkit.config.targets import trust
 from segkit.errors import InputError
+from segkit.progress import show
 
 if TYPE_CHECKING:
     from segkit.config.schema import DatasetConfig
@@ -230,10 +231,12 @@ def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
     elif arguments.scales:
         raise InputError("--scales is given without --tta ms: add --tta ms")
     window: tuple[int, int] | None = None
-    if arguments.slide == "crop":
-        window = (-(-crop[0] // 32) * 32, -(-crop[1] // 32) * 32)
-    elif arguments.slide:
-        window = _window(arguments.slide)
+    if arguments.slide:
+        asked = crop if arguments.slide == "crop" else _window(arguments.slide)
+        window = (-(-asked[0] // 32) * 32, -(-asked[1] // 32) * 32)
+        if window != tuple(asked):
+            arguments.slide = f"{window[0]}x{window[1]}"  # so that it is said once
+            show(f"windows of {asked[0]}x{asked[1]} are {arguments.slide} here: sides are multiples of 32")
     elif (arguments.overlap, arguments.blending) != (0.5, "gaussian"):
         raise InputError("--overlap or --blending is given without a window: add --slide")
     return Inference(

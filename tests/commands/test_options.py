@@ -145,3 +145,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(InputError, match=r"--json is .*, but the folder .* cannot be written: give another one"):
         options.check_writable(argparse.Namespace(json=tmp_path / "a.json"), "json")
+
+
+def test_windows_are_rounded_up_and_that_is_said_once(capsys):
+    arguments = evaluate.parser().parse_args(["RUN", "--slide", "769x1"])
+    assert [options.inference(arguments, [64, 64]).window for _ in range(2)] == [(800, 32)] * 2
+    assert capsys.readouterr().out == "windows of 769x1 are 800x32 here: sides are multiples of 32\n"
+    bare = evaluate.parser().parse_args(["RUN", "--slide"])
+    assert options.inference(bare, [480, 352]).window == (480, 352)
+    assert capsys.readouterr().out == ""

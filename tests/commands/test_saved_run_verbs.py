@@ -214,7 +214,7 @@ def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finish
         (["--scales", "1"], "--scales is given without --tta ms"),
         (["--tta", "ms", "--scales", "a"], "--scales is 'a', but takes numbers"),
         (["--slide", "64"], "--slide is '64', but takes HxW"),
-        (["--slide", "1x1"], r"window is \[1, 1\]; both sides must be multiples of 32, such as \[32, 32\]"),
+        (["--slide", "0x5"], r"window is \[0, 32\]; both sides must be multiples of 32, such as \[32, 32\]"),
         (["--overlap", "0.9"], "--overlap or --blending is given without a window: add --slide"),
         (["--batch-size", "1000000000"], "'1000000000' is no whole number from 1 to 1024"),
         (["--output", "/no/such/folder/all.json"], "--output is .*, but /no/such/folder is no folder: make it"),

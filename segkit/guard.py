@@ -147,7 +147,9 @@ def _explain_os_error(error: OSError) -> str:
             f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): mend it, or give another place, "
             "hydra.run.dir=DIR or the --output of a verb"
         )
-    if error.errno == errno.ENOENT:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
         return "the folder that this shell is in is not there any more: go to one that is, `cd DIR`"
     return str(error)
 

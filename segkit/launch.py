@@ -144,10 +144,8 @@ def check_command_line() -> None:
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_intermixed_args()
     overrides = given.overrides
-    if (
-        len(modes := [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)])
-        > 1
-    ):
+    modes = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
+    if len(modes) > 1:
         refuse(f"--{modes[0]} and --{modes[1]} exclude each other")
     if given.resolve and not (given.cfg or given.help):
         refuse("--resolve goes with --cfg")
@@ -173,8 +171,13 @@ def _check_extreme(overrides: list[str]) -> None:
     """Raise InputError if a search may come to ``overrides``, of which the last is a value of its own, in vain."""
     from segkit.config.compose import compose
 
-    dirs = [option.partition("=")[2] for option in passed_on() if option.startswith("--config-dir=")]
-    more = [option for option in passed_on() if not option.startswith("--config-dir=")]
+    dirs, more = [], []
+    for option in passed_on():
+        key, _, value = option.partition("=")
+        if key == "--config-dir":
+            dirs.append(value)
+        else:
+            more.append(option)
     try:
         with sentences():
             check_job(compose([*more, *overrides], config_dirs=dirs))

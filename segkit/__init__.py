@@ -5,7 +5,7 @@ The door for Python; nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,27 +25,47 @@ def train(
     ``folder`` in addition. Raises :class:`segkit.errors.InputError` where the command would end with a sentence, and
     :class:`segkit.errors.Interrupted` after Ctrl-C, with the state saved.
     """
+    import os
     import time
 
     from segkit.config.compose import compose
     from segkit.config.targets import short_name
+    from segkit.errors import InputError
     from segkit.files import read_json
-    from segkit.guard import sentences
+    from segkit.guard import call
     from segkit.run.splits import open_phases
-    from segkit.runtime import let_waiting_threads_sleep
 
-    let_waiting_threads_sleep()
-    with sentences():
+    with call():
+        overrides = _listed("overrides", overrides, "seed=1", (str,))
+        config_dirs = _listed("config_dirs", config_dirs, "mine/configs", (str, Path))
+        if not (folder is None or (isinstance(folder, str | Path) and str(folder))):
+            raise InputError(f"folder is {folder!r}, but must be the path of a run folder: set folder='outputs/mine'")
+        for text in overrides:
+            if text.lstrip("+~").startswith(("sweep.", "sweep=", "hydra.run", "hydra.sweep", "hydra/", "hydra.mode")):
+                raise InputError(
+                    f"{text!r} is for the command line: folder=... names the run folder, and here is no sweep"
+                )
         config = compose(overrides, config_dirs=config_dirs)
-    if folder is None:
-        name = f"{short_name(config.model)}-{short_name(config.loss)}"
-        folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    splits = open_phases(config)
+        if folder is None:
+            name = f"{short_name(config.model)}-{short_name(config.loss)}"
+            folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+        path = Path(os.path.expanduser(folder))
+        splits = open_phases(config)
 
-    from segkit.run import pipeline
+        from segkit.run import pipeline
 
-    pipeline.run(config, Path(folder), splits)
-    return {**read_json(Path(folder) / "results.json"), "folder": str(folder)}
+        pipeline.run(config, path, splits)
+        return {**read_json(path / "results.json"), "folder": str(path)}
+
+
+def _listed(name: str, values: Any, example: str, kinds: tuple[type, ...]) -> list[Any]:
+    """Return ``values`` as a list; InputError for one text, a dictionary, and items of other types."""
+    from segkit.errors import InputError
+
+    found = None if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) else list(values)
+    if found is None or not all(isinstance(item, kinds) for item in found):
+        raise InputError(f"{name} is {values!r}, but must be a list of texts: set {name}=[{example!r}]")
+    return found
 
 
 def evaluate(run: Path | str, **options: Any) -> dict[str, Any]:
@@ -56,20 +76,25 @@ def evaluate(run: Path | str, **options: Any) -> dict[str, Any]:
     """
     from segkit.commands import evaluate as verb
     from segkit.commands.options import words
+    from segkit.guard import call
 
-    return verb.score(verb.parser().parse_args(words(run, options)))[0]
+    with call(verb="evaluate"):
+        return verb.score(verb.parser().parse_args(words(run, options)))[0]
 
 
 def predict(images: Iterable[Path | str | ndarray], run: Path | str, **options: Any) -> list[ndarray]:
     """Label images as ``segkit predict RUN`` does; returns one array (H, W) of class numbers an image, in order.
 
-    ``images``: paths, or arrays (H, W, C) of what the model was trained on, uint8 RGB by default. ``run``: a run
-    folder, or what ``segkit export`` wrote. ``options`` are those of the verb, with underscores: ``tta="flip",
+    ``images``: paths, or arrays (H, W, C) of what the model was trained on, uint8 RGB by default, or what numpy makes
+    such arrays of (an RGB image of Pillow); one alone is a list of one. ``run``: a run folder, or what ``segkit
+    export`` wrote. ``options`` are those of the verb, with underscores: ``tta="flip",
     slide="512x512", device="cpu"``. Raises :class:`segkit.errors.InputError` also for an image that cannot be read.
     """
     from segkit.commands import predict as verb
     from segkit.commands.options import words
+    from segkit.guard import call
 
-    if isinstance(images, str | Path):
-        images = [images]
-    return verb.labels(images, verb.parser(files=False).parse_args(words(run, options)))
+    if isinstance(images, str | bytes | Path) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4:
+        images = [images]  # type: ignore[list-item]
+    with call(verb="predict"):
+        return verb.labels(images, verb.parser(files=False).parse_args(words(run, options)))

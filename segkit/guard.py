@@ -16,6 +16,7 @@ from typing import Any
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, first_line
 from segkit.progress import for_terminal, show
+from segkit.runtime import let_waiting_threads_sleep
 from segkit.training import ranks
 
 
@@ -49,17 +50,43 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Raise InputError with the sentence of :func:`explain` in place of another exception that the user can mend."""
+def sentences(*, verb: str = "train") -> Iterator[None]:
+    """Raise InputError, or OutOfMemory, with the sentence of :func:`explain` in place of another exception that the
+    user can mend."""
     try:
         yield
-    except InputError:
+    except (InputError, Interrupted, NonFiniteLoss, OutOfMemory):
         raise
     except Exception as error:
-        sentence = explain(error)[0]
+        sentence, code = explain(error, verb=verb)
         if sentence is None:
             raise
-        raise InputError(sentence) from None
+        raise (OutOfMemory if code == OutOfMemory.exit_code else InputError)(sentence) from None
+
+
+@contextmanager
+def call(*, verb: str = "train") -> Iterator[None]:
+    """Around a call from Python: :func:`sentences`, and afterwards the settings of the process are what they were.
+
+    These are torch's random state on the CPU and its determinism, the limit of pixels, and what is trusted.
+    """
+    let_waiting_threads_sleep()
+    import torch
+
+    from segkit.config import targets
+    from segkit.data import decode
+
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    limit, trusted = decode.pixel_limit(), set(targets._trusted)
+    try:
+        with torch.random.fork_rng(devices=[]), sentences(verb=verb):
+            yield
+    finally:
+        if torch.get_deterministic_debug_mode() != mode:  # to set it loads a compiler: seconds
+            torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.benchmark = benchmark
+        decode.set_pixel_limit(limit)
+        targets._trusted.intersection_update(trusted)
 
 
 def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, int]:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import segkit
 from segkit.commands import evaluate, predict
-from segkit.errors import InputError
+from segkit.config import targets
+from segkit.data import decode
+from segkit.errors import InputError, Interrupted, OutOfMemory
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SMALL = [
@@ -81,11 +84,104 @@ def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
         (lambda: segkit.evaluate(trained, batch_size="two"), "argument --batch-size: 'two' is no whole number from 1"),
         (lambda: segkit.evaluate(trained, device="tpu"), "tpu"),
         (lambda: segkit.predict(tmp_path / "text.png", trained), "text.png"),
-        (lambda: segkit.predict([np.zeros((4, 4))], trained), "an array of float64 of the shape"),
+        (lambda: segkit.predict([np.zeros((4, 4))], trained), "a ndarray of float64 of the shape"),
         (lambda: segkit.predict([], trained, output=tmp_path), "unrecognized arguments: --output"),
+        (
+            lambda: segkit.predict(None, trained),
+            r"an image is a NoneType of object of the shape \(\), but must be a path",
+        ),
+        (lambda: segkit.predict([np.zeros((4, 4, 3), np.uint8), "no.png"], trained), "there is no image file no.png"),
+        (lambda: segkit.evaluate(trained, help=True), "help is no option from Python"),
+        (lambda: segkit.evaluate(None), "None is no run folder"),
+        (lambda: segkit.evaluate(trained, max_images=True), "--max-images: expected one argument"),
+        (lambda: segkit.evaluate(trained, slide=64), "--slide is '64', but takes HxW"),
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ("seed=1", {}, r"overrides is 'seed=1', but must be a list of texts: set overrides=\['seed=1'\]"),
+        ({"seed": 1}, {}, r"overrides is \{'seed': 1\}, but must be a list"),
+        (None, {}, "overrides is None, but must be a list"),
+        ([("seed", 1)], {}, "but must be a list of texts"),
+        (["--config-dir=mine"], {}, "the override '--config-dir=mine' cannot be read: write KEY=VALUE"),
+        (["seed"], {}, "the override 'seed' cannot be read: write KEY=VALUE"),
+        (["sweep.jobs=2"], {}, "'sweep.jobs=2' is for the command line"),
+        (["hydra.run.dir=there"], {}, "'hydra.run.dir=there' is for the command line: folder=... names the run folder"),
+        ([], {"folder": ""}, "folder is '', but must be the path of a run folder"),
+        ([], {"folder": 3}, "folder is 3, but must be the path"),
+        ([], {"config_dirs": "mine"}, r"config_dirs is 'mine', but must be a list"),
+        ([], {"config_dirs": ["mine"]}, "mine is no folder with groups of options: correct"),
+    ],
+)
+def test_what_train_cannot_take_is_an_exception(tmp_path, monkeypatch, overrides, options, message):
+    """None of these trains something else instead, or somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        segkit.train(overrides, **{"folder": "run", **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_numpy_makes_an_image_of_is_predicted(trained, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    expected = segkit.predict([image], trained, slide="32x32")[0]
+    np.testing.assert_array_equal(segkit.predict(image, trained, slide=(32, 32))[0], expected)
+    for same in (Image.fromarray(image), torch.from_numpy(image)):
+        np.testing.assert_array_equal(predict._image_of(same, (3, "uint8")), image)
+    for wrong, message in (
+        (3, "an image is a int of int64"),
+        (b"GIF89a", "an image is a bytes of"),
+        ([1, [2]], "an image is a list, which is no array"),
+        (image.tolist(), "a list of int64 of the shape"),
+        (Image.new("L", (8, 8)), r"of the shape \(8, 8\)"),
+        (torch.zeros(3, 8, 8), r"a Tensor of float32 of the shape \(3, 8, 8\)"),
+        (torch.zeros(8, 8, 3, requires_grad=True), "a Tensor, which is no array"),
+        (str(tmp_path), "there is no image file .*: correct its path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict._image_of(wrong, (3, "uint8"))
+
+
+def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_path, monkeypatch):
+    """Also one that fails; what one call allows is not allowed to the next."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "door_trusted.py").touch()
+    Image.new("RGB", (8, 8)).save("image.png")
+    before = decode.pixel_limit(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="at most 10 are allowed"):
+        segkit.predict("image.png", trained, max_pixels=10, trust="door_trusted")
+    assert segkit.predict("image.png", trained)[0].shape == (8, 8)
+    generator = (text for text in [*SMALL, f"cache_dir={trained.parent}/cache", "max_pixels=5000"])
+    segkit.train(generator, folder=tmp_path / "run")
+    assert before == (
+        decode.pixel_limit(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    )  # fmt: skip
+    torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+    assert "door_trusted" not in targets._trusted
+    with pytest.raises(InputError, match=r"run/inner, within the run .*run: name a folder outside of it"):
+        segkit.train(SMALL, folder="run/inner")
+
+
+def test_other_exceptions_that_can_be_mended_become_sentences(trained, monkeypatch):
+    for error, kind, message in (
+        (OSError(28, "No space left on device", "file"), InputError, "no space is left for file"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory, "smaller --batch-size"),
+        (Interrupted("stopped"), Interrupted, "^stopped$"),
+        (KeyError("a defect"), KeyError, "a defect"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(evaluate, "score", fail)
+        with pytest.raises(kind, match=message):
+            segkit.evaluate(trained)
 
 
 @pytest.mark.slow

@@ -147,11 +147,13 @@ def words(run: Path | str, options: Mapping[str, Any]) -> list[str]:
     found = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list | tuple):
-            value = ",".join(map(str, value))
+        if flag == "--help":
+            raise InputError("help is no option from Python: see help(segkit.evaluate) or help(segkit.predict)")
+        if not isinstance(value, str) and hasattr(value, "__iter__"):
+            value = ("x" if name == "slide" else ",").join(map(str, value))
         if value is not None and value is not False:
             found.append(flag if value is True else f"{flag}={value}")
-    return [*found, "--", str(run)]
+    return [*found, "--", os.path.expanduser(str(run))]
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str, **changes: dict[str, Any]) -> None:

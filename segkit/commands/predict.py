@@ -85,24 +85,41 @@ def run(argv: Sequence[str]) -> None:
 
 
 def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
-    """Return the class map (H, W) of each of ``images``, paths or arrays (H, W, C) of what the model was trained on."""
+    """Return the class map (H, W) of each of ``images``, paths or arrays (H, W, C) of what the model was trained on.
+
+    Those of a list are all looked at before the first is predicted.
+    """
     from segkit.commands.scorers import load
     from segkit.runtime import resolve_device
 
     model = load(arguments.run, arguments, resolve_device(arguments.device))
-
-    def pixels(image: Any) -> np.ndarray:
-        if not isinstance(image, np.ndarray):
-            return model.read(Path(image))
-        if image.ndim != 3 or (image.shape[2], image.dtype) != model.kind or not image.size:
-            raise InputError(
-                f"an image is an array of {image.dtype} of the shape {image.shape}, but must be "
-                f"{model.kind[1]}{' RGB' if model.kind == RGB else ''} of the shape (H, W, {model.kind[0]}): convert it"
-            )
-        return image
-
+    if isinstance(images, list | tuple):
+        for image in images:
+            _image_of(image, model.kind)
     predictor = model.predictor(inference(arguments, model.window), arguments.precision)
-    return [predictor.labels(pixels(image)) for image in images]
+    return [
+        predictor.labels(model.read(found) if isinstance(found, Path) else found)
+        for found in (_image_of(image, model.kind) for image in images)
+    ]
+
+
+def _image_of(image: Any, kind: tuple[int, str]) -> Path | np.ndarray:
+    """Return ``image`` as the path of a file, or as an array (H, W, C) of ``kind``; InputError if it is neither."""
+    if isinstance(image, str | Path):
+        path = Path(image).expanduser()
+        if not path.is_file():
+            raise InputError(f"there is no image file {path}: correct its path")
+        return path
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"an image is a {type(image).__name__}, which is no array ({error}): convert it") from None
+    if array.ndim != 3 or (array.shape[2], array.dtype) != kind or not array.size:
+        raise InputError(
+            f"an image is a {type(image).__name__} of {array.dtype} of the shape {array.shape}, but must be a path, or "
+            f"{kind[1]}{' RGB' if kind == RGB else ''} of the shape (H, W, {kind[0]}): convert it"
+        )
+    return array
 
 
 def title(run: Path) -> str:

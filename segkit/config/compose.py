@@ -28,6 +28,13 @@ def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ())
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
+    for text in overrides:
+        if text.startswith("-") or ("=" not in text and text[:1] not in ("+", "~")):
+            raise InputError(f"the override {text!r} cannot be read: write KEY=VALUE, for example seed=1")
+    if missing := [folder for folder in config_dirs if not Path(folder).is_dir()]:
+        raise InputError(
+            f"{missing[0]} is no folder with groups of options: correct --config-dir, or config_dirs=[...]"
+        )
     check_overrides(overrides)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     GlobalHydra.instance().clear()

@@ -87,7 +87,7 @@ class LabelTable:
         """
         assert np.issubdtype(raw.dtype, np.integer), f"raw labels must be integers, not {raw.dtype}"
         narrow = narrowed(raw)
-        if narrow.dtype == np.uint8:
+        if narrow.dtype == np.uint8 and raw.size:
             import cv2  # six times as fast as indexing; imported here to keep `import segkit.data` light
 
             train = np.asarray(cv2.LUT(narrow, self._lookup))

@@ -223,7 +223,7 @@ def _subfolders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.is_dir())
-    except OSError:
+    except (OSError, ValueError):  # a path with a zero byte
         return []
 
 
@@ -253,11 +253,11 @@ def near_miss(path: Path) -> str:
     case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png).
     """
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = next((f for f in _subfolders(folder.parent) if _folded(f.name) == _folded(folder.name)), folder)
     try:
         names = sorted(os.listdir(folder), key=lambda name: (_folded(name) != _folded(path.name), name))
-    except OSError:
+    except (OSError, ValueError):
         return ""
     for name in names:
         how = "in its folder's name" if name == path.name else _difference(path.name, name)

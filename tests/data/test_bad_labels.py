@@ -33,6 +33,30 @@ BAD = {
         first_annotation(segmentation=[["x", 1, 55, 5, 60, 1]]),
         r"is no list of pos",
     ),
+    "numbers in quotes": (
+        "coco polygons",
+        COCO,
+        first_annotation(segmentation=[["1", "1", "9", "1", "9", "9"]]),
+        r"annotation 0 of .* is no list of positions x, y in pixels",
+    ),
+    "three coordinates": (
+        "labelme",
+        LABELME,
+        first_shape(points=[[1, 1, 0], [9, 1, 0], [9, 9, 0], [1, 9, 0]]),
+        r"shape 0 of .*a.json is no list of positions x, y in pixels",
+    ),
+    "crowd": (
+        "coco polygons",
+        COCO,
+        first_annotation(iscrowd="no"),
+        r"annotation 0 of .*train.json has iscrowd 'no', but takes 0 or 1: correct it",
+    ),
+    "a name that is too long": (
+        "coco polygons",
+        COCO,
+        changed(lambda content: content["images"][0].update(file_name="x" * 300 + "/a.jpg")),
+        r"names image 'x+/a.jpg', but .*/a.jpg does not exist; add the image",
+    ),
     "image id twice": (
         "coco polygons",
         COCO,

@@ -67,6 +67,8 @@ def test_half_a_pair(tree, folder, role):
         ("../../x.png trainannot/a.png", "leaves the data set's folder"),
         ("/SegNet/CamVid/../../x.png trainannot/a.png", "leaves the data set's folder"),
         ("/etc/passwd trainannot/a.png", "leaves the data set's folder"),
+        (f"{'x' * 300}/a.png trainannot/a.png", r"train\.txt lists image .*x/a\.png, which does not exist"),
+        ("a\0/a.png trainannot/a.png", r"train\.txt lists image .*, which does not exist"),
         ("", r"train\.txt has no entries, so the split is empty"),
     ],
 )

@@ -204,7 +204,8 @@ def test_two_images_of_one_name_are_refused(root):
         ("names: [a, ]\nids: [0]\nnames: [a, b]", r"has the key 'names' twice, of which YAML drops one; remove one"),
         ("names: ['e\u0301', '\u00e9']", r"uses name \u00e9 twice among names"),
         ("names: [a, ' a']", r"uses name a twice among names"),
-        ("names: [a, '']", r"has an empty name \(''\)"),
+        ("names: [a, '']", r"has the name '', which is no text; give each class a name, in quotes"),
+        ('names: [a, "\\ud800"]', r"has the name '\\ud800', which is no text"),
         ("names: [a, [b]]", r"has a list or mapping among its names; write one text for each class"),
         (
             "names: [a, b]\nids: [0, 255]",

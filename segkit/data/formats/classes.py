@@ -52,6 +52,8 @@ def classes_of(content: dict[str, Any], path: Path) -> FolderClasses:
         raise InputError(f"{path} has no list of names; write for example `names: [background, tool]`")
     if (num := len(names)) >= UNKNOWN:
         raise InputError(f"{path} has {num} classes; 1 to {UNKNOWN - 1} are allowed")
+    if odd := [name for name in names if not name.strip() or name != name.encode(errors="ignore").decode()]:
+        raise InputError(f"{path} has the name {odd[0]!r}, which is no text; give each class a name, in quotes")
     ids = _integers(content.get("ids"), path, key="ids", default=list(range(num)))
     given = content.get("ignore")
     kinds: dict[type, list[Any]] = {int: [], list: [], str: []}
@@ -138,7 +140,7 @@ def _check_spelling(node: Any, path: Path) -> None:
         for name in value.value if key.value == "names" and isinstance(value, yaml.SequenceNode) else ():
             if not isinstance(name, yaml.ScalarNode):
                 raise InputError(f"{path} has a list or mapping among its names; write one text for each class")
-            if name.tag == NULL or not name.value.strip():
+            if name.tag == NULL:
                 raise InputError(f"{path} has an empty name ({name.value!r}); give each class a name, in quotes")
             if name.tag != TEXT:
                 kind = name.tag.rpartition(":")[2]

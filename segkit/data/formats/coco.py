@@ -124,6 +124,10 @@ def _content(path: str, modified: int) -> Content:
                 f"annotation {number} of {file} is of image_id {item.get('image_id')!r}, which is none of its images: "
                 "remove it, or add the image to the list"
             )
+        if item.get("iscrowd") not in (None, 0, 1):
+            raise InputError(
+                f"annotation {number} of {file} has iscrowd {item['iscrowd']!r}, but takes 0 or 1: correct it"
+            )
         annotations[item["image_id"]].append((number, item))
     return Content(entries, annotations, names)
 

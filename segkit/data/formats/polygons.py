@@ -78,9 +78,11 @@ def fill(label: np.ndarray, ring: np.ndarray, value: int) -> None:
 def ring_of(numbers: Any, size: Size, *, where: str) -> np.ndarray:
     """Return the polygon (n, 2) of a list [x, y, x, y, ...] or [[x, y], ...]; ``where`` names it in a sentence."""
     try:
-        flat = np.asarray(numbers, np.float64).ravel()
-    except (TypeError, ValueError, OverflowError):
-        flat = np.array([np.nan])
+        given = np.asarray(numbers)
+    except ValueError:  # lists of several lengths
+        given = np.array("")
+    is_list = given.dtype.kind in "iuf" and given.shape[1:] in ((), (2,))
+    flat = given.ravel().astype(np.float64) if is_list else np.array([np.nan])
     if not np.isfinite(flat).all() or (np.abs(flat) > FARTHEST).any() or flat.size % 2:
         raise InputError(f"{where} is no list of positions x, y in pixels: correct or remove it")
     ring = flat.reshape(-1, 2)

@@ -5,6 +5,7 @@ A ``data.yaml`` may say what the numbers are, and where the images of each split
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
     Pixels without a polygon are of the class background, which comes first unless the file names it. None for a file
     that is no such one or is missing. Raises InputError for one that is damaged, or names a folder outside of its own.
     """
-    content = load_yaml(path) if path.is_file() else {}
+    content = load_yaml(path) if os.path.isfile(path) else {}
     if not KEYS & content.keys():
         return None
     names, top = content.get("names"), path.parent
@@ -33,6 +34,8 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path} has no names of classes: write `names: [tool, hand]`, or `0: tool` line by line")
+    if content.get("nc", len(names)) != len(names):
+        raise InputError(f"{path} has nc: {content['nc']!r}, but {len(names)} names: correct one of the two")
     whole = {"ids": list(range(len(names)))} if REST in names else {"names": [REST, *names]}
     folders = {}
     for split, place in ((split, content[split]) for split in SPLITS if content.get(split) is not None):
@@ -43,7 +46,7 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
         place = place.removeprefix("../")  # from a folder that its exporters think of beside the splits
         inside(top, place, list_file=path)
         below = Path(str(content.get("path", "")), place)
-        found = not below.is_absolute() and ".." not in below.parts and (top / below).is_dir()
+        found = not below.is_absolute() and ".." not in below.parts and os.path.isdir(top / below)
         folders[split] = (below if found else Path(place)).as_posix()
     return classes_of({"names": names, "unlabelled": REST, "ignore": [], **whole}, path), folders
 

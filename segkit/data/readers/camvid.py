@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from segkit.data.labels import load_table
@@ -36,7 +37,7 @@ def read(root: Path | str | None, *, split: str) -> SampleSet:
                 "of its label"
             )
         image, label = (inside(layout.root, _below_camvid(column), list_file=list_file) for column in columns)
-        lacking = [pair for pair in (("image", image, label), ("label", label, image)) if not pair[1].exists()]
+        lacking = [pair for pair in (("image", image, label), ("label", label, image)) if not os.path.exists(pair[1])]
         for role, path, other in lacking:
             refuse(
                 f"{list_file} lists {role} {path}, which does not exist{near_miss(path)}, beside {other}; copy the "

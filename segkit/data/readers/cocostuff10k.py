@@ -48,16 +48,17 @@ def read_label(sample: Sample) -> np.ndarray:
     """Return the raw label (H, W) int64 of a sample's .mat file; raises InputError for one that is damaged or old."""
     path = sample.labels[0]
     content = read_mat(path, ["S", "names"])
-    if "S" not in content or content["S"].ndim != 2:
+    stored, names = content.get("S"), content.get("names", [None] * NUM_NAMES)
+    if not isinstance(stored, np.ndarray) or stored.ndim != 2:
         raise InputError(f"{path} has no label map S (height, width); unpack {ARCHIVES} again")
-    num_names = content["names"].size if "names" in content else NUM_NAMES
+    num_names = len(names) if isinstance(names, list) else 0
     if num_names != NUM_NAMES:
         raise InputError(
             f"{path} names {num_names} classes, but files of version 1.1 name {NUM_NAMES}; version 1.0 "
             f"numbers its classes otherwise and cannot be used: unpack {ARCHIVES} into a folder of its own"
         )
-    stored = content["S"]
-    raw = stored.astype(np.int64)  # MATLAB stores doubles; what they hold are whole numbers
+    with np.errstate(invalid="ignore"):  # NaN becomes another number, which the next line tells
+        raw = stored.astype(np.int64)  # MATLAB stores doubles; what they hold are whole numbers
     if not np.array_equal(raw, stored):
         raise InputError(f"{path} has label values that are not whole numbers; unpack {ARCHIVES} again")
     return raw

@@ -64,13 +64,12 @@ def read_label(sample: Sample) -> np.ndarray:
 
 def read_sbd_mask(path: Path) -> np.ndarray:
     """Return the segmentation (H, W) of an SBD file ``cls/<id>.mat``, values 0..20; raises InputError for others."""
-    content = read_mat(path, ["GTcls"])
-    try:
-        mask = content["GTcls"][0]["Segmentation"][0]
-    except (KeyError, IndexError, ValueError):
+    found = read_mat(path, ["GTcls"]).get("GTcls")
+    mask = found.get("Segmentation") if isinstance(found, dict) else None
+    if not isinstance(mask, np.ndarray):
         raise InputError(
             f"{path} has no field GTcls.Segmentation, so it is no class mask of SBD; unpack {SBD_ARCHIVE} again"
-        ) from None
+        )
     if mask.ndim != 2 or not np.issubdtype(mask.dtype, np.integer):
         raise InputError(
             f"{path} has a segmentation of shape {mask.shape} and type {mask.dtype}, but a class mask of SBD "

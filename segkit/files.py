@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,30 @@ PARTS = ("dataset", "model", "loss", "optimizer", "schedule")
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path``, with its suffix, to write to; without an exception that file then becomes ``path``.
 
-    Two processes may write the same file at once: one of the two contents stays.
+    A reader sees the old file or the new one, never a part. Two processes may write the same file at once: one of the
+    two contents stays.
     """
-    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")  # not too long where that of path is not
+    name = f".{path.stem[:50]}.{os.getpid()}{path.suffix[:50]}"  # not too long where that of path is not
+    temporary = path.with_name(name)
     try:
         temporary.unlink(missing_ok=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path`` as :func:`written_beside` does, and flush it to the disk."""
+    with written_beside(path) as temporary:
         with open(temporary, "xb") as file:  # in a stranger's folder the name may be a link to another file
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from segkit.commands.options import check_writable, verb_parser
 from segkit.errors import InputError
+from segkit.files import written_beside
 from segkit.progress import show
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -43,7 +44,8 @@ def run(argv: Sequence[str]) -> None:
         )
     check_writable(arguments, "output", makes_folders=True, draws=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(arguments.rho, arguments.range).savefig(path, dpi=200)
+    with written_beside(path) as temporary:
+        draw(arguments.rho, arguments.range).savefig(temporary, dpi=200)
     show(f"written: {path}")
 
 

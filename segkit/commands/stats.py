@@ -13,7 +13,7 @@ from segkit.commands.options import add_shared, check_writable, verb_parser
 from segkit.config.dataset import RGB
 from segkit.config.schema import Config
 from segkit.errors import InputError
-from segkit.files import write_atomically, write_json
+from segkit.files import write_atomically, write_json, written_beside
 from segkit.progress import show
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -169,4 +169,5 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", labelsize=8 if len(rows) < 60 else 5)
     figure.suptitle(for_matplotlib(f"{summary['dataset']} {summary['split']}: {summary['num_images']:,} images"))
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as temporary:
+        figure.savefig(temporary, dpi=150)

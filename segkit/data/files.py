@@ -177,13 +177,13 @@ def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str
 
 def _matching(pattern: Path) -> list[Path]:
     """Files that match a pattern, sorted; ``**`` goes the way of :func:`walk`."""
-    if "**" not in pattern.parts:
-        return sorted(path for path in map(Path, glob.glob(str(pattern))) if not path.is_dir())
-    place = next(i for i, part in enumerate(pattern.parts) if set(part) & set("*?["))
-    roots = Path(*pattern.parts[:place])
-    if not roots.is_dir():
+    place = next((at for at in range(len(pattern.parts)) if not Path(*pattern.parts[: at + 1]).is_dir()), 0)
+    roots, wanted = Path(*pattern.parts[:place]), pattern.parts[place:]  # a folder may have brackets in its name
+    if not set(wanted[0]) & set("*?["):
         return []
-    wanted = pattern.parts[place:]
+    if "**" not in wanted:
+        matching = glob.glob(os.path.join(glob.escape(str(roots)), *wanted))
+        return sorted(path for path in map(Path, matching) if not path.is_dir())
     return [path for path in walk(roots) if _matches(path.relative_to(roots).parts, wanted)]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segkit.config.schema import FREE_KEYS, is_free
+from segkit.config.targets import fits
 from segkit.errors import InputError
 from segkit.report.runs import RunRecord
 
@@ -171,9 +172,10 @@ def loss_name(node: dict[str, Any]) -> str:
     """Return a loss in words: ``margin calibration (paper)``, ``cross-entropy``, ``cross-entropy + dice``."""
     target = node.get("_target_")
     terms = node.get("terms")
-    if isinstance(terms, dict) and terms:
-        parts = [(loss_name(term.get("loss") or {}), term.get("weight")) for term in terms.values()]
-        return " + ".join(name if weight in (1, None) else f"{weight:g} {name}" for name, weight in parts)
+    if terms and fits(terms, dict[str, dict[str, Any]]):
+        parts = [(term.get("loss"), term.get("weight")) for term in terms.values()]
+        if fits(parts, list[tuple[dict[str, Any], float | None]]):  # else a loss of one's own, or a damaged file
+            return " + ".join(("" if weight in (1, None) else f"{weight:g} ") + loss_name(one) for one, weight in parts)
     if not isinstance(target, str):
         return "loss"
     name = target.rpartition(".")[2].removesuffix("Loss")

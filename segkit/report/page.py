@@ -111,7 +111,7 @@ def scores(c: Comparison) -> Part:
     """Return the number of classes averaged, and those that are absent; the table itself is ``c.table``."""
     return {
         "num_averaged": sorted({run.results["num_classes_averaged"] for run in c.runs}),
-        "absent": sorted({name for run in c.runs for name in run.results.get("absent_classes", ())}),
+        "absent": sorted({name for run in c.runs for name in run.results.get("absent_classes") or ()}),
     }
 
 

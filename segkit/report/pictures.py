@@ -110,10 +110,12 @@ class StoredPicture:
         arrays = []
         for path in (self.image, self.label, self.prediction):
             try:
-                with Image.open(path) as file:
+                with Image.open(path, formats=("JPEG",) if path == self.image else ("PNG",)) as file:
                     if max(file.size) > LONGEST:  # of a stranger: a few bytes may stand for gigabytes
                         raise ValueError(f"it has {file.size[0]}x{file.size[1]} pixels, more than were stored")
                     arrays.append(np.asarray(file.convert("RGB") if path == self.image else file))
+                    if arrays[-1].dtype != np.uint8:
+                        raise ValueError(f"its pixels are {arrays[-1].dtype}, not of 8 bits")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise InputError(f"{path} cannot be read ({error}): delete the folder {path.parent}") from None
         image, label, prediction = arrays
@@ -158,8 +160,8 @@ def read_pictures(folder: Path) -> dict[str, StoredPicture]:
     try:
         index = read_json(path, cure=f"delete the folder {folder}")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in index["palette"])
-        if len(palette) > VOID or not all(0 <= value <= 255 for colour in palette for value in colour):
-            raise ValueError("a palette has up to 255 colours of 0 to 255")
+        if not 1 <= len(palette) <= VOID or not all(0 <= value <= 255 for colour in palette for value in colour):
+            raise ValueError("a palette has 1 to 255 colours of 0 to 255")
         # Only the last part of a name counts: a run folder is untrusted, and nothing outside it is read.
         stored = {}
         for entry in index["pictures"]:

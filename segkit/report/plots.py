@@ -25,6 +25,8 @@ MOST_POINTS = 240
 """Longer curves are averaged in windows of equally many points."""
 LOG_RATIO = 20.0
 """A curve whose largest value is so many times its smallest is drawn on a logarithmic axis."""
+MOST_DRAWN = 1e300
+"""No axis has ticks for a larger value."""
 MOST_MARKS = 6
 MOST_WRITTEN = 12
 """A confusion matrix of more classes has no numbers in its cells; they show when pointed at."""
@@ -89,7 +91,7 @@ def recorded(run: RunRecord, split: str, key: str) -> dict[int, float]:
     return {
         offsets[record["phase"]] + record["step"]: float(record[key])
         for record in run.metrics
-        if record.get("split") == split and isinstance(record.get(key), int | float)
+        if record.get("split") == split and isinstance(record.get(key), int | float) and abs(record[key]) < MOST_DRAWN
     }
 
 

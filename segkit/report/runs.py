@@ -273,9 +273,9 @@ def check_results(results: dict[str, Any], path: Path, *, cure: str = AGAIN) -> 
         raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {cure}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
         raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {cure}")
-    best, absent = results.get("best") or {}, results.get("absent_classes") or []
+    best = results.get("best") or {}
     known = isinstance(best, dict) and (not best or _is_share(best.get("mean_iou", "none")))
-    if not known or not fits(absent, list[str]):
+    if not known or not fits(results.get("absent_classes"), list[str] | None):
         raise InputError(f"{path} has a best score or absent classes that are none, the file is damaged: {cure}")
     if not isinstance(results["protocol"], dict):
         raise InputError(f"{path} has a protocol that is not of keys and values, the file is damaged: {cure}")

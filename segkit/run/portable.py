@@ -11,7 +11,6 @@ list of allowed targets, sizes, no resolver, nothing that it names is read or do
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from segkit.config.dataset import DatasetConfig, ImageType, ResizeConfig
 from segkit.config.schema import plain
 from segkit.config.targets import fits
 from segkit.errors import InputError
-from segkit.files import MOST_BYTES, read_json, write_atomically
+from segkit.files import MOST_BYTES, read_json, write_atomically, written_beside
 from segkit.run.saved import SavedRun, are_counts, filled, without_sources
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -117,12 +116,8 @@ def write_file(path: Path, model: Any, facts: Mapping[str, Any]) -> None:
     """Write the weights of ``model`` with ``facts`` as metadata; the file gets its name when it is whole."""
     from segkit.models.exported import write_weights
 
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
+    with written_beside(path) as temporary:
         write_weights(model.net.state_dict(), temporary, json.dumps(facts))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> None:

@@ -44,6 +44,10 @@ def test_files_are_found_by_folder_pattern_and_name(tmp_path):
     assert list(find_images(source / "*.jpg")) == ["a"]
     assert list(find_images(str(source / "**/c.*"))) == ["c"]
     assert list(find_images(source / "d.txt")) == ["d"]  # named by the user: tried
+    brackets = tmp_path / "[1] shots*"
+    (brackets / "b").mkdir(parents=True)
+    (brackets / "b" / "e.png").write_bytes(b"-")
+    assert list(find_images(brackets / "b" / "*.png")) == list(find_images(brackets / "**" / "*.png")) == ["e"]
     with pytest.raises(InputError, match=r"no image matches .*\*\.gif; give a file, a pattern in quotes, or a folder"):
         find_images(source / "*.gif")
     with pytest.raises(InputError, match=r"all images of .*out lie below .*out, where the results go: give another"):

@@ -99,6 +99,8 @@ def test_the_contender_is_the_best_row_but_the_baseline(make_run):
             },
             "cross-entropy + 0.5 dice",
         ),
+        ({"_target_": "mine.SetLoss", "terms": {"a": 1, "b": [2]}}, "set"),
+        ({"_target_": "mine.Sum", "terms": {"a": {"weight": "much", "loss": {"_target_": "x.DiceLoss"}}}}, "sum"),
     ],
 )
 def test_losses_in_words(node, name):

@@ -301,9 +301,10 @@ def test_a_missing_file_is_said(make_run, name, purpose):
 
 def test_a_broken_index_of_pictures(make_run):
     run = make_run("a", num_pictures=1)
-    real(run, "pictures").joinpath("index.json").write_text('{"pictures": 3}')
-    with pytest.raises(InputError, match=r"index.json is no index of pictures .* delete the folder"):
-        find_runs([run])
+    for text in ('{"pictures": 3}', '{"palette": [], "pictures": []}'):
+        real(run, "pictures").joinpath("index.json").write_text(text)
+        with pytest.raises(InputError, match=r"index.json is no index of pictures .* delete the folder"):
+            find_runs([run])
 
 
 # -- runs that do not belong together ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -181,13 +182,30 @@ def test_an_index_cannot_name_files_elsewhere(make_run, tmp_path):
     assert record.pictures["val_0000"].label == run / "pictures" / "secret.png"
 
 
-@pytest.mark.parametrize("part", ["label", "image"])
-def test_a_broken_picture_is_named(make_run, part):
+def written(array, kind):
+    from PIL import Image
+
+    Image.fromarray(array).save(out := io.BytesIO(), kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("label", b"no picture"),
+        ("image", b"no picture"),
+        ("label", written(np.full((96, 128), 300, np.uint16), "PNG")),
+        ("prediction", written(np.zeros((96, 128), bool), "PNG")),
+        ("prediction", written(np.zeros((96, 128), np.float32), "TIFF")),
+        ("image", written(np.zeros((96, 128, 3), np.uint8), "EPS")),  # which a program of its own would draw
+    ],
+)
+def test_a_broken_picture_is_named(make_run, part, content):
     from segkit.errors import InputError
 
     run = make_run("a", num_pictures=1)
     (record,) = compare([run]).runs
-    getattr(record.pictures["val_0000"], part).write_bytes(b"no picture")
+    getattr(record.pictures["val_0000"], part).write_bytes(content)
     with pytest.raises(InputError, match=rf"0000_{part}\.\w+ cannot be read .*: delete the folder"):
         record.pictures["val_0000"].read()
 

@@ -41,6 +41,7 @@ SMALL = (
     "determinism=strict",
     "device=cpu",
     "model=deeplabv3plus_tiny",
+    "model.encoder=tu-test_resnet",
     "model.decoder_channels=16",
 )
 """A run of two phases with 2 steps an epoch, a checkpoint every step, and an evaluation now and then."""

@@ -136,8 +136,8 @@ def small_disk(tmp_path):
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("a file system can be mounted by root only")
 
-    mount("size=120m")
-    yield folder, lambda: mount("remount,size=400m")
+    mount("size=20m")
+    yield folder, lambda: mount("remount,size=80m")
     subprocess.run(["umount", str(folder)], check=True)
 
 

@@ -273,6 +273,7 @@ def test_a_search_without_multirun_says_so():
 @pytest.mark.nightly
 def test_a_search_of_a_real_run(tmp_path):
     small = ["debug=smoke", "limit_steps=2", "batch_size=2", "dataset.crop=[64,64]", "evaluation.max_images=2"]
+    small += ["dataset.reader.num_images=6", "dataset.reader.size=[64,64]"]
     small += ["device=cpu", "schedule=single", "model=deeplabv3plus_tiny", f"cache_dir={tmp_path}/cache"]
     done = run("-m", "sweep=search", "sweep.trials=1", *small, f"hydra.sweep.dir={tmp_path}/sweep")
     assert done.returncode == 0, done.stderr

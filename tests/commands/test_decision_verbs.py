@@ -34,6 +34,7 @@ def finished(tmp_path_factory):
             "dataset.reader.size=[67,75]",  # no stride divides them
             "dataset.holdout=0.3",
             "model=deeplabv3plus_tiny",
+            "model.encoder=tu-test_resnet",
             "debug=smoke",
             "schedule=single",
             "limit_steps=6",

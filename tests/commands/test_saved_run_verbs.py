@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
             "dataset=cityscapes",
             f"dataset.root={folder / 'data'}",
             "model=deeplabv3plus_tiny",
+            "model.encoder=tu-test_resnet",
             "debug=smoke",
             "schedule=single",
             "limit_steps=3",

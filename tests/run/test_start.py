@@ -119,8 +119,8 @@ def test_frozen_parts_stay_bitwise_through_steps_average_and_resume(foreign, tra
     assert json.loads((folder / "initial_weights.json").read_text())["frozen"] == [
         name for name in frozen if name.endswith(("weight", "bias"))
     ]
-    whole = train("whole", *options)
-    assert all(torch.equal(value, state_of(whole)[name]) for name, value in state_of(folder).items())
+    expected, found = state_of(train("whole", *options)), state_of(folder)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_norm_without_parameters_is_frozen_by_its_name():

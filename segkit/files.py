@@ -45,11 +45,11 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path`` as :func:`written_beside` does, and flush it to the disk."""
-    with written_beside(path) as temporary:
-        with open(temporary, "xb") as file:  # in a stranger's folder the name may be a link to another file
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+    # "x": in a stranger's folder the name may be a link to another file
+    with written_beside(path) as temporary, open(temporary, "xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ line prints it without a traceback; set ``SEGKIT_DEBUG=1`` to see one.
 from __future__ import annotations
 
 import math
+import traceback
 from pathlib import Path
 
 MOST_DEFLATED = 200
@@ -45,6 +46,15 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error`` without its full stop; its class name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def raised(error: BaseException) -> str:
+    """Return what ``error`` is, and the last line of the user's own code that it came through, for a sentence."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(__file__).parent), "<", str(Path(traceback.__file__).parent))
+    own = [frame for frame in frames if not frame.filename.startswith(ours) and "site-packages" not in frame.filename]
+    place = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:

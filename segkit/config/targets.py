@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segkit.errors import InputError
+from segkit.errors import InputError, raised
 
 LOSS_OPTIONS = ("diagnostics",)
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
@@ -192,6 +192,8 @@ def locate(target: str, *, key: str) -> Any:
         raise InputError(
             f"{key}._target_ names {target!r}, which cannot be imported ({error}): correct the name"
         ) from None
+    except (Exception, SystemExit) as error:  # of a package of the user's
+        raise InputError(f"{key}._target_ names {target!r}, whose import fails ({raised(error)}): mend it") from error
     home = group_of(key).permitted.get(target)
     defined = getattr(found, "__module__", "")
     known = (defined, getattr(found, "__qualname__", "")) == (home, name)
@@ -273,7 +275,17 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     arguments = {name: build(value, f"{key}.{name}") if name in node else value for name, value in arguments.items()}
     try:
         built = function(**arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:
+        if (
+            _is_trusted(node["_target_"])
+            and not isinstance(error, OSError | MemoryError)
+            and "memory" not in str(error)
+        ):
+            raise InputError(f"{node['_target_']} fails ({raised(error)}): mend it, or what {key} gives it") from error
+        if not isinstance(error, (TypeError, ValueError, ArithmeticError, RuntimeError)):
+            raise
         is_own = function.__module__.partition(".")[0] == "segkit"
         if is_own or (isinstance(error, RuntimeError) and group_name(key) != "optimizer"):  # memory, for one
             raise

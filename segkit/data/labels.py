@@ -153,9 +153,13 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     Keys: name, classes, palette, raw_to_train ({raw: train id}); optional ignore_index (255), train_to_raw (default:
     the first raw value that is mapped to the class), source, splits.
     """
-    colours = np.asarray(content["palette"], dtype=np.int64).reshape(-1, 3)
-    if colours.size and (colours.min() < 0 or colours.max() > 255):
-        raise InputError(f"label table {content['name']} has a palette value outside 0..255; mend that colour")
+    if missing := {"name", "classes", "palette", "raw_to_train"} - content.keys():
+        raise InputError(f"a label table lacks {', '.join(sorted(missing))}: it has {', '.join(map(str, content))}")
+    colours = np.asarray(content["palette"]).reshape(-1, 3)
+    if colours.size and (colours.dtype.kind not in "iu" or colours.min() < 0 or colours.max() > 255):
+        raise InputError(
+            f"label table {content['name']} has a palette value outside 0..255, or no whole number; mend that colour"
+        )
     raw_to_train = {int(raw): int(train) for raw, train in content["raw_to_train"].items()}
     train_to_raw = {int(train): int(raw) for train, raw in content.get("train_to_raw", {}).items()}
     if not train_to_raw:

@@ -76,6 +76,11 @@ class SampleSet(Sequence[Item]):
     kind: tuple[int, str] = RGB
 
     def __post_init__(self) -> None:
+        if not isinstance(self.table, LabelTable):
+            raise InputError(
+                f"the table of {self.name} is a {type(self.table).__name__}, but must be a LabelTable: "
+                "segkit.data.labels.table_from_dict makes one"
+            )
         self.samples, self.notes = tuple(self.samples), tuple(self.notes)
         if not self.samples:
             raise InputError(
@@ -89,6 +94,12 @@ class SampleSet(Sequence[Item]):
     def _check_names(self) -> None:
         seen: dict[str, Sample] = {}
         for sample in self.samples:
+            good = isinstance(sample, Sample) and (type(sample.name), type(sample.labels)) == (str, tuple)
+            if not good or not all(isinstance(path, Path) for path in (sample.image, *sample.labels)):
+                raise InputError(
+                    f"{sample!r} of split {self.split!r} of {self.name} must be a Sample of a name (str), the Path of "
+                    "an image and a tuple of Paths of labels: mend the reader"
+                )
             if sample.name in seen:
                 raise InputError(
                     f"{sample.name!r} occurs twice in split {self.split!r} of {self.name} "
@@ -157,6 +168,7 @@ class SampleSet(Sequence[Item]):
         sample = self.samples[index]
         shrunk = shrink > 1 and self.shrinkable(index)
         image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self.load_image(sample)
+        self._check_array(image, "load_image", sample)
         bands.check_bands(image, sample.image, self.kind)
         return image
 
@@ -176,8 +188,18 @@ class SampleSet(Sequence[Item]):
                 "(dataset.train_split, dataset.val_split) or `segkit predict`"
             )
         raw = self.load_label(sample)
-        assert raw.ndim == 2, f"load_label must give (H, W), got {raw.shape} for {sample.name}"
+        self._check_array(raw, "load_label", sample)
+        if raw.ndim != 2 or not raw.size or not np.issubdtype(raw.dtype, np.integer):
+            raise InputError(
+                f"load_label gives {raw.dtype} of the shape {raw.shape} for {sample.name} of {self.name}, but must "
+                "give integers (H, W): mend the reader"
+            )
         return raw
+
+    def _check_array(self, value: Any, function: str, sample: Sample) -> None:
+        if not isinstance(value, np.ndarray):
+            kind = type(value).__name__
+            raise InputError(f"{function} gives a {kind} for {sample.name} of {self.name}, no array: mend the reader")
 
     def to_train(self, index: int, raw: np.ndarray) -> np.ndarray:
         """Return train ids (H, W) uint8 of the raw label of sample ``index``; an InputError names its file."""

@@ -38,8 +38,8 @@ class SumLoss(nn.Module):
             self.losses[name] = term["loss"]
             self.weights[name] = check_number(term["weight"], f"terms.{name}.weight", low=0.0)
         first: Any = next(iter(self.losses.values()))
-        self.ignore_index: int = first.ignore_index
-        self.pixel_decomposable = all(loss.pixel_decomposable for loss in self.losses.values())
+        self.ignore_index: int = getattr(first, "ignore_index", 255)
+        self.pixel_decomposable = all(getattr(loss, "pixel_decomposable", False) for loss in self.losses.values())
 
     def denominator(self, target: Tensor) -> Tensor:
         """(T,) float: the denominators of the terms."""

@@ -50,6 +50,10 @@ class Segmenter(nn.Module):
         super().__init__()
         mean = getattr(net, "input_mean", IMAGENET_MEAN) if mean is None else mean
         std = getattr(net, "input_std", IMAGENET_STD) if std is None else std
+        if not all(hasattr(values, "__len__") for values in (mean, std)):
+            raise InputError(
+                f"input_mean and input_std are {mean!r} and {std!r}, but hold one value a channel: set lists"
+            )
         most = 1.0 if divisor > 1 else math.inf
         check_normalisation(mean, std, num_channels=len(getattr(net, "input_mean", mean)), most=most)
         self.net = net

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from segkit import memory, runtime
 from segkit.config.dataset import RGB, SamplerKind
@@ -60,6 +61,10 @@ def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> 
         )
     facts = {"num_classes": num_classes, "classes": num_classes, "in_channels": wanted}
     net = instantiate(node, facts, key="model")
+    if lazy := next((name for name, item in net.named_parameters() if is_lazy(item)), None):
+        raise InputError(
+            f"{node['_target_']} has no size yet for its parameter {lazy}: take another than a lazy module"
+        )
     return Segmenter(net, mean=images.mean, std=images.std, divisor=images.dtype.divisor)
 
 
@@ -95,6 +100,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
     groups = parameter_groups(
         model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor, lr_factors=config.lr_factors
     )
+    if not groups:
+        raise InputError(f"the model {config.model['_target_']} has no parameter to train: give it one")
     tried = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda", "meta"}
     if tried and config.determinism.value == "none" and node.get("_target_") in FUSED and not node.keys() & FORMS:
         node["fused"] = True

@@ -26,6 +26,7 @@ from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import build_loss, build_optimizer, build_sampler
 from segkit.run.folder import RunFolder
+from segkit.run.own import try_loss, try_model, try_reader
 from segkit.run.plan import PhasePlan, plan_phase
 from segkit.run.splits import Splits
 from segkit.run.validation import Validation
@@ -81,12 +82,16 @@ def prepare_phase(
 ) -> Phase:
     """Count the labels of phase ``name``, and build its loss and its optimizer. Raises what they refuse."""
 
+    try_reader(config, name, splits)
+
     def count() -> str:
         return count_labels(splits.train, workers=config.workers, cache_dir=cache_dir).to_json()
 
     counts = LabelCounts.from_json(distributed.on_main(count))
     plan = plan_phase(config, name, len(splits.train))
     loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
+    try_loss(loss.to(device), config, name, splits.train, device)
+    try_model(model, config, name, splits.val, device)
     observed = config.phase_loss(name).get("diagnostics")
     return Phase(
         name=name,
@@ -101,7 +106,7 @@ def prepare_phase(
         ),
         counts=counts,
         model=model,
-        loss=loss.to(device),
+        loss=loss,
         observer=charts.LossObserver(loss, every=config.log_every * config.accumulate) if observed else None,
         optimizer=build_optimizer(config, model, config.schedule[name].lr),
         device=device,

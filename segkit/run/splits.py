@@ -100,6 +100,12 @@ def open_phases(config: Config) -> dict[str, Splits]:
             known.append((dataset, splits))
         opened[name] = splits
     for splits in opened.values():
+        if splits.train.classes != splits.val.classes:  # of a reader of the user's own
+            raise InputError(
+                f"{splits.val.name} has other classes, or another order, in {splits.val.split} "
+                f"({', '.join(splits.val.classes)}) than in {splits.train.split} ({', '.join(splits.train.classes)}): "
+                "give both splits one label table"
+            )
         if splits.train.num_classes < 2:
             raise InputError(
                 f"{splits.train.table.name} has one class, {splits.train.classes[0]!r}, but a segmentation tells at "

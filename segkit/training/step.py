@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import NonFiniteLoss
+from segkit.losses.checks import check_value
 from segkit.training import distributed
 from segkit.training.precision import Mixed
 
@@ -90,7 +91,7 @@ def train_step(
         moved = [(images.contiguous(memory_format=torch.channels_last), labels) for images, labels in moved]
     targets = [labels.long() for _, labels in moved]
     denominator = None
-    if loss.pixel_decomposable:
+    if getattr(loss, "pixel_decomposable", False):
         # one number, or one for each term of a sum of losses
         count: Any = loss.denominator
         denominator = distributed.sum_over_ranks(torch.stack([count(target) for target in targets]).sum(0))
@@ -105,9 +106,11 @@ def train_step(
                 logits = model(images)
             if denominator is not None:
                 # DDP averages gradients over ranks; this sum is divided by the pixels of all ranks already.
-                value = loss(logits, target, denominator=denominator) * world
+                value, factor = loss(logits, target, denominator=denominator), float(world)
             else:
-                value = loss(logits, target) / len(moved)
+                value, factor = loss(logits, target), 1 / len(moved)
+            check_value(value)
+            value = value * factor
             scaler.scale(value).backward()
         for counts, follower in zip(seen, followers, strict=True):
             counts.append(follower.counts_of(logits, target))

@@ -1,0 +1,81 @@
+"""What a reader, a model and a loss of the user's own give, tried before the first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from segkit import memory
+from segkit.config.schema import Config, plain
+from segkit.config.targets import GROUPS
+from segkit.data import SampleSet
+from segkit.data.transforms import target_size
+from segkit.errors import InputError, raised
+from segkit.losses.checks import check_value, shape
+from segkit.models import Segmenter
+from segkit.run.splits import Splits
+
+STRIDE = 4
+"""That of the logits that a loss is tried with."""
+
+
+def try_reader(config: Config, phase: str, splits: Splits) -> None:
+    """Read the first image and label of both splits; InputError if one is not what a data set holds."""
+    target = config.phase_dataset(phase).reader["_target_"]
+    for split in (splits.train, splits.val):
+        if target in GROUPS["reader"].permitted:
+            split[0]
+            continue
+        with _tried(f"{target}, to read {split.samples[0].name} of split {split.split},"):
+            split[0]
+
+
+def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, device: torch.device) -> None:
+    """Raise InputError unless a model of the user's own gives logits (1, K, h, w) for an image as it is evaluated."""
+    if config.model["_target_"] in GROUPS["model"].permitted:
+        return
+    dataset = config.phase_dataset(phase)
+    height, width = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
+    image = torch.zeros(1, dataset.in_channels, height, width, device=device)
+    what = f"{config.model['_target_']}, in evaluation mode for an image (1, {dataset.in_channels}, {height}, {width}),"
+    with _tried(what), torch.no_grad():
+        logits = model.eval()(image)
+    model.train()
+    good = isinstance(logits, Tensor) and logits.dim() == 4 and logits.is_floating_point()
+    if not good or logits.shape[:2] != (1, val.num_classes):
+        got = f"{logits.dtype} {shape(logits)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"{what} gives {got}, but must give floating-point logits (1, {val.num_classes}, h, w): mend it"
+        )
+
+
+def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, device: torch.device) -> None:
+    """Raise InputError unless ``loss``, if it is of the user's own, gives one number with a gradient for two crops."""
+    if all(type(part).__module__.partition(".")[0] in ("segkit", "torch") for part in loss.modules()):
+        return
+    what = f"the loss {config.phase_loss(phase)['_target_']} of phase {phase}"
+    if names := [name for name, _ in loss.named_parameters()]:
+        raise InputError(f"{what} has a parameter {names[0]}, which no optimizer trains: make it a buffer, or a number")
+    height, width = config.phase_dataset(phase).crop
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(train.num_classes, (2, height, width), generator=generator)
+    target[:, 0] = train.ignore_index
+    small = (2, train.num_classes, -(-height // STRIDE), -(-width // STRIDE))
+    logits = torch.randn(small, generator=generator).to(device).requires_grad_()
+    with _tried(f"{what}, for logits {small} and labels {shape(target)},"):
+        value = copy.deepcopy(loss)(logits, target.to(device))
+    check_value(value, what)
+
+
+@contextmanager
+def _tried(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or memory.is_out_of_memory(error):
+            raise
+        raise InputError(f"{what} fails ({raised(error)}): mend it") from error

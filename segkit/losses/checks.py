@@ -59,15 +59,6 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
     check_labels(target, num_classes=channels, ignore_index=ignore_index)
 
 
-def check_value(value: object, what: str = "the loss") -> None:
-    """Raise InputError unless ``value``, of the loss ``what``, is a real number () from which a gradient flows."""
-    if isinstance(value, Tensor) and not value.dim() and value.is_floating_point() and value.requires_grad:
-        return
-    got = f"{value.dtype} of shape {shape(value)}" if isinstance(value, Tensor) else type(value).__name__
-    flows = " without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
-    raise InputError(f"{what} gives {got}{flows}, but must give one real number, of shape (), with a gradient: mend it")
-
-
 def check_labels(target: Tensor, *, num_classes: int, ignore_index: int) -> None:
     """Raise InputError, with the value, for a label outside [0, num_classes) that is not ``ignore_index``."""
     if target.numel() == 0 or torch.compiler.is_compiling() or _checked.get():

@@ -52,8 +52,8 @@ class SumLoss(nn.Module):
         assert denominator is None or self.pixel_decomposable, "a term is not a sum over pixels"
         total: Any = 0.0
         for i, (name, loss) in enumerate(self.losses.items()):
-            part = None if denominator is None else denominator[i]
-            total = total + self.weights[name] * loss(logits, target, denominator=part)
+            part = {} if denominator is None else {"denominator": denominator[i]}
+            total = total + self.weights[name] * loss(logits, target, **part)
         return total
 
     def extra_repr(self) -> str:

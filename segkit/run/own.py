@@ -15,9 +15,9 @@ from segkit.config.targets import GROUPS
 from segkit.data import SampleSet
 from segkit.data.transforms import target_size
 from segkit.errors import InputError, raised
-from segkit.losses.checks import check_value, shape
 from segkit.models import Segmenter
 from segkit.run.splits import Splits
+from segkit.training.step import check_value
 
 STRIDE = 4
 """That of the logits that a loss is tried with."""
@@ -47,7 +47,7 @@ def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, devi
     model.train()
     good = isinstance(logits, Tensor) and logits.dim() == 4 and logits.is_floating_point()
     if not good or logits.shape[:2] != (1, val.num_classes):
-        got = f"{logits.dtype} {shape(logits)}" if isinstance(logits, Tensor) else type(logits).__name__
+        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(
             f"{what} gives {got}, but must give floating-point logits (1, {val.num_classes}, h, w): mend it"
         )
@@ -66,7 +66,7 @@ def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, devi
     target[:, 0] = train.ignore_index
     small = (2, train.num_classes, -(-height // STRIDE), -(-width // STRIDE))
     logits = torch.randn(small, generator=generator).to(device).requires_grad_()
-    with _tried(f"{what}, for logits {small} and labels {shape(target)},"):
+    with _tried(f"{what}, for logits {small} and labels {tuple(target.shape)},"):
         value = copy.deepcopy(loss)(logits, target.to(device))
     check_value(value, what)
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segkit.errors import NonFiniteLoss
-from segkit.losses.checks import check_value
+from segkit.errors import InputError, NonFiniteLoss
 from segkit.training import distributed
 from segkit.training.precision import Mixed
 
@@ -121,6 +120,15 @@ def train_step(
     for counts, follower in zip(seen, followers, strict=True):
         follower.follow(distributed.sum_over_ranks(torch.stack(counts).sum(0)))
     return outcome
+
+
+def check_value(value: object, what: str = "the loss") -> None:
+    """Raise InputError unless ``value``, of the loss ``what``, is a real number () from which a gradient flows."""
+    if isinstance(value, Tensor) and not value.dim() and value.is_floating_point() and value.requires_grad:
+        return
+    got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    flows = " without a gradient" if isinstance(value, Tensor) and not value.requires_grad else ""
+    raise InputError(f"{what} gives {got}{flows}, but must give one real number, of shape (), with a gradient: mend it")
 
 
 def _update(

@@ -17,6 +17,7 @@ from segkit.config.targets import instantiate
 from segkit.data.labels import table_from_dict
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
+from segkit.losses import SumLoss
 from segkit.models import Segmenter
 from segkit.run.build import build_optimizer, segmenter
 from segkit.run.own import try_loss, try_model, try_reader
@@ -35,8 +36,8 @@ DATASET = SimpleNamespace(
 )  # fmt: skip
 CONFIG = SimpleNamespace(
     model={"_target_": "own.net"}, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1}, images=DATASET,
-    phase_dataset=lambda _: DATASET, phase_loss=lambda _: {"_target_": "own.Loss"}, encoder_lr_factor=1.0, lr_factors={},
-    schedule={"late": None},
+    phase_dataset=lambda _: DATASET, phase_loss=lambda _: {"_target_": "own.Loss"}, schedule={"late": None},
+    encoder_lr_factor=1.0, lr_factors={},
 )  # fmt: skip
 
 
@@ -104,8 +105,14 @@ def test_a_loss_gives_one_number_with_a_gradient(give, message):
 
 
 def test_a_loss_without_faults_is_left_as_it_is():
-    loss = Loss(lambda logits, target: logits.square().mean() * loss.seen.add_(1), seen=nn.Buffer(torch.zeros(())))
-    try_loss(loss, CONFIG, "late", samples(), CPU)
+    class Counting(Loss):
+        def forward(self, logits, target):
+            self.seen += 1
+            return logits.square().mean()
+
+    loss = Counting(None, seen=nn.Buffer(torch.zeros(())))
+    try_loss(SumLoss(terms={"own": {"loss": loss, "weight": 2.0}}), CONFIG, "late", samples(), CPU)
+    assert loss.seen == 0
     weighted = Loss(lambda logits, target: logits.mean(), weight=nn.Parameter(torch.ones(())))
     with pytest.raises(InputError, match="has a parameter weight, which no optimizer trains: make it a buffer"):
         try_loss(weighted, CONFIG, "late", samples(), CPU)

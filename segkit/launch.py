@@ -147,8 +147,13 @@ def check_command_line() -> None:
     modes = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, name)]
     if len(modes) > 1:
         refuse(f"--{modes[0]} and --{modes[1]} exclude each other")
-    if given.resolve and not (given.cfg or given.help):
-        refuse("--resolve goes with --cfg")
+    for name in ("resolve", "package"):
+        if getattr(given, name) and not (given.cfg or given.help):
+            refuse(f"--{name} goes with --cfg")
+    if given.experimental_rerun:
+        raise InputError("--experimental-rerun would run whatever its file holds: give the run's command again")
+    if given.shell_completion and not any(text.startswith(("install=", "uninstall=", "query=")) for text in overrides):
+        refuse("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL")
     keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
     if given.multirun and "hydra.run.dir" in keys:
         raise InputError("hydra.run.dir is the folder of one run, but -m makes several: set hydra.sweep.dir=DIR")

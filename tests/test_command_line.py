@@ -28,6 +28,10 @@ from segkit.launch import check_command_line
         (["hydra.sweep.dir=a"], "hydra.sweep.dir is of a sweep, but this is one run: add -m"),
         (["sweep.jobs=2"], "sweep.jobs is of a sweep, but this is one run: add -m"),
         (["--resolve"], "--resolve goes with --cfg"),
+        (["--package", "loss", "seed=1"], "--package goes with --cfg"),
+        (["--experimental-rerun", "a.pickle"], "--experimental-rerun would run whatever its file holds: give the run's"),
+        (["-sc", "foo"], "--shell-completion takes install=SHELL"),
+        (["-sc", "seed=1"], "--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL"),
     ],
 )
 def test_a_wrong_option_is_a_sentence(monkeypatch, arguments, message):

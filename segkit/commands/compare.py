@@ -121,6 +121,7 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
         return {}
     top = record.path if (record.path / "config.yaml").is_file() else record.path.resolve().parent
     saved, dataset, split = open_scored(top, arguments, phase=record.phase, split=str(record.protocol.get("split")))
+    folder = evaluate.folder_of(saved) / "pictures"
     split = split.subset([at for at, sample in enumerate(split.samples) if sample.name in known])
     show(f"predicting {len(known)} images with {record.path}")
     options, pictures = evaluate.parser().parse_args(["--workers=0", str(top)]), range(len(known))
@@ -134,7 +135,6 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
                 f"the prediction of {name} is not the one that {record.path} has the score of: its data or its "
                 "checkpoint have changed; leave --predict out, or train again"
             )
-    folder = saved.folder / "evaluations" / "pictures"
     write_pictures(folder, found.pictures, palette=split.palette, classes=split.classes)
     return read_pictures(folder)
 

@@ -67,11 +67,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
-    folder = saved.folder / "evaluations"
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
-    if not os.access(folder if folder.exists() else saved.folder, os.W_OK):
-        raise InputError(f"evaluations are kept in {folder}, which cannot be written: copy the run, and evaluate that")
+    folder = folder_of(saved)
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model)
@@ -84,6 +80,16 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     for path in written:
         write_json(path, results)
     return results, written
+
+
+def folder_of(saved: Any) -> Path:
+    """Return the folder of the evaluations of a run; InputError if it cannot be written."""
+    folder = saved.folder / "evaluations"
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is in the way of the evaluations, which lie in a folder of that name: remove it")
+    if not os.access(folder if folder.exists() else saved.folder, os.W_OK):
+        raise InputError(f"evaluations are kept in {folder}, which cannot be written: copy the run, and evaluate that")
+    return folder
 
 
 def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any) -> Any:

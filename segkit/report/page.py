@@ -268,12 +268,13 @@ def _panels(
 
 
 def origin(c: Comparison) -> Part:
-    """Return code, versions, machine and data fingerprints, as every run noted them."""
-    known = [run for run in c.runs if run.provenance]
+    """Return code, versions, machine and data fingerprints, as every run noted them; folds differ in their data."""
+    known, firsts = ([run for run in runs if run.provenance] for runs in (c.folders, c.runs))
     if not known:
         return None
+    differing = differences([flatten(_tidy(run)) for run in firsts])
     facts = _compared([flatten(_tidy(run)) for run in known])
-    return {**facts, "runs": known, "data_differs": any(key.startswith("data.") for key in facts["differing"])}
+    return {**facts, "runs": known, "data_differs": any(key.startswith("data.") for key in differing)}
 
 
 def _compared(all_facts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ list of allowed targets, sizes, no resolver, nothing that it names is read or do
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,9 @@ def check_folder(folder: Path) -> None:
     present = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     if (folder.exists() and not folder.is_dir()) or present - {CONFIG, WEIGHTS, CARD}:
         raise InputError(f"--output is {folder}, which holds something else than an export: give another folder")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--output is {folder}, but the folder {place} cannot be written: give another one")
 
 
 def write_folder(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:

@@ -230,12 +230,16 @@ def test_bad_options(finished, call, options, message):
 def test_a_run_folder_that_cannot_be_written_is_refused_before_the_work(finished, call, monkeypatch):
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     monkeypatch.setattr(saved_run.SavedRun, "model", None)
-    with pytest.raises(
-        InputError, match=r"evaluations are kept in .*evaluations, which cannot be written: copy the run"
-    ):
+    kept = r"evaluations are kept in .*evaluations, which cannot be written: copy the run"
+    with pytest.raises(InputError, match=kept):
         call(evaluate, finished)
     with pytest.raises(InputError, match=r"--output is .*run/model\.onnx, but the folder .*run cannot be written"):
         call(export, finished)
+    with pytest.raises(InputError, match=r"--output is .*run/hub, but the folder .*run cannot be written"):
+        call(export, finished, "--format", "hub")
+    record = read_run(finished)
+    with pytest.raises(InputError, match=kept):
+        compare.predicted(record, list(record.pictures), compare.parser().parse_args([str(finished)]))
 
 
 def test_folders_that_are_no_run(finished, tmp_path):

@@ -16,7 +16,7 @@ from segkit.evaluation.bootstrap import bootstrap_mean_iou
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.report import tables
 from segkit.report.comparison import compare
-from segkit.report.page import page
+from segkit.report.page import origin, page
 from segkit.report.runs import RunRecord
 
 K, PER_FOLD = 8, 6
@@ -110,6 +110,18 @@ def test_every_output_says_how_many_folds_were_pooled(make_fold, monkeypatch):
     assert "5 folds pooled" in text
     assert "each image is scored once" in text
     assert "Every run (5)" in text
+
+
+def test_the_origin_shows_the_command_of_every_fold(make_fold):
+    runs = [make_fold(f"f{fold}", fold) for fold in range(2)]
+    for fold, run in enumerate(runs):
+        facts = json.loads((run / "provenance.json").read_text())
+        facts |= {"command": ["train.py", f"fold={fold}"], "data": {"train": f"{fold}"}}
+        (run / "provenance.json").write_text(json.dumps(facts))
+    part = origin(compare(runs))
+    assert part["differing"]["command"] == ["train.py fold=0", "train.py fold=1"]
+    assert [run.path for run in part["runs"]] == runs
+    assert not part["data_differs"]  # folds do, by what they are
 
 
 def test_seeds_and_losses_are_pooled_apart(make_fold):

@@ -29,7 +29,7 @@ from segkit.launch import check_command_line
         (["sweep.jobs=2"], "sweep.jobs is of a sweep, but this is one run: add -m"),
         (["--resolve"], "--resolve goes with --cfg"),
         (["--package", "loss", "seed=1"], "--package goes with --cfg"),
-        (["--experimental-rerun", "a.pickle"], "--experimental-rerun would run whatever its file holds: give the run's"),
+        (["--experimental-rerun", "a.pickle"], "--experimental-rerun would run whatever its file holds"),
         (["-sc", "foo"], "--shell-completion takes install=SHELL"),
         (["-sc", "seed=1"], "--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL"),
     ],

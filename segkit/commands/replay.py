@@ -100,6 +100,9 @@ def stored_batch(bundle: Path, kind: Any) -> Any:
         good = images.dtype == getattr(torch, kind.dtype.value) and labels.dtype == torch.uint8 and images.dim() == 4
         shape = len(labels), kind.in_channels, *labels.shape[1:]
         good = good and labels.dim() == 3 and images.shape == shape and labels.numel() > 0
+        for item in (images, labels):  # a few bytes can stand for terabytes, or for no values at all
+            dense = item.layout == torch.strided and item.is_cpu
+            good = good and dense and item.untyped_storage().nbytes() >= item.numel() * item.element_size()
     except (TypeError, AttributeError):
         good = False
     if not good:

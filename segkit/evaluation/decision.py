@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segkit.errors import InputError
+from segkit.errors import MOST_NUMBER, InputError
 from segkit.evaluation.loop import LabelledBatch, evaluating
 from segkit.evaluation.metrics import Floats, divide
 from segkit.evaluation.views import forward
@@ -66,15 +66,12 @@ def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> ND
             "the stored bias is none of this run's classes: fit it again with "
             "`segkit evaluate RUN --decision bias --refit`"
         )
-    try:
-        values = np.array([bias[name] for name in class_names], np.float32)
-    except (TypeError, ValueError):
-        values = np.full(1, np.nan)
-    if values.shape != (len(class_names),) or not np.isfinite(values).all():
+    values = [bias[name] for name in class_names]
+    if not all(type(value) in (int, float) and abs(value) <= MOST_NUMBER for value in values):
         raise InputError(
             "the stored bias holds no numbers: fit it again with `segkit evaluate RUN --decision bias --refit`"
         )
-    return values
+    return np.array(values, np.float32)
 
 
 class BiasedModel(nn.Module):

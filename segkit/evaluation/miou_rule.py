@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segkit.errors import InputError
+from segkit.errors import MOST_NUMBER, InputError
 from segkit.evaluation.decision import LogitSample
 from segkit.evaluation.metrics import Floats, divide
 
@@ -97,9 +97,10 @@ def rule_from_json(content: Any, class_names: Sequence[str]) -> MiouRule:
     """Return the rule of :meth:`MiouRule.to_json`; InputError if it is one of other classes, or no rule at all."""
     try:
         rows = [content[name] for name in class_names]
-        columns = [np.array([float(row[key]) for row in rows]) for key in ("factor", "offset", "iou", "union")]
-        counted = np.array([bool(row["counted"]) for row in rows])
-        whole = len(content) == len(class_names) and all(np.isfinite(column).all() for column in columns)
+        columns = [np.array([row[key] for row in rows]) for key in ("factor", "offset", "iou", "union", "counted")]
+        kinds = "".join(column.dtype.kind for column in columns)
+        whole = len(content) == len(class_names) and kinds[-1] == "b" and set(kinds[:-1]) <= set("if")
+        whole = whole and all((np.abs(column) <= MOST_NUMBER).all() for column in columns)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not isinstance(content, Mapping) or not whole or not (columns[3] > 0).all():
@@ -107,8 +108,7 @@ def rule_from_json(content: Any, class_names: Sequence[str]) -> MiouRule:
             "the stored decision is none of this run's classes: fit it again with "
             "`segkit evaluate RUN --decision miou --refit`"
         )
-    factor, offset, iou, union = columns
-    return MiouRule(factor, offset, iou, union, counted)
+    return MiouRule(*columns)
 
 
 class ScaledModel(nn.Module):

@@ -153,9 +153,9 @@ class COPLENet(nn.Module):
     ) -> None:
         super().__init__()
         make_norm = _norm(norm, num_groups=num_groups, feature_channels=feature_channels)
-        if len(dropout) != NUM_LEVELS:
+        if len(dropout) != NUM_LEVELS or not all(0 <= share <= 1 for share in dropout):
             raise InputError(
-                f"model.dropout has {len(dropout)} values, but COPLE-Net has five levels: "
+                f"model.dropout is {list(dropout)}, but COPLE-Net has five levels, each with a share from 0 to 1: "
                 "set model.dropout=[0.0,0.0,0.3,0.4,0.5]"
             )
         channels = list(feature_channels)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from segkit.commands import replay
 from segkit.config.compose import compose
@@ -83,3 +85,25 @@ def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed):
 def test_what_is_no_bundle(tmp_path, replayed):
     with pytest.raises(InputError, match=r"is no failure bundle, it has no error.json"):
         replayed(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["images", "labels"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda value: value.to_sparse(),
+        lambda value: value.to("meta"),
+        lambda value: torch.zeros(1, dtype=torch.uint8).expand(value.shape),
+    ],
+)
+def test_a_batch_whose_values_are_not_in_the_file_is_refused(tmp_path, key, odd):
+    """A few bytes can stand for terabytes; others have no values at all."""
+    batch = {"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.zeros(2, 8, 8, dtype=torch.uint8)}
+    batch |= {"names": ["a", "b"], "indices": [0, 1]}
+    torch.save(batch, tmp_path / "batch.pt")
+    kind = compose([]).images
+    assert replay.stored_batch(tmp_path, kind).images.shape == (2, 3, 8, 8)
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(batch | {key: odd(batch[key])}, tmp_path / "batch.pt")
+        with pytest.raises(InputError, match=r"batch\.pt holds no images \(N, 3, H, W\) of uint8 and labels"):
+            replay.stored_batch(tmp_path, kind)

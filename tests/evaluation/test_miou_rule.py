@@ -143,8 +143,20 @@ def test_maps_of_any_shape_and_json():
     assert reordered.iou[0] == rule.iou[1]
 
 
+RULE = {"factor": 1.0, "offset": 0.0, "iou": 0.5, "union": 0.2, "counted": True}
+
+
 @pytest.mark.parametrize(
-    "content", [None, 3, {}, {"a": 1, "b": 2}, {"a": {}, "b": {}}, {"x": {"factor": 1.0}, "b": {}}]
+    "content",
+    [
+        *(None, 3, {}, {"a": 1, "b": 2}, {"a": {}, "b": {}}, {"x": {"factor": 1.0}, "b": {}}),
+        *({"a": RULE, "b": RULE | {key: "1"}} for key in RULE),
+        *({"a": RULE, "b": RULE | {key: [1.0]}} for key in RULE),
+        {"a": RULE, "b": RULE | {"counted": 7}},
+        {"a": RULE, "b": RULE | {"factor": float("inf")}},
+        {"a": RULE, "b": RULE | {"factor": 1e300}},
+        {"a": RULE, "b": RULE | {"union": 0.0}},
+    ],
 )
 def test_a_rule_of_other_classes_is_refused(content):
     with pytest.raises(InputError, match="is none of this run's classes: fit it again"):

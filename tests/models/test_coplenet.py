@@ -130,7 +130,14 @@ def test_input_normalisation_fits_the_channels() -> None:
         ({"feature_channels": (8, 16, 32, 64)}, r"model\.feature_channels is \[8, 16, 32, 64\], .* five even numbers"),
         ({"feature_channels": (8, 16, 32, 64, 65)}, "each twice the one before"),
         ({"num_groups": 3}, r"model\.num_groups is 3, but must divide 4"),
-        ({"dropout": (0.5, 0.5)}, r"model\.dropout has 2 values, but COPLE-Net has five levels"),
+        (
+            {"dropout": (0.5, 0.5)},
+            r"model\.dropout is \[0\.5, 0\.5\], but COPLE-Net has five levels, each with a share",
+        ),
+        (
+            {"dropout": (0, 0, 0, 0, -0.5)},
+            r"model\.dropout is \[.*-0\.5\], but .* each with a share from 0 to 1: set mo",
+        ),
     ],
 )
 def test_bad_arguments(changes: dict[str, object], message: str) -> None:

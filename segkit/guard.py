@@ -201,7 +201,7 @@ def _explain_hydra(error: BaseException) -> str:
     if text.startswith("Error merging override") and cause is not None:
         reason = first_line(cause)
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"
-    return "; ".join(lines[:2]) + " (`python train.py --cfg job` shows the configuration)"
+    return ("; ".join(lines[:2]) or first_line(error)) + " (`python train.py --cfg job` shows the configuration)"
 
 
 def _explain_key(key: str, parent: Any) -> str:

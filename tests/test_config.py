@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from segkit.config.compose import check_overrides, config_dir, to_config
-from segkit.config.schema import FACTS, Config, check_targets, plain
+from segkit.config.schema import FACTS, Config, PhaseConfig, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
 from segkit.guard import explain
@@ -117,6 +118,12 @@ def test_the_command_line_wins_over_the_recipe():
 def test_contradictions_name_the_key(overrides, message):
     with pytest.raises(InputError, match=message):
         composed(*overrides)
+
+
+@pytest.mark.parametrize("name", ["pictures", "evaluations", "checkpoints", "wandb", "a/b"])
+def test_a_phase_has_no_name_that_a_run_folder_has_already(name):
+    with pytest.raises(InputError, match=f"a phase named '{name}', but a name is of letters, .*: rename the phase"):
+        replace(composed(), schedule={name: PhaseConfig(steps=1)})
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))

@@ -232,9 +232,9 @@ class Config:
         require(bool(self.schedule), "schedule has no phase, but needs at least one: choose schedule=single or another")
         for name, phase in self.schedule.items():
             require(
-                name.isidentifier() and name not in {"checkpoints", "wandb"},
-                f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and neither "
-                "'checkpoints' nor 'wandb': rename the phase",
+                name.isidentifier() and name not in {"checkpoints", "evaluations", "pictures", "wandb"},
+                f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and not "
+                "checkpoints, evaluations, pictures or wandb, which a run's folder has already: rename the phase",
             )
             phase.check(name)
         self.freeze = [self.freeze] if isinstance(self.freeze, str) else self.freeze or []

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.files import without_nan
 from segkit.progress import for_terminal, is_terminal, show
 from segkit.runtime import num_cores
@@ -92,7 +92,7 @@ class Tracker:
             self._sink = sinks.open_sink(self.kind, self.folder, phase=self.phase, run=run, purge_step=purge_step)
         except Exception as error:
             raise InputError(
-                f"tracker={self.kind} cannot be opened ({error}): mend that, or set tracker=none"
+                f"tracker={self.kind} cannot be opened ({first_line(error)}): mend that, or set tracker=none"
             ) from None
         if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
             shown = _training_tags(last) | {f"speed/{name}": value for name, value in self._last_speed.items()}
@@ -112,8 +112,8 @@ class Tracker:
                 if self._sink is not None:
                     self._sink.close()
             warnings.warn(
-                f"tracker={self.kind} failed ({error}): from here on the curves of phase {self.phase} stand in "
-                "metrics.jsonl alone, until the run is started again",
+                f"tracker={self.kind} failed ({first_line(error)}): from here on the curves of phase {self.phase} "
+                "stand in metrics.jsonl alone, until the run is started again",
                 stacklevel=2,
             )
 

@@ -83,6 +83,10 @@ def test_check_says_which_class_a_fold_lacks(frames, small):
         ({"val_fraction": 1.2}, r"val_fraction is 1.2, but is a share of the images from 0 to 1: set dataset.reader"),
         ({"val_fraction": 0.0001}, r"val_fraction=0.0001 puts none of 60 images \(60 groups\) into val: set"),
         (
+            {"fold": 2},  # of a sweep over fold, say: each job would train the same
+            r"has folds=0, fold=2 and val_fraction=0.0, but takes two folds or more",
+        ),
+        (
             {"folds": 5, "fold": 5},
             r"has folds=5, fold=5 and val_fraction=0.0, but takes two folds or more, a fold from",
         ),

@@ -256,6 +256,7 @@ def test_a_damaged_mask_is_named(tiny):
         ({"task": "x"}, "has no task 'x'; allowed are parts, binary, type: set dataset.reader.task=parts"),
         ({"splits": "video"}, "has no splits 'video'; allowed are paper, sequence"),
         ({"fold": 4}, "has no fold 4; allowed are 0, 1, 2, 3"),
+        ({"fold": 1}, "fold is 1, but splits=paper has no folds: set dataset.reader.splits=sequence"),
         ({"overlap": "sum"}, "has no overlap 'sum'; allowed are paper, ignore"),
         ({"odd_values": "keep"}, "has no odd_values 'keep'; allowed are error, floor"),
     ],

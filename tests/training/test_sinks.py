@@ -95,7 +95,7 @@ def test_a_sink_that_fails_does_not_end_the_run(folder, monkeypatch, recwarn):
 
 def test_a_sink_that_cannot_be_opened_is_refused_at_the_start(folder, monkeypatch):
     def no_login(*_, **__):
-        raise RuntimeError("no API key")
+        raise RuntimeError("\nno API key.\nUsage: log in")
 
     monkeypatch.setattr(sinks, "open_sink", no_login)
     tracker = Tracker(folder, phase="train", num_steps=1, kind="wandb")

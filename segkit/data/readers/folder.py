@@ -121,7 +121,7 @@ class _Cut:
                 f"dataset.reader.val_fraction is {self.val_fraction}, but is a share of the images from 0 to 1: set "
                 "dataset.reader.val_fraction=0.2"
             )
-        if self.folds and (self.folds < 2 or not 0 <= self.fold < self.folds or self.val_fraction):
+        if (self.folds or self.fold) and (self.folds < 2 or not 0 <= self.fold < self.folds or self.val_fraction):
             raise InputError(
                 f"dataset.reader has folds={self.folds}, fold={self.fold} and val_fraction={self.val_fraction}, but "
                 "takes two folds or more, a fold from 0 on that is less, and no val_fraction then: set "

@@ -74,6 +74,8 @@ def read(
     check_option("task", task, TASKS, dataset=name)
     check_option("splits", splits, ("paper", "sequence"), dataset=name)
     check_option("fold", fold, range(len(FOLDS)), dataset=name)
+    if fold and splits == "paper":
+        raise InputError(f"fold is {fold}, but splits=paper has no folds: set dataset.reader.splits=sequence")
     check_option("overlap", overlap, ("paper", "ignore"), dataset=name)
     check_option("odd_values", odd_values, ("error", "floor"), dataset=name)
     check_split(split, PAPER_FRAMES if splits == "paper" else ("train", "val"), dataset=f"{name} (splits={splits})")

@@ -119,12 +119,14 @@ class RunFolder:
 
     def _check_places(self) -> None:
         """Raise InputError if something is in the way of a file that is written after hours only."""
-        outer = next((item for item in self.path.resolve().parents if (item / "provenance.json").is_file()), None)
+        files = ("config.yaml", "provenance.json")  # other programs write one of these, too
+        above = self.path.resolve().parents
+        outer = next((item for item in above if all((item / name).is_file() for name in files)), None)
         if outer and not self.has_begun():
             raise InputError(f"hydra.run.dir is {self.path}, within the run {outer}: name a folder outside of it")
         names = ("results.json", "per_image.npz", "label_counts.json", "margins.json", "metrics.jsonl")
         folders = [self.path, *map(self.phase, self.config.schedule)]
-        places = [self.path / name for name in ("config.yaml", "provenance.json")]
+        places = [self.path / name for name in files]
         for place in (*places, *(folder / name for folder in folders for name in names)):
             if place.exists() and not place.is_file():
                 raise InputError(

@@ -111,6 +111,16 @@ def test_the_command_line_wins_over_the_recipe():
         (["seed=-1"], "seed is -1"),
         (["seed=9223372036854775808"], "seed is 9223372036854775808, but must be a whole number of at most 64 bits"),
         (["schedule.pretrain.loss='${oc.env:PATH}'"], "schedule.pretrain.loss is '.*', but must be a mapping"),
+        (
+            ["dataset.eval_resize=${seed}"],
+            "dataset.eval_resize is 0, but has keys of its own: set dataset.eval_resize.s",
+        ),
+        (
+            ["schedule.pretrain=${seed}"],
+            "schedule.pretrain is 0, but has keys of its own: set schedule.pretrain.epochs",
+        ),
+        (["lr_factors=0"], "lr_factors is 0, but gives factors by parts"),
+        (["freeze=false"], "freeze is False, but takes names of parts"),
         (["model._target_=os.system"], r"model._target_ is 'os.system', but must be one of segkit.models.COPLENet"),
         (["loss._target_=segkit.losses.__builtins__"], "loss._target_ is"),
     ],

@@ -158,15 +158,17 @@ def _check_keys(node: Any, kind: Any, prefix: str) -> None:
     from omegaconf import OmegaConf
 
     hints = typing.get_type_hints(kind)
+    if not OmegaConf.is_dict(node):  # `${...}` may bring anything
+        raise InputError(f"{prefix[:-1]} is {node!r}, but has keys of its own: set {prefix}{next(iter(hints))}=...")
     for name in node:
         key = f"{prefix}{name}"
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"{prefix[:-1] or 'a run'} has {', '.join(hints)}"
             raise InputError(f"there is no key {key}: {hint} (`python train.py --cfg job` shows all keys)")
-        child = None if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name) else node[name]
         inner = _dataclass_in(hints[name])
-        if inner is None or child is None:
+        child = None if inner is None or OmegaConf.is_missing(node, name) else node[name]
+        if child is None:
             continue
         if typing.get_origin(hints[name]) is dict:
             for entry in child:

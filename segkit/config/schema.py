@@ -237,12 +237,12 @@ class Config:
                 "checkpoints, evaluations, pictures or wandb, which a run's folder has already: rename the phase",
             )
             phase.check(name)
-        self.freeze = [self.freeze] if isinstance(self.freeze, str) else self.freeze or []
+        self.freeze = [self.freeze] if isinstance(self.freeze, str) else [] if self.freeze is None else self.freeze
         require(
             isinstance(self.freeze, list) and all(isinstance(item, str) for item in self.freeze),
             f"freeze is {self.freeze!r}, but takes names of parts of the model: set freeze=encoder or a list of such",
         )
-        self.lr_factors = self.lr_factors or {}
+        self.lr_factors = {} if self.lr_factors is None else self.lr_factors
         require(
             isinstance(self.lr_factors, dict),
             f"lr_factors is {self.lr_factors!r}, but gives factors by parts: set lr_factors={{encoder:0.1}}",

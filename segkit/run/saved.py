@@ -101,6 +101,8 @@ def are_counts(content: dict[str, Any]) -> bool:
     classes, palette = content.get("classes"), content.get("palette")
     if not isinstance(classes, dict) or not 1 <= len(classes) <= 255:
         return False
+    if any(name != name.encode(errors="ignore").decode() for name in classes):  # half a letter, which nothing can draw
+        return False
     rows = [row for row in classes.values() if isinstance(row, dict)]
     counts = [row.get(key) for row in rows for key in ("pixels", "images")]
     colours = [] if palette is None else palette

@@ -103,13 +103,10 @@ def train_step(
         with _no_sync(model, index < len(moved) - 1):
             with mixed.autocast():
                 logits = model(images)
-            if denominator is not None:
-                # DDP averages gradients over ranks; this sum is divided by the pixels of all ranks already.
-                value, factor = loss(logits, target, denominator=denominator), float(world)
-            else:
-                value, factor = loss(logits, target), 1 / len(moved)
+            value = loss(logits, target, **({} if denominator is None else {"denominator": denominator}))
             check_value(value)
-            value = value * factor
+            # DDP averages gradients over ranks; with a denominator this sum is divided by the pixels of all of them.
+            value = value / len(moved) if denominator is None else value * world
             scaler.scale(value).backward()
         for counts, follower in zip(seen, followers, strict=True):
             counts.append(follower.counts_of(logits, target))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from segkit import __version__
-from segkit.errors import InputError
+from segkit.errors import InputError, did_you_mean
 from segkit.guard import guarded
 from segkit.progress import need_no_reader, show
 from segkit.runtime import let_waiting_threads_sleep
@@ -58,8 +57,7 @@ def main() -> None:
     elif verb in VERBS:
         guarded(lambda: verb_function(verb)(argv), verb=verb)
     else:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(verb, VERBS)
         show(f"error: there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}", error=True)
         sys.exit(InputError.exit_code)
 

@@ -6,8 +6,10 @@ line prints it without a traceback; set ``SEGKIT_DEBUG=1`` to see one.
 
 from __future__ import annotations
 
+import difflib
 import math
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 MOST_DEFLATED = 200
@@ -46,6 +48,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error`` without its full stop; its class name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def did_you_mean(name: str, options: Iterable[str], *, before: str = "") -> str:
+    """Return ``did you mean OPTION? ``, the closest to ``name``, with ``before`` in front of it; empty without one."""
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f"did you mean {before}{close[0]}? " if close else ""
 
 
 def raised(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from segkit import memory
-from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, first_line
+from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line
 from segkit.progress import for_terminal, show
 from segkit.runtime import let_waiting_threads_sleep
 from segkit.training import ranks
@@ -237,6 +237,5 @@ def _explain_option(name: str, text: str) -> str:
     group, _, option = name.rpartition("/")
     options = [line.strip() for line in text.splitlines() if line.startswith("\t")]
     options = [item for item in options if not item.startswith("provider=")]
-    close = difflib.get_close_matches(option, options, n=1)
-    hint = f"did you mean {group}={close[0]}? " if close else ""
+    hint = did_you_mean(option, options, before=f"{group}=")
     return f"{group}={option} is not an option: {hint}the options are {', '.join(options)}"

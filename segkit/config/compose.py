@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from segkit.config.schema import Config, targets
 from segkit.config.targets import check_allowed, described, fits, trust
-from segkit.errors import InputError, first_line
+from segkit.errors import InputError, did_you_mean, first_line
 
 
 def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ()) -> Config:
@@ -163,9 +162,8 @@ def _check_keys(node: Any, kind: Any, prefix: str) -> None:
     for name in node:
         key = f"{prefix}{name}"
         if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"{prefix[:-1] or 'a run'} has {', '.join(hints)}"
-            raise InputError(f"there is no key {key}: {hint} (`python train.py --cfg job` shows all keys)")
+            hint = did_you_mean(str(name), hints, before=prefix) or f"{prefix[:-1] or 'a run'} has {', '.join(hints)} "
+            raise InputError(f"there is no key {key}: {hint}(`python train.py --cfg job` shows all keys)")
         inner = _dataclass_in(hints[name])
         child = None if inner is None or OmegaConf.is_missing(node, name) else node[name]
         if child is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -25,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segkit.errors import InputError, raised
+from segkit.errors import InputError, did_you_mean, raised
 
 LOSS_OPTIONS = ("diagnostics",)
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
@@ -148,8 +147,7 @@ def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
     """Raise InputError if ``node``, or a node within it, names a target that its group does not permit."""
     target, group = node.get("_target_"), group_of(key)
     if not (isinstance(target, str) and (target in group.permitted or _is_trusted(target))):
-        close = difflib.get_close_matches(str(target), group.permitted, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(str(target), group.permitted)
         if group_name(key) == "augment":
             hint += "the size of a crop is kept, and boxes, other images and files are not at hand; "
         raise InputError(

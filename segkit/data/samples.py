@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -18,7 +17,7 @@ from segkit.config.dataset import RGB
 from segkit.config.targets import instantiate
 from segkit.data import bands, decode
 from segkit.data.labels import LabelTable
-from segkit.errors import InputError
+from segkit.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,6 @@ def _dataset_config(name: str) -> dict[str, Any]:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(f"there is no data set {name!r}{hint}; configs/dataset has: {', '.join(known)}")
+        hint = did_you_mean(name, known)
+        raise InputError(f"there is no data set {name!r}: {hint}configs/dataset has {', '.join(known)}")
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ command with the same ``hydra.sweep.dir`` goes on with it.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from typing import Any
 from segkit.config.compose import quoted
 from segkit.config.schema import Config, plain
 from segkit.config.targets import fits
-from segkit.errors import InputError, first_line
+from segkit.errors import InputError, did_you_mean, first_line
 from segkit.progress import show
 from segkit.runtime import derive_seed
 from segkit.sweeps.jobs import Job, LocalSweep
@@ -60,9 +59,8 @@ def current_value(config: dict[str, Any], key: str) -> Any:
     value: Any = config
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
-            close = difflib.get_close_matches(name, value if isinstance(value, dict) else (), n=1)
-            hint = f", did you mean {close[0]} for {name}?" if close else ""
-            raise InputError(f"sweep.space.{key} names no key of this configuration{hint} (see `--cfg job`)")
+            hint = did_you_mean(name, value if isinstance(value, dict) else ())
+            raise InputError(f"sweep.space.{key} names no key of this configuration: {hint}`--cfg job` shows all keys")
         value = value[name]
     if isinstance(value, dict):
         raise InputError(f"sweep.space.{key} names a group of keys, but must name one: {', '.join(value)}")

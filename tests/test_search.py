@@ -182,7 +182,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
         (["sweep.space.loss.tau.low=true"], "loss.tau has low=True and high=1000.0, but needs numbers"),
         (["sweep.space.loss.tau.log=maybe"], "loss.tau.log is 'maybe', but must be true or false"),
         (["sweep.space.loss.tau.low=0"], "loss.tau has low=0, but log: true needs a positive one"),
-        (["+sweep.space.loss.tua={low:1,high:2}"], "space.loss.tua names no key .*, did you mean tau for tua"),
+        (["+sweep.space.loss.tua={low:1,high:2}"], "space.loss.tua names no key .*: did you mean tau"),
         (["+sweep.space.foo.bar={low:1,high:2}"], "space.foo.bar names no key of this configuration"),
         (
             ["+sweep.space.optimizer={low:1,high:2}"],

@@ -19,6 +19,7 @@ from segkit.files import MOST_JSON_BYTES, digest_of, read_config_text, read_json
 from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
+CLASS_KEYS = {"iou", "precision", "recall", "target_pixels"}
 CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
 OLD = "it was written by another version of segkit"
@@ -263,14 +264,14 @@ def check_results(results: dict[str, Any], path: Path, *, cure: str = AGAIN) -> 
         raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: {cure}")
     classes = results["classes"]
     rows = list(classes.values()) if fits(classes, dict[str, dict[str, Any]]) else []
-    are_shares = _is_share(results["mean_iou"]) and _is_share(results["pixel_accuracy"])
-    are_shares = are_shares and all(
-        _is_share(value) or (name.endswith("_pixels") and type(value) is int and 0 <= value < 2**63)
-        for row in rows
-        for name, value in row.items()
+    values = [(key, results[key]) for key in ("mean_iou", "pixel_accuracy")]
+    values += [item for row in rows for item in row.items()]
+    good = all(
+        type(value) is int and 0 <= value < 2**63 if name.endswith("_pixels") else _is_share(value)
+        for name, value in values
     )
-    if not rows or not are_shares:
-        raise InputError(f"{path} holds a score that is no number from 0 to 1, the file is damaged: {cure}")
+    if not rows or not good or not all(CLASS_KEYS <= row.keys() for row in rows):
+        raise InputError(f"{path} lacks a score, or holds one that is no number from 0 to 1, it is damaged: {cure}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
         raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {cure}")
     best = results.get("best") or {}

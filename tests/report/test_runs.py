@@ -184,11 +184,19 @@ def test_results_of_another_version(make_run):
         find_runs([run])
 
 
-@pytest.mark.parametrize("value", [1.7, "0.5"])
-def test_a_score_that_is_none(make_run, value):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(iou=1.7),
+        lambda row: row.update(iou="0.5"),
+        lambda row: row.update(target_pixels=None),
+        lambda row: row.pop("precision"),
+    ],
+)
+def test_a_score_that_is_none(make_run, change):
     run = make_run("a")
-    edit(real(run, "results.json"), lambda results: results["classes"]["sky"].update(iou=value))
-    with pytest.raises(InputError, match=r"holds a score that is no number from 0 to 1"):
+    edit(real(run, "results.json"), lambda results: change(results["classes"]["sky"]))
+    with pytest.raises(InputError, match=r"lacks a score, or holds one that is no number from 0 to 1, it is damaged"):
         find_runs([run])
 
 
@@ -212,7 +220,7 @@ def test_numbers_of_classes_that_are_none(make_run):
     with pytest.raises(InputError, match=r"has a best score or absent classes that are none"):
         find_runs([run])
     edit(real(run, "results.json"), lambda results: results["classes"]["sky"].update(target_pixels="many"))
-    with pytest.raises(InputError, match=r"holds a score that is no number from 0 to 1"):
+    with pytest.raises(InputError, match=r"lacks a score, or holds one that is no number"):
         find_runs([run])
 
 

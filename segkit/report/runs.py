@@ -270,7 +270,7 @@ def check_results(results: dict[str, Any], path: Path, *, cure: str = AGAIN) -> 
         type(value) is int and 0 <= value < 2**63 if name.endswith("_pixels") else _is_share(value)
         for name, value in values
     )
-    if not rows or not good or not all(CLASS_KEYS <= row.keys() for row in rows):
+    if not rows or not good or not all(row.keys() >= CLASS_KEYS for row in rows):
         raise InputError(f"{path} lacks a score, or holds one that is no number from 0 to 1, it is damaged: {cure}")
     if any(type(results[key]) is not int or results[key] < 0 for key in ("num_images", "num_classes_averaged")):
         raise InputError(f"{path} has a number of images or classes that is none, the file is damaged: {cure}")

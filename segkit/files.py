@@ -28,13 +28,12 @@ _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path``, with its suffix, to write to; without an exception that file then becomes ``path``.
+    """Yield a name beside ``path`` to write to; without an exception that file then becomes ``path``.
 
-    A reader sees the old file or the new one, never a part. Two processes may write the same file at once: one of the
-    two contents stays.
+    A reader sees the old file or the new one, never a part, also one that lists the files with the suffix of ``path``.
+    Two processes may write the same file at once: one of the two contents stays.
     """
-    name = f".{path.stem[:50]}.{os.getpid()}{path.suffix[:50]}"  # not too long where that of path is not
-    temporary = path.with_name(name)
+    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")  # not too long where that of path is not
     try:
         temporary.unlink(missing_ok=True)
         yield temporary

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     check_writable(arguments, "output", makes_folders=True, draws=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary:
-        draw(arguments.rho, arguments.range).savefig(temporary, dpi=200)
+        draw(arguments.rho, arguments.range).savefig(temporary, dpi=200, format=path.suffix[1:].lower())
     show(f"written: {path}")
 
 

@@ -170,4 +170,4 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Non
         axis.tick_params(axis="y", labelsize=8 if len(rows) < 60 else 5)
     figure.suptitle(for_matplotlib(f"{summary['dataset']} {summary['split']}: {summary['num_images']:,} images"))
     with written_beside(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())

@@ -64,12 +64,14 @@ def _variables(file: BinaryIO, path: Path, names: Collection[str]) -> Iterator[t
     order = ">" if header.endswith(b"MI") else "<"
     if (version := struct.unpack(f"{order}H", header[124:126])[0]) == 0x200:
         raise InputError(f"{path} is a MATLAB 7.3 file, but the official files are of version 5; unpack it again")
-    if version != 0x100:
+    if version != 0x100 or len(header) < HEADER_BYTES:
         raise ValueError("its header is none")
     rest = PIXEL_BYTES * pixel_limit()
     while tag := file.read(8):
         kind, length = struct.unpack(f"{order}II", tag)
-        content = file.read(min(length, rest + 1))
+        content = file.read(most := min(length, rest + 1))
+        if len(content) < most:
+            raise ValueError("it is cut off")
         if kind == COMPRESSED:
             inflater = zlib.decompressobj()
             head = inflater.decompress(content, HEAD_BYTES)

@@ -60,6 +60,7 @@ def test_a_file_of_the_longest_name_is_written_and_an_interrupted_one_leaves_not
     assert path.read_text() == "whole"
 
     def interrupted(descriptor):
+        assert list(tmp_path.glob("*.html")) == [path], "a part would be taken for a file of its kind"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupted)

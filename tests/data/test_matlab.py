@@ -61,6 +61,22 @@ def test_a_file_of_a_machine_with_the_high_byte_first_is_read(tmp_path):
     assert found.dtype == np.uint16
 
 
+@pytest.mark.parametrize("deflated", [True, False])
+def test_a_file_is_cut_off_unless_it_ends_behind_a_variable(tmp_path, deflated):
+    path = tmp_path / "a.mat"
+    savemat(path, {"S": NUMBERS.astype(float), "names": np.array(["a", "bb"], object)}, do_compression=deflated)
+    content, ends = path.read_bytes(), [128]
+    while ends[-1] < len(content):
+        ends.append(ends[-1] + 8 + struct.unpack_from("<I", content, ends[-1] + 4)[0])
+    for length in range(1, len(content) + 1):
+        path.write_bytes(content[:length])
+        if length in ends:
+            assert list(read_mat(path, ["S", "names"])) == ["S", "names"][: ends.index(length)]
+        else:
+            with pytest.raises(InputError, match="is damaged or no MATLAB file"):
+                read_mat(path, ["S", "names"])
+
+
 def test_a_wrong_byte_is_one_sentence_or_another_number(tmp_path):
     """Some of these files end scipy's process with a segmentation fault."""
     path = label_file(tmp_path / "a.mat", names=np.array([["a"], ["b"]], object))

@@ -292,12 +292,15 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert "Traceback" in output
 
 
-def test_start_up_is_fast():
-    """Three times the processor time of a bare Hydra application at most: torch alone would take more."""
+@pytest.mark.parametrize("arguments", [["--help"], ["schedle=1"], ["--cfg", "job"]])
+def test_start_up_is_fast(arguments):
+    """Three times the processor time of a bare Hydra application at most: torch alone would take more.
+
+    A core that is shared with another process counts up to twice as much time for the same work, now and then;
+    so each is paired with a bare one beside it, and one pair of five has to hold.
+    """
     bare = "import hydra; hydra.main(config_path=None, version_base='1.3')(lambda config: None)()"
-    base = min(timed("-c", bare, "--help")[2] for _ in range(3))
-    for arguments in (["--help"], ["schedle=1"], ["--cfg", "job"]):
-        assert min(train(*arguments)[2] for _ in range(3)) < 3 * base
+    assert any(train(*arguments)[2] < 3 * timed("-c", bare, "--help")[2] for _ in range(5))
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,31 @@ def test_start_up_is_light(module):
     assert not HEAVY & set(loaded)
 
 
-def test_only_transforms_know_albumentations():
+def test_only_one_file_knows_albumentations():
     users = {path.name for path in FILES if any(name.startswith("albumentations") for name in imported(path))}
-    assert users <= {"transforms.py"}
+    assert users == {"augment.py"}
+
+
+@pytest.mark.parametrize(
+    ("override", "not_needed"),
+    [
+        ("loss.tau=-1", {"torch._dynamo", "albumentations", "segmentation_models_pytorch", "timm"}),
+        ("++model.arch=0", {"torch._dynamo", "albumentations", "segmentation_models_pytorch", "timm"}),
+        ("optimizer.lr=-1", {"torch._dynamo", "segmentation_models_pytorch", "timm"}),
+        ("model.mean=[1,2]", {"segmentation_models_pytorch", "timm"}),
+        ("model.encoder_weights=/nowhere", {"segmentation_models_pytorch", "timm"}),
+    ],
+)
+def test_a_mistake_waits_for_no_import_that_it_does_not_need(override, not_needed, tmp_path):
+    arguments = ["train.py", override, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}"]
+    code = f"import atexit, sys; sys.argv = {arguments}; atexit.register(lambda: print(*sys.modules))\n"
+    command = [sys.executable, "-c", f"{code}from segkit.launch import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    loaded = done.stdout.split()
+    assert "torch" in loaded
+    assert not not_needed & set(loaded)
 
 
 def test_checkpoints_are_never_unpickled():

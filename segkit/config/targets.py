@@ -106,7 +106,7 @@ GROUPS: dict[str, Group] = {
             for module, names in _TRANSFORMS.items()
             for name in names.split()
         },
-        ("albumentations", "BasicTransform"),
+        ("segkit.data.augment", "BasicTransform"),
     ),
 }
 
@@ -184,6 +184,8 @@ def locate(target: str, *, key: str) -> Any:
     """Import the permitted object that ``target`` names; InputError if there is none."""
     check_allowed({"_target_": target}, key=key)
     module, _, name = target.rpartition(".")
+    if group_name(key) == "augment":
+        importlib.import_module(group_of(key).result[0])  # which imports Albumentations as it should be
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -8,22 +8,18 @@ a crop is a pure function of the generator's seed.
 from __future__ import annotations
 
 import math
-import os
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from segkit.config.dataset import RGB
 from segkit.data.decode import pixel_limit
-from segkit.errors import InputError, first_line
+from segkit.errors import InputError
 
-# Albumentations looks for a newer version of itself on the network unless told not to.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations
+if TYPE_CHECKING:
+    from segkit.data.augment import Augment
 
 PAD_COLOUR = (124, 116, 104)
 """Mean colour of ImageNet: close to 0 after normalisation."""
@@ -31,7 +27,6 @@ PAD_COLOUR = (124, 116, 104)
 JITTER = {"brightness": 0.25, "contrast": 0.25, "saturation": 0.25, "hue": 0.05}
 """Strengths of the colour jitter: factors are from 1 - s to 1 + s, the hue turns by up to a share of the circle."""
 
-_color_jitter = albumentations.ColorJitter(p=1.0)
 AREA_BELOW = 0.5
 """Images shrunk below this factor are averaged over areas; bilinear sampling would skip pixels there."""
 
@@ -89,52 +84,6 @@ class Window:
         return part[rows, columns]
 
 
-class Augment:
-    """Transforms of Albumentations on a crop, one after the other; what they do is a pure function of a seed.
-
-    ``transforms``: {name of the configuration: transform}. Geometric ones act on image and label, others on the image.
-    Raises InputError, by a trial on a crop of (height, width), of ``kind`` (channels, type), for those that change its
-    size or cannot run on it, and for those that would mix labels. Values beyond 8 bits are no colours for
-    Albumentations, which would cut them off: there all but geometric transforms are refused.
-    """
-
-    def __init__(
-        self, transforms: Mapping[str, albumentations.BasicTransform], *, crop: Size, kind: tuple[int, str] = RGB
-    ) -> None:
-        self.transforms = dict(transforms)
-        for key, transform in self.transforms.items():
-            if getattr(transform, "mask_interpolation", 0) not in (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT):
-                raise InputError(f"{key} mixes the classes of neighbouring pixels: remove {key}.mask_interpolation")
-            if kind[1] != "uint8" and not isinstance(transform, albumentations.DualTransform):
-                raise InputError(f"{key} changes colours of 8 bits, but the images are of {kind[1]}: remove it")
-        noise = np.random.default_rng(0).integers(0, 256, (*crop, kind[0]), np.uint8).astype(kind[1])
-        for seed in range(6):
-            self(noise, np.zeros(crop, np.uint8), seed, always=True)
-
-    def __call__(
-        self, image: np.ndarray, label: np.ndarray, seed: int, *, always: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return image (h, w, C) and label (h, w) uint8 after all transforms; ``always``: whatever their chance."""
-        for key, transform in self.transforms.items():
-            # each has generators of its own, so that adding or removing one leaves the others as they are
-            transform.set_random_state(np.random.default_rng([seed, *key.encode()]), random.Random(f"{seed} {key}"))
-            try:
-                out = transform(image=image, mask=label, force_apply=always)
-            except Exception as error:  # whatever a transform raises, it is the configuration's fault
-                size = f"{image.shape[0]}x{image.shape[1]} with {image.shape[2]} channels of {image.dtype}"
-                raise InputError(
-                    f"{key} cannot run on a crop of {size} ({first_line(error)}): correct or remove it"
-                ) from error
-            if out["image"].shape != image.shape or out["mask"].shape != label.shape:
-                raise InputError(
-                    f"{key} changes a crop of {list(label.shape)} to {list(out['image'].shape[:2])}, but all of "
-                    "a batch have one size: remove it, or set dataset.crop to a square if it turns the crop"
-                )
-            assert (out["image"].dtype, out["mask"].dtype) == (image.dtype, np.uint8), key
-            image, label = out["image"], out["mask"]
-        return np.ascontiguousarray(image), np.ascontiguousarray(label)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainTransform:
     """Random scale, crop, flip and colour jitter to exactly ``crop`` = (height, width).
@@ -156,6 +105,10 @@ class TrainTransform:
     augment: Augment | None = None
     pad: tuple[float, ...] = PAD_COLOUR
     ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        if self.color_jitter:
+            import segkit.data.augment  # noqa: F401 (once here, and not in each process that loads)
 
     def draw(self, size: Size, rng: np.random.Generator, *, hold: Size | None = None) -> Window:
         """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``.
@@ -217,7 +170,11 @@ class TrainTransform:
 
 
 def _jittered(image: np.ndarray, window: Window) -> np.ndarray:
-    return image if window.jitter is None else _color_jitter.apply(np.ascontiguousarray(image), **window.jitter)
+    if window.jitter is None:
+        return image
+    from segkit.data.augment import COLOR_JITTER
+
+    return COLOR_JITTER.apply(np.ascontiguousarray(image), **window.jitter)
 
 
 def _shrink(factor: float) -> int:

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
 from segkit.data.sampling import Sampler, make_sampler
 from segkit.data.statistics import LabelCounts, classes_of_images, count_labels
-from segkit.data.transforms import PAD_COLOUR, Augment, TrainTransform
+from segkit.data.transforms import PAD_COLOUR, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
 from segkit.run.splits import Splits
 from segkit.training.optim import freeze, lr_factors_of, parameter_groups
+
+if TYPE_CHECKING:
+    from segkit.data.augment import Augment
 
 FUSED = ("torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD")
 """Optimizers of which torch has a form in one pass over the parameters, on CPUs and on GPUs."""
@@ -112,15 +115,17 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     """Build losses and optimizers of all phases for nothing; InputError for what they refuse.
 
     Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
-    ones shows when a run is prepared.
+    ones shows when a run is prepared. What is quick to find comes first: torch's optimizers import its compiler.
     """
     check_targets(config)
-    alone = dataclasses.replace(config, lr_factors={})
-    for name, pair in splits.items():
-        table = pair.train
+    tables = {name: pair.train for name, pair in splits.items()}
+    for name, table in tables.items():
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
-        build_optimizer(alone, nn.Linear(1, 1), config.schedule[name].lr)
+    for name, table in tables.items():
         train_transform(config, name, augment=True, ignore_index=table.ignore_index)
+    alone = dataclasses.replace(config, lr_factors={})
+    for name in tables:
+        build_optimizer(alone, nn.Linear(1, 1), config.schedule[name].lr)
 
 
 def check_sizes(config: Config, device: torch.device) -> None:
@@ -196,7 +201,11 @@ def build_augment(
         moves = "border_mode" in inspect.signature(locate(node.get("_target_", ""), key=key)).parameters
         facts = {"fill": pad if len(pad) <= 4 else 0, "fill_mask": ignore_index} if moves else {}
         transforms[key] = instantiate(node, facts, key=key)
-    return Augment(transforms, crop=crop, kind=images.kind) if transforms else None
+    if not transforms:
+        return None
+    from segkit.data.augment import Augment
+
+    return Augment(transforms, crop=crop, kind=images.kind)
 
 
 def padding(images: DatasetConfig) -> tuple[float, ...]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -124,11 +125,17 @@ def write_file(path: Path, model: Any, facts: Mapping[str, Any]) -> None:
 def check_folder(folder: Path) -> None:
     """Raise InputError if a folder cannot be written as ``folder``: only an earlier export is replaced."""
     present = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
-    if (folder.exists() and not folder.is_dir()) or present - {CONFIG, WEIGHTS, CARD}:
+    if (folder.exists() and not folder.is_dir()) or present - {CONFIG, WEIGHTS, CARD, *_unfinished(present)}:
         raise InputError(f"--output is {folder}, which holds something else than an export: give another folder")
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(place, os.W_OK):
         raise InputError(f"--output is {folder}, but the folder {place} cannot be written: give another one")
+
+
+def _unfinished(names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that an export left behind which was killed."""
+    pattern = re.compile(rf"({'|'.join(map(re.escape, (CONFIG, WEIGHTS, CARD)))})\.\d+\.tmp")
+    return [name for name in names if pattern.fullmatch(name)]
 
 
 def write_folder(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:
@@ -136,7 +143,8 @@ def write_folder(folder: Path, model: Any, facts: Mapping[str, Any]) -> None:
     from segkit.report.card import card
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, *_unfinished(item.name for item in folder.iterdir())):
+        (folder / name).unlink(missing_ok=True)
     write_file(folder / WEIGHTS, model, facts)
     write_atomically(folder / CARD, card(facts))
     write_atomically(folder / CONFIG, json.dumps(facts, indent=2) + "\n")

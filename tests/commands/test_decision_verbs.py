@@ -223,6 +223,9 @@ def test_a_folder_of_weights_predicts_as_its_run_does(run, finished, call, tmp_p
         return
     with pytest.raises(InputError, match="was exported with --decision argmax, which cannot be changed"):
         call(*arguments, "--decision", "bias")
+    (folder / "model.safetensors.4711.tmp").write_bytes(b"of an export that was killed")
+    call(export, run, "--format", "hub", "--output", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something else than an export: give another folder"):
         call(export, run, "--format", "hub", "--output", folder)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ MOST_DEPTH = 50
 
 PARTS = ("dataset", "model", "loss", "optimizer", "schedule")
 """What every configuration of a run has."""
+
+LOCK, HOLDER = ".running.lock", "running.json"
+"""Files of a folder that one process works in: what the operating system locks, and which process that is."""
 
 _FOREIGN = "copy the config.yaml that segkit wrote, or train again"
 
@@ -179,3 +183,39 @@ def remove_if_empty(path: Path, *, lock: str = "") -> None:
             if outputs not in parent.parents:
                 break
             parent.rmdir()
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, doing: str, key: str) -> Iterator[None]:
+    """Make ``folder`` and keep other processes out of it; InputError, with host and process, if one is in it.
+
+    ``doing``: what such a process does, as in "trains in"; ``key``: the setting that names the folder. The operating
+    system takes the lock back from a process that died. A folder that is left empty is removed.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{key} is {folder}, which cannot be made ({error.strerror})") from None
+    lock = FileLock(str(folder / LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{_holder(folder)} {doing} {folder}: wait for it, or set another {key}") from None
+    try:
+        write_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()  # its file stays: to remove it would let two processes hold two files of one name
+        remove_if_empty(folder, lock=LOCK)
+
+
+def _holder(folder: Path) -> str:
+    """The process that holds ``folder``, in words."""
+    try:
+        holder = read_json(folder / HOLDER)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (InputError, KeyError):
+        return "another process"

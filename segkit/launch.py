@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from segkit.errors import InputError
+from segkit.files import held
 from segkit.guard import guard, guarded, sentences
 from segkit.progress import need_no_reader
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep
@@ -169,7 +170,9 @@ def finish_sweep() -> None:
     for sweep in _sweeps:
         for overrides in sweep.extremes():
             _check_extreme(overrides)
-        sys.exit(sweep.finish())
+        with held(sweep.folder, doing="runs a sweep in", key="hydra.sweep.dir"):
+            code = sweep.finish()
+        sys.exit(code)
 
 
 def _check_extreme(overrides: list[str]) -> None:

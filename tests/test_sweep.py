@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 
+from segkit import launch
 from segkit.config.compose import check_overrides, compose
 from segkit.errors import InputError
+from segkit.files import held
 from segkit.guard import explain
 from segkit.launch import check_job, passed_on
 from segkit.sweeps import jobs
@@ -71,6 +74,20 @@ def test_jobs_are_told_where_options_lie(monkeypatch):
     assert command[3:] == ["--config-dir=mine", "hydra.searchpath=[file:///there]", "seed=1", 'hydra.run.dir="there"']
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2"])
     assert passed_on() == []
+
+
+def test_one_sweep_at_a_time_runs_in_a_folder(tmp_path, monkeypatch):
+    """A second search in it would take the trials of the first for interrupted ones, and end both."""
+    monkeypatch.setattr(launch, "_sweeps", [LocalSweep(tmp_path / "sweep", jobs=1)])
+    monkeypatch.setattr(LocalSweep, "finish", lambda self: 3)
+    message = rf"^process {os.getpid()} on .* runs a sweep in .*/sweep: wait for it, or set another hydra\.sweep\.dir$"
+    with (
+        held(tmp_path / "sweep", doing="runs a sweep in", key="hydra.sweep.dir"),
+        pytest.raises(InputError, match=message),
+    ):
+        launch.finish_sweep()
+    with pytest.raises(SystemExit, match=r"^3$"):
+        launch.finish_sweep()
 
 
 def test_jobs_must_be_positive(tmp_path):

@@ -13,18 +13,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import nn
 
 from segkit.config.schema import Config, plain
 from segkit.errors import InputError
-from segkit.files import read_config_text, read_json, remove_if_empty, write_atomically, write_json
+from segkit.files import held, read_config_text, read_json, write_atomically, write_json
 from segkit.report.runs import check_results
 from segkit.run.changes import CONFIG_CURE, check_changes, check_files, write_files
 from segkit.run.splits import Splits
@@ -39,7 +37,6 @@ LINKED = (
     "pictures.png",
     "results.json",
 )
-LOCK, HOLDER = ".running.lock", "running.json"
 
 
 class RunFolder:
@@ -84,25 +81,8 @@ class RunFolder:
         The operating system takes the lock back from a process that died. A folder that is left empty is removed.
         """
         with contextlib.ExitStack() as stack:
-            distributed.on_main(lambda: self._hold(stack))
+            distributed.on_main(lambda: stack.enter_context(held(self.path, doing="trains in", key="hydra.run.dir")))
             yield
-
-    def _hold(self, stack: contextlib.ExitStack) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"hydra.run.dir is {self.path}, which cannot be made ({error.strerror})") from None
-        stack.callback(remove_if_empty, self.path, lock=LOCK)
-        lock = FileLock(str(self.path / LOCK))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{_holder(self.path)} trains in {self.path}: wait for it, or set another hydra.run.dir"
-            ) from None
-        stack.callback(lock.release)  # its file stays: to remove it would let two processes hold two files of one name
-        stack.callback((self.path / HOLDER).unlink, missing_ok=True)
-        write_json(self.path / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
 
     def check(self, splits: dict[str, Splits]) -> dict[str, tuple[Any, Any]]:
         """The keys that changed since the run began; InputError if they may not, or if the data changed."""
@@ -221,12 +201,3 @@ class RunFolder:
             if link.exists():
                 raise InputError(f"{link} is in the way of a link to {target}: choose another hydra.run.dir")
             os.symlink(target, link)
-
-
-def _holder(path: Path) -> str:
-    """The process that trains in ``path``, in words."""
-    try:
-        holder = read_json(path / HOLDER)
-        return f"process {holder['pid']} on {holder['host']}"
-    except (InputError, KeyError):
-        return "another process"

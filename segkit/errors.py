@@ -32,6 +32,10 @@ class NonFiniteLoss(ValueError):
     exit_code = 2
 
 
+class NonFiniteLogits(InputError):
+    """What a model returns for an image is NaN or infinite."""
+
+
 class OutOfMemory(RuntimeError):
     """A step did not fit into memory; the message says how much was taken and what would help."""
 

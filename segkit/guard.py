@@ -198,6 +198,9 @@ def _explain_hydra(error: BaseException) -> str:
             "a grid has no intervals: write values with commas, or search, "
             "-m sweep=search '+sweep.space.KEY={low:1,high:2}'"
         )
+    if in_option := re.match(r"In '([^']+)': \w+ raised while composing", text):
+        place = next((f"{line.removeprefix('full_key: ')}: " for line in lines if line.startswith("full_key: ")), "")
+        return f"the option {in_option[1]} cannot be used ({place}{lines[1]}): mend its YAML file"
     if text.startswith("Error merging override") and cause is not None:
         reason = first_line(cause)
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"

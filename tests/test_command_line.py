@@ -78,6 +78,21 @@ def test_an_option_that_cannot_be_read_is_named(tmp_path, content, reason):
         segkit.train(["loss=own"], config_dirs=[tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("train:\n  epochs: abc\n", "schedule.train.epochs: Value 'abc' of type 'str' could not be converted to Float"),
+        ("train:\n  epochs: 1\n  foo: 3\n", "schedule.train.foo: Key 'foo' not in 'PhaseConfig'"),
+    ],
+)
+def test_an_option_with_a_wrong_key_or_value_is_named(tmp_path, content, reason):
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "own.yaml").write_text(content)
+    with pytest.raises(InputError) as caught:
+        segkit.train(["schedule=own"], config_dirs=[tmp_path])
+    assert str(caught.value) == f"the option schedule/own cannot be used ({reason}): mend its YAML file"
+
+
 @pytest.mark.parametrize("value", ["${nope}", "${oc.env:SEGKIT_NOPE}", "${x:1}", "???"])
 def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
     (tmp_path / "loss").mkdir()

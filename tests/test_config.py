@@ -103,6 +103,16 @@ def test_the_command_line_wins_over_the_recipe():
             "phase train of the schedule has neither epochs nor steps: set schedule.train.epochs=",
         ),
         (["schedule=single", "schedule.train.epochs=-1"], "schedule.train.epochs is -1.0, but must be positive"),
+        (
+            ["schedule=single", "schedule.train.epochs=1e308"],
+            r"epochs is 1e\+308, but must be positive and at most 100",
+        ),
+        (
+            ["schedule.pretrain.epochs=null", "schedule.pretrain.steps=2000000000"],
+            "pretrain.steps is 2000000000, but must be at most 1000000000",
+        ),
+        (["evaluation.every_epochs=1e308"], r"every_epochs is 1e\+308, but must be positive, at most 1000000000, or"),
+        (["device=gpu"], "device is 'gpu', but must be auto, cpu, cuda, cuda:N or mps: set device=auto"),
         (["ema_decay=1.0"], "ema_decay is 1.0.*set ema_decay=0.999"),
         (["clip_norm=0"], "clip_norm is 0.0, but must be positive or null"),
         (["evaluation.every_steps=5"], "at most one of the two: set evaluation.every_epochs=null"),

@@ -22,6 +22,9 @@ from segkit.config.dataset import DatasetConfig, at_least, require
 from segkit.config.targets import check_node, group_name
 from segkit.errors import MOST_NUMBER
 
+MOST_STEPS = 10**9
+"""Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
+
 FREE_KEYS = (
     "workers",
     "device",
@@ -118,10 +121,14 @@ class PhaseConfig:
             f"set {key}.epochs=null or {key}.steps=null",
         )
         require(
-            self.epochs is None or self.epochs > 0,
-            f"{key}.epochs is {self.epochs}, but must be positive: set {key}.epochs=...",
+            self.epochs is None or 0 < self.epochs <= MOST_STEPS,
+            f"{key}.epochs is {self.epochs}, but must be positive and at most {MOST_STEPS}: set {key}.epochs=...",
         )
         at_least(f"{key}.steps", self.steps, 1)
+        require(
+            self.steps is None or self.steps <= MOST_STEPS,
+            f"{key}.steps is {self.steps}, but must be at most {MOST_STEPS}: set {key}.steps=...",
+        )
         at_least(f"{key}.lr", self.lr, 0)
         at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
         at_least(f"{key}.poly_power", self.poly_power, 0)
@@ -147,8 +154,8 @@ class EvaluationConfig:
         at_least("evaluation.max_images", self.max_images, 1)
         at_least("evaluation.pictures", self.pictures, 0)
         require(
-            self.every_epochs is None or self.every_epochs > 0,
-            f"evaluation.every_epochs is {self.every_epochs}, but must be positive or null: "
+            self.every_epochs is None or 0 < self.every_epochs <= MOST_STEPS,
+            f"evaluation.every_epochs is {self.every_epochs}, but must be positive, at most {MOST_STEPS}, or null: "
             "set evaluation.every_epochs=1",
         )
         require(
@@ -241,6 +248,10 @@ class Config:
         require(
             isinstance(self.freeze, list) and all(isinstance(item, str) for item in self.freeze),
             f"freeze is {self.freeze!r}, but takes names of parts of the model: set freeze=encoder or a list of such",
+        )
+        require(
+            re.fullmatch(r"auto|(cpu|mps|cuda)(:\d{1,3})?", self.device) is not None,
+            f"device is {self.device!r}, but must be auto, cpu, cuda, cuda:N or mps: set device=auto",
         )
         self.lr_factors = {} if self.lr_factors is None else self.lr_factors
         require(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segkit.bilinear import Size, resized_rows, source_rows
-from segkit.errors import InputError
+from segkit.errors import InputError, NonFiniteLogits
 
 Scorer = Callable[[Tensor], Tensor]
 """images (N, 3, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""
@@ -32,7 +32,7 @@ def forward(model: Scorer, images: Tensor) -> Tensor:
     logits = logits.float()
     # The extremes are nan if any value is, and need no second map in memory.
     if not bool(torch.isfinite(torch.stack(logits.aminmax())).all()):
-        raise InputError(
+        raise NonFiniteLogits(
             "the model returned logits that are not finite (inf or nan); evaluate with precision fp32, or "
             "take an earlier checkpoint"
         )

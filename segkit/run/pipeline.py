@@ -72,9 +72,7 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
 
 
 def check_machine(config: Config, device: torch.device) -> None:
-    """Raise InputError for what this machine does not have: weights, processes, packages, memory, a cache."""
-    if config.init_from and not Path(config.init_from).exists():
-        raise InputError(f"init_from is {config.init_from}, but there is no such file or folder: correct its name")
+    """Raise InputError for what this machine does not have: processes, packages, memory, a cache."""
     if config.sync_batchnorm and distributed.world_size() == 1:
         raise InputError(
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "

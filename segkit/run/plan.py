@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from segkit.config.schema import Config
+from segkit.config.schema import MOST_STEPS, Config
 from segkit.data.loader import steps_per_epoch
 from segkit.errors import InputError
-
-MOST_STEPS = 10**9
-"""Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +31,7 @@ def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
     per_epoch = steps_per_epoch(num_samples, config.batch_size)
     steps = phase.steps if phase.steps is not None else math.ceil((phase.epochs or 0) * per_epoch)
     if steps > MOST_STEPS:
-        length = f"steps={phase.steps}" if phase.steps is not None else f"epochs={phase.epochs}"
-        raise InputError(f"schedule.{name}.{length} makes more than {MOST_STEPS} steps: set a smaller one")
+        raise InputError(f"schedule.{name}.epochs={phase.epochs} makes more than {MOST_STEPS} steps: set a smaller one")
     if phase.warmup_steps > steps:
         raise InputError(
             f"schedule.{name}.warmup_steps is {phase.warmup_steps}, but the phase has {steps} steps: set "

@@ -14,7 +14,7 @@ from torch import nn
 
 from segkit.config.schema import Config
 from segkit.data.statistics import LabelCounts
-from segkit.errors import Interrupted
+from segkit.errors import Interrupted, NonFiniteLogits
 from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
 from segkit.evaluation.inference import Inference
 from segkit.files import write_atomically
@@ -82,7 +82,13 @@ class Validation:
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, Any]:
         """Evaluate ``model`` after ``step`` and record the scores; returns the results."""
-        results, sums = self.evaluate(model)
+        try:
+            results, sums = self.evaluate(model)
+        except NonFiniteLogits:
+            raise NonFiniteLogits(
+                f"after step {step} of phase {self.batches.plan.name} the logits of the model are not finite (inf or "
+                "nan): lower optimizer.lr, or set clip_norm=1.0 or precision=fp32"
+            ) from None
         assert self.last is not None
         classes = {name: {score: values[score] for score in SCORES} for name, values in results["classes"].items()}
         summary = {key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_classes_averaged")}

@@ -172,6 +172,14 @@ def test_what_would_fail_in_the_first_steps_is_refused_before_them(train, overri
     assert not (tmp_path / "run").exists()
 
 
+def test_logits_that_are_not_finite_after_a_step_name_what_mends_it(train, tmp_path):
+    """The loss of the step is finite, and the weights after it are too, but for the largest numbers of 32 bits."""
+    message = r"after step 1 of phase train the logits of the model are not finite \(inf or nan\): lower optimizer\.lr"
+    with pytest.raises(InputError, match=message):
+        train("run", "optimizer.lr=1e30", "limit_steps=1")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "train").values())
+
+
 def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "")

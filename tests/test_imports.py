@@ -146,7 +146,11 @@ def test_only_one_file_knows_albumentations():
     ("override", "not_needed"),
     [
         ("loss.tau=-1", {"torch._dynamo", "albumentations", "segmentation_models_pytorch", "timm"}),
-        ("++model.arch=0", {"torch._dynamo", "albumentations", "segmentation_models_pytorch", "timm"}),
+        ("++model.arch=0", HEAVY),
+        ("loss.tua=1", HEAVY),
+        ("optimizer.lr=1e-4f", HEAVY),
+        ("model.encoder=[1]", HEAVY),
+        ("device=gpu", HEAVY),
         ("optimizer.lr=-1", {"torch._dynamo", "segmentation_models_pytorch", "timm"}),
         ("model.mean=[1,2]", {"segmentation_models_pytorch", "timm"}),
         ("model.encoder_weights=/nowhere", {"segmentation_models_pytorch", "timm"}),
@@ -160,7 +164,7 @@ def test_a_mistake_waits_for_no_import_that_it_does_not_need(override, not_neede
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     loaded = done.stdout.split()
-    assert "torch" in loaded
+    assert "segkit" in loaded
     assert not not_needed & set(loaded)
 
 

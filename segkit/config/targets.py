@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from segkit.config.signatures import Signature, read_signature
 from segkit.errors import InputError, did_you_mean, raised
 
 LOSS_OPTIONS = ("diagnostics",)
@@ -209,8 +210,14 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
     InputError names an argument that the target does not have, one that is missing, or one of a wrong type.
     """
     function = locate(node.get("_target_", ""), key=key)
-    arguments = {name: value for name, value in node.items() if name not in ("_target_", *LOSS_OPTIONS)}
     parameters = inspect.signature(function).parameters
+    return function, _arguments(node, facts, Signature(parameters, _hints(function)), key=key)
+
+
+def _arguments(node: Mapping[str, Any], facts: Mapping[str, Any], signature: Signature, *, key: str) -> dict[str, Any]:
+    """The keyword arguments for the target of ``node``, see :func:`bind`."""
+    arguments = {name: value for name, value in node.items() if name not in ("_target_", *LOSS_OPTIONS)}
+    parameters = signature.parameters
     accepts_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
     unknown = [] if accepts_any else [name for name in arguments if name not in parameters]
     if unknown:
@@ -226,7 +233,7 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
             f"remove {key}.{given[0]}"
         )
     options = {name: node.get(name) for name in LOSS_OPTIONS if group_name(key) == "loss"}
-    hints = {**_hints(function), **dict.fromkeys(options, bool)}
+    hints = {**signature.hints, **dict.fromkeys(options, bool)}
     for name, value in (arguments | options).items():
         has_default = name in facts or name in options or name not in parameters or parameters[name].default is None
         if value is None and has_default:
@@ -245,13 +252,19 @@ def bind(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> tupl
     ]
     if missing:
         raise InputError(f"{key}.{missing[0]} is needed by {node['_target_']}: set {key}.{missing[0]}=...")
-    return function, arguments
+    return arguments
 
 
 def check_node(node: Mapping[str, Any], facts: Mapping[str, Any], *, key: str) -> None:
-    """Bind ``node``, then the nodes within it, to their signatures; nothing is built."""
+    """Bind ``node``, then the nodes within it, to their signatures; nothing is built, and little imported."""
     check_allowed(node, key=key)
-    bind(node, facts, key=key)
+    target = node["_target_"]
+    home = group_of(key).permitted.get(target) if group_name(key) != "augment" else None  # Albumentations wraps them
+    signature = read_signature(home, target.rpartition(".")[2]) if home else None
+    if signature is None:
+        bind(node, facts, key=key)
+    else:
+        _arguments(node, facts, signature, key=key)
     for place, child in children(node):
         check_node(child, facts, key=f"{key}.{'.'.join(place)}")
 

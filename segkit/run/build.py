@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from segkit import memory, runtime
 from segkit.config.dataset import RGB, SamplerKind
-from segkit.config.schema import Config, DatasetConfig, check_targets, plain
+from segkit.config.schema import Config, DatasetConfig, plain
 from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
 from segkit.data.sampling import Sampler, make_sampler
@@ -119,7 +119,6 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     """
     if config.init_from and not Path(config.init_from).exists():
         raise InputError(f"init_from is {config.init_from}, but there is no such file or folder: correct its name")
-    check_targets(config)
     tables = {name: pair.train for name, pair in splits.items()}
     for name, table in tables.items():
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from segkit.config.schema import Config, DatasetConfig
+from segkit.config.schema import Config, DatasetConfig, check_targets
 from segkit.config.targets import instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
@@ -88,7 +88,12 @@ def same_split(dataset: DatasetConfig) -> str | None:
 
 
 def open_phases(config: Config) -> dict[str, Splits]:
-    """The splits of every phase. InputError if data are missing, or if two phases have different classes."""
+    """The splits of every phase.
+
+    InputError if a target of ``config`` does not take its arguments, if data are missing, or if two phases have
+    different classes.
+    """
+    check_targets(config)
     set_pixel_limit(config.max_pixels)
     opened: dict[str, Splits] = {}
     known: list[tuple[DatasetConfig, Splits]] = []

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from segkit.config import targets
+from segkit.config.compose import compose
 from segkit.config.targets import instantiate
 from segkit.data.labels import table_from_dict
 from segkit.data.samples import Sample, SampleSet
@@ -200,12 +201,10 @@ def test_what_a_reader_makes_is_checked(monkeypatch):
             table_from_dict({key: value for key, value in {**TABLE, **change}.items() if value is not None})
     other = samples(table=table_from_dict({**TABLE, "classes": ["b", "a", "c"]}))
     monkeypatch.setattr("segkit.run.splits.open_split", lambda _, split: {"train": samples(), "val": other}[split])
-    dataset = SimpleNamespace(train_split="train", val_split="val")
-    config = SimpleNamespace(schedule={"late": None}, max_pixels=10**6, phase_dataset=lambda _: dataset)
     with pytest.raises(
         InputError, match=r"own has other classes, or another order, in val \(b, a, c\) than in val \(a, b, c\)"
     ):
-        open_phases(config)
+        open_phases(compose(["schedule=single"]))
 
 
 @pytest.mark.parametrize(

@@ -153,11 +153,13 @@ def test_only_one_file_knows_albumentations():
         ("device=gpu", HEAVY),
         ("optimizer.lr=-1", {"torch._dynamo", "segmentation_models_pytorch", "timm"}),
         ("model.mean=[1,2]", {"segmentation_models_pytorch", "timm"}),
-        ("model.encoder_weights=/nowhere", {"segmentation_models_pytorch", "timm"}),
+        ("model.encoder_weights=/nowhere", HEAVY),
+        ("model=coplenet model.weights=/nowhere", HEAVY),
+        ("init_from=/nowhere", HEAVY),
     ],
 )
 def test_a_mistake_waits_for_no_import_that_it_does_not_need(override, not_needed, tmp_path):
-    arguments = ["train.py", override, f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}"]
+    arguments = ["train.py", *override.split(), f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}"]
     code = f"import atexit, sys; sys.argv = {arguments}; atexit.register(lambda: print(*sys.modules))\n"
     command = [sys.executable, "-c", f"{code}from segkit.launch import main; main()"]
     done = subprocess.run(command, capture_output=True, text=True)

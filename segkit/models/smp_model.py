@@ -21,7 +21,7 @@ from segkit.models.segmenter import (
     normalisation,
     set_normalisation,
 )
-from segkit.models.weights import LITE0, check_file, load_encoder_weights, load_model_weights, weights_origin
+from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
 
 SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d")
 """Encoders of ``configs/model``."""
@@ -56,8 +56,6 @@ def smp_model(
     Transformers of timm take their size from the image where they can; to those that cannot it is given in windows.
     InputError for an unknown name (with the nearest ones), an unknown option, or weights that are unavailable.
     """
-    check_file(weights, key="model.weights")
-    check_file(encoder_weights, key="model.encoder_weights")
     if in_channels == 3:
         given = (IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std)
         check_normalisation(*given, num_channels=3)

@@ -30,7 +30,8 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     ``key`` is the configuration key that named the file; InputError mentions it. Only tensors are accepted.
     """
     path = Path(path)
-    check_file(path, key=key)
+    if not path.is_file():
+        raise InputError(f"{key} is {path}, but there is no such file: give the path of a file with weights")
     cure = "give a file that torch.save or safetensors wrote, with tensors only"
     try:
         if path.suffix == ".safetensors":
@@ -57,12 +58,6 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
             "checkpoint of segkit"
         )
     return dict(state)
-
-
-def check_file(source: str | Path | None, *, key: str) -> None:
-    """Raise InputError if ``source`` is the path of a file (not null, ``imagenet`` or ``none``) that is not there."""
-    if source not in (None, "imagenet", "none") and not Path(source).is_file():
-        raise InputError(f"{key} is {source}, but there is no such file: give the path of a file with weights")
 
 
 def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -117,8 +117,6 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
     ones shows when a run is prepared. What is quick to find comes first: torch's optimizers import its compiler.
     """
-    if config.init_from and not Path(config.init_from).exists():
-        raise InputError(f"init_from is {config.init_from}, but there is no such file or folder: correct its name")
     tables = {name: pair.train for name, pair in splits.items()}
     for name, table in tables.items():
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)

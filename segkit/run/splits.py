@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from segkit.config.schema import Config, DatasetConfig, check_targets
-from segkit.config.targets import instantiate
+from segkit.config.targets import GROUPS, instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
 from segkit.data.layout import group_of, name_share
@@ -87,13 +88,28 @@ def same_split(dataset: DatasetConfig) -> str | None:
     )
 
 
+def _check_weights(config: Config) -> None:
+    """Raise InputError if a file of weights that ``config`` names is not there."""
+    if config.init_from and not Path(config.init_from).exists():
+        raise InputError(f"init_from is {config.init_from}, but there is no such file or folder: correct its name")
+    if config.model["_target_"] not in GROUPS["model"].permitted:
+        return  # of the user's own, who may mean something else by it
+    for key in ("weights", "encoder_weights"):
+        source = config.model.get(key)
+        if source not in (None, "none", "imagenet") and not Path(source).is_file():
+            raise InputError(
+                f"model.{key} is {source}, but there is no such file: give the path of a file with weights"
+            )
+
+
 def open_phases(config: Config) -> dict[str, Splits]:
     """The splits of every phase.
 
-    InputError if a target of ``config`` does not take its arguments, if data are missing, or if two phases have
-    different classes.
+    InputError if a target of ``config`` does not take its arguments, if weights or data are missing, or if two phases
+    have different classes.
     """
     check_targets(config)
+    _check_weights(config)
     set_pixel_limit(config.max_pixels)
     opened: dict[str, Splits] = {}
     known: list[tuple[DatasetConfig, Splits]] = []

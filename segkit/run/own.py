@@ -35,22 +35,31 @@ def try_reader(config: Config, phase: str, splits: Splits) -> None:
 
 
 def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, device: torch.device) -> None:
-    """Raise InputError unless a model of the user's own gives logits (1, K, h, w) for an image as it is evaluated."""
+    """Raise InputError unless a model of the user's own gives logits (N, K, h, w), in training and in evaluation.
+
+    For zeros of the size of the crops, in a copy whose running statistics are not kept, and of an image as it is
+    evaluated.
+    """
     if config.model["_target_"] in GROUPS["model"].permitted:
         return
     dataset = config.phase_dataset(phase)
-    height, width = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
-    image = torch.zeros(1, dataset.in_channels, height, width, device=device)
-    what = f"{config.model['_target_']}, in evaluation mode for an image (1, {dataset.in_channels}, {height}, {width}),"
-    with _tried(what), torch.no_grad():
-        logits = model.eval()(image)
+    size = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
+    crops = min(2, config.batch_size // config.accumulate)
+    for mode, shape in (
+        ("evaluation", (1, dataset.in_channels, *size)),
+        ("training", (crops, dataset.in_channels, *dataset.crop)),
+    ):
+        what = f"{config.model['_target_']}, in {mode} mode for images {shape},"
+        tried = model.eval() if mode == "evaluation" else copy.deepcopy(model).train()
+        kept = [device] if device.type == "cuda" else []
+        with _tried(what), torch.no_grad(), torch.random.fork_rng(kept):
+            logits = tried(torch.zeros(shape, device=device))
+        good = isinstance(logits, Tensor) and logits.dim() == 4 and logits.is_floating_point()
+        if not good or logits.shape[:2] != (shape[0], val.num_classes):
+            got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            wanted = f"floating-point logits ({shape[0]}, {val.num_classes}, h, w)"
+            raise InputError(f"{what} gives {got}, but must give {wanted}: mend it")
     model.train()
-    good = isinstance(logits, Tensor) and logits.dim() == 4 and logits.is_floating_point()
-    if not good or logits.shape[:2] != (1, val.num_classes):
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"{what} gives {got}, but must give floating-point logits (1, {val.num_classes}, h, w): mend it"
-        )
 
 
 def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, device: torch.device) -> None:

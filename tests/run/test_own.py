@@ -38,7 +38,7 @@ DATASET = SimpleNamespace(
 CONFIG = SimpleNamespace(
     model={"_target_": "own.net"}, optimizer={"_target_": "torch.optim.SGD", "lr": 0.1}, images=DATASET,
     phase_dataset=lambda _: DATASET, phase_loss=lambda _: {"_target_": "own.Loss"}, schedule={"late": None},
-    encoder_lr_factor=1.0, lr_factors={},
+    encoder_lr_factor=1.0, lr_factors={}, batch_size=8, accumulate=1,
 )  # fmt: skip
 
 
@@ -128,23 +128,37 @@ def test_a_loss_without_faults_is_left_as_it_is():
             r"own.net, in evaluation .* \(1, 3, 9, 13\), gives torch.float32 \(1, 4, 9, 13\), but",
         ),
         (lambda net, logits: logits, 2, r"must give floating-point logits \(1, 3, h, w\): mend it"),
-        (lambda net, logits: logits if net.training else (logits, logits), 3, "gives tuple, but"),
+        (lambda net, logits: logits if net.training else (logits, logits), 3, "evaluation .* gives tuple, but"),
+        (
+            lambda net, logits: (logits, logits) if net.training else logits,
+            3,
+            r"own\.net, in training mode for images \(2, 3, 16, 20\), gives tuple, but .* \(2, 3, h, w\): mend it",
+        ),
+        (
+            lambda net, logits: {}["a"] if net.training else logits,
+            3,
+            r"in training .* fails \(KeyError: 'a' in test_own",
+        ),
         (lambda net, logits: {"out": logits}, 3, "gives dict, but"),
         (lambda net, logits: logits.mean((2, 3)), 3, r"gives torch.float32 \(1, 3\), but"),
         (lambda net, logits: logits.long(), 3, "gives torch.int64"),
         (lambda net, logits: logits.reshape(1, 3, 16, 20), 3, r"fails \(RuntimeError: .* in test_own.py, line \d+\)"),
     ],
 )
-def test_a_model_gives_logits_in_evaluation_mode(give, channels, message):
-    """Else it would fail in the first evaluation, or count classes that are none."""
+def test_a_model_gives_logits_in_both_modes(give, channels, message):
+    """Else it would fail in the first step or evaluation, or count classes that are none."""
     with pytest.raises(InputError, match=message):
         try_model(Segmenter(Net(give, channels)), CONFIG, "late", samples(), CPU)
 
 
 def test_a_model_that_can_be_trained_is_in_training_mode_afterwards(monkeypatch):
-    model = Segmenter(Net(lambda net, logits: logits))
+    model = Segmenter(Net(lambda net, logits: nn.functional.dropout(net.norm(logits), training=net.training)))
+    model.net.norm = nn.BatchNorm2d(3)
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     try_model(model, CONFIG, "late", samples(), CPU)
     assert all(part.training for part in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InputError, match=r"the model own\.net has no parameter to train"):
         build_optimizer(CONFIG, model.requires_grad_(False), None)
     for net, message in (

@@ -256,7 +256,7 @@ def value_of(key: str, words: list[str]) -> str | None:
 
 
 def check_model(config: Config) -> None:
-    """A named encoder is one that segmentation_models_pytorch or timm has, a named run one that is there."""
+    """A named encoder is one that segmentation_models_pytorch or timm has."""
     import segmentation_models_pytorch as smp
     import timm
 
@@ -265,8 +265,6 @@ def check_model(config: Config) -> None:
         assert timm.is_model(name.removeprefix("tu-")), f"timm has no {name}"
     elif name:
         assert name in smp.encoders.get_encoder_names(), f"there is no encoder {name}"
-    for path in (config.init_from, config.model.get("weights")):
-        assert path is None or Path(path).exists(), f"{path} is not there"
 
 
 def options_last(words: list[str]) -> tuple[list[str], list[str]]:

@@ -57,8 +57,9 @@ class Workspace:
         self.root = root
         self.configs = root / "configs"
         self.done: dict[tuple[str, ...], str] = {}
-        for name in ("tmp", "photos"):
+        for name in ("tmp", "photos", "weights"):
             (root / name).mkdir()
+        (root / "weights" / "se_resnext50.pth").touch()
         shutil.copytree(REPOSITORY / "configs", self.configs)
         generator = np.random.default_rng(0)
         for name in ("one.png", "two.png"):

@@ -138,7 +138,7 @@ def test_every_verb_is_shown():
         ("python train.py dataset=nowhere", "Could not find 'dataset/nowhere'"),
         ("python train.py dataset=camvid", "the command names no dataset.root"),
         ("python train.py model.encoder=resnet1000", "there is no encoder resnet1000"),
-        ("python train.py init_from=runs/nowhere", "runs/nowhere is not there"),
+        ("python train.py init_from=runs/nowhere", "init_from is runs/nowhere, but there is no such file"),
         ("python -m something", "not understood: python -m something"),
         ("python scripts/bench_losses.py --nothing", "has no --nothing"),
         ("make nothing", "the Makefile has no target nothing"),

@@ -68,10 +68,11 @@ def test_a_warm_up_longer_than_the_phase_is_refused():
         compose([*fifty, "schedule.train.lr_schedule=one_cycle", "schedule.train.warmup_steps=9"])
 
 
-@pytest.mark.parametrize("length", ["epochs=1e300", "steps=1000000001"])
-def test_a_phase_without_an_end_is_refused(length):
-    config = compose(["schedule=single", "schedule.train.epochs=null", f"schedule.train.{length}"])
-    with pytest.raises(InputError, match=rf"schedule\.train\.{length[:5]}.* makes more than 1000000000 steps: set a"):
+def test_a_phase_without_an_end_is_refused():
+    config = compose(["schedule=single", "schedule.train.epochs=1e9"])
+    with pytest.raises(
+        InputError, match=r"schedule\.train\.epochs=1000000000\.0 makes more than 1000000000 steps: set"
+    ):
         plan_phase(config, "train", 100)
 
 

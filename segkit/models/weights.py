@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from segkit.errors import InputError, check_archive, first_line
 
 LITE0 = "tu-tf_efficientnet_lite0"
 PROBE_SECONDS = 5.0
-"""Time that the hub has to answer before a download is given up."""
+"""Time that a server has to answer before it counts as out of reach."""
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 """Prefixes that wrappers (parallel training, compilation, :class:`~segkit.models.Segmenter`) put before every key."""
 
@@ -245,7 +246,7 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
         if isinstance(cached, str):
             return cached
     # The hub's client tries for most of a minute before it gives up; a probe answers at once.
-    reason = "the hub is set to offline" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    reason = "the hub is set to offline" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
     for name in names if reason is None else ():
         try:
             return huggingface_hub.hf_hub_download(repository, name, revision=revision)
@@ -259,13 +260,13 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
     )
 
 
-def _unreachable(url: str) -> str | None:
+def unreachable(url: str) -> str | None:
     """Return why ``url`` cannot be reached (through the proxy of the environment); None if it answers at all."""
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"segkit/{os.name}"})
     try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"segkit/{os.name}"})
         urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         return None
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:
         return str(getattr(error, "reason", error))
     return None

@@ -22,6 +22,7 @@ from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
 from segkit.files import write_json
 from segkit.models import Segmenter
+from segkit.models.weights import unreachable
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
 from segkit.run.build import check_batch, check_parts, check_sizes
@@ -78,7 +79,7 @@ def check_machine(config: Config, device: torch.device) -> None:
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
             "or set sync_batchnorm=false"
         )
-    sinks.check_installed(config.tracker.value)
+    sinks.check_tracker(config.tracker.value, unreachable)
     compilers = (os.environ.get("CXX") or "g++", "clang++", "c++", "cl")
     if config.compile and not any(map(shutil.which, compilers)):
         raise InputError(

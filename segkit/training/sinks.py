@@ -12,7 +12,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,11 +57,27 @@ class Sink:
         """Write what is pending."""
 
 
-def check_installed(kind: str) -> None:
-    """Raise InputError if the package that the tracker ``kind`` needs is not installed."""
+def check_tracker(kind: str, unreachable: Callable[[str], str | None]) -> None:
+    """Raise InputError if the package of the tracker ``kind`` is not installed, or where it writes is not there.
+
+    ``unreachable`` says why an address cannot be reached, or None; MLflow itself would try for minutes.
+    """
     found = find_spec(kind) if kind in ("wandb", "mlflow") else None
     if kind in ("wandb", "mlflow") and (found is None or found.origin is None):  # None: a folder that wandb has left
         raise InputError(f"tracker={kind} needs a package that is not installed: pip install 'segkit[{kind}]'")
+    place, reason = os.environ.get("MLFLOW_TRACKING_URI", "") if kind == "mlflow" else "", None
+    if place.startswith(("http://", "https://")):
+        scheme, _, rest = place.partition("://")
+        place = f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"  # without a password
+        reason = unreachable(place)
+    elif place.startswith("sqlite:///"):
+        folder = Path(place.removeprefix("sqlite:///")).absolute().parent
+        reason = None if os.access(folder, os.W_OK) else f"{folder} is no folder that can be written"
+    if reason:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI is {place}, which cannot be reached ({reason}): correct it, or set "
+            "tracker=tensorboard"
+        )
 
 
 def open_sink(kind: str, folder: Path, *, phase: str, run: Path, purge_step: int | None) -> Sink:
@@ -210,11 +226,16 @@ class WandB(_Remembering):
         self.run.finish()
 
 
+MLFLOW_RETRIES = "3"
+"""Within a quarter of a minute; a server that is gone for longer shall not hold up the training."""
+
+
 class MLflow(_Remembering):
     """A run of MLflow; the package reads MLFLOW_TRACKING_URI."""
 
     def __init__(self, run: Path, phase: str) -> None:
         super().__init__("mlflow", run, phase)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MLFLOW_RETRIES)
         self.mlflow: Any = import_module("mlflow")
         self.client, self.status = self.mlflow.MlflowClient(), "KILLED"
         if self.id is None:

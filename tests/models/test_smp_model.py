@@ -164,7 +164,7 @@ def test_failing_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", gone)
-    monkeypatch.setattr(encoder_weights, "_unreachable", lambda _: None)
+    monkeypatch.setattr(encoder_weights, "unreachable", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match=r"failed \(404 Client Error\): connect once"):
         deeplabv3plus("resnet18", 3)

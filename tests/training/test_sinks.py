@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from segkit.errors import InputError
+from segkit.models.weights import unreachable
 from segkit.training import sinks
 from segkit.training.tracking import Tracker
 
@@ -108,9 +109,30 @@ def test_a_missing_package_is_refused_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "modules", {name: item for name, item in sys.modules.items() if name != "wandb"})
     (tmp_path / "wandb").mkdir()  # what wandb leaves in the folder that it ran in
     with pytest.raises(InputError, match=r"tracker=wandb needs a package .*: pip install 'segkit\[wandb\]'"):
-        sinks.check_installed("wandb")
-    sinks.check_installed("none")
-    sinks.check_installed("tensorboard")
+        sinks.check_tracker("wandb", unreachable)
+    sinks.check_tracker("none", unreachable)
+    sinks.check_tracker("tensorboard", unreachable)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "http://me:secret@127.0.0.1:9",
+            r"URI is http://127\.0\.0\.1:9, which cannot be reached \(.*refused\): ",
+        ),
+        ("http://[::1", r"URI is http://\[::1, which cannot be reached"),
+        ("http://host:port/x", r"URI is http://host:port, which cannot be reached"),
+        ("sqlite:////nowhere/mlflow.db", r"URI is sqlite:.*\(/nowhere is no folder that can be written\): correct it"),
+    ],
+)
+def test_a_place_of_mlflow_that_is_not_there_is_refused_at_once(monkeypatch, place, message):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    with pytest.raises(InputError, match=message) as caught:
+        sinks.check_tracker("mlflow", unreachable)
+    assert "secret" not in str(caught.value)
+    sinks.check_tracker("tensorboard", unreachable)
 
 
 def test_none_writes_metrics_alone(folder):

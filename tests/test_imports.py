@@ -149,12 +149,16 @@ WAITS_NOT_FOR = {
     "loss.tua=1": HEAVY,
     "optimizer.lr=1e-4f": HEAVY,
     "model.encoder=[1]": HEAVY,
+    "optimizer.lr=-1": HEAVY,
+    "optimizer.betas=[1,2]": HEAVY,
+    "loss.scale=log": HEAVY,
+    "model=coplenet model.norm=layer": HEAVY,
     "device=gpu": HEAVY,
     "model.encoder_weights=/nowhere": HEAVY,
     "model=coplenet model.weights=/nowhere": HEAVY,
     "init_from=/nowhere": HEAVY,
     "loss.tau=-1": {"torch._dynamo", "albumentations", *MODEL_LIBRARIES},
-    "optimizer.lr=-1": {"torch._dynamo", *MODEL_LIBRARIES},
+    "optimizer.eps=0": {"torch._dynamo", *MODEL_LIBRARIES},
     "model.mean=[1,2]": MODEL_LIBRARIES,
 }
 """Overrides with a mistake -> modules that need not be imported to find it; ever fewer, as they are tried in turn."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.dataset import DatasetConfig, at_least, require
-from segkit.config.targets import check_node, group_name
+from segkit.config.targets import GROUPS, check_node, group_name
 from segkit.errors import MOST_NUMBER
 
 MOST_STEPS = 10**9
@@ -376,6 +376,18 @@ def check_targets(config: Config) -> None:
     """Bind every target of ``config`` to its signature, so that a wrong argument fails before data is touched."""
     for key, node in targets(config):
         check_node(node, dict.fromkeys(FACTS[group_name(key)], object()), key=key)
+    if config.optimizer["_target_"] in GROUPS["optimizer"].permitted:
+        _check_optimizer(config.optimizer)
+
+
+def _check_optimizer(node: dict[str, Any]) -> None:
+    """Raise InputError for numbers that all optimizers of torch refuse; it imports torch to say so."""
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        at_least(f"optimizer.{name}", node.get(name), 0)
+    require(
+        all(0 <= value < 1 for value in node.get("betas", ())),
+        f"optimizer.betas is {node.get('betas')}, but each must be from 0 to below 1: set optimizer.betas=[0.9,0.999]",
+    )
 
 
 def cache_dir_of(config: Config) -> Path:

@@ -14,7 +14,7 @@ the steps, which a trainer feeds (``counts_of``, ``follow``). Where every I_k is
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class IouMarginLoss(PixelLoss):
         *,
         num_classes: int,
         a: float = 1.0,
-        form: str = "cross_entropy",
+        form: Literal["cross_entropy", "margin_calibration"] = "cross_entropy",
         momentum: float = 0.98,
         ignore_index: int = 255,
         compile_tiles: bool | None = False,

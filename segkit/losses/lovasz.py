@@ -15,7 +15,7 @@ and in every other exact implementation. What is left of all classes is sorted a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,9 @@ class LovaszSoftmaxLoss(nn.Module):
 
     pixel_decomposable = False
 
-    def __init__(self, *, classes: str = "present", per_image: bool = False, ignore_index: int = 255) -> None:
+    def __init__(
+        self, *, classes: Literal["present", "all"] = "present", per_image: bool = False, ignore_index: int = 255
+    ) -> None:
         super().__init__()
         check_choice(classes, "classes", ("present", "all"))
         self.classes = classes

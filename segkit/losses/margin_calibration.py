@@ -22,7 +22,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class MarginCalibrationLoss(PixelLoss):
         *,
         rho_k0: Tensor,
         rho_0k: Tensor,
-        form: str = "paper",
+        form: Literal["paper", "reference"] = "paper",
         ignore_index: int = 255,
         compile_tiles: bool | None = False,
     ) -> None:
@@ -108,11 +108,11 @@ def margin_calibration(
     class_names: Sequence[str] | None = None,
     tau: float = DEFAULT_TAU,
     upsilon: float = 1.0,
-    scale: str = "tau",
+    scale: Literal["tau", "mean"] = "tau",
     mean_margin: float | None = None,
-    absent: str = "max",
+    absent: Literal["max", "zero", "error"] = "max",
     rho_max: float | str | None = None,
-    form: str = "paper",
+    form: Literal["paper", "reference"] = "paper",
     ignore_index: int = 255,
     compile_tiles: bool | None = False,
 ) -> MarginCalibrationLoss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -232,7 +232,7 @@ class OhemCrossEntropyLoss(nn.Module):
 def cross_entropy(
     class_pixels: Any = None,
     *,
-    weighting: str | None = None,
+    weighting: Literal["inverse", "inverse_sqrt", "median_frequency", "enet"] | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = 255,
     compile_tiles: bool | None = False,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -146,7 +147,7 @@ class COPLENet(nn.Module):
         num_classes: int,
         *,
         feature_channels: Sequence[int] = (16, 32, 64, 128, 256),
-        norm: str = "group",
+        norm: Literal["batch", "group"] = "group",
         num_groups: int = 4,
         dropout: Sequence[float] = (0.0, 0.0, 0.3, 0.4, 0.5),
         weights: str | Path | None = None,

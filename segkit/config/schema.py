@@ -381,7 +381,7 @@ def check_targets(config: Config) -> None:
 
 
 def _check_optimizer(node: dict[str, Any]) -> None:
-    """Raise InputError for numbers that all optimizers of torch refuse; it imports torch to say so."""
+    """Raise InputError for numbers that any optimizer of torch refuses, before torch is imported."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
         at_least(f"optimizer.{name}", node.get(name), 0)
     require(

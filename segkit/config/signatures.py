@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KINDS = inspect.Parameter
-
 
 class Signature(NamedTuple):
     """``parameters`` without self, and the types of those that have one."""
@@ -59,40 +57,32 @@ def read_signature(module: str, name: str) -> Signature | None:
 
 
 def _read(node: Any, *, skip: int) -> Signature | None:
-    """The signature of the function ``node`` without the first ``skip`` parameters; None for another node."""
+    """The signature of the function ``node`` without the first ``skip`` parameters; None for another node.
+
+    Python reads it, from a function of the same arguments without a body; a default that is no constant is ``...``.
+    """
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return None
-    given = node.args
-    places = [*given.posonlyargs, *given.args]
-    missing: list[ast.expr | None] = [None] * (len(places) - len(given.defaults))
-    rows: list[tuple[ast.arg, ast.expr | None, Any]] = [
-        (item, value, KINDS.POSITIONAL_ONLY if item in given.posonlyargs else KINDS.POSITIONAL_OR_KEYWORD)
-        for item, value in zip(places, [*missing, *given.defaults], strict=True)
-    ]
-    rows += [(given.vararg, None, KINDS.VAR_POSITIONAL)] if given.vararg else []
-    rows += [(item, value, KINDS.KEYWORD_ONLY) for item, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
-    rows += [(given.kwarg, None, KINDS.VAR_KEYWORD)] if given.kwarg else []
-    parameters, hints = {}, {}
-    for item, value, kind in rows[skip:]:
-        default = KINDS.empty if value is None else _constant(value)
-        parameters[item.arg] = inspect.Parameter(item.arg, kind, default=default)
-        if item.annotation is not None:
-            hints[item.arg] = _type_of(item.annotation)
+    for defaults in (node.args.defaults, node.args.kw_defaults):
+        defaults[:] = [value if _is_constant(value) else ast.Constant(...) for value in defaults]
+    stub: dict[str, Any] = {}
+    exec(f"def read({ast.unparse(node.args)}): ...", {"__builtins__": {}}, stub)  # annotations stay text, as here
+    parameters = dict(list(inspect.signature(stub["read"]).parameters.items())[skip:])
+    hints = {name: _type_of(item.annotation) for name, item in parameters.items() if item.annotation is not item.empty}
     return Signature(parameters, hints)
 
 
-def _constant(value: ast.expr) -> Any:
-    """The value that ``value`` stands for, or the node itself if it is no constant."""
+def _is_constant(value: ast.expr | None) -> bool:
     try:
-        return ast.literal_eval(value)
+        value is None or ast.literal_eval(value)
     except ValueError:
-        return value
+        return False
+    return True
 
 
-def _type_of(annotation: ast.expr) -> Any:
+def _type_of(annotation: str) -> Any:
     """The type that an annotation of an installed package stands for; Any if that takes more than its text."""
-    text = annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
     try:
-        return eval(str(text), {"__builtins__": {}}, _Names(Path=Path))
+        return eval(annotation.strip("'\""), {"__builtins__": {}}, _Names(Path=Path))
     except Exception:  # an attribute of a class that stands for an unknown one
         return Any

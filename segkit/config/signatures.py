@@ -63,6 +63,7 @@ def _read(node: Any, *, skip: int) -> Signature | None:
     """
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return None
+    defaults: list[Any]
     for defaults in (node.args.defaults, node.args.kw_defaults):
         defaults[:] = [value if _is_constant(value) else ast.Constant(...) for value in defaults]
     stub: dict[str, Any] = {}

@@ -12,12 +12,13 @@ from typing import Any, overload
 import numpy as np
 import yaml
 
+from segkit import memory
 from segkit.config.compose import config_dir
 from segkit.config.dataset import RGB
 from segkit.config.targets import instantiate
 from segkit.data import bands, decode
 from segkit.data.labels import LabelTable
-from segkit.errors import InputError, did_you_mean
+from segkit.errors import InputError, did_you_mean, raised
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,7 @@ class SampleSet(Sequence[Item]):
         """
         sample = self.samples[index]
         shrunk = shrink > 1 and self.shrinkable(index)
-        image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self.load_image(sample)
-        self._check_array(image, "load_image", sample)
+        image = decode.read_rgb(sample.image, shrink=shrink) if shrunk else self._read(self.load_image, sample)
         bands.check_bands(image, sample.image, self.kind)
         return image
 
@@ -186,8 +186,7 @@ class SampleSet(Sequence[Item]):
                 f"split {self.split!r} of {self.name} has no labels; use a labelled split "
                 "(dataset.train_split, dataset.val_split) or `segkit predict`"
             )
-        raw = self.load_label(sample)
-        self._check_array(raw, "load_label", sample)
+        raw = self._read(self.load_label, sample)
         if raw.ndim != 2 or not raw.size or not np.issubdtype(raw.dtype, np.integer):
             raise InputError(
                 f"load_label gives {raw.dtype} of the shape {raw.shape} for {sample.name} of {self.name}, but must "
@@ -195,10 +194,23 @@ class SampleSet(Sequence[Item]):
             )
         return raw
 
-    def _check_array(self, value: Any, function: str, sample: Sample) -> None:
+    def _read(self, load: Callable[[Sample], np.ndarray], sample: Sample) -> np.ndarray:
+        """Call ``load``; InputError if it gives no array, or fails and is of the user's own."""
+        what = "load_image" if load is self.load_image else "load_label"
+        try:
+            value: Any = load(sample)
+        except Exception as error:
+            inner = load.func if isinstance(load, functools.partial) else load
+            ours = getattr(inner, "__module__", "").startswith("segkit.")
+            if ours or isinstance(error, InputError) or memory.is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{what} fails for {sample.name} of {self.name} ({raised(error)}): mend the reader"
+            ) from error
         if not isinstance(value, np.ndarray):
             kind = type(value).__name__
-            raise InputError(f"{function} gives a {kind} for {sample.name} of {self.name}, no array: mend the reader")
+            raise InputError(f"{what} gives a {kind} for {sample.name} of {self.name}, no array: mend the reader")
+        return value
 
     def to_train(self, index: int, raw: np.ndarray) -> np.ndarray:
         """Return train ids (H, W) uint8 of the raw label of sample ``index``; an InputError names its file."""

@@ -1,4 +1,4 @@
-"""What a reader, a model and a loss of the user's own give, tried before the first step."""
+"""What a model and a loss of the user's own give, tried before the first step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,10 @@ from segkit.data import SampleSet
 from segkit.data.transforms import target_size
 from segkit.errors import InputError, raised
 from segkit.models import Segmenter
-from segkit.run.splits import Splits
 from segkit.training.step import check_value
 
 STRIDE = 4
 """That of the logits that a loss is tried with."""
-
-
-def try_reader(config: Config, phase: str, splits: Splits) -> None:
-    """Read the first image and label of both splits; InputError if one is not what a data set holds."""
-    target = config.phase_dataset(phase).reader["_target_"]
-    for split in (splits.train, splits.val):
-        if target in GROUPS["reader"].permitted:
-            split[0]
-            continue
-        with _tried(f"{target}, to read {split.samples[0].name} of split {split.split},"):
-            split[0]
 
 
 def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import build_loss, build_optimizer, build_sampler
 from segkit.run.folder import RunFolder
-from segkit.run.own import try_loss, try_model, try_reader
+from segkit.run.own import try_loss, try_model
 from segkit.run.plan import PhasePlan, plan_phase
 from segkit.run.splits import Splits
 from segkit.run.validation import Validation
@@ -81,8 +81,8 @@ def prepare_phase(
     config: Config, name: str, *, splits: Splits, model: Segmenter, device: torch.device, cache_dir: Path
 ) -> Phase:
     """Count the labels of phase ``name``, and build its loss and its optimizer. Raises what they refuse."""
-
-    try_reader(config, name, splits)
+    for split in (splits.train, splits.val):
+        split[0]  # a first image shows what is wrong with all
 
     def count() -> str:
         return count_labels(splits.train, workers=config.workers, cache_dir=cache_dir).to_json()

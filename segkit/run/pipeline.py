@@ -79,7 +79,7 @@ def check_machine(config: Config, device: torch.device) -> None:
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
             "or set sync_batchnorm=false"
         )
-    sinks.check_tracker(config.tracker.value, unreachable)
+    distributed.on_main(lambda: sinks.check_tracker(config.tracker.value, unreachable))
     compilers = (os.environ.get("CXX") or "g++", "clang++", "c++", "cl")
     if config.compile and not any(map(shutil.which, compilers)):
         raise InputError(

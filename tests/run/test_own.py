@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,8 @@ from segkit.errors import InputError
 from segkit.losses import SumLoss
 from segkit.models import Segmenter
 from segkit.run.build import build_optimizer, segmenter
-from segkit.run.own import try_loss, try_model, try_reader
-from segkit.run.splits import Splits, open_phases
+from segkit.run.own import try_loss, try_model
+from segkit.run.splits import open_phases
 
 CPU = torch.device("cpu")
 TABLE = {
@@ -185,15 +186,13 @@ def test_a_model_that_can_be_trained_is_in_training_mode_afterwards(monkeypatch)
         ({"load_label": lambda _: np.ones((0, 0), np.uint8)}, r"gives uint8 of the shape \(0, 0\)"),
         ({"load_image": lambda _: None}, "load_image gives a NoneType for first of own, no array"),
         ({"load_image": lambda _: np.ones((9, 13, 3))}, r"an array of float64 of the shape \[9, 13, 3\]"),
-        (
-            {"load_image": lambda _: {}["a"]},
-            r"own.read, to read first of split val, fails \(KeyError: 'a' in test_own.py",
-        ),
+        ({"load_image": lambda _: {}["a"]}, r"load_image fails for first of own \(KeyError: 'a' in test_own.py, line"),
+        ({"load_label": partial(np.load, allow_pickle=3)}, r"load_label fails for first of own \(TypeError: "),
     ],
 )
 def test_a_reader_gives_images_and_labels(changes, message):
     with pytest.raises(InputError, match=message):
-        try_reader(CONFIG, "late", Splits(samples(), samples(**changes)))
+        samples(**changes)[0]
 
 
 def test_what_a_reader_makes_is_checked(monkeypatch):

@@ -63,11 +63,11 @@ def _read(node: Any, *, skip: int) -> Signature | None:
     """
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return None
-    defaults: list[Any]
-    for defaults in (node.args.defaults, node.args.kw_defaults):
+    given: Any = node.args
+    for defaults in (given.defaults, given.kw_defaults):
         defaults[:] = [value if _is_constant(value) else ast.Constant(...) for value in defaults]
     stub: dict[str, Any] = {}
-    exec(f"def read({ast.unparse(node.args)}): ...", {"__builtins__": {}}, stub)  # annotations stay text, as here
+    exec(f"def read({ast.unparse(given)}): ...", {"__builtins__": {}}, stub)  # annotations stay text, as here
     parameters = dict(list(inspect.signature(stub["read"]).parameters.items())[skip:])
     hints = {name: _type_of(item.annotation) for name, item in parameters.items() if item.annotation is not item.empty}
     return Signature(parameters, hints)

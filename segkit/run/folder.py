@@ -153,6 +153,15 @@ class RunFolder:
             write_files(self.path, splits)
         write_json(recorded, {**first, "starts": [*first.get("starts", []), {**start, "changes": changes}]})
 
+    def check_whole(self) -> None:
+        """Raise InputError if what :meth:`start` wrote is gone, so that no verb could open the run."""
+        gone = [name for name in ("config.yaml", "provenance.json") if not (self.path / name).is_file()]
+        if gone:
+            raise InputError(
+                f"{self.path} lost its {' and '.join(gone)} while it was trained in: run the same command again, which "
+                "writes them from what is there"
+            )
+
     def earlier_metrics(self, name: str) -> bytes:
         """metrics.jsonl of the phases before ``name``, one after the other."""
         before = list(self.config.schedule)[: list(self.config.schedule).index(name)]

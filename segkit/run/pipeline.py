@@ -61,6 +61,7 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
                 phase = phases.pop(name)  # with it goes the state of its optimizer
                 with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stopping):
                     results = train_phase(phase, folder, stopping)
+            distributed.on_main(folder.check_whole)
         print_main(class_table(results))  # within the group: after it every process is a main one
         print_main(f"run folder: {folder.path}")
         place = shlex.quote(str(folder.path))

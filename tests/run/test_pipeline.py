@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
+from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
+from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
 
@@ -178,6 +181,22 @@ def test_logits_that_are_not_finite_after_a_step_name_what_mends_it(train, tmp_p
     with pytest.raises(InputError, match=message):
         train("run", "optimizer.lr=1e30", "limit_steps=1")
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "train").values())
+
+
+def test_a_folder_that_is_deleted_while_it_trains_can_be_mended(train, monkeypatch):
+    real = Validation.__call__
+
+    def delete(self, model, step):
+        shutil.rmtree(self.tracker.folder.parent)
+        self.tracker.folder.mkdir(parents=True)
+        return real(self, model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "__call__", delete)
+        with pytest.raises(InputError, match=r"run lost its config.yaml and provenance.json while it was trained in"):
+            train("run")
+    folder = train("run")
+    assert open_run(folder).config.batch_size == 2
 
 
 def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):

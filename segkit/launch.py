@@ -179,16 +179,12 @@ def _check_extreme(overrides: list[str]) -> None:
     """Raise InputError if a search may come to ``overrides``, of which the last is a value of its own, in vain."""
     from segkit.config.compose import compose
 
-    dirs, more = [], []
-    for option in passed_on():
-        key, _, value = option.partition("=")
-        if key == "--config-dir":
-            dirs.append(value)
-        else:
-            more.append(option)
+    options = passed_on()
+    dirs = [text.removeprefix("--config-dir=") for text in options if text.startswith("--")]
+    places = [text for text in options if not text.startswith("--")]
     try:
         with sentences():
-            check_job(compose([*more, *overrides], config_dirs=dirs))
+            check_job(compose([*places, *overrides], config_dirs=dirs))
     except InputError as error:
         raise InputError(f"the search may come to {overrides[-1]}: {error}; narrow sweep.space") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MOST_DEFLATED = 200
@@ -84,6 +84,15 @@ def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
     if value not in choices:
         allowed = ", ".join("null" if c is None else str(c) for c in choices)
         raise InputError(f"{name} must be one of {allowed}, got {value!r}; set loss.{name}")
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int, most: float = 1.0) -> None:
+    """Raise InputError unless every channel has one mean, of at most ``most``, and one positive deviation."""
+    if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > most:
+        raise InputError(
+            f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "
+            "for colours from 0 to 1, and positive deviations: set model.mean=null model.std=null"
+        )
 
 
 def check_archive(path: Path, *, cure: str, stored: bool = False) -> None:

@@ -157,9 +157,10 @@ WAITS_NOT_FOR = {
     "model.encoder_weights=/nowhere": HEAVY,
     "model=coplenet model.weights=/nowhere": HEAVY,
     "init_from=/nowhere": HEAVY,
+    "model.mean=[1,2]": HEAVY,
+    "model=smp model.std=[]": HEAVY,
     "loss.tau=-1": {"torch._dynamo", "albumentations", *MODEL_LIBRARIES},
     "optimizer.eps=0": {"torch._dynamo", *MODEL_LIBRARIES},
-    "model.mean=[1,2]": MODEL_LIBRARIES,
 }
 """Overrides with a mistake -> modules that need not be imported to find it; ever fewer, as they are tried in turn."""
 TRY = """

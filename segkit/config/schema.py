@@ -18,9 +18,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from segkit.config.dataset import DatasetConfig, at_least, require
+from segkit.config.dataset import RGB, DatasetConfig, at_least, require
 from segkit.config.targets import GROUPS, check_node, group_name
-from segkit.errors import MOST_NUMBER
+from segkit.errors import MOST_NUMBER, check_normalisation
 
 MOST_STEPS = 10**9
 """Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
@@ -149,10 +149,8 @@ class EvaluationConfig:
     pictures: int = 4
 
     def __post_init__(self) -> None:
-        at_least("evaluation.every_steps", self.every_steps, 1)
-        at_least("evaluation.batch_size", self.batch_size, 1)
-        at_least("evaluation.max_images", self.max_images, 1)
-        at_least("evaluation.pictures", self.pictures, 0)
+        for key, least in {"every_steps": 1, "batch_size": 1, "max_images": 1, "pictures": 0}.items():
+            at_least(f"evaluation.{key}", getattr(self, key), least)
         require(
             self.every_epochs is None or 0 < self.every_epochs <= MOST_STEPS,
             f"evaluation.every_epochs is {self.every_epochs}, but must be positive, at most {MOST_STEPS}, or null: "
@@ -378,6 +376,9 @@ def check_targets(config: Config) -> None:
         check_node(node, dict.fromkeys(FACTS[group_name(key)], object()), key=key)
     if config.optimizer["_target_"] in GROUPS["optimizer"].permitted:
         _check_optimizer(config.optimizer)
+    if config.model["_target_"] in GROUPS["model"].permitted and config.images.kind == RGB:
+        given = (config.model.get(name) for name in ("mean", "std"))
+        check_normalisation(*([0.5] * 3 if values is None else values for values in given), num_channels=3)
 
 
 def _check_optimizer(node: dict[str, Any]) -> None:

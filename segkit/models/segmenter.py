@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from segkit.errors import InputError
+from segkit.errors import InputError, check_normalisation
 
 PerChannel = tuple[float, ...]
 
@@ -115,12 +115,3 @@ def set_normalisation(
     stds = tuple(float(value) for value in (default_std if std is None else std))
     check_normalisation(means, stds, num_channels=len(default_mean))
     vars(net).update(input_mean=means, input_std=stds)
-
-
-def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int, most: float = 1.0) -> None:
-    """Raise InputError unless every channel has one mean and one positive deviation."""
-    if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > most:
-        raise InputError(
-            f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "
-            "for colours from 0 to 1, and positive deviations: set model.mean=null model.std=null"
-        )

@@ -14,13 +14,7 @@ from torch import nn
 
 from segkit.errors import InputError, first_line
 from segkit.models.any_size import Windowed, accept_any_size, mix_in
-from segkit.models.segmenter import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    check_normalisation,
-    normalisation,
-    set_normalisation,
-)
+from segkit.models.segmenter import normalisation, set_normalisation
 from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
 
 SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d")
@@ -56,10 +50,6 @@ def smp_model(
     Transformers of timm take their size from the image where they can; to those that cannot it is given in windows.
     InputError for an unknown name (with the nearest ones), an unknown option, or weights that are unavailable.
     """
-    if in_channels == 3:
-        given = (IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std)
-        check_normalisation(*given, num_channels=3)
-
     import segmentation_models_pytorch as smp
 
     name = _architecture(arch)

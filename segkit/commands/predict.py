@@ -41,7 +41,8 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     from segkit.commands.scorers import load
     from segkit.data.decode import orientation
-    from segkit.data.files import find_images
+    from segkit.data.files import find_images, walk
+    from segkit.data.layout import UNREAD
     from segkit.evaluation.predict import predict_files
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
@@ -74,6 +75,8 @@ def run(argv: Sequence[str]) -> None:
     for _, reason in failed:
         show(f"skipped: {reason}", error=True)
     show(f"written: {num_written} predictions in {arguments.output}")
+    if unread := walk(Path(arguments.input), UNREAD) if Path(arguments.input).is_dir() else []:
+        show(f"note: {len(unread)} images were left out, as their form is not read: {unread[0]} for one", error=True)
     turned = sum(orientation(path) != 1 for path in images.values())
     if turned:
         show(

@@ -168,7 +168,7 @@ def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str
             "(hidden ones do not count)"
         )
     names = [path.relative_to(root) for path in files]
-    shared = Counter(name.with_suffix("") for name in names)
+    shared = Counter([*names, *(name.with_suffix("") for name in names)])
     return {
         (name if shared[name.with_suffix("")] > 1 else name.with_suffix("")).as_posix(): path
         for name, path in zip(names, files, strict=True)

@@ -208,8 +208,9 @@ class Layout:
             if lonely:
                 path = Path(wanted.replace("{id}", lonely[0]).replace("{city}", lonely[0].split("_")[0]))
                 refuse(
-                    f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing{near_miss(path)})"
-                    f"{and_more(lonely)}; unpack the {other}s again or remove the {kind}"
+                    f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing"
+                    f"{near_miss(path, but=found[lonely[0]])}){and_more(lonely)}; unpack the {other}s again or "
+                    f"remove the {kind}"
                 )
         return [Sample(key, file, (labels[key],)) for key, file in images.items() if key in labels]
 
@@ -246,11 +247,11 @@ def inside(root: Path, relative: str, *, list_file: Path) -> Path:
     return root / path
 
 
-def near_miss(path: Path) -> str:
+def near_miss(path: Path, *, but: Path | None = None) -> str:
     """Return which file its user probably meant by a missing ``path``, for a sentence; "" if there is none.
 
     That is a file beside it, or in a folder whose name differs in case, with the same name but for upper and lower
-    case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png).
+    case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png). ``but`` is none.
     """
     folder = path.parent
     if not os.path.isdir(folder):
@@ -261,7 +262,7 @@ def near_miss(path: Path) -> str:
         return ""
     for name in names:
         how = "in its folder's name" if name == path.name else _difference(path.name, name)
-        if how:
+        if how and folder / name != but:
             return f", but {folder / name} is there, whose name differs {how}"
     return ""
 

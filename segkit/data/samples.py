@@ -228,9 +228,11 @@ class SampleSet(Sequence[Item]):
         image_h, image_w = image_size if shrink == 1 else bands.image_size(sample.image)
         label_h, label_w = label_size
         label_file = sample.labels[0] if sample.labels else sample.name
+        turned = (label_w, label_h) == (image_h, image_w) and decode.orientation(sample.image) > 4
+        cure = "turn the pixels of the image and remove its orientation tag" if turned else "mend the pair"
         raise InputError(
             f"image {sample.image} is {image_w}x{image_h} but its label {label_file} is {label_w}x{label_h}; "
-            "both must have the same size: mend the pair or remove it from the split"
+            f"both must have the same size: {cure} or remove it from the split"
         )
 
     def subset(self, indices: Sequence[int]) -> SampleSet:

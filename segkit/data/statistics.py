@@ -83,9 +83,19 @@ class LabelCounts:
 def fingerprint(dataset: SampleSet) -> str:
     """Return a hash (32 hex digits) of everything that the content of a split depends on, wherever it lies.
 
-    Names, sizes and modification times of all its files, its order, the label table, and the two reading functions with
-    their options. Raises InputError for a file that is missing.
+    Names, sizes and modification times of all its files, its order, and :func:`meaning`. Raises InputError for a file
+    that is missing.
     """
+    digest = hashlib.blake2b(meaning(dataset).encode(), digest_size=16)
+    for sample in dataset.samples:
+        digest.update(f"\n{sample.name}".encode())
+        for path in (sample.image, *sample.labels) if sample.labels or not dataset.labelled else ():
+            digest.update(file_state(path).encode())
+    return digest.hexdigest()
+
+
+def meaning(dataset: SampleSet) -> str:
+    """Return, as JSON, what the files of a split mean: the label table, and the readers with their options."""
     table = dataset.table
     head = {
         "split": dataset.split,
@@ -94,12 +104,7 @@ def fingerprint(dataset: SampleSet) -> str:
         "readers": [_describe(reader) for reader in (dataset.load_image, dataset.load_label)],
         "labelled": dataset.labelled,
     }
-    digest = hashlib.blake2b(json.dumps(head, default=str).encode(), digest_size=16)
-    for sample in dataset.samples:
-        digest.update(f"\n{sample.name}".encode())
-        for path in (sample.image, *sample.labels) if sample.labels or not dataset.labelled else ():
-            digest.update(file_state(path).encode())
-    return digest.hexdigest()
+    return json.dumps(head, default=str)
 
 
 def file_state(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from segkit.config.schema import Config, is_free, plain
 from segkit.data import SampleSet
 from segkit.data.files import read_bytes
-from segkit.data.statistics import file_state
+from segkit.data.statistics import file_state, meaning
 from segkit.errors import InputError
 from segkit.files import write_atomically
 from segkit.progress import show
@@ -20,6 +20,9 @@ from segkit.run.splits import Splits
 
 FILES = "files.json.gz"
 """File of a run folder: the state of every data file when the run was started first."""
+
+MEANING = ""
+"""Its name, which no sample has, of what values of labels mean."""
 
 EFFECTIVE = (
     "optimizer.*",
@@ -88,11 +91,11 @@ def write_files(path: Path, splits: dict[str, Splits]) -> None:
     write_atomically(path / FILES, gzip.compress(content, mtime=0))
 
 
-def check_files(path: Path, splits: dict[str, Splits]) -> None:
-    """Raise InputError if samples were added, removed or changed since :func:`write_files`.
+def check_files(path: Path, splits: dict[str, Splits], *, may_change: bool) -> None:
+    """Raise InputError if samples were added, removed or changed since :func:`write_files`, or mean something else.
 
-    Files that all have the same sizes and all have other times were copied, as before every start on a cluster: that
-    is only said.
+    Where they ``may_change``, what the values of labels mean may not. Files that all have the same sizes and all have
+    other times were copied, as before every start on a cluster: that is only said.
     """
     place = path / FILES
     if not place.exists():
@@ -108,10 +111,18 @@ def check_files(path: Path, splits: dict[str, Splits]) -> None:
         raise InputError(f"{place} cannot be read ({error}): delete it to go on without the comparison") from None
     now = _states(splits)
     for key, states in now.items():
-        old = before.get(key, {})
+        old = {MEANING: states[MEANING]} | before.get(key, {})
+        if old[MEANING] != states[MEANING]:
+            raise InputError(
+                f"classes or values of labels of {key} have another meaning than when the run in {path} was started: "
+                "restore the file of classes and the options of the reader, or choose another hydra.run.dir"
+            )
+        if may_change:
+            continue
         changed = [name for name in states.keys() & old.keys() if states[name] != old[name]]
         added, removed = states.keys() - old.keys(), old.keys() - states.keys()
-        if states.keys() == old.keys() and all(_is_copied(state, old[name]) for name, state in states.items()):
+        copied = (_is_copied(state, old[name]) for name, state in states.items() if name != MEANING)
+        if states.keys() == old.keys() and all(copied):
             show(f"note: the files of {key} were copied since the run was started (the same sizes, all at other times)")
         elif changed or added or removed:
             first = min([*changed, *added, *removed])
@@ -146,7 +157,7 @@ def _states(splits: dict[str, Splits]) -> dict[str, dict[str, str]]:
 
 def _split_states(split: SampleSet) -> dict[str, str]:
     has_files = bool(split.samples and split.samples[0].labels) or not split.labelled  # painted samples have none
-    return {
+    return {MEANING: meaning(split)} | {
         sample.name: "".join(map(file_state, (sample.image, *sample.labels))) if has_files else ""
         for sample in split.samples
     }

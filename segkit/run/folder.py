@@ -93,8 +93,7 @@ class RunFolder:
         if not self.config.resume:
             raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")
         changes = check_changes(self.path, read_config_text(saved, cure=CONFIG_CURE), self.config)
-        if not self.config.ignore_config_change:
-            check_files(self.path, splits)
+        check_files(self.path, splits, may_change=self.config.ignore_config_change)
         return changes
 
     def _check_places(self) -> None:

@@ -144,6 +144,7 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     Image.fromarray(generator.integers(0, 256, (1, 40, 3), np.uint8)).save(pictures / "row.png")
     (pictures / "empty.png").write_bytes(b"")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (pictures / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(SystemExit) as stopped:
         call(predict, finished, "--input", pictures, "--output", tmp_path / "out")
     assert stopped.value.code == 1
@@ -151,6 +152,7 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     assert "skipped: " in skipped
     assert "broken.jpg" in skipped
     assert "empty.png" in skipped
+    assert "note: 1 images were left out, as their form is not read: " in skipped
     labels = {}
     for path in (tmp_path / "out" / "labels").glob("*.png"):
         with Image.open(path) as label:

@@ -39,6 +39,18 @@ BAD = {
         first_annotation(segmentation=[["1", "1", "9", "1", "9", "9"]]),
         r"annotation 0 of .* is no list of positions x, y in pixels",
     ),
+    "shares": (
+        "coco polygons",
+        COCO,
+        first_annotation(segmentation=[[0.1, 0.1, 0.9, 0.1, 0.5, 1.0]]),
+        r"annotation 0 of .* lies within the first pixel of its image: give positions in pixels, or remove it",
+    ),
+    "size in quotes": (
+        "coco polygons",
+        COCO,
+        changed(lambda content: content["images"][0].update(width="48")),
+        r"is of an image of '48'x40 pixels, but .*a.jpg has 48x40: annotate the image as it is",
+    ),
     "three coordinates": (
         "labelme",
         LABELME,
@@ -85,14 +97,14 @@ BAD = {
         "coco polygons",
         COCO,
         first_annotation(category_id=[1]),
-        r"has annotations of None, which classes.yaml",
+        r"annotation 0 of .*train.json is of category_id \[1\], which is none of its categories: correct or remove it",
     ),
     "image id": (
         "coco polygons",
         COCO,
         first_annotation(image_id=77),
         r"annotation 0 of .* is of image_id 77, which is "
-        r"none of its images: remove it, or add the image to the list",
+        r"none of its images: correct or remove it, or add what it names to the list",
     ),
     "image": (
         "coco polygons",
@@ -194,6 +206,18 @@ BAD = {
         changed(lambda text: text + "x 0 0 1 1 0 1\n"),
         r"line 5 of .*a.txt is no polygon of YO",
     ),
+    "YOLO pixels": (
+        "yolo",
+        YOLO,
+        changed(lambda text: "0 0 0 30 0 30 20\n"),
+        r"line 1 of .*a.txt has the position 30, but positions are shares of width and height, from 0 to 1: export",
+    ),
+    "YOLO confidence": (
+        "yolo",
+        YOLO,
+        changed(lambda text: "0 0.1 0.1 0.5 0.1 0.5 0.5 0.93\n"),
+        r"line 1 of .*a.txt is no polygon of YOLO, which is a class number and x y x y",
+    ),
     "YOLO class": (
         "yolo",
         YOLO,
@@ -253,6 +277,11 @@ def test_masks_of_two_kinds_and_labels_of_two_formats_are_named(tmp_path):
     with pytest.raises(
         InputError, match=r"of several formats \(masks: .*, labelme: .*c.json\): set dataset.reader.format=masks or th"
     ):
+        open_dataset("folder", root=tmp_path, split="train")
+    assert len(open_dataset("folder", root=tmp_path, split="train", format="masks")) == 4
+    (tmp_path / "labels" / "train" / "c.json").unlink()
+    (tmp_path / "labels" / "train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(InputError, match=r"of several formats \(coco: .*train\.json, masks: .*png\): set dataset\.r"):
         open_dataset("folder", root=tmp_path, split="train")
     assert len(open_dataset("folder", root=tmp_path, split="train", format="masks")) == 4
 

@@ -41,6 +41,8 @@ def test_files_are_found_by_folder_pattern_and_name(tmp_path):
         "a.png": "a.png",
         "y/c": "y/c.PNG",
     }
+    (source / "a.png.png").write_bytes(b"-")
+    assert set(find_images(source, output=source / "out")) == {"a.jpg", "a.png", "a.png.png", "y/c"}
     assert list(find_images(source / "*.jpg")) == ["a"]
     assert list(find_images(str(source / "**/c.*"))) == ["c"]
     assert list(find_images(source / "d.txt")) == ["d"]  # named by the user: tried

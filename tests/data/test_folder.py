@@ -159,6 +159,11 @@ def test_a_photo_in_a_form_that_is_not_read_is_a_near_miss(root):
         open_dataset("folder", root=root, split="train")
 
 
+def test_an_image_beside_which_its_label_is_missing_is_no_near_miss_of_it(root):
+    with pytest.raises(InputError, match=r"0000.jpg of folder has no label \(.*images/train/0000.png is missing\) and"):
+        open_dataset("folder", root=root, split="train", labels="images")
+
+
 def test_files_of_another_split_do_not_matter(root, listed):
     write(root / "images" / "train" / "0000.bmp", np.zeros((4, 4, 3)))
     (root / "labels" / "train" / "0001.png").unlink()

@@ -19,6 +19,8 @@ from label_files import (
     write_images,
     write_yolo,
 )
+from PIL import Image
+from PIL.ExifTags import Base
 
 from segkit.check.check import check
 from segkit.cli import verb_function
@@ -29,6 +31,8 @@ from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
 from segkit.run.splits import open_phases
+
+ORIENTATION = Base.Orientation
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -157,8 +161,8 @@ def test_the_data_yaml_of_yolo_names_classes_and_folders(tmp_path, names, layout
         ("train: images/train\nnc: 3\n" + LIST, r"data\.yaml has nc: 3, but 2 names: correct one of the two"),
         (f"train: {'x' * 300}/a\n" + LIST, r"names no folder of split 'train' that is below"),
         ("train: images/train\nnames: {0: tool, 1: ''}", r"has the name '', which is no text"),
-        ("train: images/train\nnc: 2", r"data\.yaml has no names of classes: write `names: \[tool, hand\]`"),
-        ("train: images/train\nnames: {1: tool, 2: hand}", r"has no names of classes"),
+        ("train: images/train\nnc: 2", r"data\.yaml has no names .*: write `names: \[tool, hand\]`, or `0"),
+        ("train: images/train\nnames: {1: tool, 2: hand}", r"no names of classes that are numbered 0, 1, 2"),
         ("train: images/train\nnames: {0: [tool], 1: hand}", r"has no names of classes"),
         ("train: images/train\nnames: [tool, no]", r"has the class name no, which YAML reads as bool and not as text"),
         ("train: images/train\nnames: [tool, tool]", r"names a class twice: tool"),
@@ -186,6 +190,49 @@ def test_a_rectangle_of_labelme_is_a_polygon(tmp_path):
     first_shape(points=[[3], 4])(tmp_path, "a.json")
     with pytest.raises(InputError, match=r"shape 0 of .* is a rectangle without two corners: correct or remove it"):
         open_dataset("folder", root=tmp_path, split="train", **options).label(0)
+
+
+def test_ids_of_coco_may_be_text_or_such_floats_as_tables_make_of_them(tmp_path):
+    """Of the images, of the categories, and of either in an annotation."""
+    make(tmp_path, "coco polygons")
+
+    def change(content):
+        for entry in content["images"]:
+            entry["id"] = str(entry["id"])
+        for entry in content["annotations"]:
+            entry.update(image_id=str(entry["image_id"]), category_id=float(entry["category_id"]))
+
+    changed(change)(tmp_path, "instances_train.json")
+    for item in open_dataset("folder", root=tmp_path, split="train"):
+        np.testing.assert_array_equal(item.label, drawn(shapes_of(item.name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tag", "is_read"),
+    [
+        ("labelme", SIZE, 1, True),
+        ("labelme", SIZE, 3, False),
+        ("labelme", SIZE, 6, True),  # the file says that it is of the stored pixels
+        ("labelme", SIZE[::-1], 6, False),
+        ("labelme", (44, 44), 8, False),
+        ("yolo", SIZE, 8, False),
+    ],
+)
+def test_polygons_of_images_that_are_shown_turned_are_refused(tmp_path, name, size, tag, is_read):
+    """Programs that draw polygons turn photos by their tag, so that the polygons lie elsewhere in the stored pixels."""
+    options = make(tmp_path, name)
+    exif = Image.Exif()
+    exif[ORIENTATION] = tag
+    stored = size if tag == 8 else SIZE
+    save(tmp_path / "images" / "train" / "a.jpg", np.zeros((*stored, 3), np.uint8), exif=exif)
+    if name == "labelme":
+        changed(lambda content: content.update(imageHeight=size[0], imageWidth=size[1]))(tmp_path, "a.json")
+    data = open_dataset("folder", root=tmp_path, split="train", **options)
+    if is_read:
+        assert data.label(0).any()
+        return
+    with pytest.raises(InputError, match=r"a\.jpg has an orientation tag, so the polygons of .* turn its pixels and"):
+        data.label(0)
 
 
 def test_polygons_of_one_class_in_void_are_counted(tmp_path):

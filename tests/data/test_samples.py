@@ -83,8 +83,13 @@ def test_own_reading_functions_and_pickling():
 
 def test_size_mismatch_names_both_files(tmp_path):
     data = made([pair_of_files(tmp_path, "x", size=(4, 6), label_size=(6, 4))])
-    expected = r"image .*x\.png is 6x4 but its label .*x_label\.png is 4x6; both must have the same size"
+    expected = r"image .*x\.png is 6x4 but its label .*x_label\.png is 4x6; both must have the same size: mend"
     with pytest.raises(InputError, match=expected):
+        data[0]
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (6, 4)).save(data.samples[0].image, exif=exif)
+    with pytest.raises(InputError, match=r"the same size: turn the pixels of the image and remove its orientation tag"):
         data[0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from segkit.config.compose import compose
 from segkit.config.schema import plain
@@ -135,6 +136,26 @@ def test_changed_data_are_refused_with_their_number(train, tmp_path):
     with pytest.raises(InputError, match=message):
         train("run", data=data)
     train("run", "ignore_config_change=true", data=data)
+
+
+def test_labels_of_another_meaning_are_refused(tmp_path, train):
+    """Also where changed files are allowed: a run has trained for the classes that it began with."""
+    root = make_sample("folder", tmp_path / "data", num_images=4, scale=0.1)
+    data = ("dataset=folder", f"dataset.root={root}")
+    train("run", data=data)
+    table = root / "classes.yaml"
+    text = table.read_text()
+    first, second = yaml.safe_load(text)["names"][:2]
+    for changed in (text.replace(first, "other"), text.replace(first, "?").replace(second, first).replace("?", second)):
+        assert changed != text
+        table.write_text(changed)
+        for more in (), ("ignore_config_change=true", "optimizer.lr=1e-3"):
+            with pytest.raises(
+                InputError, match=r"labels of phase train, train have another meaning than when the run"
+            ):
+                train("run", *more, data=data)
+    table.write_text(text + "\n# said again\n")
+    train("run", data=data)
 
 
 def test_copied_data_are_said(train, tmp_path, capsys):

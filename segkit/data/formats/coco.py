@@ -24,6 +24,9 @@ PLACES = ("{labels}/{split}.json", "annotations/instances_{split}.json", "annota
 WHOLE = ("{labels}.json", "annotations.json", "{images}/_annotations.coco.json", "_annotations.coco.json")
 """Where a file of all images may lie below the root."""
 
+ID = int | float | str
+"""Types of an id; 1.0, as tables of other programs have it, is 1."""
+
 
 @dataclass(frozen=True)
 class Content:
@@ -63,17 +66,12 @@ def check_categories(path: Path, meaning: Meaning) -> None:
     """Raise InputError, once for a whole file, if annotations are of categories that the file of classes lacks."""
     content = _content(str(path), os.stat(path).st_mtime_ns)
     used = (item for items in content.annotations.values() for _, item in items if not item.get("iscrowd"))
-    unknown = {_name(item, content) for item in used} - set(meaning.values)
+    unknown = {content.names[item["category_id"]] for item in used} - set(meaning.values)
     if unknown:
         raise InputError(
             f"label {path} has annotations of {', '.join(sorted(map(repr, unknown)))}, which classes.yaml does not "
             f"know; allowed are {', '.join(meaning.values)}: correct them, or add them to names, or to ignore"
         )
-
-
-def _name(item: dict[str, Any], content: Content) -> str | None:
-    category = item.get("category_id")
-    return content.names.get(category) if isinstance(category, int) else None
 
 
 def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
@@ -84,7 +82,8 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
     label = blank_label(sample, meaning, (entry.get("height"), entry.get("width")))
     for number, item in content.annotations.get(entry["id"], []):
         where = f"annotation {number} of {path} (image {entry['file_name']!r})"
-        value = meaning.crowd if item.get("iscrowd") else meaning.value(_name(item, content), where=where)
+        is_crowd = item.get("iscrowd")
+        value = meaning.crowd if is_crowd else meaning.value(content.names[item["category_id"]], where=where)
         region = item.get("segmentation")
         if isinstance(region, dict):
             label[_mask(region, label.shape, where)] = value
@@ -103,12 +102,12 @@ def _content(path: str, modified: int) -> Content:
     entries = {}
     for entry in content["images"]:
         name = entry.get("file_name")
-        if not isinstance(name, str) or not name or not isinstance(entry.get("id"), int | str):
+        if not isinstance(name, str) or not name or not isinstance(entry.get("id"), ID):
             raise InputError(f"label {file} has an image without id or file_name: export it again")
         if without_suffix(name) in entries:
-            raise InputError(f"label {file} has the image {name!r} twice: remove one of the two")
+            raise InputError(f"label {file} has the image {name!r} twice, or but for its extension: remove one")
         entries[without_suffix(name)] = entry
-    named = [(item["id"], str(item.get("name"))) for item in content["categories"] if isinstance(item.get("id"), int)]
+    named = [(item["id"], str(item.get("name"))) for item in content["categories"] if isinstance(item.get("id"), ID)]
     names = dict(named)
     for kind, found in ("image", [entry["id"] for entry in entries.values()]), ("category", [i for i, _ in set(named)]):
         if twice := [number for number, times in Counter(found).items() if times > 1]:
@@ -119,11 +118,13 @@ def _content(path: str, modified: int) -> Content:
     ids = {entry["id"] for entry in entries.values()}
     annotations = defaultdict(list)
     for number, item in enumerate(content["annotations"]):
-        if not isinstance(item.get("image_id"), int | str) or item["image_id"] not in ids:
-            raise InputError(
-                f"annotation {number} of {file} is of image_id {item.get('image_id')!r}, which is none of its images: "
-                "remove it, or add the image to the list"
-            )
+        for key, known, kind in ("image_id", ids, "images"), ("category_id", names, "categories"):
+            found_id = item.get(key)
+            if (kind == "images" or not item.get("iscrowd")) and not (isinstance(found_id, ID) and found_id in known):
+                raise InputError(
+                    f"annotation {number} of {file} is of {key} {found_id!r}, which is none of its {kind}: correct or "
+                    "remove it, or add what it names to the list"
+                )
         if item.get("iscrowd") not in (None, 0, 1):
             raise InputError(
                 f"annotation {number} of {file} has iscrowd {item['iscrowd']!r}, but takes 0 or 1: correct it"

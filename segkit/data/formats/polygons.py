@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from segkit.data.bands import image_size
+from segkit.data.decode import orientation
 from segkit.data.files import read_text
 from segkit.data.labels import VOID
 from segkit.data.samples import Sample
@@ -88,6 +89,8 @@ def ring_of(numbers: Any, size: Size, *, where: str) -> np.ndarray:
     ring = flat.reshape(-1, 2)
     if len(ring) < 3:
         raise InputError(f"{where} has {len(ring)} points, but a polygon has three or more: correct or remove it")
+    if ring.max() <= 1 < max(size):
+        raise InputError(f"{where} lies within the first pixel of its image: give positions in pixels, or remove it")
     if (ring.max(0) <= 0).any() or (ring.min(0) >= size[::-1]).any():
         raise InputError(
             f"{where} lies outside of the image, which has {size[1]}x{size[0]} pixels: correct or remove it"
@@ -99,13 +102,19 @@ def blank_label(sample: Sample, meaning: Meaning, declared: Sequence[Any] = (Non
     """Return a label uint8 (H, W) of the size of the sample's image, without a polygon as yet.
 
     Raises InputError if the sample's label is of an image of another size: ``declared``, (height, width), of which None
-    says nothing.
+    says nothing; and for an image with an orientation tag, which most programs draw turned, unless ``declared`` says
+    that this one did not.
     """
-    size = image_size(sample.image)
+    size, tag = image_size(sample.image), orientation(sample.image)
+    if tag != 1 and not (tag > 4 and tuple(declared) == size != size[::-1]):
+        raise InputError(
+            f"image {sample.image} has an orientation tag, so the polygons of {sample.labels[0]} may be those of the "
+            "turned image: turn its pixels and remove the tag, or remove the tag alone if they fit the pixels as stored"
+        )
     if any(said is not None and said != side for said, side in zip(declared, size, strict=True)):
         raise InputError(
-            f"label {sample.labels[0]} is of an image of {declared[1]}x{declared[0]} pixels, but {sample.image} has "
-            f"{size[1]}x{size[0]}: annotate the image as it is, or put the annotated one there"
+            f"label {sample.labels[0]} is of an image of {declared[1]!r}x{declared[0]!r} pixels, but {sample.image} "
+            f"has {size[1]}x{size[0]}: annotate the image as it is, or put the annotated one there"
         )
     return np.full(size, meaning.unlabelled, np.uint8)
 

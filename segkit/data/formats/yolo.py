@@ -33,7 +33,10 @@ def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:
     if isinstance(names, dict) and names.keys() == set(range(len(names))):
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path} has no names of classes: write `names: [tool, hand]`, or `0: tool` line by line")
+        raise InputError(
+            f"{path} has no names of classes that are numbered 0, 1, 2, ...: write `names: [tool, hand]`, or "
+            "`0: tool` line by line"
+        )
     if content.get("nc", len(names)) != len(names):
         raise InputError(f"{path} has nc: {content['nc']!r}, but {len(names)} names: correct one of the two")
     whole = {"ids": list(range(len(names)))} if REST in names else {"names": [REST, *names]}
@@ -69,12 +72,19 @@ def load(sample: Sample, *, meaning: Meaning) -> np.ndarray:
         name, *words = line.split()
         try:
             key, shares = int(name), np.array(words, np.float64)
+            if shares.size % 2:  # a confidence at the end, perhaps
+                raise ValueError
         except (ValueError, OverflowError):
             raise InputError(
                 f"{where} is no polygon of YOLO, which is a class number and x y x y ...: correct or remove it"
             ) from None
         if shares.size == 4:
             raise InputError(f"{where} is a box, but polygons are wanted: export the polygons of the data set")
+        if (farthest := np.abs(shares).max(initial=0)) > 2:
+            raise InputError(
+                f"{where} has the position {farthest:g}, but positions are shares of width and height, from 0 to 1: "
+                "export it again"
+            )
         sides = np.resize(label.shape[::-1], shares.size)
         value = meaning.value(key, where=where)
         fill(label, ring_of(shares * sides, label.shape, where=where), value)

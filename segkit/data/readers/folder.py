@@ -171,10 +171,14 @@ class _Place:
 
     def samples(self, split: str | None, *, test: bool) -> tuple[list[Sample], str]:
         """The samples of ``split`` (None: of everything) and the format of their labels."""
-        if annotations := self._coco(split):
-            return coco.samples(annotations, self.top, split=split, images=self.images), "coco"
         list_file = self.top / f"{split}.txt"
         listed = split is not None and os.path.isfile(list_file)
+        sub = "" if listed or split is None else split
+        if annotations := self._coco(split):
+            if self.format == "auto" and os.path.isdir(self.top / self.images / sub):
+                images = self._image_files(sub)
+                self._kind(self._label_files(sub, images), images, annotations=annotations)
+            return coco.samples(annotations, self.top, split=split, images=self.images), "coco"
         if self.format == "coco" and not test:
             raise InputError(
                 f"split {split!r} of {self.top} has no annotation file of COCO: put it at {self.top / self.labels}/"
@@ -187,9 +191,8 @@ class _Place:
                 "two, set dataset.reader.val_fraction=0.2 to cut val out of all images, or set dataset.train_split and "
                 f"dataset.val_split to {_splits(self.top, self.images)}"
             )
-        sub = "" if listed or split is None else split
         images = self._image_files(sub)
-        found = self._label_files(sub, images) if os.path.isdir(self.top / self.labels / sub) else {}
+        found = self._label_files(sub, images)
         kind = self._kind(found, images)
         labels = {key: [path for path in files if FORMATS[path.suffix.lower()] == kind] for key, files in found.items()}
         labels = {key: files for key, files in labels.items() if files}
@@ -210,8 +213,8 @@ class _Place:
         """The files of a folder that may be labels, under the names of their images."""
         allowed = frozenset(suffix for suffix, kind in FORMATS.items() if self.format in ("auto", kind))
         own = {path for paths in images.values() for path in paths}
-        found: dict[str, list[Path]] = {}
-        for key, paths in _files(self.top / self.labels / sub, allowed).items():
+        folder, found = self.top / self.labels / sub, dict[str, list[Path]]()
+        for key, paths in (_files(folder, allowed) if os.path.isdir(folder) else {}).items():
             files = [path for path in paths if path not in own and path.name != "classes.txt"]  # a list of YOLO's tools
             if files and key.endswith(self.suffix):
                 found[key.removesuffix(self.suffix)] = files
@@ -221,11 +224,11 @@ class _Place:
     def _in_one_folder(self) -> bool:
         return os.path.normpath(self.images) == os.path.normpath(self.labels)
 
-    def _kind(self, found: Files, images: Files) -> str:
+    def _kind(self, found: Files, images: Files, *, annotations: Path | None = None) -> str:
         """The format of the labels: the given one, or that of the files that have images; masks if there are none."""
         if self.format != "auto":
             return self.format
-        examples: dict[str, Path] = {}
+        examples = {"coco": annotations} if annotations else {}
         for key, files in found.items():
             for path in files if key in images else ():
                 examples.setdefault(FORMATS[path.suffix.lower()], path)
@@ -264,8 +267,8 @@ class _Place:
                 )
             elif labelled and key not in labels:
                 refuse(
-                    f"image {found[0]} has no label ({label} is missing{near_miss(label)}); add it or remove the line "
-                    f"from {list_file}"
+                    f"image {found[0]} has no label ({label} is missing{near_miss(label, but=found[0])}); add it or "
+                    f"remove the line from {list_file}"
                 )
             else:
                 samples.append(Sample(key, _only(found), (_only(labels[key]),) if labelled else ()))

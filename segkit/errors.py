@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def did_you_mean(name: str, options: Iterable[str], *, before: str = "") -> str:
 def raised(error: BaseException) -> str:
     """Return what ``error`` is, and the last line of the user's own code that it came through, for a sentence."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = (str(Path(__file__).parent), "<", str(Path(traceback.__file__).parent))
+    ours = ("<", *(os.path.join(Path(module).parent, "") for module in (__file__, traceback.__file__)))
     own = [frame for frame in frames if not frame.filename.startswith(ours) and "site-packages" not in frame.filename]
     place = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -110,9 +110,10 @@ def read_text(path: Path, *, most: int, cure: str) -> str:
     InputError, which ends with ``cure``, for a folder or a device in its place, for more than ``most`` bytes, and for
     bytes that are no text.
     """
-    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, but must be a file: {cure}")
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise InputError(f"{path} is {kind}, but must be a file: {cure}")
         if (size := path.stat().st_size) > most:
             raise InputError(f"{path} has {size} bytes, but at most {most} are read: {cure}")
         return path.read_text(encoding="utf-8")

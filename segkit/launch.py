@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 from segkit.errors import InputError
-from segkit.files import held
+from segkit.files import held, remove_if_empty
 from segkit.guard import guard, guarded, sentences
 from segkit.progress import need_no_reader
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep
@@ -38,7 +38,8 @@ def task(node: Any) -> float | None:
     local = choices["hydra/launcher"] == "basic" and choices["hydra/sweeper"] == "basic"
     searches = bool(node.sweep.space) or node.sweep.trials is not None or node.sweep.hours is not None
     folder = Path(hydra_config.runtime.output_dir)
-    with guard(passes=many and not (local or searches)), _removed_if_empty(folder):
+    with guard(passes=many and not (local or searches)), ExitStack() as last:
+        last.callback(remove_if_empty, folder)  # that Hydra made: after an error, or until the job in it starts
         from segkit.config.compose import to_config
         from segkit.run.splits import open_phases
 
@@ -54,17 +55,6 @@ def task(node: Any) -> float | None:
 
             return pipeline.run(config, folder, splits)
     return None
-
-
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the ``folder`` that Hydra made if nothing is in it: after an error, or until its job starts."""
-    try:
-        yield
-    finally:
-        from segkit.files import remove_if_empty
-
-        remove_if_empty(folder)
 
 
 def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:

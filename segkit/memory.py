@@ -193,7 +193,8 @@ def training_levers(config: dict[str, Any]) -> str:
     levers.append("a smaller dataset.crop" + (f" than {crop}" if crop else ""))
     if config.get("precision", "fp32") == "fp32":
         levers.append("precision=bf16")
-    levers.append(f"a smaller batch_size than {batch}")
+    if batch > 1:
+        levers.append(f"a smaller batch_size than {batch}")
     return ", or ".join(levers[:3])
 
 

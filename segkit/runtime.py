@@ -75,15 +75,14 @@ def derive_seed(*parts: object) -> int:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the folder of the code, or None where that is no checkout."""
-    folder = Path(__file__).resolve().parent
+    """Output of a git command in the folder of the code, or None where that is no checkout of it."""
+    file = Path(__file__).resolve()
+    git: dict[str, Any] = {"cwd": file.parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
-        )
+        subprocess.run(["git", "ls-files", "--error-unmatch", file.name], **git)  # not another project's, around .venv
+        return subprocess.run(["git", *arguments], **git).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def processor() -> str:

@@ -93,6 +93,13 @@ def test_an_option_with_a_wrong_key_or_value_is_named(tmp_path, content, reason)
     assert str(caught.value) == f"the option schedule/own cannot be used ({reason}): mend its YAML file"
 
 
+@pytest.mark.parametrize("name", ["ü a,b", "[x] {y}", "it's #1", 'a="q"', "${x}"])
+def test_a_folder_of_options_may_have_any_name(tmp_path, name):
+    (tmp_path / name / "loss").mkdir(parents=True)
+    (tmp_path / name / "loss" / "own.yaml").write_text("_target_: segkit.losses.FocalLoss\ngamma: 3.5\n")
+    assert compose(["loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
+
+
 @pytest.mark.parametrize("value", ["${nope}", "${oc.env:SEGKIT_NOPE}", "${x:1}", "???"])
 def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
     (tmp_path / "loss").mkdir()

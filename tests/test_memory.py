@@ -116,4 +116,5 @@ def test_levers_leave_out_what_is_pulled_already():
     assert memory.training_levers(used) == (
         "a smaller dataset.crop than [512, 512], or precision=bf16, or a smaller batch_size than 6"
     )
+    assert memory.training_levers({"grad_checkpointing": True, "precision": "bf16"}) == "a smaller dataset.crop"
     assert memory.evaluation_levers({"precision": "bf16"}) == "dataset.eval_resize.short_side=..."

@@ -22,6 +22,7 @@ from segkit.data.samples import SampleSet
 from segkit.data.statistics import raw_histogram
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
+from segkit.memory import is_out_of_memory
 from segkit.progress import track
 
 Size = tuple[int, int]
@@ -142,7 +143,7 @@ def audit_split(dataset: SampleSet, *, sample: int | None = None, seed: int = 0,
 
 
 def look_at(dataset: SampleSet, index: int) -> Look:
-    """Read image and label of one sample; an error becomes part of the result."""
+    """Read image and label of one sample; an error becomes part of the result, but for one of too little memory."""
     sample = dataset.samples[index]
     seen: dict[str, Any] = {}
     errors: dict[str, str] = {}
@@ -170,7 +171,12 @@ def look_at(dataset: SampleSet, index: int) -> Look:
 
 
 def _sentence(error: Exception, file: Path | str) -> str:
-    """Return the reader's own sentence, or one that names the file for an error that the reader did not foresee."""
+    """Return the reader's own sentence, or one that names the file for an error that the reader did not foresee.
+
+    An error of too little memory, which says nothing about the file, is raised again.
+    """
+    if is_out_of_memory(error):
+        raise error
     if isinstance(error, InputError):
         return str(error)
     reason = str(error).splitlines()[0] if str(error) else "no message"

@@ -169,12 +169,14 @@ def _memory_advice(config: Config, phases: dict[str, Splits]) -> str:
 
 def _failure(error: Exception, config: Config, phases: dict[str, Splits]) -> str:
     """Return one sentence for what ended the rehearsal; a defect of segkit also prints its traceback."""
-    from segkit import memory
+    from segkit import memory, runtime
     from segkit.guard import explain
 
     if memory.is_out_of_memory(error):
-        size, advice = memory.total() / memory.GIB, _memory_advice(config, phases)
-        return f"the run would fail: this machine has {size:.0f} GiB of memory, too little: {advice}"
+        device = runtime.resolve_device(config.device)
+        owner, size = "GPU" if device.type == "cuda" else "machine", memory.total(device) / memory.GIB
+        advice = _memory_advice(config, phases)
+        return f"the run would fail: this {owner} has {size:.0f} GiB of memory, too little: {advice}"
     sentence, _ = explain(error)
     if sentence is not None:
         return f"the run would fail: {sentence}"

@@ -38,7 +38,7 @@ def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ())
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        places = [f"file://{Path(folder).resolve()}" for folder in config_dirs]
+        places = [quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
         search = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
         return to_config(hydra_compose("train", overrides=[*overrides, *search]))
 

@@ -348,8 +348,7 @@ def plain(value: Any) -> Any:
 
 def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
     """Every ``_target_`` node of ``config`` with the key under which it stands."""
-    nodes: list[tuple[str, dict[str, Any]]] = [("model", config.model), ("optimizer", config.optimizer)]
-    nodes.append(("loss", config.loss))
+    nodes = [("model", config.model), ("optimizer", config.optimizer), ("loss", config.loss)]
     nodes.append(("dataset.reader", config.dataset.reader))
     nodes += [(f"augment.{name}", node) for name, node in config.augment.items() if node is not None]
     for name, phase in config.schedule.items():

@@ -32,6 +32,7 @@ from PIL.ExifTags import Base as Tag
 from segkit.data.files import check_readable, read_bytes
 from segkit.data.labels import narrowed
 from segkit.errors import InputError
+from segkit.memory import is_out_of_memory
 
 MAX_PIXELS = 200_000_000
 """The limit that holds until :func:`set_pixel_limit` is called."""
@@ -268,6 +269,8 @@ def _decode_jpeg(content: bytes, path: Path, *, shrink: int) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:  # OpenCV's own limits: 2**20 pixels a side, 2**30 in all
+        if is_out_of_memory(error):
+            raise
         raise damaged(path, error) from error
     if image is None:
         raise damaged(path)

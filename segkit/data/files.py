@@ -157,10 +157,10 @@ def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str
         root = Path(os.path.commonpath([path.parent for path in files])) if files else source
     if output is not None:
         results = Path(output).resolve()
-        own = [path for path in files if results in path.resolve().parents]
-        if own and len(own) == len(files):
+        others = [path for path in files if results not in path.resolve().parents]
+        if files and not others:
             raise InputError(f"all images of {source} lie below {output}, where the results go: give another folder")
-        files = [path for path in files if path not in own]
+        files = others
     if not files:
         listed = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise InputError(

@@ -161,7 +161,7 @@ def _low_blocks(logits: Tensor, target: Tensor, n: int | slice) -> Iterator[Bloc
 def images_per_tile(logits: Tensor, target: Tensor) -> int:
     """How many whole images make a tile: one on a CPU, and as many as fit elsewhere, where every call has its price."""
     pixels = pixels_per_tile(logits.shape[1], logits.device)
-    return 1 if logits.device.type == "cpu" else max(1, pixels // max(1, target[0].numel()))
+    return 1 if logits.device.type == "cpu" else max(1, pixels // max(1, target.shape[1:].numel()))
 
 
 def pixels_per_tile(num_classes: int, device: torch.device) -> int:

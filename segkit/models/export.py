@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -197,7 +198,7 @@ def agreement(
         with torch.inference_mode():
             logits, expected = run(batch), evaluated(batch)
             classes = expected.argmax(1) if predict is None else predict(batch)
-        difference = max(difference, _difference(logits, expected))
+        difference = float(np.maximum(difference, _difference(logits, expected)))  # NaN stays
         num_equal += int(((logits if logits.dim() == 3 else logits.argmax(1)) == classes).sum())
         num_pixels += image.shape[0] * image.shape[1]
         num_images += 1

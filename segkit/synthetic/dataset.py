@@ -34,7 +34,7 @@ def read(
 ) -> SampleSet:
     """Open ``split``: scenes of ``size`` (height, width), ``num_images`` of them (None: 400 for train, else 100).
 
-    ``root`` is not used. Raises InputError for a size outside 64..512 or fewer than one image.
+    ``root`` is not used. Raises InputError for a size outside 64..512, fewer than one image and a negative seed.
     """
     check_split(split, SPLITS, dataset="synthetic")
     if len(size) != 2 or not all(64 <= int(side) <= 512 for side in size):
@@ -44,9 +44,11 @@ def read(
         )
     if num_images is not None and not 1 <= num_images <= MOST:
         raise InputError(f"dataset.reader.num_images is {num_images}; set 1 to {MOST}, or null for the default")
+    if seed < 0:
+        raise InputError(f"dataset.reader.seed is {seed}, but must be 0 or more: set dataset.reader.seed=0")
     count = SPLITS[split] if num_images is None else num_images
     # The version is part of the loaders, so that it takes part in the fingerprint.
-    scene: dict[str, Any] = {"seed": int(seed), "split": split, "size": tuple(map(int, size)), "version": VERSION}
+    scene: dict[str, Any] = {"seed": seed, "split": split, "size": tuple(map(int, size)), "version": VERSION}
     return SampleSet(
         [Sample(name=f"{split}_{i:04d}", image=Path(f"synthetic/{split}_{i:04d}.png")) for i in range(count)],
         table=load_table("synthetic"),

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from segkit.data.labels import load_table, table_file
+from segkit.data.labels import VOID, load_table, table_file
 from segkit.data.readers.robotic_instrument import PAPER_FRAMES
 from segkit.errors import InputError
 from segkit.synthetic.canvas import Canvas, box, ellipse
-from segkit.synthetic.scenes import VOID, Scene, paint_classes
+from segkit.synthetic.scenes import Scene, paint_classes
 
 Content = Image.Image | NDArray | list[str] | Mapping[str, Any]
 """What a file holds: a picture, the lines of a text, or the fields of a .mat or .json file."""

@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from segkit.data.labels import VOID
 from segkit.synthetic.canvas import FIGURES, Canvas, Points, box, ellipse
 
 ROAD, SIDEWALK, BUILDING, VEGETATION, SKY, CAR, PERSON, SIGN = range(8)
-VOID = 255  # pixels without a class, in every scene
 
 
 class Scene(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from segkit import memory, runtime
 from segkit.check import check, rehearsal
 from segkit.check.findings import Report
 from segkit.check.report import as_text, to_json
@@ -47,6 +48,14 @@ def test_too_little_memory_gives_advice_that_was_measured(monkeypatch, arguments
     report = check.check(compose(arguments))
     (text,) = [finding.text for finding in report.findings if finding.level == "error"]
     assert re.search(r"this machine has \d+ GiB of memory, " + re.escape(advice), text)
+
+
+def test_what_a_gpu_lacks_is_its_own_memory(monkeypatch, arguments):
+    monkeypatch.setattr(runtime, "resolve_device", torch.device)
+    monkeypatch.setattr(memory, "total", lambda device=None: (16 if device is None else 80) * memory.GIB)
+    monkeypatch.setattr(auto_batch, "cheapest_policy", lambda *_: "light")
+    text = check._failure(OUT_OF_MEMORY[0], compose([*arguments, "device=cuda"]), {})
+    assert text.startswith("the run would fail: this GPU has 80 GiB of memory, too little: set grad_checkpointing=")
 
 
 def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_path):

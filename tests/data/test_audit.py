@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +33,17 @@ NUM_IMAGES = 6
 @pytest.fixture
 def root(tmp_path):
     return make_sample("camvid", tmp_path / "CamVid", num_images=NUM_IMAGES, scale=0.1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("Insufficient memory (Failed to allocate 99 bytes)")])
+def test_too_little_memory_is_no_fault_of_a_file(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    root = make_sample("ade20k", tmp_path / "ade20k", num_images=1, scale=0.1)
+    monkeypatch.setattr(cv2, "imdecode", fail)
+    with pytest.raises(type(error)):
+        audit_split(open_dataset("ade20k", root=root, split="train"))
 
 
 def audit(root, split="train", **options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -27,6 +28,15 @@ def touch(*paths):
 
 def names(folder, files):
     return [path.relative_to(folder).as_posix() for path in files]
+
+
+def test_results_are_told_apart_without_comparing_every_two_files(tmp_path, monkeypatch):
+    files = [tmp_path / folder / f"{number}.png" for folder in ("out", "shots") for number in range(200)]
+    monkeypatch.setattr("segkit.data.files.walk", lambda *_: files)
+    compared, equal = [], PurePath.__eq__
+    monkeypatch.setattr(PurePath, "__eq__", lambda *pair: compared.append(1) or equal(*pair))
+    assert list(find_images(tmp_path, output=tmp_path / "out").values()) == files[200:]
+    assert len(compared) < 50 * len(files)
 
 
 def test_files_are_found_by_folder_pattern_and_name(tmp_path):

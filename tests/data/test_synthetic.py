@@ -105,6 +105,7 @@ def test_colour_alone_does_not_tell_the_class(scenes):
         ({"size": [64, 1024]}, "each 64 to 512"),
         ({"size": [64]}, "cannot be drawn"),
         ({"num_images": 0}, r"dataset.reader.num_images is 0; set 1 to 1000000, or null for the default"),
+        ({"seed": -1}, r"dataset\.reader\.seed is -1, but must be 0 or more"),
         ({"split": "extra"}, "synthetic has no split 'extra'"),
     ],
 )

@@ -75,6 +75,12 @@ def test_images_of_one_tile_are_as_images_alone(name, upsampled, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
+def test_no_image_is_cut_into_no_tile():
+    logits, target = torch.empty(0, 2, 8, 8, device="meta"), torch.empty(0, 8, 8, device="meta")  # no CPU
+    assert [len(blocks) for blocks in tiles.cut(logits, target)] == [0]
+    assert list(tiles.cut(logits[..., ::2], target)) == []
+
+
 @pytest.mark.parametrize("form", ["paper", "reference"])
 @pytest.mark.parametrize("factor", [1.0, 10.0])  # small margins and large ones are computed in different ways
 def test_a_tie_changes_nothing_for_its_neighbours(form, factor):

@@ -47,6 +47,18 @@ def segmenter(name: str) -> Segmenter:
     return model.eval()
 
 
+def test_a_file_that_gives_nan_anywhere_does_not_agree() -> None:
+    model = Segmenter(nn.Conv2d(3, 2, 1)).eval()
+    images = [np.full((3, 5, 3), value, np.uint8) for value in (200, 100, 50)]
+
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(batch)
+        logits[:, :, 0, 0] += float("nan") if batch[0, 0, 0, 0] == 100 else 0
+        return logits
+
+    assert np.isnan(export_module.agreement(run, model, images).difference)
+
+
 @pytest.mark.parametrize("name", ["tiny", "coplenet"])
 def test_is_what_evaluation_computes(name: str) -> None:
     """The logits of the model, interpolated as evaluation does it, at any size."""

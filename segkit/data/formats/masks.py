@@ -7,13 +7,12 @@ import functools
 import numpy as np
 
 from segkit.data.decode import read_colours, read_index_png
+from segkit.data.labels import UNKNOWN
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
 Colours = tuple[tuple[tuple[int, int, int], int], ...]
 """((red, green, blue), class number) of each colour; a tuple, so that it can be the key of a cache."""
-
-_UNKNOWN = 254
 
 
 def load_index(sample: Sample) -> np.ndarray:
@@ -28,13 +27,11 @@ def load_colours(sample: Sample, *, colours: Colours) -> np.ndarray:
     red, green, blue = (image[..., channel].astype(np.int32) for channel in range(3))
     codes = (red << 16) + (green << 8) + blue
     label = _lookup(colours)[codes]
-    unknown = codes[label == _UNKNOWN]
+    unknown = codes[label == UNKNOWN]
     if unknown.size:
         found, counts = np.unique(unknown, return_counts=True)
         most = np.argsort(-counts, kind="stable")[:3]
-        listed = ", ".join(
-            f"{[c >> 16, c >> 8 & 255, c & 255]} ({counts[i]} pixels)" for i in most if (c := int(found[i])) >= 0
-        )
+        listed = ", ".join(f"{list(int(found[i]).to_bytes(3))} ({counts[i]} pixels)" for i in most)
         more = f" and {len(found) - 3} other colours" if len(found) > 3 else ""
         raise InputError(
             f"label {path} has colours that classes.yaml does not know: {listed}{more}; add them to colours, or to "
@@ -46,7 +43,7 @@ def load_colours(sample: Sample, *, colours: Colours) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _lookup(colours: Colours) -> np.ndarray:
     """The class number uint8 of each colour code 0..2**24 - 1."""
-    table = np.full(2**24, _UNKNOWN, np.uint8)
+    table = np.full(2**24, UNKNOWN, np.uint8)
     for (red, green, blue), value in colours:
         table[(red << 16) + (green << 8) + blue] = value
     return table

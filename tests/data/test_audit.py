@@ -175,7 +175,8 @@ def test_a_label_without_any_class_and_a_copied_image(root):
     assert any(f"{image_of(root, 2)} and {image_of(root, 3)}" in text and "more than once" in text for text in texts)
 
 
-def test_an_error_that_no_reader_foresaw_names_the_file(root):
+def test_an_error_that_no_reader_foresaw_names_the_file(root, monkeypatch):
+    monkeypatch.setattr(_fail_on, "__module__", "segkit.data.readers.camvid")
     dataset = open_dataset("camvid", root=root, split="train")
     dataset.load_label = partial(_fail_on, dataset.samples[2].name, dataset.load_label)
     found = audit_split(dataset)

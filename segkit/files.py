@@ -43,7 +43,13 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_if_possible(temporary)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Remove the file ``path`` if it is there; an error, as of a disk that fails, does not hide the one before it."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -208,7 +214,7 @@ def held(folder: Path, *, doing: str, key: str) -> Iterator[None]:
         write_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        remove_if_possible(folder / HOLDER)
         lock.release()  # its file stays: to remove it would let two processes hold two files of one name
         remove_if_empty(folder, lock=LOCK)
 

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +24,16 @@ from segkit.training import ranks
 def guarded(command: Callable[[], Any], *, verb: str = "train") -> Any:
     """Call ``command`` (of ``verb``); an exception that the user can mend becomes one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: for_terminal(f"warning: {message}") + "\n"
+    threading.excepthook = _leave_os_errors
     ranks.quiet_others()
     with guard(verb=verb):
         return command()
+
+
+def _leave_os_errors(failed: threading.ExceptHookArgs) -> None:
+    """Show no traceback of a thread that a disk fails, as TensorBoard's: who asks it to write again gets the error."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 @contextmanager
@@ -104,7 +112,9 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         )
     if isinstance(error, InputError | NonFiniteLoss | OutOfMemory):
         text = str(error)
-        return text.replace("set dataset.root", "set --root") if verb in WITH_ROOT else text, error.exit_code
+        for key, option in VERB_OPTIONS.get(verb, {}).items():
+            text = text.replace(f"set {key}", f"set {option}")
+        return text, error.exit_code
     if ranks.is_lost_peer(error):
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
@@ -130,6 +140,8 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return text, InputError.exit_code
     if isinstance(error, OSError):
         return _explain_os_error(error), InputError.exit_code
+    if isinstance(error, RuntimeError) and (text := str(error)).startswith("Symlink loop from "):  # of pathlib
+        return f"{text.removeprefix('Symlink loop from ')} is a link that leads back to itself: give another place", 2
     return None, 1
 
 
@@ -147,8 +159,17 @@ VERB_ADVICE = {
     "sample": "give a smaller --scale",
 }
 
-WITH_ROOT = ("evaluate", "submit", "export", "compare")
-"""Verbs that take the folder of the data by an option"""
+_TRUST, _ROOT = {"trust=[mypackage]": "--trust=mypackage"}, {"dataset.root": "--root"}
+_DEVICE, _PIXELS = {"device=": "--device="}, {"max_pixels": "--max-pixels"}
+VERB_OPTIONS = {
+    "evaluate": {**_TRUST, **_ROOT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
+    "predict": {**_TRUST, **_DEVICE, **_PIXELS},
+    "submit": {**_TRUST, **_ROOT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
+    "export": {**_TRUST, **_ROOT},
+    "compare": {**_TRUST, **_ROOT, **_DEVICE},
+    "replay": {**_TRUST, **_DEVICE},
+}
+"""Keys in advice that a verb takes by an option"""
 MOST_LETTERS = 2000
 """Letters of a sentence beyond which its middle is left out."""
 
@@ -194,6 +215,8 @@ def _explain_hydra(error: BaseException) -> str:
     if key:
         parent = getattr(cause, "parent_node", None)
         return _explain_key(key.group(1), parent)
+    if text.startswith("Error parsing override") and "missing EQUAL" in text:
+        return f"{lines[0].replace('Error parsing', 'the', 1)} cannot be read: write KEY=VALUE, for example seed=1"
     if text.startswith("BasicSweeper does not support"):
         return (
             "a grid has no intervals: write values with commas, or search, "
@@ -238,7 +261,7 @@ def _places(node: Any, name: str, prefix: str) -> list[str]:
 
 
 def _explain_option(name: str, text: str) -> str:
-    group, _, option = name.rpartition("/")
+    group, _, option = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
     options = [line.strip() for line in text.splitlines() if line.startswith("\t")]
     options = [item for item in options if not item.startswith("provider=")]
     hint = did_you_mean(option, options, before=f"{group}=")

@@ -143,7 +143,8 @@ def check_command_line() -> None:
             refuse(f"--{name} goes with --cfg")
     if given.experimental_rerun:
         raise InputError("--experimental-rerun would run whatever its file holds: give the run's command again")
-    if given.shell_completion and not any(text.startswith(("install=", "uninstall=", "query=")) for text in overrides):
+    asked = {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")}
+    if given.shell_completion and asked.isdisjoint(overrides):
         refuse("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL")
     keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
     if given.multirun and "hydra.run.dir" in keys:
@@ -151,7 +152,7 @@ def check_command_line() -> None:
     of_sweep = [key for key in keys if key.startswith(("hydra.sweep.", "sweep."))]
     if of_sweep and not (given.multirun or CHILD in os.environ):
         raise InputError(f"{of_sweep[0]} is of a sweep, but this is one run: add -m, or leave it out")
-    sys.argv[1:] = [*(text for text in sys.argv[1:] if text not in overrides), *overrides]
+    sys.argv[1:] = [*overrides, *(text for text in sys.argv[1:] if text not in overrides)]
     check_overrides(sys.argv[1:])
 
 

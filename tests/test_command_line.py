@@ -31,6 +31,7 @@ from segkit.launch import check_command_line
         (["--package", "loss", "seed=1"], "--package goes with --cfg"),
         (["--experimental-rerun", "a.pickle"], "--experimental-rerun would run whatever its file holds"),
         (["-sc", "foo"], "--shell-completion takes install=SHELL"),
+        (["-sc", "install=nosh"], "--shell-completion takes install=SHELL"),
         (["-sc", "seed=1"], "--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL"),
     ],
 )
@@ -50,7 +51,7 @@ def test_options_may_stand_between_overrides(monkeypatch):
         sys, "argv", ["train.py", "seed=1", "--config-dir", "mine", "~augment", "--cfg", "job", "loss=own"]
     )
     check_command_line()
-    assert sys.argv == ["train.py", "--config-dir", "mine", "--cfg", "job", "seed=1", "~augment", "loss=own"]
+    assert sys.argv == ["train.py", "seed=1", "~augment", "loss=own", "--config-dir", "mine", "--cfg", "job"]
 
 
 @pytest.mark.parametrize(
@@ -122,3 +123,8 @@ def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
 def test_a_key_that_there_is_not_is_looked_for_elsewhere(overrides, hint):
     with pytest.raises(InputError, match=rf"^there is no key {overrides[-1].split('=')[0]}: {hint}"), sentences():
         compose(overrides)
+
+
+def test_a_folder_in_place_of_a_name_is_named():
+    with pytest.raises(InputError, match=r"^dataset=/data/d is not an option: the options are ade20k"), sentences():
+        compose(["dataset=/data/d"])

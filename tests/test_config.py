@@ -279,7 +279,7 @@ def timed(*arguments: str) -> tuple[int, str, float]:
         ("precision=fp8", "error: precision=fp8 is not allowed: invalid value 'fp8', expected one of"),
         ("dataset.eval_labels=both", "error: dataset.eval_labels=both is not allowed: invalid value 'both', expected"),
         ("dataset.crop=[3,4]", "error: dataset.crop is [3, 4]"),
-        ("seed", "error: Error parsing override 'seed'"),
+        ("seed", "error: the override 'seed' cannot be read: write KEY=VALUE, for example seed=1"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_traceback(argument, message):
@@ -342,7 +342,13 @@ def test_a_quoted_value_is_read_as_it_was(text):
             "dataset.root=/data/d=1",
             r"the override 'dataset.root=/data/d=1' cannot be read: .*'dataset.root=\"/data/d=1\"'",
         ),
-        ("dataset.root=~/data", "the override 'dataset.root=~/data' cannot be read"),
+        (
+            "dataset.root=~/data",
+            "the override 'dataset.root=~/data' has a ~ that no shell replaces there: write 'dataset\\.root=",
+        ),
+        ("dataset.root='~/ä'", rf"a ~ that no shell replaces there: write 'dataset.root=\"{Path.home()}/ä\"'"),
+        ("cache_dir='s3://b/x'", "'s3://b/x'\" is an address, but a folder of this machine is needed: set cache_dir="),
+        ("seed", "the override 'seed' cannot be read: write KEY=VALUE"),
         ("dataset.root=(1)", r"the override 'dataset.root=\(1\)' cannot be read"),
         ("dataset.root=/dätä", "the override 'dataset.root=/dätä' cannot be read"),
         ("dataset.root=/a#b", "the override 'dataset.root=/a#b' cannot be read"),

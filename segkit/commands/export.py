@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> None:
     arguments.output = output = arguments.output or saved.folder / FORMATS[arguments.format]
     if arguments.format == "hub":
         check_folder(output)
+    elif output.suffix != (ending := Path(FORMATS[arguments.format]).suffix):
+        raise InputError(f"--output is {output}, but must end with {ending} for --format {arguments.format}")
     else:
         check_writable(arguments, "output")
     dataset = dataset_of(saved, arguments)

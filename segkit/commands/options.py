@@ -131,6 +131,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; `{self.prog} --help` explains the arguments")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Refuse an empty value, which a variable of the shell that is not set leaves; expand ``~`` in paths."""
+        if not arg_string.strip() and arg_string != action.default:
+            raise argparse.ArgumentError(action, "the value is empty: give one, or leave the argument out")
+        if action.type is Path and "://" in arg_string:
+            raise argparse.ArgumentError(action, f"{arg_string!r} is an address, but must be a path on this machine")
+        is_home = arg_string == "~" or arg_string.startswith("~/")
+        return super()._get_value(action, os.path.expanduser(arg_string) if is_home else arg_string)
+
 
 def verb_parser(verb: str, description: str, *, example: str) -> argparse.ArgumentParser:
     """Return a parser without arguments for ``segkit VERB``; ``example`` are arguments that make sense together."""
@@ -180,9 +189,12 @@ def check_writable(
     """
     from segkit.data.files import IMAGE_SUFFIXES
 
+    named: dict[Path, str] = {}
     for option in options:
         if (path := getattr(arguments, option)) is None:
             continue
+        if (other := named.setdefault(path.resolve(), option)) != option:
+            raise InputError(f"--{other} and --{option} name the same file {path}: give each a file of its own")
         folder = path.absolute().parent
         while makes_folders and not folder.exists():
             folder = folder.parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import re
 import shlex
 import typing
@@ -71,6 +72,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
             continue
         key, _, value = text.partition("=")
         in_quotes = shlex.quote(f"{key}={quoted(value)}")
+        if (plain := value.strip("'\"")).startswith("~/"):
+            place = shlex.quote(f"{key}={quoted(os.path.expanduser(plain))}")
+            raise InputError(f"the override {text!r} has a ~ that no shell replaces there: write {place}")
+        if key.strip("+~ ") in ("hydra.run.dir", "hydra.sweep.dir", "cache_dir") and "://" in plain:
+            raise InputError(
+                f"the override {text!r} is an address, but a folder of this machine is needed: set {key}=DIR"
+            )
         try:
             override = parser.parse_override(text)
         except (HydraException, ValueError):

@@ -145,7 +145,7 @@ class Submission:
         The error names the image for a wrong name, size or value; it is one, too, if there is no prediction.
         """
         self.check_images(sizes)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
         written: set[str] = set()
         try:
             with _archive(path, temporary) as add:

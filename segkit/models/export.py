@@ -88,7 +88,7 @@ def export(
         fix_same_padding(model)
     text = json.dumps({**(metadata or {}), **_facts(model)})
     program = _trace(model)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
     try:
         if format == "torch_export":
             torch.export.save(program, temporary, extra_files={METADATA_KEY: text})

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError, check_archive
-from segkit.files import digest_of, write_atomically
+from segkit.files import digest_of, remove_if_possible, write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
 INCOMING, INCOMING_BEST, BEFORE_BEST = "incoming.pt", "incoming_best.pt", "best.pt before"
@@ -62,7 +62,7 @@ def write(path: Path, state: dict[str, Any]) -> str:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        remove_if_possible(temporary)
         reason = (hashing and hashing.error) or error
         raise OSError(
             f"the checkpoint {path} could not be written ({reason}): free some space or choose another "

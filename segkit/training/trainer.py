@@ -360,18 +360,20 @@ class Trainer:
                 raise memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers) from error
             self.wrapped.train()
             score = self.results["mean_iou"]
-            if score is not None and score > progress.best_score:
+            if score is not None and score > progress.best_score and self._save_best(evaluated):
                 progress.best_score, progress.best_step = score, progress.step
-                self._save_best(evaluated)
 
-    def _save_best(self, evaluated: nn.Module) -> None:
+    def _save_best(self, evaluated: nn.Module) -> bool:
+        """Make the weights those of best.pt; returns whether they are, or would be but for another rank."""
         if not distributed.is_main():
-            return
+            return True
         state = {"format": 1, "phase": self.settings.phase, "config": self.config, "step": self.progress.step}
         try:
             checkpoint.save_best(self.checkpoints, {**state, "model": checkpoint.network(evaluated).state_dict()})
         except OSError as error:
             self.tracker.message(f"warning: {error}")
+            return False
+        return True
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +55,42 @@ def test_who_takes_the_folder_of_the_data_by_an_option_is_told_of_that_option(ve
     has_option = any("--root" in action.option_strings for action in actions(verb)[1])
     sentence, _ = explain(InputError("camvid is not complete; set dataset.root to its folder"), verb=verb)
     assert sentence == f"camvid is not complete; set {'--root' if has_option else 'dataset.root'} to its folder"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_advice_names_options_that_the_verb_has(verb):
+    has = {name for action in actions(verb)[1] for name in action.option_strings}
+    keys = {"--device": "device=auto", "--max-pixels": "max_pixels to more", "--trust": "trust=[mypackage]"}
+    for option, key in keys.items():
+        sentence, _ = explain(InputError(f"wrong; set {key}"), verb=verb)
+        own = key.replace(key[: len(option) - 2], option, 1).replace("[mypackage]", "mypackage")
+        assert sentence == f"wrong; set {own if option in has else key}"
+
+
+@pytest.mark.parametrize("arguments", [["", "--output=x"], ["run", "--output="], ["run", "--output", " "]])
+def test_an_empty_value_is_refused(arguments):
+    with pytest.raises(InputError, match=r"argument (RUN|--output): the value is empty: give one, or leave the arg"):
+        evaluate.parser().parse_args(arguments)
+    assert evaluate.parser().parse_args(["run", "--tta="]).tta == ""  # which is its default
+
+
+def test_a_home_is_no_folder_of_that_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = evaluate.parser().parse_args(["~/run", "--output=~/x.json", "--root", "~"])
+    assert (str(arguments.run), str(arguments.output), arguments.root) == (
+        "/home/me/run",
+        "/home/me/x.json",
+        "/home/me",
+    )
+
+
+def test_links_that_lead_nowhere_and_one_file_for_two_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RuntimeError) as caught:
+        options.check_writable(argparse.Namespace(csv=tmp_path / "loop"), "csv")
+    assert re.fullmatch("'.*/loop' is a link that leads back to itself: give another place", explain(caught.value)[0])
+    with pytest.raises(InputError, match=r"--json and --csv name the same file .*x: give each a file of its own"):
+        options.check_writable(argparse.Namespace(csv=tmp_path / "y/../x", json=tmp_path / "x"), "json", "csv")
 
 
 def test_a_working_directory_that_is_gone_is_named(tmp_path, monkeypatch):

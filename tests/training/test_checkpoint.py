@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.files import digest_of
+from segkit.files import digest_of, held
+from segkit.guard import _leave_os_errors
 from segkit.training import checkpoint
 
 
@@ -144,6 +146,38 @@ def test_a_full_disk_leaves_the_last_one_alone(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert step_of(tmp_path) == 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_disk_that_fails_is_named_by_the_file_that_was_written(tmp_path, monkeypatch):
+    """Nothing can be removed on it either, which must not hide the first error."""
+
+    def fails(*arguments, **keywords):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def train():
+        with held(tmp_path / "run", doing="trains in", key="x"):
+            monkeypatch.setattr(Path, "unlink", fails)
+            monkeypatch.setattr(os, "fsync", fails)
+            checkpoint.write(tmp_path / "last.pt", state(1))
+
+    with pytest.raises(OSError, match=r"the checkpoint .*last\.pt could not be written \(.*Read-only file system"):
+        train()
+
+
+def test_a_thread_that_a_disk_fails_shows_no_traceback(monkeypatch, capsys):
+    """That of TensorBoard's event file, for example: whoever writes to it next is told."""
+    monkeypatch.setattr(threading, "excepthook", _leave_os_errors)
+
+    def fails(error):
+        raise error
+
+    for error in (OSError(errno.ENOSPC, "full"), KeyError("ours")):
+        thread = threading.Thread(target=fails, args=(error,))
+        thread.start()
+        thread.join()
+    shown = capsys.readouterr().err
+    assert "KeyError: 'ours'" in shown
+    assert "full" not in shown
 
 
 def test_objects_are_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,22 @@ def test_the_best_is_kept(tmp_path):
     assert (best["step"], last["progress"]["step"]) == (8, 12)
     assert (trainer.progress.best_step, trainer.progress.best_score) == (8, 0.7)
     assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
+
+
+def test_a_best_one_that_could_not_be_written_is_not_the_best(tmp_path, monkeypatch):
+    scores = {4: 0.3, 8: 0.7, 12: 0.5}
+    save = checkpoint.save_best
+
+    def full_at_step_8(folder, state):
+        if state["step"] == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save_best", full_at_step_8)
+    trainer = build(tmp_path / "a", evaluate_every=4, validate=lambda model, step: {"mean_iou": scores[step]})
+    trainer.fit(make_batches)
+    assert checkpoint.load(tmp_path / "a" / "checkpoints" / "best.pt")["step"] == trainer.progress.best_step == 12
+    assert trainer.progress.best_score == 0.5
 
 
 def test_evaluation_sees_the_moving_average(tmp_path):

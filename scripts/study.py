@@ -127,7 +127,7 @@ class Recorded(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, batches: list[Batch]) -> None:
         super().__init__()
-        with evaluating(model, torch.device("cpu"), "fp32"):
+        with evaluating(model, torch.device("cpu"), None):
             self.again = itertools.cycle([model(batch.images) for batch in batches])
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from segkit.errors import InputError
@@ -142,3 +143,12 @@ def test_a_damaged_result_is_named(tmp_path, text):
     (tmp_path / "results" / "arms-cross_entropy-0.json").write_text(text)
     with pytest.raises(InputError, match=r"arms-cross_entropy-0.json .*: delete it, and the command of the study"):
         study_report.load_all(tmp_path, content)
+
+
+def test_logits_are_recorded_once_and_given_again():
+    batches = [Namespace(images=torch.full((1, 3, 2, 2), value)) for value in (1.0, 2.0)]
+    recorded = study.Recorded(torch.nn.Conv2d(3, 4, 1), batches)
+    first, second, again = (recorded(torch.empty(0)) for _ in range(3))
+    assert first is again
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)

@@ -172,3 +172,29 @@ def test_jobs_that_cannot_stand_beside_each_other(other, folder, message):
 def test_what_a_later_job_lacks_is_seen_before_the_first_starts(override, message):
     with pytest.raises(InputError, match=message):
         check_job(compose([override]))
+
+
+def shell_jobs(monkeypatch, folder, *commands):
+    """A sweep whose jobs, all at a time, run the ``commands`` of a shell in their folders."""
+    monkeypatch.setattr(LocalSweep, "_command", lambda self, job: ["sh", "-c", f"cd {job.folder}; {job.overrides[0]}"])
+    sweep = LocalSweep(folder, jobs=len(commands))
+    sweep.share(None)
+    sweep._waiting = [([command], folder / str(number)) for number, command in enumerate(commands)]
+    return sweep
+
+
+def test_jobs_beside_one_that_was_interrupted_are_judged_as_well(monkeypatch, tmp_path):
+    finished = """sleep 0.5; echo '{"mean_iou": 0.25}' > results.json"""
+    with pytest.raises(SystemExit, match=r"^75$"):
+        shell_jobs(monkeypatch, tmp_path, "exit 75", finished, "sleep 0.5; echo error: no data; exit 2").finish()
+    found = [(job["state"], job["mean_iou"], job["error"]) for job in json.loads((tmp_path / "sweep.json").read_text())]
+    assert found == [("interrupted", None, ""), ("finished", 0.25, None), ("failed", None, "error: no data")]
+
+
+def test_a_job_is_said_to_have_failed_of_what_it_wrote_itself_this_time(monkeypatch, tmp_path):
+    """A process that the system ends for its memory leaves no word, and the log those of its last start."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "log.txt").write_text("error: of the last start\n")
+    sweep = shell_jobs(monkeypatch, tmp_path, "echo at work; kill -9 $$")
+    assert sweep.finish() == 1
+    assert sweep.jobs[0].error == "at work"

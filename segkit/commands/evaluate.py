@@ -109,7 +109,7 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
 
 def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
     """Return a file name: what one would ask for in words, and a hash of the checkpoint and the whole protocol."""
-    parts = [protocol["split"], arguments.checkpoint]
+    parts = [protocol["split"].replace("/", "_"), arguments.checkpoint]
     parts += [mode for mode in arguments.tta.split(",") if mode]
     if protocol["window"]:
         parts.append("slide{}x{}".format(*protocol["window"]))

@@ -76,7 +76,7 @@ def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int
     assert length % multiple == 0, (length, multiple)
     assert tile % multiple == 0, (tile, multiple)
     assert tile <= length, (tile, length)
-    step = max(multiple, int(tile * (1 - overlap)) // multiple * multiple)
+    step = max(multiple, int(round(tile * (1 - overlap), 6)) // multiple * multiple)  # 320 * (1 - 0.8) is below 64
     num_steps = math.ceil((length - tile) / step)
     if num_steps == 0:
         return [0]

@@ -108,7 +108,8 @@ def series(groups: Sequence[Group], split: str, key: str) -> list[Series]:
             continue
         common = sorted(set.intersection(*map(set, known)))
         steps = common if len(common) > 1 else sorted(known[0])  # folds of unequal size are evaluated at other steps
-        columns = [[float(np.interp(step, list(one), list(one.values()))) for one in known] for step in steps]
+        drawn = [np.interp(steps, list(one), list(one.values())).tolist() for one in known]
+        columns = list(zip(*drawn, strict=True))
         mean, low, high = ([take(values) for values in columns] for take in (statistics.fmean, min, max))
         window = -(-len(steps) // MOST_POINTS)
         thinned = [_thin([float(value) for value in values], window) for values in (steps, mean, low, high)]
@@ -140,11 +141,11 @@ def line_chart(drawn: Sequence[Series], key: str, marks: Sequence[tuple[float, s
     ``mean_iou`` is a share, on the validation split; the training ``loss`` may need a logarithmic axis.
     """
     is_loss, heights = key == "loss", [value for one in drawn for value in one.y]
-    log = is_loss and min(heights) > 0 and max(heights) > LOG_RATIO * min(heights)
+    spanned = [value for one in drawn for value in (*one.y, *one.low, *one.high)]
+    log = is_loss and min(spanned) > 0 and max(heights) > LOG_RATIO * min(heights)
     label = "Training loss" if is_loss else "Mean IoU during training"
     y_label = "training loss" + (", logarithmic" if log else "") if is_loss else "mean IoU, validation, %"
     x = scale([value for one in drawn for value in one.x], zero=True)
-    spanned = [value for one in drawn for value in (*one.y, *one.low, *one.high)]
     y = scale(spanned, log=log, least=0.0 if is_loss else POINT)
     curves = []
     for one in drawn:

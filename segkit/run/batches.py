@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,15 +100,14 @@ class PhaseBatches:
     def spread(self, wanted: int) -> set[int]:
         """Numbers of up to ``wanted`` images of an evaluation, from all over the split: neighbours are often alike."""
         if self.fixed is not None:
-            count = sum(len(batch.names) for batch in self.fixed)
+            count = sum(len(batch.names) for batch in self.fixed) * distributed.world_size()
         else:
             count = min(len(self.splits.val), self.config.evaluation.max_images or len(self.splits.val))
         return {number * count // wanted for number in range(wanted)}
 
 
 def _numbered(batches: list[Batch]) -> Iterator[Batch]:
-    """The batches with the images numbered from 0, as an evaluation wants them."""
-    count = 0
+    """The batches with the images numbered from 0 over all ranks, as an evaluation wants them."""
+    numbers = itertools.count(distributed.rank(), distributed.world_size())
     for batch in batches:
-        yield batch._replace(indices=list(range(count, count + len(batch.names))))
-        count += len(batch.names)
+        yield batch._replace(indices=list(itertools.islice(numbers, len(batch.names))))

@@ -9,11 +9,11 @@ import torch
 
 from segkit.config.schema import Config, Head
 from segkit.errors import InputError
-from segkit.files import digest_of, read_json
+from segkit.files import digest_of
 from segkit.models import Segmenter
 from segkit.models.weights import read_state, strip_wrappers
 from segkit.run.build import build_model
-from segkit.run.saved import differing_classes, without_sources
+from segkit.run.saved import differing_classes, read_counts, without_sources
 from segkit.training import checkpoint
 from segkit.training.optim import lr_factors_of
 
@@ -81,7 +81,7 @@ def _head(config: Config, num_classes: int) -> set[str]:
 
 def check_origin(source: Path, classes: Sequence[str]) -> None:
     """Raise InputError if the run in ``source`` was trained on other classes than ``classes``."""
-    trained = list(read_json(source / "label_counts.json")["classes"])
+    trained = list(read_counts(source / "label_counts.json")["classes"])
     if difference := differing_classes(classes, trained):
         raise InputError(
             f"the data set has other classes than the run of init_from={source} ({difference}): set head=reset to "

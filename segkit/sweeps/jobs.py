@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from segkit.config.compose import quoted
 from segkit.config.schema import Config
@@ -50,7 +49,8 @@ class LocalSweep:
     def __init__(self, folder: Path, *, jobs: int, workers: int = 0, options: Sequence[str] = ()) -> None:
         self.folder, self.limit, self.workers, self.options = folder, jobs, workers, list(options)
         self.jobs: list[Job] = []
-        self._running: dict[int, tuple[subprocess.Popen, float, Any]] = {}
+        self._running: dict[int, tuple[subprocess.Popen, float, int]] = {}
+        """Process, time of its start, and bytes of its log before that, by number."""
         self._waiting: list[tuple[list[str], Path]] = []
         self._configs: list[Config] = []
 
@@ -114,9 +114,10 @@ class LocalSweep:
         environment = {**os.environ, CHILD: "1"}
         if self.limit > 1:
             environment["OMP_NUM_THREADS"] = self.threads
-        log = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 (closed when the job ends)
-        process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self._running[job.number] = (process, time.monotonic(), log)
+        with open(folder / LOG, "ab") as log:
+            size = log.tell()
+            process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self._running[job.number] = (process, time.monotonic(), size)
         show(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}")
         self._note()
 
@@ -135,7 +136,7 @@ class LocalSweep:
         return 1 if failed else 0
 
     def _collect(self) -> None:
-        """Wait until a job ends, and note how."""
+        """Wait until a job ends, and note how. If it was interrupted, the sweep ends with the jobs beside it."""
         while True:
             try:
                 ended = [number for number, (process, _, _) in self._running.items() if process.poll() is not None]
@@ -148,38 +149,39 @@ class LocalSweep:
                 show("interrupted: waiting for the running jobs to save their state", error=True)
                 for process, _, _ in self._running.values():
                     process.wait()
-        for number in ended:
-            process, start, log = self._running.pop(number)
-            log.close()
+        self._note_ends(ended)
+        if any(job.state == "interrupted" for job in self.jobs):
+            for process, _, _ in self._running.values():
+                process.wait()
+            self._note_ends(list(self._running))
+            print(self.table())
+            show(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", error=True)
+            sys.exit(Interrupted.exit_code)
+
+    def _note_ends(self, numbers: list[int]) -> None:
+        """Note how the jobs ``numbers`` have ended."""
+        for number in numbers:
+            process, start, size = self._running.pop(number)
             job = self.jobs[number]
             job.seconds = round(time.monotonic() - start, 1)
-            self._judge(job, process.returncode)
+            said = (Path(job.folder) / LOG).read_bytes()[size:].decode(errors="replace")
+            self._judge(job, process.returncode, said)
             score = f"mean IoU {job.mean_iou:.4f}" if job.mean_iou is not None else job.error or "no class scored"
             show(f"job {number}: {self._label(job)} {job.state}: {score}")
         self._note()
-        if any(job.state == "interrupted" for job in self.jobs):
-            self._stop()
 
     def _watch(self) -> None:
         """Look at the running jobs; called several times a second."""
 
-    def _stop(self) -> None:
-        while self._running:
-            _, (process, _, log) = self._running.popitem()
-            process.wait()
-            log.close()
-        print(self.table())
-        show(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", error=True)
-        sys.exit(Interrupted.exit_code)
-
-    def _judge(self, job: Job, code: int) -> None:
+    def _judge(self, job: Job, code: int, said: str) -> None:
+        """Note the state and the score, or the error, of a job that ended with ``code``; ``said`` is its log."""
         results = Path(job.folder) / "results.json"
         if code == 0 and results.is_file():
             job.state = "finished"
             job.mean_iou = read_json(results).get("mean_iou")
             return
         job.state = "interrupted" if code == Interrupted.exit_code else "failed"
-        lines = (Path(job.folder) / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = said.strip().splitlines()
         job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 
     def _label(self, job: Job) -> str:

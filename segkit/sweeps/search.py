@@ -250,9 +250,9 @@ class Search(LocalSweep):
             if record["phase"] == self.last_phase and record["mean_iou"] is not None
         ]
 
-    def _judge(self, job: Job, code: int) -> None:
+    def _judge(self, job: Job, code: int, said: str) -> None:
         """Note how a job ended, and tell optuna; an interrupted one stays open there."""
-        super()._judge(job, code)
+        super()._judge(job, code, said)
         states = import_optuna().trial.TrialState
         self._report(job.number)
         trial = self._trials.pop(job.number)

@@ -155,6 +155,7 @@ class Trainer:
 
         OSError instead if it ``must`` succeed, because the run ends here.
         """
+        self._settle()  # on every rank: what is evaluated next is the moving average after this step
         if not distributed.is_main():
             return
         try:

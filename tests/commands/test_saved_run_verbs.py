@@ -279,3 +279,9 @@ def test_nothing_that_a_saved_config_names_is_downloaded_or_read(finished):
     without = saved_run.without_sources(saved.config).model
     assert without["encoder_weights"] == "none"
     assert without["weights"] is None
+
+
+def test_an_evaluation_of_a_split_in_a_folder_has_a_file_name():
+    arguments = evaluate.parser().parse_args(["RUN"])
+    name = evaluate.evaluation_name(arguments, {"split": "val/north", "window": None})
+    assert re.fullmatch(r"val_north-last-[0-9a-f]{8}", name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -355,3 +357,11 @@ def test_windows_hold_one_row_of_them_however_tall_the_image(monkeypatch):
         peaks.append(peak - 4 * height * width)  # the mirrored image and the predictions
         assert held < peaks[-1] < 1.4 * held + 5 * 4 * band_elements, height
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(64, "0.5"), (320, "0.8"), (640, "0.9"), (800, "0.56"), (640, "0.33")])
+def test_windows_are_as_few_as_the_overlap_allows(tile, overlap):
+    step = max(32, int(tile * (1 - Fraction(overlap))) // 32 * 32)
+    length = 20 * tile
+    found = starts(length, tile, overlap=float(overlap), multiple=32)
+    assert len(found) == 1 + math.ceil((length - tile) / step)

@@ -294,3 +294,10 @@ def test_a_confusion_matrix_of_many_classes_is_ink_of_its_strength():
     alpha = np.asarray(Image.open(io.BytesIO(b64decode(content))))[..., 3]
     assert alpha[0, :3].tolist() == [int(255 * 0.75**0.5), int(255 * 0.25**0.5), 0]
     assert (alpha[1:].diagonal(1) == 255).all()
+
+
+def test_a_band_that_reaches_zero_has_a_linear_axis():
+    """The mean of two runs may be positive where one of them is at a loss of 0."""
+    chart = plots.line_chart([plots.Series("s", 0, [0, 10], [50.0, 1.0], [40.0, 0.0], [60.0, 2.0])], "loss")
+    assert chart.y_label == "training loss"
+    assert len(chart.curves[0].band) == 4

@@ -20,6 +20,7 @@ from segkit.losses import CrossEntropyLoss, IouMarginLoss, MarginCalibrationLoss
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.splits import open_phases
+from segkit.training import distributed
 
 NOT_SHOWN = {"_target_", "defaults", "terms", "compile_tiles", *LOSS_OPTIONS}
 RHO = {"rho_k0": torch.tensor([0.1, 0.0, 0.2]), "rho_0k": torch.tensor([0.5, 1.0, 2.0])}
@@ -153,3 +154,16 @@ def test_pictures_come_from_all_over_the_split():
     assert spread(0, images=3) == []
     assert spread(2, images=100, most=10) == [0, 5]
     assert spread(2, images=100, fixed=[SimpleNamespace(names=["a", "b"])]) == [0, 1]
+
+
+def test_repeated_batches_have_other_numbers_on_every_rank(monkeypatch):
+    """An evaluation gathers images by their numbers, and each of two ranks repeats its own."""
+    batches = PhaseBatches.__new__(PhaseBatches)
+    vars(batches).update(fixed=[Batch(torch.zeros(2), torch.zeros(2), ["a", "b"], [7, 3])] * 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found += [number for batch in batches.evaluation() for number in batch.indices]
+    assert sorted(found) == list(range(8))
+    assert sorted(batches.spread(4)) == [0, 2, 4, 6]

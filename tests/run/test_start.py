@@ -16,7 +16,7 @@ from segkit.run import pipeline
 from segkit.run.build import build_optimizer
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
-from segkit.run.start import initial_model
+from segkit.run.start import check_origin, initial_model
 from segkit.training import checkpoint
 from segkit.training.optim import freeze
 
@@ -196,3 +196,10 @@ def test_the_encoder_has_one_factor():
     )
     with pytest.raises(InputError, match=r"freeze=encoder.model.stem and encoder_lr_factor=0.5 both fit the parameter"):
         initial_model(config, list("abcdefgh"), torch.device("cpu"))
+
+
+def test_a_run_with_damaged_label_counts_is_no_start(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "label_counts.json").write_text("{}")
+    with pytest.raises(InputError, match=r"label_counts\.json has not a number of pixels and images for each of up to"):
+        check_origin(tmp_path, ("a", "b"))

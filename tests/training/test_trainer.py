@@ -12,7 +12,7 @@ from torch import nn
 
 from segkit.errors import Interrupted
 from segkit.runtime import derive_seed
-from segkit.training import checkpoint
+from segkit.training import checkpoint, distributed
 from segkit.training.optim import parameter_groups
 from segkit.training.schedules import lr_factor
 
@@ -189,3 +189,15 @@ def test_compiled_and_channels_last_train_the_same(tmp_path):
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(set(losses[0])) == 3
+
+
+def test_every_rank_evaluates_the_average_after_all_steps(tmp_path, monkeypatch):
+    """A rank that writes no checkpoint must have read the last step as well, whatever is logged."""
+    seen = []
+    trainer = build(
+        tmp_path / "a", ema_decay=0.5, num_steps=4, log_every=4, evaluate_every=3,
+        validate=lambda model, step: seen.append((step, int(trainer.ema.n_averaged))) or {"mean_iou": 0},
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    trainer.fit(make_batches)
+    assert seen == [(3, 3), (4, 4)]

@@ -35,7 +35,7 @@ def usage() -> str:
     """The text of ``segkit --help``."""
     width = max(map(len, VERBS))
     lines = [f"  segkit {verb:{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(["usage: segkit VERB ...", "", *lines, "", "segkit VERB --help explains one of them"])
+    return "\n".join(["usage: segkit VERB ...", "", *lines, "", "segkit VERB --help explains one, segkit --version"])
 
 
 def verb_function(verb: str) -> Callable[[Sequence[str]], None]:

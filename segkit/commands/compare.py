@@ -38,10 +38,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--output", type=Path, metavar="FILE", help="the report (default: report.html, if no other file is asked for)"
     )
-    for kind in ("markdown", "csv", "latex"):
-        made.add_argument(
-            f"--{kind}", type=Path, metavar="FILE", help=f"write the table of scores as {kind.capitalize()}"
-        )
+    for form in ("Markdown", "CSV", "LaTeX"):
+        made.add_argument(f"--{form.lower()}", type=Path, metavar="FILE", help=f"write the table of scores as {form}")
     made.add_argument("--pictures", type=int, default=6, metavar="N", help="images side by side (default: 6)")
     made.add_argument(
         "--predict",

@@ -62,18 +62,17 @@ SHARED: dict[str, dict[str, Any]] = {
         "action": "append",
         "default": [],
         "metavar": "DIR",
-        "help": "a folder of options of your own, as for train.py",
+        "help": "a folder of options of your own, as for train.py (default: none)",
     },
     "run": {"type": Path, "metavar": "RUN", "help": "a run folder"},
     "--phase": {"help": "a phase of the run (default: the last)"},
     "--trust": {
         "action": _Trust,
         "metavar": "PACKAGE,...",
-        "help": "packages of your own that the run's model or reader comes from, torch_export for a .pt2 file "
-        "(default: none)",
+        "help": "packages of your own that the run's model, loss or reader comes from (default: none)",
     },
     "--checkpoint": {"default": "last", "choices": ["last", "best"], "help": "which checkpoint to load"},
-    "--root": {"help": "folder of the data set (default: where it was in training)"},
+    "--root": {"metavar": "DIR", "help": "folder of the data set (default: where it was in training)"},
     "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps"},
     "--precision": {"choices": ["fp32", "bf16", "fp16"], "help": "of the forward pass (default: that of the run)"},
     "--batch-size": {
@@ -121,7 +120,8 @@ class _WithDefaults(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        has_default = action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS)
+        plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
+        has_default = action.option_strings and plain
         return f"{text} (default: %(default)s)" if has_default and "(default" not in text else text
 
 

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made = verb_parser("plot", "Draw the losses of margin calibration.", example="losses --output losses.png")
     made.add_argument("what", choices=["losses"], help="losses: rho-margin loss and rho-calibrated log-loss")
     made.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
-    made.add_argument("--rho", type=float, nargs="+", default=list(RHOS), help="margins, in logits")
+    made.add_argument("--rho", type=float, nargs="+", default=list(RHOS), help="margins in logits (default: 0 0.5 1 2)")
     made.add_argument("--range", type=float, default=4.0, metavar="R", help="lambda from -R to R")
     return made
 

@@ -23,7 +23,7 @@ def parser(*, files: bool = True) -> ArgumentParser:
         "Predict image files: label PNGs, colour overlays with a legend, probabilities.",
         example="outputs/camvid/RUN --input photos --output predictions",
     )
-    add_shared(verb, "run", run={"help": "a run folder, or what segkit export wrote: a folder, .onnx, .pt2"})
+    add_shared(verb, "run", run={"help": "a run folder, or what segkit export wrote: a folder or a file"})
     if files:
         images = {"metavar": "DIR|FILE|GLOB", "help": "images: a folder, a file or a pattern"}
         verb.add_argument("--input", required=True, **images)
@@ -31,8 +31,9 @@ def parser(*, files: bool = True) -> ArgumentParser:
         verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
         verb.add_argument("--probabilities", action="store_true", help="also write class probabilities (NPZ)")
     precision = {"default": "fp32", "help": "of the forward pass"}
+    trust = {"help": "packages of your own that the model comes from, torch_export for a .pt2 file (default: none)"}
     shared = ("--phase", "--checkpoint", "--trust", "--decision", "--precision", "--device", "--max-pixels")
-    add_shared(verb, *shared, *INFERENCE, precision=precision)
+    add_shared(verb, *shared, *INFERENCE, precision=precision, trust=trust)
     return verb
 
 

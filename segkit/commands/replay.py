@@ -113,7 +113,6 @@ def stored_batch(bundle: Path, kind: Any) -> Any:
 
 def read_again(config: Any, failed: dict[str, Any]) -> Any:
     """Read the batch of the failed step from the data set; raises what the reader raises."""
-    from segkit.config.schema import cache_dir_of
     from segkit.data.loader import train_batches
     from segkit.run.build import build_sampler, train_transform
     from segkit.run.splits import open_split
@@ -128,7 +127,7 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
         phase=failed["phase"],
         start_step=failed["step"],
         num_steps=failed["step"] + 1,
-        sampler=build_sampler(config, failed["phase"], split, cache_dir=cache_dir_of(config)),
+        sampler=build_sampler(config, failed["phase"], split, cache_dir=None),  # the bundle may be a stranger's
     )
     return next(iter(batches))
 

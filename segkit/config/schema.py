@@ -362,7 +362,7 @@ def targets(config: Config) -> list[tuple[str, dict[str, Any]]]:
 FACTS: dict[str, tuple[str, ...]] = {
     "model": ("num_classes", "classes", "in_channels"),
     "optimizer": ("params",),
-    "loss": ("class_pixels", "class_names", "ignore_index", "palette", "num_classes"),
+    "loss": ("class_pixels", "class_names", "ignore_index", "num_classes"),
     "reader": ("root", "split"),
     "augment": ("fill", "fill_mask"),
 }

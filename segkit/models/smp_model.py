@@ -17,7 +17,7 @@ from segkit.models.any_size import Windowed, accept_any_size, mix_in
 from segkit.models.segmenter import normalisation, set_normalisation
 from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
 
-SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d")
+SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d", "mit_b2", "tu-vit_small_patch16_dinov3")
 """Encoders of ``configs/model``."""
 
 FIXED = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation", "upsampling", "aux_params")

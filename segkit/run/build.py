@@ -240,7 +240,7 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
     )
 
 
-def build_sampler(config: Config, phase: str, split: SampleSet, *, cache_dir: Path) -> Sampler | None:
+def build_sampler(config: Config, phase: str, split: SampleSet, *, cache_dir: Path | None) -> Sampler | None:
     """What draws the samples of ``phase`` from ``split``, after its labels were counted; None for all in turn."""
     dataset = config.phase_dataset(phase)
     if dataset.sampler is SamplerKind.uniform:

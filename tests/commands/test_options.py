@@ -31,8 +31,9 @@ def test_every_argument_says_what_it_is_and_shows_its_default(verb):
     assert f"example: segkit {verb} " in text
     for action in arguments:
         assert action.help, action.dest
-        if action.option_strings and action.default not in (None, False, ""):
+        if action.option_strings and type(action.default) in (int, float, str) and action.default != "":
             assert f"(default: {action.default})" in text, action.dest
+        assert not isinstance(action.default, list) or not action.option_strings or "(default: " in action.help
         if action.option_strings and action.nargs != 0 and action.default is None and not action.required:
             described = "(default: " in action.help
             writes_a_file = action.metavar == "FILE"

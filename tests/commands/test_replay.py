@@ -70,16 +70,19 @@ def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed):
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=rf"{broken.name}.*had no batch, see .*failure-\d+.*state before it is saved"):
-        train(tmp_path / "run", "dataset=folder", f"dataset.root={root}", "dataset.flip=0")
+        train(tmp_path / "run", "dataset=folder", f"dataset.root={root}", "dataset.sampler=class_balanced")
     (bundle,) = (tmp_path / "run" / "train").glob("failure-*")
     noted = json.loads((bundle / "error.json").read_text())
     assert broken.stem in " ".join(noted["names"])
     with pytest.raises(InputError, match=broken.name):
         replayed(bundle)
     broken.write_bytes(content)
+    config = json.loads((bundle / "config.json").read_text())
+    (bundle / "config.json").write_text(json.dumps({**config, "cache_dir": str(tmp_path / "theirs")}))
     found = json.loads(replayed(bundle, "--json"))
     assert found["logits"]["not_finite"] == 0
     assert found["gradient_norm"] > 0
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_what_is_no_bundle(tmp_path, replayed):

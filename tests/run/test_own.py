@@ -115,6 +115,9 @@ def test_a_loss_without_faults_is_left_as_it_is():
     loss = Counting(None, seen=nn.Buffer(torch.zeros(())))
     try_loss(SumLoss(terms={"own": {"loss": loss, "weight": 2.0}}), CONFIG, "late", samples(), CPU)
     assert loss.seen == 0
+    summed = Loss(lambda logits, target: logits.mean(), pixel_decomposable=True)  # training gives it a denominator
+    with pytest.raises(InputError, match=r"fails \(AttributeError: 'Loss' object has no attribute 'denominator'\)"):
+        try_loss(summed, CONFIG, "late", samples(), CPU)
     weighted = Loss(lambda logits, target: logits.mean(), weight=nn.Parameter(torch.ones(())))
     with pytest.raises(InputError, match="has a parameter weight, which no optimizer trains: make it a buffer"):
         try_loss(weighted, CONFIG, "late", samples(), CPU)

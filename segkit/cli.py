@@ -14,7 +14,7 @@ from segkit.runtime import let_waiting_threads_sleep
 
 VERBS = {
     "train": "train a model (the same as python train.py)",
-    "check": "proof before the GPU hour: the data, and one real step of everything",
+    "check": "proof before the GPU hour: the data, and some real steps of every phase",
     "browse": "training crops as the trainer sees them: one offline HTML file",
     "stats": "label pixels of every class, and the margins that follow",
     "evaluate": "score a trained run on any split, with any inference",

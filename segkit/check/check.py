@@ -1,4 +1,4 @@
-"""What ``segkit check`` looks at: the data of every phase, then one real step of everything."""
+"""What ``segkit check`` looks at: the data of every phase, then some real steps of each."""
 
 from __future__ import annotations
 

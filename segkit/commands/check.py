@@ -1,4 +1,4 @@
-"""``segkit check``: proof before the GPU hour, of the data, and of one real step of everything."""
+"""``segkit check``: proof before the GPU hour, of the data, and of some real steps of every phase."""
 
 from __future__ import annotations
 

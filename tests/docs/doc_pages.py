@@ -112,10 +112,13 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
-def first_table_cells(name: str, heading: str) -> dict[str, list[str]]:
-    """Key to the other cells, for the tables below ``heading`` of a page; a first cell may name several keys."""
+def first_table_cells(name: str, heading: str | None = None) -> dict[str, list[str]]:
+    """Key to the other cells, for the tables below ``heading`` of a page; a first cell may name several keys.
+
+    Without a heading those before the first one of the second level.
+    """
     text = pages()[name].read_text(encoding="utf-8")
-    assert f"## {heading}\n" in text, f"{name} has no heading {heading}"
-    section = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    assert heading is None or f"## {heading}\n" in text, f"{name} has no heading {heading}"
+    section = (text if heading is None else text.split(f"## {heading}\n", 1)[1]).split("\n## ", 1)[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith(("| `", "| [`"))]
     return {key: [cell.strip() for cell in rest] for first, *rest in rows for key in re.findall(r"`([^`]+)`", first)}

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 
 import pytest
@@ -16,14 +17,22 @@ from doc_pages import DOCS, REPOSITORY, SHELL, blocks, first_table_cells, inline
 from doc_workspace import Workspace
 
 from segkit import cli
+from segkit.check.findings import LEFT_OUT
+from segkit.commands.export import FORMATS
+from segkit.commands.options import DECISIONS
 from segkit.config.compose import config_dir
-from segkit.config.schema import Config, DatasetConfig, EvaluationConfig, PhaseConfig
-from segkit.errors import InputError
+from segkit.config.schema import FREE_KEYS, Config, DatasetConfig, EvaluationConfig, PhaseConfig
+from segkit.data.labels import load_table
+from segkit.errors import InputError, Interrupted, OutOfMemory
+from segkit.evaluation.protocols import PROTOCOLS
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(config_dir().rglob("*.yaml")) if path.stem != "train"]
 PLAIN = ("text", "yaml", "python", "indented")
 """Languages of blocks beside those of a shell. A block of text shows output or folders, never a command."""
+
+ENDS = (InputError, Interrupted, OutOfMemory)
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 few_pixels = [
     pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning"),  # of a class, in four small images
@@ -257,8 +266,56 @@ def test_every_key_is_documented_with_its_default():
 def test_every_group_is_documented_with_its_options():
     shown = first_table_cells("configuration.md", "Groups")
     assert set(shown) >= set(GROUPS)
-    for group in ("optimizer", "schedule", "experiment", "sweep", "debug"):
-        assert set(re.findall(r"`(\w+)`", shown[group][0])) == {name for kind, name in OPTIONS if kind == group}
+    readme = first_table_cells("README.md", "Your data, your machine")
+    of_readme = ("dataset", "model", "schedule", "optimizer", "augment", "sweep", "debug")
+    cells = [(group, shown[group][0]) for group in ("optimizer", "schedule", "experiment", "sweep", "debug")]
+    for group, cell in [*cells, *((group, readme[group][0]) for group in of_readme)]:
+        assert set(re.findall(r"`(\w+)`", cell)) == {name for kind, name in OPTIONS if kind == group}, group
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "named"),
+    [
+        ("evaluation.md", "Benchmarks", PROTOCOLS),
+        ("evaluation.md", "Decisions", DECISIONS),
+        ("deployment.md", "Export", FORMATS),
+        ("losses.md", None, [name for kind, name in OPTIONS if kind == "loss"]),
+        ("cluster.md", "Exit codes", ["0", "130", *(str(kind.exit_code) for kind in ENDS)]),
+        ("install.md", None, PROJECT["optional-dependencies"]),
+    ],
+)
+def test_a_table_names_what_the_code_has(name, heading, named):
+    assert {key for key in first_table_cells(name, heading) if not key.endswith("=") and "--" not in key} == set(named)
+
+
+def test_keys_that_may_change_are_listed():
+    text = pages()["resuming.md"].read_text(encoding="utf-8")
+    listed = re.search(r"- (`dataset\.root`.*?) may change\.", text, re.DOTALL)[1]
+    free = {"dataset.root", *FREE_KEYS} - {"resume", "ignore_config_change"}
+    assert set(re.findall(r"`([\w.]+)`", listed)) == free
+
+
+def test_numbers_of_images_and_classes_are_those_of_the_label_tables():
+    shown = first_table_cells("datasets/index.md")
+    assert set(shown) - {"dataset="} == {name for kind, name in OPTIONS if kind == "dataset"}
+    for name in set(shown) - {"dataset=", "folder"}:
+        config = yaml.safe_load((config_dir() / "dataset" / f"{name}.yaml").read_text(encoding="utf-8"))
+        data = name.removesuffix("_coarse")
+        table = load_table(f"{data}_parts" if data == "robotic_instrument" else data)
+        splits = dict.fromkeys((config["train_split"], config["val_split"], "test"))
+        numbers = [table.splits[split] - LEFT_OUT.get((data, split), 0) for split in splits]
+        assert shown[name][0] == " / ".join(map(str, numbers)), name
+        assert int(re.match(r"\d+", shown[name][1])[0]) == table.num_classes, name
+
+
+def test_links_of_the_pages_beside_docs_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]+)#?([^)]*)\)", text):
+            assert (REPOSITORY / target).exists(), (name, target)
+            titles = re.findall(r"^#+ (.*)", (REPOSITORY / target).read_text("utf-8"), re.MULTILINE) if anchor else ()
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in slugs, (name, target, anchor)
 
 
 # -- the site ---------------------------------------------------------------------------------------------------------

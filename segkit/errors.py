@@ -50,7 +50,12 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the message of ``error`` without its full stop; its class name if it has no message."""
+    """Return the first line of the message of ``error`` without its full stop; its class name if it has no message.
+
+    YAML's errors have it elsewhere, with the number of a line.
+    """
+    if mark := getattr(error, "problem_mark", None):
+        return f"{error.problem} in line {mark.line + 1}"  # type: ignore[attr-defined]
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 

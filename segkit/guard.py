@@ -127,9 +127,7 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
     if (option := _local_in(error, "load_config", "config_path")) and isinstance(option, str):
-        mark = getattr(error, "problem_mark", None)  # of YAML's errors, whose first line says little
-        reason = f"{error.problem} in line {mark.line + 1}" if mark else first_line(error)  # type: ignore[attr-defined]
-        return f"the option {option} cannot be read ({reason}): mend its YAML file", InputError.exit_code
+        return f"the option {option} cannot be read ({first_line(error)}): mend its YAML file", InputError.exit_code
     if override := getattr(_local_in(error, "_apply_overrides_to_config", "override"), "input_line", None):
         return (
             f"the override {override!r} cannot be applied: something before its last dot is null, a list or one "
@@ -161,13 +159,15 @@ VERB_ADVICE = {
 
 _TRUST, _ROOT = {"trust=[mypackage]": "--trust=mypackage"}, {"dataset.root": "--root"}
 _DEVICE, _PIXELS = {"device=": "--device="}, {"max_pixels": "--max-pixels"}
+_SPLIT = {"dataset.train_split and dataset.val_split to": "--split to one of"}
 VERB_OPTIONS = {
-    "evaluate": {**_TRUST, **_ROOT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
+    "evaluate": {**_TRUST, **_ROOT, **_SPLIT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
     "predict": {**_TRUST, **_DEVICE, **_PIXELS},
-    "submit": {**_TRUST, **_ROOT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
+    "submit": {**_TRUST, **_ROOT, **_SPLIT, **_DEVICE, **_PIXELS, "workers=": "--workers="},
     "export": {**_TRUST, **_ROOT},
     "compare": {**_TRUST, **_ROOT, **_DEVICE},
     "replay": {**_TRUST, **_DEVICE},
+    "stats": _SPLIT,
 }
 """Keys in advice that a verb takes by an option"""
 MOST_LETTERS = 2000

@@ -140,8 +140,8 @@ class Layout:
                 f"folder {folder} of {self.dataset} may not be read by this user; run `chmod -R u+rX {self.root}`"
             ) from None
         raise InputError(
-            f"{self.dataset} is not complete under {self.root}: folder {folder} does not exist; unpack {self.archives} "
-            "into one folder and set dataset.root to it"
+            f"{self.dataset} is not complete under {self.root}: folder {folder} does not exist{near_miss(folder)}; "
+            f"unpack {self.archives} into one folder and set dataset.root to it"
         )
 
     def files(self, folder: Path, suffix: str) -> dict[str, Path]:

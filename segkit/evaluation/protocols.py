@@ -39,7 +39,7 @@ def merge_by_name(
             if name not in class_names:
                 raise InputError(
                     f"group {group!r} names the class {name!r}, which is none of {', '.join(class_names)}: "
-                    "take the protocol of another benchmark"
+                    "give --protocol standard, or the benchmark that has these classes"
                 )
             if name in group_of:
                 raise InputError(f"class {name!r} is in two groups; put it into one")

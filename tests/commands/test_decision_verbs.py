@@ -253,7 +253,7 @@ def test_a_program_is_run_for_who_trusts_it(run, finished, call, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--protocol", "cityscapes"], "names the class '.*', which is none of .*: take the protocol of another"),
+        (["--protocol", "cityscapes"], "names the class '.*', which is none of .*: give --protocol standard, or"),
         (["--slide", "0x32", "--decision", "miou"], r"window is \[0, 32\]"),
     ],
 )

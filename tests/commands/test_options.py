@@ -52,10 +52,13 @@ def test_verbs_that_share_an_argument_describe_it_alike():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_who_takes_the_folder_of_the_data_by_an_option_is_told_of_that_option(verb):
+def test_who_takes_the_folder_or_the_split_of_the_data_by_an_option_is_told_of_that_option(verb):
     has_option = any("--root" in action.option_strings for action in actions(verb)[1])
     sentence, _ = explain(InputError("camvid is not complete; set dataset.root to its folder"), verb=verb)
     assert sentence == f"camvid is not complete; set {'--root' if has_option else 'dataset.root'} to its folder"
+    has_option = any("--split" in action.option_strings for action in actions(verb)[1])
+    sentence, _ = explain(InputError("no such split: set dataset.train_split and dataset.val_split to a, b"), verb=verb)
+    assert sentence.endswith(": set --split to one of a, b") == has_option
 
 
 @pytest.mark.parametrize("verb", VERBS)

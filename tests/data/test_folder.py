@@ -57,8 +57,11 @@ def test_a_test_split_may_have_no_labels(root):
     write(root / "images" / "test" / "x.png", np.zeros((4, 4, 3)))
     assert not open_dataset("folder", root=root, split="test").labelled
     write(root / "images" / "train2" / "x.png", np.zeros((4, 4, 3)))
-    with pytest.raises(InputError, match=r"split 'train2' of .* has images but no labels: folder .*train2 does not"):
+    with pytest.raises(InputError, match=r"images/train2 has images but no labels: .*train2 does not .*labels=masks"):
         open_dataset("folder", root=root, split="train2")
+    (root / "images").rename(root / "Images")
+    with pytest.raises(InputError, match=r"images does not exist, but .*Images is there, .* dataset.reader.images\)"):
+        open_dataset("folder", root=root, split="train")
 
 
 def test_pairs_must_be_complete(root):
@@ -188,6 +191,10 @@ def test_two_images_of_one_name_are_refused(root):
         ("ids: [0]", r"has no list of names"),
         ("names: []", r"has no list of names"),
         ("[a, b]", r"holds no mapping"),
+        (
+            "names:\n\t- a",
+            r"is no valid YAML \(found character '\\t' that cannot start any token in line 2\)",
+        ),
         ("names: [a, b", r"is no valid YAML"),
         ("names: [a, b]\nids: [0]", r"has 2 names but 1 ids"),
         ("names: [a, b]\ncolours: [[0, 0, 0]]", r"has 2 names but 1 colours"),

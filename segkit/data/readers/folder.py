@@ -37,7 +37,7 @@ from segkit.errors import InputError
 FORMATS = {".json": "labelme", ".txt": "yolo", **dict.fromkeys((".png", ".tif", ".tiff", ".bmp", ".webp"), "masks")}
 """Format of a label whose name ends so."""
 
-WANTED = "images/, labels/ and classes.yaml"
+WANTED = "images/ (or name another folder in dataset.reader.images), labels/ and classes.yaml"
 
 Files = Mapping[str, list[Path]]
 """{path below a folder without extension: files of that name}."""
@@ -246,8 +246,8 @@ class _Place:
             return [Sample(key, image) for key, image in single.items()]
         if not os.path.isdir(labels_folder):
             raise InputError(
-                f"split {sub!r} of {self.top} has images but no labels: folder {labels_folder} does not exist; put one "
-                f"label there for every image, or set dataset.reader.labels={self.images} if they lie beside the images"
+                f"{folder} has images but no labels: folder {labels_folder} does not exist; put one label there for "
+                f"every image, or name their folder, as dataset.reader.labels=masks, or ={self.images} for beside them"
             )
         paired = {key: _only(files) for key, files in labels.items()}
         return self.layout.pair(single, paired, image=f"{folder}/{{id}}.jpg", label=wanted)

@@ -62,12 +62,19 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
 
     from segkit.evaluation import benchmark_scores
     from segkit.files import write_atomically, write_json
+    from segkit.run.changes import trained_on
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     folder = folder_of(saved)
+    if split.split != dataset.train_split and (seen := trained_on(saved.path, split)):
+        show(
+            f"warning: {len(seen)} of the {len(split)} images, {seen[0]} for one, were trained on, for the data were "
+            "split otherwise then: their scores are too good",
+            error=True,
+        )
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
     chosen = decide(arguments, saved, dataset, split, model)

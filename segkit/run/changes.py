@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import io
 import json
 import zlib
 from pathlib import Path
@@ -23,6 +24,9 @@ FILES = "files.json.gz"
 
 MEANING = ""
 """Its name, which no sample has, of what values of labels mean."""
+
+MOST_BYTES = 2**28
+"""What that file, which may be a stranger's, may hold: the states of more than a million samples."""
 
 EFFECTIVE = (
     "optimizer.*",
@@ -97,18 +101,9 @@ def check_files(path: Path, splits: dict[str, Splits], *, may_change: bool) -> N
     Where they ``may_change``, what the values of labels mean may not. Files that all have the same sizes and all have
     other times were copied, as before every start on a cluster: that is only said.
     """
-    place = path / FILES
-    if not place.exists():
-        return  # a run of an older version
-    try:
-        before = json.loads(gzip.decompress(read_bytes(place, role="list of files")))
-        splits_of = before.values() if isinstance(before, dict) else [None]
-        if not all(
-            isinstance(states, dict) and all(isinstance(s, str) for s in states.values()) for states in splits_of
-        ):
-            raise ValueError("it holds no states of files")
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise InputError(f"{place} cannot be read ({error}): delete it to go on without the comparison") from None
+    before = _recorded(path)
+    if before is None:
+        return
     now = _states(splits)
     for key, states in now.items():
         old = {MEANING: states[MEANING]} | before.get(key, {})
@@ -131,6 +126,38 @@ def check_files(path: Path, splits: dict[str, Splits], *, may_change: bool) -> N
                 f"changed, {len(added)} came and {len(removed)} went, for example {first}; restore the files, choose "
                 "another hydra.run.dir, or go on all the same with ignore_config_change=true"
             )
+
+
+def trained_on(path: Path, split: SampleSet) -> list[str]:
+    """Return the names of the samples of ``split`` that the run in ``path`` was started to train on, by their files."""
+    trained = {
+        (name, state)
+        for key, states in (_recorded(path) or {}).items()
+        for name, state in states.items()
+        if key.endswith(", train") and state and name != MEANING
+    }
+    return [name for name, state in _split_states(split).items() if (name, state) in trained]
+
+
+def _recorded(path: Path) -> dict[str, dict[str, str]] | None:
+    """What :func:`write_files` wrote into ``path``; None if there is no such file, as in a run of an older version."""
+    place = path / FILES
+    if not place.exists():
+        return None
+    try:
+        with gzip.open(io.BytesIO(read_bytes(place, role="list of files"))) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it holds more than {MOST_BYTES} bytes")
+        before: Any = json.loads(content)
+        splits_of = before.values() if isinstance(before, dict) else [None]
+        if not all(
+            isinstance(states, dict) and all(isinstance(s, str) for s in states.values()) for states in splits_of
+        ):
+            raise ValueError("it holds no states of files")
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise InputError(f"{place} cannot be read ({error}): delete it to go on without the comparison") from None
+    return before
 
 
 def _is_copied(state: str, old: str) -> bool:

@@ -61,6 +61,16 @@ def test_folds_are_equal_parts_and_groups_stay_together(frames):
         assert all(f"{video}_{frame}" in part for video in videos for frame in range(3))
 
 
+def test_further_images_move_few_of_the_others_between_folds(frames):
+    before = [names_of(frames, "train", folds=5, fold=fold) for fold in range(5)]
+    for number in (60, 61):
+        place = frames / "photos" / f"late_{number}"
+        save(place.with_suffix(".png"), np.zeros((8, 8, 3), np.uint8))
+        save(place.with_name(place.name + "_mask.png"), np.zeros((8, 8), np.uint8))
+    for fold, trained in enumerate(before):
+        assert len(names_of(frames, "val", folds=5, fold=fold) & trained) <= 2
+
+
 def test_the_held_out_images_are_independent_of_val_and_keep_groups(frames, small):
     config = configured(small, frames, **FOLDERS, val_fraction=0.3, groups="{group}_*")
     dataset = replace(config.dataset, holdout=0.3)

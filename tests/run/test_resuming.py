@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 
+from segkit.cli import verb_function
 from segkit.config.compose import compose
 from segkit.config.schema import plain
+from segkit.data import open_dataset
 from segkit.errors import InputError
 from segkit.run import pipeline
 from segkit.run.changes import check_changes, differing_keys, takes_effect
@@ -154,8 +156,25 @@ def test_labels_of_another_meaning_are_refused(tmp_path, train):
                 InputError, match=r"labels of phase train, train have another meaning than when the run"
             ):
                 train("run", *more, data=data)
-    table.write_text(text + "\n# said again\n")
-    train("run", data=data)
+
+
+def test_images_that_were_trained_on_are_said_where_the_data_are_split_otherwise_now(tmp_path, train, capsys):
+    root = make_sample("folder", tmp_path / "data", num_images=6, scale=0.1)
+    for kind in ("images", "labels"):
+        for path in sorted((root / kind).rglob("*.*")):
+            path.rename(root / kind / f"{path.parent.name}_{path.name}")
+        for split in ("train", "val"):
+            (root / kind / split).rmdir()
+    run = train("run", data=("dataset=folder", f"dataset.root={root}", "dataset.reader.val_fraction=0.5"))
+    verb_function("evaluate")([str(run), "--workers", "0", "--device", "cpu"])
+    assert "trained on" not in capsys.readouterr().err
+    for sample in open_dataset("folder", root=root, split="val", val_fraction=0.5).samples:
+        sample.image.unlink()
+        sample.labels[0].unlink()
+    seen = open_dataset("folder", root=root, split="val", val_fraction=0.5).samples
+    verb_function("evaluate")([str(run), "--workers", "0", "--device", "cpu"])
+    said = f"warning: {len(seen)} of the {len(seen)} images, {seen[0].name} for one, were trained on"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_copied_data_are_said(train, tmp_path, capsys):

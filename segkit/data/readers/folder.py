@@ -65,8 +65,9 @@ def read(
     other split each image needs its label, and each label its image.
 
     ``val_fraction`` and ``folds`` cut train and val out of one set of images, in the order of a hash of each name: val
-    is the first round(``val_fraction`` n) of n, or each ``folds``-th from number ``fold`` on. ``groups``, such as
-    ``{group}_*``, says which part of a name is hashed, so that images of one group stay together, and n counts groups.
+    is the first round(``val_fraction`` n) of n, or number ``fold`` of ``folds`` equal parts of that order. ``groups``,
+    such as ``{group}_*``, says which part of a name is hashed, so that images of one group stay together, and n counts
+    groups.
     """
     layout = Layout("folder", root, archives=WANTED)
     cut = _Cut(val_fraction, folds, fold, groups)
@@ -135,8 +136,10 @@ class _Cut:
         """The samples of one of the two splits."""
         group = {sample.name: group_of(sample.name, self.groups) for sample in samples}
         order = sorted(set(group.values()), key=lambda name: (name_share(name, salt="val"), name))
-        most = round(self.val_fraction * len(order))
-        chosen = set(order[self.fold :: self.folds] if self.folds else order[:most])
+        start, stop = 0, round(self.val_fraction * len(order))
+        if self.folds:
+            start, stop = (len(order) * fold // self.folds for fold in (self.fold, self.fold + 1))
+        chosen = set(order[start:stop])
         if not chosen or len(chosen) == len(order):
             how = f"folds={self.folds}" if self.folds else f"val_fraction={self.val_fraction}"
             raise InputError(

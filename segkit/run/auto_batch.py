@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -136,8 +138,14 @@ def measure_alone(config: Config, name: str, table: Any, device: torch.device) -
     if device.type != "cpu":
         return measure(*arguments)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # the process imports the main module, which is a script, and may call segkit.train as soon as it is imported
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
-            return pool.submit(_measure_bounded, *arguments).result()
+            found = pool.submit(_measure_bounded, *arguments)
+        finally:
+            sys.modules["__main__"] = main
+        try:
+            return found.result()
         except BrokenProcessPool as error:  # the system has killed it
             raise _does_not_fit(config, name, device, MemoryError("the system ended the process that tried")) from error
 

@@ -112,7 +112,7 @@ def test_unknown_protocols_classes_and_double_membership_are_named():
     counts = np.eye(2, dtype=np.int64)
     with pytest.raises(InputError, match="there is no protocol 'coco'; allowed are standard, cityscapes, ade20k"):
         benchmark_scores("coco", counts, ["a", "b"])
-    with pytest.raises(InputError, match="group 'flat' names the class 'road', which is none of a, b: take"):
+    with pytest.raises(InputError, match="group 'flat' names the class 'road', which is none of a, b: give --pro"):
         merge_by_name(counts, ["a", "b"], {"flat": ["road"]})
     with pytest.raises(InputError, match="class 'a' is in two groups"):
         merge_by_name(counts, ["a", "b"], {"x": ["a"], "y": ["a", "b"]})

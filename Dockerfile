@@ -1,4 +1,4 @@
-# segkit with all extras in an environment of its own: `docker build --tag segkit .`
+# segkit as `make setup` installs it, in an environment of its own: `docker build --tag segkit .`
 FROM python:3.11-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \

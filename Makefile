@@ -23,7 +23,7 @@ else
 	touch $@
 endif
 
-setup: $(STAMP)  ## create .venv and install everything, developer tools included
+setup: $(STAMP)  ## create .venv with segkit, the developer tools and most extras
 
 train: $(STAMP)  ## run the main job: train on the embedded data set (ARGS="key=value ..." overrides)
 	$(BIN)/python train.py experiment=synthetic_cpu $(ARGS)

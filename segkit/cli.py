@@ -10,7 +10,7 @@ from segkit import __version__
 from segkit.errors import InputError, did_you_mean
 from segkit.guard import guarded
 from segkit.progress import need_no_reader, show
-from segkit.runtime import let_waiting_threads_sleep
+from segkit.runtime import let_waiting_threads_sleep, tidy_up_when_ended
 
 VERBS = {
     "train": "train a model (the same as python train.py)",
@@ -47,6 +47,7 @@ def main() -> None:
     """Entry point of the command ``segkit``."""
     let_waiting_threads_sleep()
     need_no_reader()
+    tidy_up_when_ended()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -14,7 +14,7 @@ from segkit.errors import InputError
 from segkit.files import held, remove_if_empty
 from segkit.guard import guard, guarded, sentences
 from segkit.progress import need_no_reader
-from segkit.runtime import die_with_parent, let_waiting_threads_sleep
+from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidy_up_when_ended
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
 
@@ -192,6 +192,7 @@ def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
     let_waiting_threads_sleep()
     need_no_reader()
+    tidy_up_when_ended()
     if ranks.has_agent() or CHILD in os.environ:
         die_with_parent(signal.SIGTERM)  # of torchrun, or of the sweep: its state is saved, and a restart goes on
     guarded(check_command_line)

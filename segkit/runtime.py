@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -135,6 +136,17 @@ def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device_name(device),
     }
+
+
+def tidy_up_when_ended() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, with what is half written removed; 143 and 129 follow."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as under nohup
+            signal.signal(number, end)
 
 
 def die_with_parent(number: int) -> None:

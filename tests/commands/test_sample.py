@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from segkit.config.compose import compose
 from segkit.data import open_dataset
 from segkit.guard import guarded
 from segkit.run.splits import open_phases
+from segkit.runtime import tidy_up_when_ended
 from segkit.synthetic import sample_maker
 
 
@@ -72,14 +74,23 @@ def test_mistakes_end_with_2_and_write_nothing(monkeypatch, capsys, tmp_path, ar
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_sample_leaves_no_half(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_sample_leaves_no_half(monkeypatch, capsys, tmp_path, number, expected):
     def half(output, **options):
         (output / "images").mkdir(parents=True)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
-    monkeypatch.setitem(sample_maker.WRITERS, "camvid", half)
-    code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")
-    assert code == 130
+    before = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        tidy_up_when_ended()
+        monkeypatch.setitem(sample_maker.WRITERS, "camvid", half)
+        code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    assert code == expected
     assert not (tmp_path / "new").exists()
 
 

@@ -70,8 +70,8 @@ def available(device: torch.device | None = None) -> int:
         reserved_but_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved_but_unused
     free = _field(Path("/proc/meminfo"), "MemAvailable")
-    if free is None:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if free is None:  # not Linux: what this process has not taken
+        free = total() - peak()
     return max(0, min([free, *(limit - used for limit, used in _containers())]))
 
 

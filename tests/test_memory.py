@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,15 @@ def test_a_container_bounds_what_is_available(monkeypatch, tmp_path):
     (tmp_path / "max").write_text("max\n")
     assert memory.total() > 2**20
     assert memory.available() > 2**20
+
+
+def test_what_is_available_is_estimated_where_the_system_does_not_tell(monkeypatch):
+    ask = os.sysconf
+    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"}  # as on macOS, which raises ValueError for another name
+    monkeypatch.setattr(os, "sysconf", lambda name: ask(name if name in known else "SC_NOPE"))
+    monkeypatch.setattr(memory, "_field", lambda path, name: None)
+    monkeypatch.setattr(memory, "_containers", lambda: [])
+    assert memory.total() // 2 < memory.available() < memory.total()
 
 
 @pytest.mark.parametrize(

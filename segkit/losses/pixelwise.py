@@ -103,7 +103,7 @@ def weighted_cross_entropy_dense(s: Tensor, y: Tensor, weight: Tensor, smoothing
 class CrossEntropyLoss(PixelLoss):
     """Mean cross-entropy over valid pixels; with ``weight`` (K,) the weighted mean, as torch defines it.
 
-    ``label_smoothing`` in [0, 1) mixes the uniform distribution into the target.
+    ``label_smoothing`` in [0, 1] mixes the uniform distribution into the target.
     """
 
     weight: Tensor | None

@@ -1,4 +1,4 @@
-"""Networks. Each maps normalised images (N, 3, H, W), H and W arbitrary, to logits at its own stride.
+"""Networks. Each maps normalised images (N, C, H, W), H and W arbitrary, to logits at its own stride.
 
 segmentation_models_pytorch and timm are imported when a function that needs them is called, not before.
 """

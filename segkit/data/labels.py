@@ -17,7 +17,7 @@ TABLES = Path(__file__).parent / "tables"
 VOID = 255
 """The train id of pixels that are no class."""
 
-UNKNOWN = 254  # never a class (at most 254 classes) and never the ignore index (255)
+UNKNOWN = 254  # never a class (there are at most 254, from 0 on) and never VOID
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +34,16 @@ class LabelTable:
     palette: np.ndarray
     raw_to_train: dict[int, int]
     train_to_raw: dict[int, int]
-    ignore_index: int = 255
+    ignore_index: int = VOID
     source: tuple[str, ...] = ()
     splits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num = len(self.classes)
-        if not 1 <= num < UNKNOWN:
-            raise InputError(f"label table {self.name} has {num} classes; 1 to {UNKNOWN - 1} are allowed")
-        if self.ignore_index != 255:
-            raise InputError(f"label table {self.name} has ignore_index {self.ignore_index}; it must be 255")
+        if not 1 <= num <= UNKNOWN:
+            raise InputError(f"label table {self.name} has {num} classes; 1 to {UNKNOWN} are allowed")
+        if self.ignore_index != VOID:
+            raise InputError(f"label table {self.name} has ignore_index {self.ignore_index}; it must be {VOID}")
         if self.palette.shape != (num, 3) or self.palette.dtype != np.uint8:
             raise InputError(
                 f"label table {self.name} has {num} classes but a palette of shape {self.palette.shape} "
@@ -164,7 +164,7 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     train_to_raw = {int(train): int(raw) for train, raw in content.get("train_to_raw", {}).items()}
     if not train_to_raw:
         for raw, train in sorted(raw_to_train.items()):
-            if train != 255:
+            if train != VOID:
                 train_to_raw.setdefault(train, raw)
     return LabelTable(
         name=str(content["name"]),
@@ -172,7 +172,7 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
         palette=colours.astype(np.uint8),
         raw_to_train=raw_to_train,
         train_to_raw=train_to_raw,
-        ignore_index=int(content.get("ignore_index", 255)),
+        ignore_index=int(content.get("ignore_index", VOID)),
         source=tuple(content.get("source", ())),
         splits={str(split): int(num) for split, num in content.get("splits", {}).items()},
     )

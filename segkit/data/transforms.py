@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from segkit.config.dataset import JitterConfig
 from segkit.data.decode import pixel_limit
 from segkit.errors import InputError
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 PAD_COLOUR = (124, 116, 104)
 """Mean colour of ImageNet: close to 0 after normalisation."""
 
-JITTER = {"brightness": 0.25, "contrast": 0.25, "saturation": 0.25, "hue": 0.05}
-"""Strengths of the colour jitter: factors are from 1 - s to 1 + s, the hue turns by up to a share of the circle."""
+JITTER = asdict(JitterConfig())
+"""Strengths of the colour jitter."""
 
 AREA_BELOW = 0.5
 """Images shrunk below this factor are averaged over areas; bilinear sampling would skip pixels there."""

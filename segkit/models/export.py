@@ -209,9 +209,9 @@ def largest_difference(path: str | Path, segmenter: Segmenter, *, head: Head | N
     """Return the largest difference of logits, or of scores of ``head``, between a file and the evaluation.
 
     It is relative to the largest one of ``segmenter``; of a file that gives classes, the share of pixels that get
-    another one. The input is noise, of a batch and size that are neither the
-    traced ones nor multiples of anything. Translators get layers wrong silently (adaptive pooling for example becomes a
-    pooling with the window of the traced size), and only another size reveals it. Infinite if the graph cannot run.
+    another one. The input is noise, of a batch and size that are neither the traced ones nor multiples of anything.
+    Translators get layers wrong silently (adaptive pooling for example becomes a pooling with the window of the traced
+    size), and only another size reveals it. Infinite if the graph cannot run.
     """
     evaluated = _as_evaluated(segmenter, head)
     side = 5 * max(size_multiple(segmenter.net), 8)

@@ -292,8 +292,15 @@ def test_too_many_classes_are_refused(tmp_path):
     path = tmp_path / "classes.yaml"
     for num, ignore in (255, "\nignore: []"), (300, ""):
         path.write_text(f"names: [{', '.join(f'c{i}' for i in range(num))}]{ignore}")
-        with pytest.raises(InputError, match=rf"has {num} classes; 1 to 253 are allowed"):
+        with pytest.raises(InputError, match=rf"has {num} classes; 1 to 254 are allowed"):
             read_classes(path)
+    path.write_text(f"names: [{', '.join(f'c{i}' for i in range(254))}]")
+    raw = np.arange(256, dtype=np.uint8)[None]
+    np.testing.assert_array_equal(
+        read_classes(path).to_train(raw[:, raw[0] != 254], file=path)[0, -3:], [252, 253, 255]
+    )
+    with pytest.raises(InputError, match=r"values that the table .* does not know: 254 \(1 pixels\)"):
+        read_classes(path).to_train(raw, file=path)
 
 
 def test_missing_files_and_wrong_levels(root):

@@ -50,8 +50,8 @@ def classes_of(content: dict[str, Any], path: Path) -> FolderClasses:
     names = content.get("names")
     if not isinstance(names, list) or not names:
         raise InputError(f"{path} has no list of names; write for example `names: [background, tool]`")
-    if (num := len(names)) >= UNKNOWN:
-        raise InputError(f"{path} has {num} classes; 1 to {UNKNOWN - 1} are allowed")
+    if (num := len(names)) > UNKNOWN:
+        raise InputError(f"{path} has {num} classes; 1 to {UNKNOWN} are allowed")
     if odd := [name for name in names if not name.strip() or name != name.encode(errors="ignore").decode()]:
         raise InputError(f"{path} has the name {odd[0]!r}, which is no text; give each class a name, in quotes")
     ids = _integers(content.get("ids"), path, key="ids", default=list(range(num)))

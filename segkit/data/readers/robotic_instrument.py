@@ -22,7 +22,7 @@ import numpy as np
 
 from segkit.data.decode import read_index_png
 from segkit.data.files import is_folder, visible_entries
-from segkit.data.labels import load_table, table_file
+from segkit.data.labels import VOID, load_table, table_file
 from segkit.data.layout import Layout, check_option, check_split
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
@@ -40,7 +40,6 @@ MERGED = ("type_labels", "binary_labels", "parts_labels")
 """Folders that the paper's code writes beside the instruments: merged masks, not instruments."""
 
 PART_CODES = (0, 10, 20, 30, 40)
-IGNORED = 255
 _IS_ODD = np.array([value not in PART_CODES for value in range(256)], np.uint8)
 _FLOOR = np.array([value // 10 * 10 if value <= PART_CODES[-1] else 0 for value in range(256)], np.uint8)
 _FRAME = re.compile(r"(frame(\d{3}))\.png")
@@ -90,7 +89,7 @@ def read(
     notes = [f"sequences {missing} of {of} are not under {layout.root}: unpack {ARCHIVES}"] if missing else []
     table = load_table(f"robotic_instrument_{task}")
     if overlap == "ignore":
-        table = dataclasses.replace(table, raw_to_train={**table.raw_to_train, IGNORED: table.ignore_index})
+        table = dataclasses.replace(table, raw_to_train={**table.raw_to_train, VOID: table.ignore_index})
     return SampleSet(
         samples,
         table=table,
@@ -174,7 +173,7 @@ def merge_masks(sample: Sample, *, task: str, overlap: str, odd_values: str) -> 
         for path, mask in zip(sample.labels, masks, strict=True):
             merged[mask > 0] = _type_code(path.parent)
     if overlap == "ignore":
-        merged[sum((mask > 0).astype(np.uint8) for mask in masks) > 1] = IGNORED
+        merged[sum((mask > 0).astype(np.uint8) for mask in masks) > 1] = VOID
     return merged
 
 

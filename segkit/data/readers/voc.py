@@ -78,15 +78,11 @@ def read_sbd_mask(path: Path) -> np.ndarray:
     return mask
 
 
-def _entries(layout: Layout, voc: Path, split: str) -> list[str]:
-    return layout.entries(voc / LISTS / f"{split}.txt", voc / LISTS)
-
-
 def _official(layout: Layout, voc: Path, split: str, images: dict[str, Path]) -> list[Sample]:
     """The pairs of an official split with their palette PNGs; of test, whose masks are not public, the images."""
     folder, list_file = voc / "SegmentationClass", voc / LISTS / f"{split}.txt"
     masks = {} if split == "test" else layout.files(folder, ".png")
-    keys = _entries(layout, voc, split)
+    keys = layout.entries(list_file, voc / LISTS)
     if split != "test":
         keys = layout.listed(keys, masks, wanted=f"{folder}/{{id}}.png", list_file=list_file)
     keys = layout.listed(keys, images, wanted=f"{voc}/JPEGImages/{{id}}.jpg", list_file=list_file)
@@ -98,7 +94,7 @@ def _augmented(
 ) -> tuple[list[Sample], list[str]]:
     """The pairs of trainaug, sorted by id, and a note that says how many masks come from where."""
     official = {sample.name: sample for sample in _official(layout, voc, "train", images)}
-    val = _entries(layout, voc, "val")
+    val = layout.entries(voc / LISTS / "val.txt", voc / LISTS)
     lists: dict[str, int] = {}
     if augmentation == "folder":
         community = Layout("voc", voc, archives="SegmentationClassAug.zip")

@@ -60,7 +60,7 @@ def test_what_is_available_is_estimated_where_the_system_does_not_tell(monkeypat
     known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"}  # as on macOS, which raises ValueError for another name
     monkeypatch.setattr(os, "sysconf", lambda name: ask(name if name in known else "SC_NOPE"))
     monkeypatch.setattr(memory, "_field", lambda path, name: None)
-    monkeypatch.setattr(memory, "_containers", lambda: [])
+    monkeypatch.setattr(memory, "_containers", list)
     assert memory.total() // 2 < memory.available() < memory.total()
 
 

@@ -156,7 +156,8 @@ def test_any_schedule_goes_with_any_experiment(experiment):
     }
     assert phases.keys() == {path.stem for path in (config_dir() / "schedule").glob("*.yaml")}
     for schedule, names in phases.items():
-        config = composed(f"experiment={experiment}", f"schedule={schedule}")
+        config = composed(f"experiment={experiment}", f"schedule={schedule}", "augment=none")
+        assert (config.dataset.scale, config.dataset.flip, config.dataset.color_jitter) == ([1.0, 1.0], 0.0, 0.0)
         recipe = config.dataset.recipe
         assert list(config.schedule) == names
         first, last = config.schedule[names[0]], config.schedule[names[-1]]
@@ -164,6 +165,8 @@ def test_any_schedule_goes_with_any_experiment(experiment):
         assert (last.epochs, last.lr) == (
             (recipe.finetune_epochs, recipe.finetune_lr) if len(names) > 1 else (recipe.epochs, None)
         )
+        if first.dataset is not None:
+            assert first.epochs == first.dataset.recipe.epochs < recipe.epochs
         check_targets(config)
 
 

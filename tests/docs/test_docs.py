@@ -306,6 +306,10 @@ def test_numbers_of_images_and_classes_are_those_of_the_label_tables():
         numbers = [table.splits[split] - LEFT_OUT.get((data, split), 0) for split in splits]
         assert shown[name][0] == " / ".join(map(str, numbers)), name
         assert int(re.match(r"\d+", shown[name][1])[0]) == table.num_classes, name
+        for line in pages()[f"datasets/{data}.md"].read_text(encoding="utf-8").splitlines():
+            if (row := re.match(r"\| `(\w+)`", line)) and row[1] in table.splits:
+                number = table.splits[row[1]] - LEFT_OUT.get((data, row[1]), 0)
+                assert str(number) in re.findall(r"\d+", line), line
 
 
 def test_links_of_the_pages_beside_docs_lead_somewhere():

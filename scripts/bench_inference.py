@@ -23,14 +23,12 @@ from typing import Any
 import cv2
 import torch
 import torch.nn.functional as F
+from bench_checkpointing import MIB, RETURN_AT_ONCE, status
 from torch import Tensor, nn
 
 from segkit.evaluation import Inference
 from segkit.evaluation.inference import ADE20K_SCALES
 from segkit.models import Segmenter, deeplabv3plus
-
-RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-MIB = 2**20
 
 
 class Light(nn.Module):
@@ -51,14 +49,6 @@ def build(name: str, num_classes: int) -> nn.Module:
     if name == "light":
         return Light(num_classes)
     return Segmenter(deeplabv3plus("se_resnext50_32x4d", num_classes, output_stride=8, encoder_weights="none"))
-
-
-def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS is the resident size, VmHWM its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 @torch.inference_mode()

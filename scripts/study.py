@@ -25,10 +25,8 @@ from study_report import load_all, report
 
 import segkit
 from segkit.config.compose import compose, quoted
-from segkit.config.schema import plain
 from segkit.data import SampleSet
 from segkit.data.loader import Batch, eval_batches
-from segkit.data.transforms import EvalTransform
 from segkit.errors import InputError, first_line
 from segkit.evaluation import evaluate
 from segkit.evaluation.decision import BiasedModel, collect_logits, tune_bias
@@ -37,6 +35,7 @@ from segkit.evaluation.loop import evaluating
 from segkit.evaluation.miou_rule import ScaledModel, fit_miou_rule
 from segkit.files import without_nan, write_atomically
 from segkit.guard import guarded
+from segkit.run.build import eval_transform
 from segkit.run.saved import open_run
 from segkit.run.splits import open_split
 from segkit.runtime import provenance
@@ -142,8 +141,7 @@ def images(folder: Path, num_images: int | None) -> tuple[list[Batch], SampleSet
     split = open_split(dataset, dataset.train_split if num_images else dataset.val_split)
     if num_images:
         split = split.subset(np.linspace(0, len(split) - 1, num_images).astype(int).tolist())
-    transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
-    return list(eval_batches(split, transform=transform, batch_size=8, workers=0)), split
+    return list(eval_batches(split, transform=eval_transform(dataset), batch_size=8, workers=0)), split
 
 
 def decide(folder: Path, first: Path, study: dict[str, Any]) -> dict[str, Any]:

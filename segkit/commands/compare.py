@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.commands.options import add_shared, check_writable, open_scored, verb_parser
+from segkit.commands.options import add_shared, check_writable, count, open_scored, verb_parser
 from segkit.errors import InputError
 from segkit.files import write_atomically
 from segkit.progress import show
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for form in ("Markdown", "CSV", "LaTeX"):
         made.add_argument(f"--{form.lower()}", type=Path, metavar="FILE", help=f"write the table of scores as {form}")
-    made.add_argument("--pictures", type=int, default=6, metavar="N", help="images side by side (default: 6)")
+    made.add_argument("--pictures", type=count(0), default=6, metavar="N", help="images side by side (default: 6)")
     made.add_argument(
         "--predict",
         action="store_true",
@@ -68,8 +68,6 @@ def run(argv: Sequence[str]) -> None:
             f"--samples is {arguments.samples}, but an interval needs at least 100 and at most a million: "
             "give --samples 2000"
         )
-    if arguments.pictures < 0:
-        raise InputError(f"--pictures is {arguments.pictures}, but must be 0 or more")
     if arguments.predict and arguments.evaluation:
         raise InputError("--predict shows what was scored after training, which --evaluation is not: leave one out")
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)
@@ -122,7 +120,7 @@ def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Names
     folder = evaluate.folder_of(saved) / "pictures"
     split = split.subset([at for at, sample in enumerate(split.samples) if sample.name in known])
     show(f"predicting {len(known)} images with {record.path}")
-    options, pictures = evaluate.parser().parse_args(["--workers=0", str(top)]), range(len(known))
+    options, pictures = evaluate.parser().parse_args(["--workers=0", "--", str(top)]), range(len(known))
     model, argmax = saved.model().to(resolve_device(arguments.device)), decision.Decision()
     _, found = evaluate.evaluate_split(options, saved, dataset, split, model, argmax, pictures)
     for at, name in enumerate(found.per_image.names):

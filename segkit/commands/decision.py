@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segkit.config.schema import DatasetConfig, plain
+from segkit.config.schema import DatasetConfig
 from segkit.data.loader import eval_batches
 from segkit.data.samples import SampleSet
-from segkit.data.transforms import EvalTransform
 from segkit.errors import InputError
 from segkit.evaluation.decision import BiasedModel, bias_from_json, collect_logits, tune_bias
 from segkit.evaluation.miou_rule import MiouRule, ScaledModel, fit_miou_rule, rule_from_json
 from segkit.files import read_json, write_json
 from segkit.progress import show, track
+from segkit.run.build import eval_transform
 from segkit.run.saved import SavedRun, check_classes
 from segkit.run.splits import open_holdout, open_split
 
@@ -159,10 +159,9 @@ def fit(
     split, fitted_on = to_fit_on(dataset)
     check_classes(saved, split.classes)
     check_unseen(fitted_on, scored, dataset)
-    transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
     sample = collect_logits(
         model,
-        eval_batches(split, transform=transform, workers=workers),
+        eval_batches(split, transform=eval_transform(dataset), workers=workers),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
         device=next(model.parameters()).device,

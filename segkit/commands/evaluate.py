@@ -133,22 +133,20 @@ def evaluate_split(
     arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any, decision: Any, pictures: Sequence[int] = ()
 ) -> tuple[dict[str, Any], Any]:
     """Return the results in the form of results.json, and the evaluation, which keeps ``pictures``."""
-    from segkit.config.schema import plain
     from segkit.data.loader import eval_batches
-    from segkit.data.transforms import EvalTransform
     from segkit.evaluation import benchmark_scores, evaluate, to_results
     from segkit.progress import track
-    from segkit.run.build import evaluation_protocol
+    from segkit.run.build import eval_transform, evaluation_protocol
     from segkit.training.precision import DTYPES
 
     predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
     if arguments.max_images:
         split = split[: arguments.max_images]
-    transform = EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
+    options = {"batch_size": arguments.batch_size, "workers": arguments.workers}
     evaluation = evaluate(
         decision.around(model),
-        eval_batches(split, transform=transform, batch_size=arguments.batch_size, workers=arguments.workers),
+        eval_batches(split, transform=eval_transform(dataset), **options),
         num_classes=split.num_classes,
         ignore_index=split.ignore_index,
         device=next(model.parameters()).device,

@@ -180,12 +180,17 @@ RUN_FILES = frozenset({
 """Names of files that a run needs, and that no output of a verb replaces."""
 
 
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of the pictures that verbs draw."""
+
+
 def check_writable(
     arguments: argparse.Namespace, *options: str, makes_folders: bool = False, draws: bool = False
 ) -> None:
     """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not.
 
-    So is an image that is there, unless the verb ``draws`` one: it would be an input.
+    So is an image that is there, unless the verb ``draws`` one: it would be an input. What is drawn is one of
+    :data:`PICTURES`.
     """
     from segkit.data.files import IMAGE_SUFFIXES
 
@@ -195,6 +200,8 @@ def check_writable(
             continue
         if (other := named.setdefault(path.resolve(), option)) != option:
             raise InputError(f"--{other} and --{option} name the same file {path}: give each a file of its own")
+        if draws and path.suffix.lower() not in PICTURES:
+            raise InputError(f"--{option} is {path}, but its ending must be one of {', '.join(PICTURES)}")
         folder = path.absolute().parent
         while makes_folders and not folder.exists():
             folder = folder.parent

@@ -15,7 +15,6 @@ from segkit.errors import InputError
 from segkit.files import written_beside
 from segkit.progress import show
 
-FORMATS = (".png", ".svg", ".pdf")
 RHOS = (0.0, 0.5, 1.0, 2.0)
 
 
@@ -32,9 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Draw the curves and write the picture."""
     arguments = parser().parse_args(argv)
-    path = arguments.output
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--output is {path}, but its ending must be one of {', '.join(FORMATS)}")
+    check_writable(arguments, "output", makes_folders=True, draws=True)
     if not all(0 <= rho <= 1000 for rho in arguments.rho):
         given = " ".join(f"{rho:g}" for rho in arguments.rho)
         raise InputError(f"--rho is {given}, but a margin is a number of logits from 0 to 1000: give --rho 0 0.5 1 2")
@@ -42,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         raise InputError(
             f"--range is {arguments.range:g}, but must be a positive number of logits, at most 1000: give --range 4"
         )
-    check_writable(arguments, "output", makes_folders=True, draws=True)
+    path = arguments.output
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary:
         draw(arguments.rho, arguments.range).savefig(temporary, dpi=200, format=path.suffix[1:].lower())

@@ -12,11 +12,8 @@ from typing import Any
 from segkit.commands.options import add_shared, check_writable, verb_parser
 from segkit.config.dataset import RGB
 from segkit.config.schema import Config
-from segkit.errors import InputError
 from segkit.files import write_atomically, write_json, written_beside
 from segkit.progress import show
-
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def parser() -> ArgumentParser:
@@ -40,8 +37,6 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser().parse_intermixed_args(argv)
     check_writable(arguments, "csv", "json")
     check_writable(arguments, "plot", draws=True)
-    if arguments.plot and arguments.plot.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"--plot is {arguments.plot}, but must end with {', '.join(PLOT_SUFFIXES)}")
     from segkit.config.compose import compose
     from segkit.data.decode import set_pixel_limit
     from segkit.run.splits import open_split

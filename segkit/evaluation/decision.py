@@ -22,6 +22,7 @@ from segkit.evaluation.loop import LabelledBatch, evaluating
 from segkit.evaluation.metrics import Floats, divide
 from segkit.evaluation.views import forward
 
+_AGAIN = "fit it again with `segkit evaluate RUN --decision bias --refit`"
 _NUM_CANDIDATES = 81
 _FIRST_REACH = 4.0
 """Logits to either side of the present bias that the first round tries; every round halves it."""
@@ -62,15 +63,10 @@ def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> ND
     """Return the bias (K,) in the order of ``class_names`` from the result of `FittedBias.to_json`."""
     bias = content.get("bias")
     if not isinstance(bias, Mapping) or set(bias) != set(class_names):
-        raise InputError(
-            "the stored bias is none of this run's classes: fit it again with "
-            "`segkit evaluate RUN --decision bias --refit`"
-        )
+        raise InputError(f"the stored bias is none of this run's classes: {_AGAIN}")
     values = [bias[name] for name in class_names]
     if not all(type(value) in (int, float) and abs(value) <= MOST_NUMBER for value in values):
-        raise InputError(
-            "the stored bias holds no numbers: fit it again with `segkit evaluate RUN --decision bias --refit`"
-        )
+        raise InputError(f"the stored bias holds no numbers: {_AGAIN}")
     return np.array(values, np.float32)
 
 
@@ -88,10 +84,7 @@ class BiasedModel(nn.Module):
         """Biased logits (N, K, h, w)."""
         logits = self.model(images)
         if logits.shape[1] != self.bias.shape[1]:
-            raise InputError(
-                f"the bias has {self.bias.shape[1]} classes and the model {logits.shape[1]}: fit it again with "
-                "`segkit evaluate RUN --decision bias --refit`"
-            )
+            raise InputError(f"the bias has {self.bias.shape[1]} classes and the model {logits.shape[1]}: {_AGAIN}")
         return logits + self.bias.to(logits.dtype)
 
 
@@ -163,16 +156,15 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> FittedBias:
     Other classes keep the bias 0: the sample says nothing about them, and forbidding them would only flatter the score.
     A step is taken only if it raises the objective, so the result is never worse than no bias.
     """
-    logits = sample.logits.astype(np.float32)
-    num_classes = logits.shape[1]
+    num_classes = sample.logits.shape[1]
     present = np.bincount(sample.target, minlength=num_classes) > 0
     bias = np.zeros(num_classes, np.float32)
     before = best = weighted_mean_iou(sample, bias)
     reach = _FIRST_REACH
     for _ in range(num_rounds):
         for k in np.flatnonzero(present):
-            candidates = np.sort(bias[k] + np.linspace(-reach, reach, _NUM_CANDIDATES)).astype(np.float32)
-            objective = _objective_of_candidates(sample, logits + bias, int(k), candidates - bias[k], present)
+            candidates = (bias[k] + np.linspace(-reach, reach, _NUM_CANDIDATES)).astype(np.float32)
+            objective = _objective_of_candidates(sample, sample.logits + bias, int(k), candidates - bias[k], present)
             trial = bias.copy()
             trial[k] = candidates[int(np.argmax(objective))]
             # The grid's figures may differ from the score at ties and by rounding, so the score itself decides.

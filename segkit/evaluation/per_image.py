@@ -60,15 +60,15 @@ class PerImageCounts:
 
     def total(self) -> NDArray[np.int64]:
         """The confusion matrix (K, K) of all images together."""
-        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
-        np.add.at(counts, (self.target, self.prediction), self.count)
-        return counts
+        return self._dense(slice(None))
 
     def matrix(self, image: int) -> NDArray[np.int64]:
-        """The dense confusion matrix (K, K) of one image."""
+        """The confusion matrix (K, K) of one image."""
+        return self._dense(self.image == image)
+
+    def _dense(self, entries: Any) -> NDArray[np.int64]:
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
-        of_image = self.image == image
-        np.add.at(counts, (self.target[of_image], self.prediction[of_image]), self.count[of_image])
+        np.add.at(counts, (self.target[entries], self.prediction[entries]), self.count[entries])
         return counts
 
     def class_totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -73,7 +73,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def compact(value: float) -> str:
     """A tick's text: 0.05, 20, 30k, 1e-6."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        mantissa, exponent = f"{value:.5e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{round(value, 6):g}"

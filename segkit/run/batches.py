@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from segkit.config.schema import Config, plain
+from segkit.config.schema import Config
 from segkit.data.loader import Batch, crop_of, draws_of, eval_batches, train_batches
 from segkit.data.sampling import Sampler
-from segkit.data.transforms import EvalTransform
-from segkit.run.build import train_transform
+from segkit.run.build import eval_transform, train_transform
 from segkit.run.plan import PhasePlan
 from segkit.run.splits import Splits
 from segkit.training import distributed
@@ -85,11 +84,10 @@ class PhaseBatches:
         """The images of an evaluation, each with its number in the split."""
         if self.fixed is not None:
             return _numbered(self.fixed)
-        config, dataset = self.config, self.config.phase_dataset(self.plan.name)
-        limit = config.evaluation.max_images
+        config, limit = self.config, self.config.evaluation.max_images
         return eval_batches(
             self.splits.val if limit is None else self.splits.val[:limit],
-            transform=EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value),
+            transform=eval_transform(config.phase_dataset(self.plan.name)),
             batch_size=config.evaluation.batch_size,
             workers=config.workers,
             pin_memory=self.pin_memory,

@@ -22,7 +22,7 @@ from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
 from segkit.data.sampling import Sampler, make_sampler
 from segkit.data.statistics import LabelCounts, classes_of_images, count_labels
-from segkit.data.transforms import PAD_COLOUR, TrainTransform
+from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
@@ -238,6 +238,11 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
         pad=pad,
         ignore_index=ignore_index,
     )
+
+
+def eval_transform(dataset: DatasetConfig) -> EvalTransform:
+    """What an image and its label go through before they are evaluated."""
+    return EvalTransform(resize=plain(dataset.eval_resize), labels=dataset.eval_labels.value)
 
 
 def build_sampler(config: Config, phase: str, split: SampleSet, *, cache_dir: Path | None) -> Sampler | None:

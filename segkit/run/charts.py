@@ -69,9 +69,14 @@ def described(loss: dict[str, Any]) -> str:
     return short_name(loss)
 
 
+def _with_margins(loss: nn.Module) -> Any:
+    """``loss`` or the part of it that has margins; None for a loss without margins."""
+    return next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
+
+
 def margin_buffers(loss: Any) -> dict[str, list[float]]:
     """rho_0k and rho_k0, K numbers each, of the module ``loss`` or a part of it; empty for a loss without margins."""
-    found = next((part for part in loss.modules() if hasattr(part, "rho_0k")), None)
+    found = _with_margins(loss)
     return {} if found is None else {name: getattr(found, name).tolist() for name in ("rho_0k", "rho_k0")}
 
 
@@ -156,7 +161,7 @@ class LossObserver:
 
     def sums_of(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The sums of :func:`margin_sums` for one batch, at the margins of the loss or of a term; else at 0."""
-        part: Any = next((part for part in self.loss.modules() if hasattr(part, "rho_0k")), None)
+        part = _with_margins(self.loss)
         if part is None:
             return margin_sums(logits, target, ignore_index=self.loss.ignore_index)  # type: ignore[arg-type]
         return margin_sums(logits, target, rho_k0=part.rho_k0, rho_0k=part.rho_0k, ignore_index=part.ignore_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from segkit.config.schema import Config
+from segkit.data import SampleSet
 from segkit.data.statistics import LabelCounts
 from segkit.errors import Interrupted, NonFiniteLogits
 from segkit.evaluation import Evaluation, evaluate, to_results, whole_image
@@ -32,26 +34,24 @@ GRACE = 0.5
 """Seconds in which a signal may still come after a loading process has died of it."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Validation:
     """Evaluates a model on the validation split of a phase; ``last`` is the latest evaluation."""
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        batches: PhaseBatches,
-        counts: LabelCounts,
-        loss: nn.Module,
-        observer: charts.LossObserver | None,
-        tracker: Tracker,
-        device: torch.device,
-        stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.batches, self.counts, self.observer = config, batches, counts, observer
-        self.loss = loss
-        self.tracker, self.device, self.stop = tracker, device, stop
-        self.split = batches.splits.val
-        self.last: Evaluation | None = None
+    config: Config
+    batches: PhaseBatches
+    counts: LabelCounts
+    loss: nn.Module
+    observer: charts.LossObserver | None
+    tracker: Tracker
+    device: torch.device
+    stop: Callable[[], bool]
+    last: Evaluation | None = field(default=None, init=False)
+
+    @property
+    def split(self) -> SampleSet:
+        """The images that are evaluated, unless some batches of the training are."""
+        return self.batches.splits.val
 
     def evaluate(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Results of ``model`` in the form of results.json, and the sums of an observed loss (else empty)."""

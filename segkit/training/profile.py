@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +55,13 @@ def profile_steps(trainer: Trainer, batches: Iterable[Any], *, num_steps: int, f
 def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) -> None:
     device, mixed = trainer.mixed.device, trainer.mixed
 
-    class part:
-        def __init__(self, name: str) -> None:
-            self.name, self.record = name, record_function(name)
-
-        def __enter__(self) -> None:
-            self.start = time.perf_counter()
-            self.record.__enter__()
-
-        def __exit__(self, *error: object) -> None:
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with record_function(name):
+            yield
             runtime.synchronize(device)
-            self.record.__exit__(*error)
-            times.setdefault(self.name, []).append(time.perf_counter() - self.start)
+        times.setdefault(name, []).append(time.perf_counter() - start)
 
     with part("waiting for data"):
         batch = next(iterator)
@@ -85,7 +82,7 @@ def _one_step(trainer: Trainer, iterator: Any, times: dict[str, list[float]]) ->
 
 
 def _table(times: dict[str, list[float]], num_steps: int, recorded: Any, *, key: str) -> str:
-    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     total = sum(medians.values())
     lines = [f"median of {num_steps} steps: {total * 1000:.1f} ms", f"{'part':20}{'ms':>10}{'share':>9}"]
     lines += [f"{name:20}{value * 1000:10.1f}{value / total:9.1%}" for name, value in medians.items()]

@@ -93,7 +93,7 @@ def test_mixed_protocols_are_refused_and_then_marked(call, make_run, tmp_path):
             "error: --samples is 1000000000, but an interval needs at least 100 and at",
         ),
         (["gone", "--predict", "--evaluation", "x"], "error: --predict shows what was scored after training"),
-        (["gone", "--pictures", "-1"], "error: --pictures is -1, but must be 0 or more"),
+        (["gone", "--pictures", "-1"], "error: segkit compare: argument --pictures: '-1' is no whole number from 0"),
     ],
 )
 def test_bad_input_is_one_sentence(call, arguments, message):

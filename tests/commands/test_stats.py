@@ -138,7 +138,7 @@ def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--plot", "/tmp/plot.bmp"], "--plot is /tmp/plot.bmp, but must end with .png, .svg, .pdf"),
+        (["--plot", "/tmp/plot.bmp"], "--plot is /tmp/plot.bmp, but its ending must be one of .png, .svg, .pdf"),
         (["--csv", "/no/such/folder/a.csv"], "/no/such/folder is no folder: make it"),
         (["--split", "trian"], "camvid has no split 'trian'; allowed are train, val, test"),
         (["loss.upsilon=-1"], "upsilon must be a finite number greater than 0, got -1; set loss.upsilon"),

@@ -64,7 +64,10 @@ def test_a_logarithmic_axis_has_few_ticks_and_at_least_one(low, high, ticks):
     assert scales.Scale(low, high, log=True).values() == pytest.approx(ticks)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.05, "0.05"), (20.0, "20"), (30_000, "30k"), (1e-6, "1e-6"), (0, "0")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.05, "0.05"), (20.0, "20"), (30_000, "30k"), (1e-6, "1e-6"), (0, "0"), (1.5e-4, "1.5e-4"), (2_500_000, "2.5e6")],
+)
 def test_tick_text(value, text):
     assert scales.compact(value) == text
 

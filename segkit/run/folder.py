@@ -59,11 +59,8 @@ class RunFolder:
         return (self.phase(name) / "results.json").is_file()
 
     def has_begun(self) -> bool:
-        """True once a phase has a checkpoint or results: before that nothing would be lost by starting again."""
-        return any(
-            self.is_finished(name) or any((self.phase(name) / "checkpoints").glob("*.pt"))
-            for name in self.config.schedule
-        )
+        """True once a phase, of whatever schedule, has a checkpoint or results: before that nothing would be lost."""
+        return any(any(self.path.glob(pattern)) for pattern in ("*/results.json", "*/checkpoints/*.pt"))
 
     def results(self, name: str) -> dict[str, Any]:
         """The results of a finished phase."""

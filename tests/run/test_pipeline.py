@@ -108,6 +108,8 @@ def test_another_configuration_in_the_same_folder_is_refused(train):
     train("run")
     with pytest.raises(InputError, match=r"keys differ: seed \(0 there, 1 now\), optimizer.lr|optimizer.lr .*, seed"):
         train("run", "seed=1", "optimizer.lr=0.5")
+    with pytest.raises(InputError, match=r"a run of another configuration; these keys differ: .*schedule\.train "):
+        train("run", "schedule=pretrain_finetune")  # none of whose phases has begun
     with pytest.raises(InputError, match="holds a run already: set resume=true"):
         train("run", "resume=false")
     with pytest.raises(InputError, match=r"these keys cannot change within a run: seed \(0 there, 1 now\)"):

@@ -104,7 +104,7 @@ def test_interval_of_a_share():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{arms: [", r"study.yaml cannot be read as a study \(while parsing"),
+        ("{arms: [", r"study.yaml cannot be read as a study \(expected the node content"),
         ("12", "study.yaml cannot be read as a study"),
         ("{seeds: [0]}", r"study.yaml cannot be read as a study \('arms'\)"),
         (("seeds: [0, 1, 2]", "seeds: [a]"), "a number among seeds, block and fit that is no whole one"),

@@ -33,9 +33,9 @@ Size = tuple[int, int]
 class Look:
     """What was seen of one sample.
 
-    ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels; ``turned``: the
-    image has an orientation tag, which is ignored; ``errors``: the readers' sentences about "image", "label" and
-    "size".
+    ``raw_pixels``: pixels of each raw label value; ``digest``: hash of the image's decoded pixels; ``brightest``: its
+    largest value; ``turned``: it has an orientation tag, which is ignored; ``errors``: the readers' sentences about
+    "image", "label" and "size".
     """
 
     index: int
@@ -43,6 +43,7 @@ class Look:
     raw_pixels: dict[int, int] = field(default_factory=dict)
     digest: str | None = None
     one_colour: bool = False
+    brightest: float = 0
     turned: bool = False
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -67,6 +68,7 @@ class SplitAudit:
     class_pixels: np.ndarray = field(init=False)
     class_images: np.ndarray = field(init=False)
     ignored_pixels: int = 0
+    brightest: float = 0
     digests: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     errors: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
     unknown: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -100,6 +102,7 @@ class SplitAudit:
             self.sizes[look.image_size] += 1
         if look.digest is not None:
             self.digests[look.digest].append(look.index)
+        self.brightest = max(self.brightest, look.brightest)
         if look.one_colour:
             self.one_colour.append(look.index)
         if look.turned:
@@ -155,6 +158,7 @@ def look_at(dataset: SampleSet, index: int) -> Look:
             seen["image_size"] = image_size(sample.image)
     else:
         seen |= {"image_size": image.shape[:2], "digest": _digest(image), "one_colour": _is_one_colour(image)}
+        seen["brightest"] = float(image.max())
         seen["turned"] = orientation(sample.image) != 1
     if dataset.labelled:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segkit.check.audit import SplitAudit
+from segkit.config.dataset import RGB
 from segkit.config.schema import Config, DatasetConfig
 from segkit.data.labels import ranges
 from segkit.data.layout import and_more
@@ -26,6 +27,9 @@ NUM_SHOWN = 5
 TOLERATED_OVERLAP = 0.01
 """Share of the validation images that may occur in training as well before it is an error: published splits have a
 few such images, and one has to keep them for scores that compare."""
+
+DARK = 64
+"""Of 255: images of 8 bits of which none has a value as high are suspicious."""
 
 LEFT_OUT = {
     ("bdd100k", "train"): 4,
@@ -184,6 +188,12 @@ def _suspicious(audit: SplitAudit) -> Iterator[Finding]:
         if files:
             text = f"{kind} {files[0]} {what}{and_more(files)}: look at it, and remove the pair from {split} if broken"
             yield Finding(WARNING, text, files)
+    if audit.dataset.kind == RGB and audit.sizes and audit.brightest < DARK:
+        text = (
+            f"no image of split {split} has a value above {audit.brightest:g} of 255: where files hold 10 or 12 bits "
+            "as 16, of which the upper byte is read, set dataset.dtype=uint16 and dataset.in_channels, or stretch them"
+        )
+        yield Finding(WARNING, text)
     if audit.turned:
         files = tuple(_file(audit, index) for index in audit.turned)
         text = (

@@ -68,11 +68,12 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
+    split.check_labelled()
     folder = folder_of(saved)
     if split.split != dataset.train_split and (seen := trained_on(saved.path, split)):
         show(
-            f"warning: {len(seen)} of the {len(split)} images, {seen[0]} for one, were trained on, for the data were "
-            "split otherwise then: their scores are too good",
+            f"warning: {len(seen)} of the {len(split)} images, {seen[0]} for one, were trained on, as the splits "
+            "overlap or were others then: their scores are too good",
             error=True,
         )
     device = resolve_device(arguments.device)

@@ -113,6 +113,7 @@ def read_index_png(path: Path, *, first_channel: bool = False, deep: bool = Fals
     with pillow(io.BytesIO(content), path, role="label") as image:
         _check_lossless(image, content, path)
         _check_index_mode(image, path, colours_too=first_channel or image.format == "WEBP", deep=deep)
+        _check_one_page(image, path)
         is_plain_tiff = image.format == "TIFF" and image.mode not in ("RGB", "RGBA")
         label = decoded(content, path) if is_plain_tiff else np.array(as_stored(image, path))
     if label.ndim == 3:
@@ -346,6 +347,19 @@ def _check_index_mode(image: Image.Image, path: Path, *, colours_too: bool, deep
             "may be an instance file: point to the class masks or write 8-bit PNGs"
         )
     raise _no_index(path, image.mode)
+
+
+def _check_one_page(image: Image.Image, path: Path) -> None:
+    """Raise InputError for pages of one size, as masks of single classes are; overviews of the first are smaller."""
+    if getattr(image, "n_frames", 1) > 1:
+        size = stored_size(image)
+        image.seek(1)
+        if stored_size(image) == size:
+            raise InputError(
+                f"label {path} has several pages, perhaps one a class, but one index mask is wanted: write one page "
+                "whose values are the classes"
+            )
+        image.seek(0)
 
 
 def _no_index(path: Path, mode: str) -> InputError:

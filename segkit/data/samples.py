@@ -181,11 +181,7 @@ class SampleSet(Sequence[Item]):
         Raises InputError in an unlabelled split.
         """
         sample = self.samples[index]
-        if not self.labelled:
-            raise InputError(
-                f"split {self.split!r} of {self.name} has no labels; use a labelled split "
-                "(dataset.train_split, dataset.val_split) or `segkit predict`"
-            )
+        self.check_labelled()
         raw = self._read(self.load_label, sample)
         if raw.ndim != 2 or not raw.size or not np.issubdtype(raw.dtype, np.integer):
             raise InputError(
@@ -211,6 +207,14 @@ class SampleSet(Sequence[Item]):
             kind = type(value).__name__
             raise InputError(f"{what} gives a {kind} for {sample.name} of {self.name}, no array: mend the reader")
         return value
+
+    def check_labelled(self) -> None:
+        """Raise InputError for an unlabelled split."""
+        if not self.labelled:
+            raise InputError(
+                f"split {self.split!r} of {self.name} has no labels; use a labelled split "
+                "(dataset.train_split, dataset.val_split) or `segkit predict`"
+            )
 
     def to_train(self, index: int, raw: np.ndarray) -> np.ndarray:
         """Return train ids (H, W) uint8 of the raw label of sample ``index``; an InputError names its file."""

@@ -112,12 +112,14 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
 
 
 def check_parts(config: Config, splits: dict[str, Splits]) -> None:
-    """Build losses and optimizers of all phases for nothing; InputError for what they refuse.
+    """Build losses and optimizers of all phases for nothing; InputError for what they refuse, and for lack of labels.
 
     Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
     ones shows when a run is prepared. What is quick to find comes first: torch's optimizers import its compiler.
     """
     tables = {name: pair.train for name, pair in splits.items()}
+    for pair in splits.values():
+        pair.val.check_labelled()
     for name, table in tables.items():
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
     for name, table in tables.items():

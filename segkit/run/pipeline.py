@@ -29,7 +29,7 @@ from segkit.run.build import check_batch, check_parts, check_sizes
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
-from segkit.run.splits import Splits, same_split
+from segkit.run.splits import Splits, same_images
 from segkit.run.start import REPORT, initial_model, report_lines
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed, sinks
@@ -129,7 +129,7 @@ def _prepare(
         print_main(f"changed: {key} is {now} from here on, and was {before}")
     for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
         print_main(f"note: {note}")
-    for text in dict.fromkeys(map(same_split, map(config.phase_dataset, config.schedule))):
+    for text in dict.fromkeys(same_images(config.phase_dataset(name), splits[name]) for name in config.schedule):
         if text:
             print_main(f"warning: {text}")
     print_main(hardware.head(config, reasons, path=folder.path, phases=phases.values(), model=model, device=device))

@@ -88,6 +88,17 @@ def same_split(dataset: DatasetConfig) -> str | None:
     )
 
 
+def same_images(dataset: DatasetConfig, pair: Splits) -> str | None:
+    """:func:`same_split`, or what to say if training and validation have some files in common."""
+    shared = sorted({sample.image for sample in pair.train.samples} & {sample.image for sample in pair.val.samples})
+    if not shared:
+        return None
+    return same_split(dataset) or (
+        f"{len(shared)} of the {len(pair.val)} images of split {dataset.val_split} are in {dataset.train_split} as "
+        f"well, {shared[0]} for one, so that the scores are too good: take them out of one of the two"
+    )
+
+
 def _check_weights(config: Config) -> None:
     """Raise InputError if a file of weights that ``config`` names is not there."""
     if config.init_from and not Path(config.init_from).exists():

@@ -141,6 +141,15 @@ def test_all_problems_are_collected(root):
     assert summary(found)["num_broken"] == 5
 
 
+def test_values_of_12_bits_in_16_are_a_warning(root):
+    """Of which the upper byte, that is read, says little."""
+    for number in range(6):
+        image = np.random.default_rng(number).integers(0, 4096, (36, 48)).astype(np.uint16)
+        Image.fromarray(image).save(image_of(root, number))
+    texts = [finding.text for finding in findings_of(audit(root)) if finding.level == WARNING]
+    assert [text for text in texts if "no image of split train has a value above 15 of 255: where files" in text]
+
+
 def test_an_image_that_does_not_decode_still_has_a_size(root):
     whole = image_of(root, 0).read_bytes()
     image_of(root, 0).write_bytes(whole[: len(whole) // 2])

@@ -286,6 +286,17 @@ def test_the_first_page_is_read(tmp_path):
     np.testing.assert_array_equal(read_rgb(tmp_path / "x.tif"), RGB)
 
 
+@pytest.mark.parametrize("second", [INDEX, INDEX[::2, ::2]], ids=["a class", "an overview"])
+def test_a_label_has_one_page(tmp_path, second):
+    pages = [Image.fromarray(np.ascontiguousarray(page)) for page in (INDEX, second)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    if second is INDEX:
+        with pytest.raises(InputError, match=r"x\.tif has several pages, perhaps one a class, but one index mask"):
+            read_index_png(tmp_path / "x.tif", deep=True)
+    else:
+        np.testing.assert_array_equal(read_index_png(tmp_path / "x.tif", deep=True), INDEX)
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 def test_the_first_channel_of_a_colour_mask_is_taken_where_it_is_asked_for(tmp_path, channels):
     pillow(np.dstack([RGB, ALPHA])[..., :channels].copy())(tmp_path / "x.png")

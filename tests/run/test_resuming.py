@@ -177,6 +177,22 @@ def test_images_that_were_trained_on_are_said_where_the_data_are_split_otherwise
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_validation_split_without_labels_is_refused_and_images_of_both_splits_are_said(tmp_path, train, capsys):
+    root = make_sample("folder", tmp_path / "data", num_images=4, scale=0.1)
+    data = ("dataset=folder", f"dataset.root={root}")
+    seen, new = (sorted((root / "images" / split).iterdir())[0] for split in ("train", "val"))
+    (root / "images" / "test").mkdir()
+    (root / "images" / "test" / seen.name).write_bytes(seen.read_bytes())
+    with pytest.raises(InputError, match=r"split 'test' of folder has no labels; use a labelled split"):
+        train("run", "dataset.val_split=test", data=data)
+    (root / "both.txt").write_text(f"train/{seen.name}\nval/{new.name}\n")
+    run = train("run", "dataset.val_split=both", data=data)
+    said = f"warning: 1 of the 2 images of split both are in train as well, {seen} for one, so that the scores are too"
+    assert said in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(InputError, match=r"split 'test' of folder has no labels"):
+        verb_function("evaluate")([str(run), "--split", "test", "--device", "cpu"])
+
+
 def test_copied_data_are_said(train, tmp_path, capsys):
     root = make_sample("camvid", tmp_path / "data", num_images=6, scale=0.2)
     data = ("dataset=camvid", f"dataset.root={root}")

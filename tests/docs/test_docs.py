@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from html.parser import HTMLParser
+from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ OPTIONS = [(path.parent.name, path.stem) for path in sorted(config_dir().rglob("
 PLAIN = ("text", "yaml", "python", "indented")
 """Languages of blocks beside those of a shell. A block of text shows output or folders, never a command."""
 
-ENDS = (InputError, Interrupted, OutOfMemory)
+ENDS = (InputError.exit_code, Interrupted.exit_code, OutOfMemory.exit_code, 128 + SIGINT, 128 + SIGTERM, 128 + SIGHUP)
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 few_pixels = [
@@ -280,12 +281,18 @@ def test_every_group_is_documented_with_its_options():
         ("evaluation.md", "Decisions", DECISIONS),
         ("deployment.md", "Export", FORMATS),
         ("losses.md", None, [name for kind, name in OPTIONS if kind == "loss"]),
-        ("cluster.md", "Exit codes", ["0", "130", *(str(kind.exit_code) for kind in ENDS)]),
+        ("cluster.md", "Exit codes", ["0", *(str(code) for code in ENDS)]),
         ("install.md", None, PROJECT["optional-dependencies"]),
     ],
 )
 def test_a_table_names_what_the_code_has(name, heading, named):
     assert {key for key in first_table_cells(name, heading) if not key.endswith("=") and "--" not in key} == set(named)
+
+
+def test_no_heading_and_no_row_stands_twice_on_a_page():
+    for name, path in pages().items():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("## ", "| `"))]
+        assert len(lines) == len(set(lines)), name
 
 
 def test_keys_that_may_change_are_listed():

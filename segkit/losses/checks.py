@@ -11,6 +11,9 @@ from torch import Tensor
 
 from segkit.errors import InputError
 
+LABEL_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Integers that torch computes with: wider ones without a sign it only stores."""
+
 
 def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_classes: int | None = None) -> None:
     """Raise InputError unless ``logits`` (N,K,h,w) float and ``target`` (N,H,W) integer belong together.
@@ -27,7 +30,7 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
         raise InputError(
             f"logits must be a float tensor of shape (N, K, H, W), got {logits.dtype} of shape {shape(logits)}"
         )
-    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+    if target.dtype not in LABEL_TYPES:
         raise InputError(
             f"target must hold integer labels (int64, shape (N, H, W)), got {target.dtype}; convert it with .long()"
         )
@@ -36,10 +39,10 @@ def check_inputs(logits: Tensor, target: Tensor, *, ignore_index: int, num_class
             f"target must have shape (N, H, W) with the N = {len(logits)} images of the logits of shape "
             f"{shape(logits)}, got {shape(target)}; pass logits and labels of the same images"
         )
-    if 0 in logits.shape[2:] and logits.shape[2:] != target.shape[1:]:
+    if 0 in (*logits.shape[2:], *target.shape[1:]) and logits.shape[2:] != target.shape[1:]:
         raise InputError(
-            f"logits of shape {shape(logits)} hold no pixel to up-sample to a target of shape {shape(target)}; "
-            "pass logits of at least one row and one column"
+            f"logits of shape {shape(logits)} cannot be interpolated to a target of shape {shape(target)}, as one of "
+            "them holds no pixel; pass both with at least one row and one column"
         )
     if logits.device != target.device:
         raise InputError(

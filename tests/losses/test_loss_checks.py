@@ -17,7 +17,9 @@ TARGET = torch.zeros(2, 4, 5, dtype=torch.int64)
     [
         (LOGITS, TARGET[:1], r"shape \(N, H, W\) with the N = 2 images of .*\(2, 3, 4, 5\), got \(1, 4, 5\); pass"),
         (LOGITS, TARGET[0], r"target must have shape \(N, H, W\) .*got \(4, 5\)"),
-        (LOGITS[:, :, :0], TARGET, r"logits of shape \(2, 3, 0, 5\) hold no pixel .*at least one row"),
+        (LOGITS[:, :, :0], TARGET, r"logits of shape \(2, 3, 0, 5\) cannot .* holds no pixel; .*at least one row"),
+        (LOGITS, TARGET[:, :, :0], r"cannot be interpolated to a target of shape \(2, 4, 0\), as one of them holds no"),
+        (LOGITS, TARGET.to(torch.uint16), r"integer labels .*got torch.uint16; convert it with .long\(\)"),
         (LOGITS, TARGET.float(), r"integer labels .*got torch.float32; convert it with .long\(\)"),
         (LOGITS, TARGET.bool(), "integer labels .*got torch.bool"),
         (LOGITS, TARGET.to("meta"), r"logits are on cpu but target is on meta; .*\.to\(device\)"),

@@ -225,12 +225,13 @@ class SampleSet(Sequence[Item]):
         self, index: int, image_size: tuple[int, ...], label_size: tuple[int, ...], *, shrink: int = 1
     ) -> None:
         """Raise InputError unless both sizes (height, width) are equal, or the image is 1/``shrink`` of the label."""
-        shrunk = tuple(-(-side // shrink) for side in label_size)
-        if tuple(image_size) in (tuple(label_size), shrunk):
+        if tuple(image_size) == tuple(-(-side // shrink) for side in label_size):
             return
         sample = self.samples[index]
         image_h, image_w = image_size if shrink == 1 else bands.image_size(sample.image)
         label_h, label_w = label_size
+        if (image_h, image_w) == (label_h, label_w):  # a file that is always decoded at its own size
+            return
         label_file = sample.labels[0] if sample.labels else sample.name
         turned = (label_w, label_h) == (image_h, image_w) and decode.orientation(sample.image) > 4
         cure = "turn the pixels of the image and remove its orientation tag" if turned else "mend the pair"

@@ -14,6 +14,8 @@ from segkit.config.compose import config_dir
 from segkit.data import Sample, SampleSet, open_dataset
 from segkit.data.labels import table_from_dict
 from segkit.data.layout import Layout, inside, near_miss
+from segkit.data.loader import Draw, crop_of
+from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 
 TABLE = table_from_dict(
@@ -91,6 +93,17 @@ def test_size_mismatch_names_both_files(tmp_path):
     Image.new("RGB", (6, 4)).save(data.samples[0].image, exif=exif)
     with pytest.raises(InputError, match=r"the same size: turn the pixels of the image and remove its orientation tag"):
         data[0]
+
+
+def test_an_image_of_twice_the_size_is_refused_also_where_half_of_it_is_decoded(tmp_path):
+    image, label = tmp_path / "x.jpg", tmp_path / "x.png"
+    Image.new("RGB", (60, 40)).save(image)
+    Image.new("L", (30, 20)).save(label)
+    data, transform = made([Sample("x", image, (label,))]), TrainTransform(crop=(8, 8), scale=(0.4, 0.4))
+    with pytest.raises(InputError, match=r"x\.jpg is 60x40 but its label .*x\.png is 30x20"):
+        crop_of(data, transform, Draw(0, -1, (0,)))
+    Image.new("CMYK", (30, 20)).save(image)  # which is never decoded at half its size
+    assert crop_of(data, transform, Draw(0, -1, (0,)))[0].shape == (8, 8, 3)
 
 
 def test_empty_split():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import urllib.error
 import urllib.request
 import zipfile
@@ -152,11 +153,9 @@ def _extended(value: torch.Tensor, own: torch.Tensor | None, in_channels: int) -
 
 def _encoder_part(state: dict[str, torch.Tensor], encoder: nn.Module) -> dict[str, torch.Tensor]:
     """Return the entries of ``state`` for ``encoder``; ``state`` may be that of a whole model."""
-    for prefix in ("encoder.", "net.encoder.", "module.encoder."):
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if part:
-            return part
-    return strip_wrappers(state, encoder.state_dict())
+    wrapped = re.compile(rf"(?:{'|'.join(map(re.escape, WRAPPERS))})*encoder\.(.+)")
+    part = {found[1]: value for key, value in state.items() if (found := wrapped.fullmatch(key))}
+    return part or strip_wrappers(state, encoder.state_dict())
 
 
 def lite0_state() -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.models.weights import load_model_weights
+from segkit.models.weights import load_encoder_weights, load_model_weights
 
 
 def small() -> nn.Module:
@@ -25,6 +25,17 @@ def test_loads(tmp_path: Path, prefix: str, entry: str | None) -> None:
     torch.save(state if entry is None else {entry: state, "step": 3}, tmp_path / "weights.pt")
     load_model_weights(net, tmp_path / "weights.pt")
     for key, value in net.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net.", "model.", "module.net.", "_orig_mod.module."])
+def test_the_encoder_of_a_whole_model_in_any_wrapper_is_found(tmp_path: Path, prefix: str) -> None:
+    source, encoder = small(), small()
+    parts = {"encoder": source, "decoder": nn.Conv2d(4, 2, 1)}
+    state = {f"{prefix}{key}": value for key, value in nn.ModuleDict(parts).state_dict().items()}
+    torch.save({**state, "criterion.weight": torch.ones(2)}, tmp_path / "whole.pt")
+    load_encoder_weights(encoder, "own", tmp_path / "whole.pt")
+    for key, value in encoder.state_dict().items():
         assert torch.equal(value, source.state_dict()[key])
 
 

@@ -65,7 +65,7 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
 def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return ``state`` without the prefixes that all its keys have, but not all of the model's ``own`` keys."""
     own = list(own)
-    for prefix in WRAPPERS:
+    for prefix in 2 * WRAPPERS:  # one may be around the other either way
         if all(name.startswith(prefix) for name in state) and not all(name.startswith(prefix) for name in own):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

@@ -17,7 +17,7 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net.", "module.net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net.", "module.net.", "_orig_mod.module."])
 @pytest.mark.parametrize("entry", [None, "model", "state_dict"])
 def test_loads(tmp_path: Path, prefix: str, entry: str | None) -> None:
     source, net = small(), small()

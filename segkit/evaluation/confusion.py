@@ -24,6 +24,9 @@ def count_pixels(pred: Tensor, target: Tensor, *, num_classes: int, ignore_index
 
     As `count_images` for one image of any shape; ``where`` names it in error messages.
     """
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        kinds = f"{type(pred).__name__} and {type(target).__name__}"
+        raise InputError(f"prediction and label must be tensors{_of(where)}, got {kinds}: take torch.as_tensor")
     one = count_images(pred[None], target[None], num_classes=num_classes, ignore_index=ignore_index, names=[where])
     return one[0]
 

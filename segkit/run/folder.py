@@ -109,11 +109,12 @@ class RunFolder:
                     f"{place} is no file, and so in the way of one that the run writes: move it, or choose another "
                     "hydra.run.dir"
                 )
-        for link in map(self.path.joinpath, LINKED):
-            if link.exists() and not link.is_symlink():
-                raise InputError(
-                    f"{link} is in the way of a link to the last phase: move it, or choose another hydra.run.dir"
-                )
+        places = [self.path / name for name in LINKED]
+        if found := [link.name for link in places if link.exists() and not link.is_symlink()]:
+            raise InputError(
+                f"{', '.join(found)} in {self.path} must be links to the last phase, and are none, as in a copy that "
+                "follows links: move them elsewhere to go on, or choose another hydra.run.dir"
+            )
 
     def check_space(self, model: nn.Module, *, has_average: bool) -> None:
         """Raise InputError if the disk has no room for the checkpoints of one phase of ``model``.

@@ -108,6 +108,8 @@ def test_sizes_and_types_are_checked():
         count_pixels(torch.zeros(4, 4).long(), torch.zeros(4, 5).long(), num_classes=2, where="a.png")
     with pytest.raises(InputError, match=r"must hold class numbers, got torch\.float32 and torch\.int64"):
         count_pixels(torch.zeros(4, 4), torch.zeros(4, 4).long(), num_classes=2)
+    with pytest.raises(InputError, match=r"must be tensors, got ndarray and Tensor: take torch\.as_tensor"):
+        ConfusionMatrix(2).update(np.zeros((4, 4), int), torch.zeros(4, 4).long())
 
 
 def test_a_running_matrix_adds_up_and_merges():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,17 @@ def test_a_run_that_has_trained_nothing_is_started_again(train, tmp_path):
         path.unlink() if path.is_file() else path.rmdir()
     train("run", "seed=1")
     assert "seed: 1" in (folder / "config.yaml").read_text()
+
+
+def test_a_copy_that_follows_links_goes_on_without_what_the_sentence_names(train, tmp_path):
+    """As scp -r and zip make it."""
+    shutil.copytree(train("run"), tmp_path / "copy")
+    named = ["checkpoints", "label_counts.json", "per_image.npz", "results.json"]
+    with pytest.raises(InputError, match=rf"{', '.join(named)} in .*copy must be links to the last phase, and are non"):
+        train("copy")
+    for name in named:
+        (tmp_path / "copy" / name).rename(tmp_path / name)
+    assert (train("copy") / "checkpoints").is_symlink()
 
 
 def test_a_mistake_leaves_no_folder(train, tmp_path):

@@ -30,7 +30,7 @@ from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
 from segkit.run.splits import Splits, same_images
-from segkit.run.start import REPORT, initial_model, report_lines
+from segkit.run.start import REPORT, early_margins, initial_model, report_lines
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed, sinks
 from segkit.training.distributed import print_main
@@ -129,7 +129,8 @@ def _prepare(
         print_main(f"changed: {key} is {now} from here on, and was {before}")
     for note in dict.fromkeys(note for pair in splits.values() for note in pair.train.notes):
         print_main(f"note: {note}")
-    for text in dict.fromkeys(same_images(config.phase_dataset(name), splits[name]) for name in config.schedule):
+    found = [same_images(config.phase_dataset(name), splits[name]) for name in config.schedule]
+    for text in dict.fromkeys([*found, early_margins(config)]):
         if text:
             print_main(f"warning: {text}")
     print_main(hardware.head(config, reasons, path=folder.path, phases=phases.values(), model=model, device=device))

@@ -47,6 +47,17 @@ def initial_model(
     return model, report
 
 
+def early_margins(config: Config) -> str | None:
+    """What to say if the first phase has the paper's form of margin calibration, and no trained model to start from."""
+    loss = config.phase_loss(next(iter(config.schedule)))
+    if loss.get("form") != "paper" or config.init_from or config.model.get("weights"):
+        return None
+    return (
+        "loss.form=paper wants a model that cross-entropy has trained, but is the loss of the first phase: add "
+        "schedule=pretrain_finetune, or set loss=margin_calibration_reference"
+    )
+
+
 def _load(model: Segmenter, source: Path, config: Config, classes: Sequence[str]) -> dict[str, list[str]]:
     """Load the weights in ``source`` into ``model``; return the names that were loaded, reset and left out."""
     if source.is_dir() and not (source / "checkpoints").is_dir():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from segkit.config.compose import compose
+from segkit.config.compose import compose, config_dir
 from segkit.errors import InputError
 from segkit.files import digest_of
 from segkit.models import COPLENet, Segmenter
@@ -16,7 +16,7 @@ from segkit.run import pipeline
 from segkit.run.build import build_optimizer
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
-from segkit.run.start import check_origin, initial_model
+from segkit.run.start import check_origin, early_margins, initial_model
 from segkit.training import checkpoint
 from segkit.training.optim import freeze
 
@@ -188,6 +188,28 @@ def test_bad_starts_are_refused_before_the_first_step(options, message, foreign,
     with pytest.raises(InputError, match=message):
         train("run", *(option.replace("FOREIGN", str(foreign[0])) for option in options))
     assert not (tmp_path / "run" / "train" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["dataset=folder"], True),
+        (["dataset=folder", "schedule=pretrain_finetune"], False),
+        (["dataset=folder", "loss=margin_calibration_reference"], False),
+        (["dataset=folder", "init_from=a"], False),
+        (["dataset=folder", "model.weights=a"], False),
+        *(([f"experiment={path.stem}"], False) for path in (config_dir() / "experiment").glob("*.yaml")),
+    ],
+)
+def test_the_papers_form_without_a_trained_model_is_noticed(options, said):
+    assert ("add schedule=pretrain_finetune" in (early_margins(compose(options)) or "")) is said
+
+
+@pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning")
+@pytest.mark.filterwarnings("ignore:no training pixel:UserWarning")
+def test_the_papers_form_without_a_trained_model_is_said(train, capsys):
+    train("early", "loss=margin_calibration", "limit_steps=1")
+    assert capsys.readouterr().out.count("warning: loss.form=paper wants a model that cross-entropy has trained") == 1
 
 
 def test_the_encoder_has_one_factor():

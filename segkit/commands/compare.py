@@ -102,7 +102,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, StoredPicture]:
-    """Predict those of the images ``names`` that ``record`` scored again; returns what is stored in RUN/evaluations.
+    """Predict those of the images ``names`` that ``record`` scored again; returns what it stored.
+
+    That is RUN/PHASE/evaluations/pictures.
 
     InputError if its data or checkpoint are not there, or are not what was scored.
     """

@@ -37,8 +37,6 @@ class _Limit(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         from segkit.data.decode import set_pixel_limit
 
-        if values < 1:
-            raise InputError(f"--max-pixels is {values}, but must be at least 1")
         set_pixel_limit(values)
         setattr(namespace, self.dest, values)
 
@@ -84,7 +82,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--workers": {"type": count(0, most=1000), "default": 2, "metavar": "N", "help": "processes that load images"},
     "--max-pixels": {
         "action": _Limit,
-        "type": int,
+        "type": count(1, most=10**12),
         "metavar": "N",
         "help": "refuse images of more pixels (default: 200 million)",
     },

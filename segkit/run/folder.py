@@ -202,6 +202,8 @@ class RunFolder:
         (self.path / last / "checkpoints").mkdir(parents=True, exist_ok=True)
         for name in LINKED:
             link, target = self.path / name, Path(last) / name
+            if link.is_symlink() and link.readlink() != target:  # of a start with other phases that came to nothing
+                link.unlink()
             if link.is_symlink() or not (self.path / target).exists():
                 continue
             if link.exists():

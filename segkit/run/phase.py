@@ -157,10 +157,12 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     finally:
         tracker.close()
     results = {**results, **_training_facts(phase, trainer)}
-    if distributed.is_main():
+
+    def write() -> None:
         validation.write(folder)
         write_json(folder / "results.json", results)  # the last file: with it the phase is finished
-    distributed.agree(None)
+
+    distributed.on_main(write)
     return results
 
 
@@ -238,11 +240,12 @@ def _write_facts(phase: Phase, folder: Path) -> None:
 
 
 def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequence[str]) -> None:
-    """Write the margins that ``loss`` trains with to margins.json; nothing for a loss without margins."""
-    margins = charts.margin_buffers(loss)
-    if margins:
+    """Write the margins that ``loss`` trains with to margins.json; a loss without margins leaves no such file."""
+    if margins := charts.margin_buffers(loss):
         options = {key: value for key, value in node.items() if key not in ("_target_", *LOSS_OPTIONS)}
         write_json(folder / "margins.json", {"classes": list(classes), **margins, **options})
+    else:
+        (folder / "margins.json").unlink(missing_ok=True)  # of an earlier start with another loss
 
 
 def _open_charts(phase: Phase, tracker: Tracker) -> None:

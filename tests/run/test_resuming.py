@@ -18,9 +18,11 @@ from segkit.config.compose import compose
 from segkit.config.schema import plain
 from segkit.data import open_dataset
 from segkit.errors import InputError
+from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss
 from segkit.run import pipeline
 from segkit.run.changes import check_changes, differing_keys, takes_effect
 from segkit.run.folder import RunFolder
+from segkit.run.phase import write_margins
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
@@ -282,3 +284,18 @@ def test_a_flipped_bit_is_noticed_wherever_a_checkpoint_is_loaded(train):
     (folder / "checkpoints" / "checksums.json").write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load(folder / "checkpoints" / "last.pt")
+
+
+def test_links_at_the_top_lead_to_the_last_phase_that_there_is_now(tmp_path):
+    """A start that ended before its first checkpoint leaves links to a phase that another schedule may not have."""
+    for schedule, last in (("single", "train"), ("pretrain_finetune", "finetune")):
+        RunFolder(tmp_path, compose([f"schedule={schedule}"])).link_last_phase()
+        assert (tmp_path / "checkpoints").resolve() == (tmp_path / last / "checkpoints").resolve()
+
+
+def test_margins_of_a_start_with_another_loss_do_not_stay(tmp_path):
+    rho = torch.tensor([0.5, 1.0])
+    write_margins(tmp_path, MarginCalibrationLoss(rho_k0=rho, rho_0k=rho), {}, ["a", "b"])
+    assert json.loads((tmp_path / "margins.json").read_text())["rho_0k"] == [0.5, 1.0]
+    write_margins(tmp_path, CrossEntropyLoss(), {}, ["a", "b"])
+    assert not (tmp_path / "margins.json").exists()

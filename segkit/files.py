@@ -42,6 +42,9 @@ def written_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which an error of a disk lacks while it is written to
+        raise
     finally:
         remove_if_possible(temporary)
 

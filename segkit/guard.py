@@ -200,7 +200,9 @@ def _explain_os_error(error: OSError) -> str:
         os.getcwd()
     except FileNotFoundError:
         return "the folder that this shell is in is not there any more: go to one that is, `cd DIR`"
-    return str(error)
+    if error.errno is None:
+        return str(error)
+    return f"a file cannot be read or written ({error}): look at the disks of the data, hydra.run.dir and --output"
 
 
 def _explain_hydra(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import tokenize
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000")
 _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # What the libraries raise on damaged files: OSError (also UnidentifiedImageError), SyntaxError of Pillow's PNG reader,
 # RuntimeError from imagecodecs, the others from Pillow's readers of chunks and tags.
-DAMAGED = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError)
+DAMAGED = (
+    OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError,
+    tokenize.TokenError,  # of numpy
+)  # fmt: skip
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 _limit = MAX_PIXELS

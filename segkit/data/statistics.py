@@ -27,7 +27,7 @@ from segkit.data.labels import narrowed
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
-from segkit.files import write_atomically
+from segkit.files import MOST_JSON_BYTES, read_text, write_atomically
 from segkit.progress import track
 
 
@@ -70,11 +70,15 @@ class LabelCounts:
         """Read what :meth:`to_json` writes; raises ValueError, KeyError or TypeError for other text."""
         content = json.loads(text)
         rows = content["classes"]
+        pixels, images = ([row[key] for row in rows.values()] for key in ("pixels", "images"))
+        ignored, num_images = content["ignored_pixels"], content["num_images"]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (*pixels, *images, ignored, num_images)):
+            raise ValueError("a count is none")
         return cls(
-            class_pixels=np.array([row["pixels"] for row in rows.values()], np.int64),
-            class_images=np.array([row["images"] for row in rows.values()], np.int64),
-            ignored_pixels=int(content["ignored_pixels"]),
-            num_images=int(content["num_images"]),
+            class_pixels=np.array(pixels, np.int64),
+            class_images=np.array(images, np.int64),
+            ignored_pixels=ignored,
+            num_images=num_images,
             classes=tuple(rows),
             fingerprint=str(content["fingerprint"]),
         )
@@ -180,9 +184,9 @@ def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet)
 def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts, np.ndarray] | None:
     """What :func:`_store` has kept; None where it is missing, torn or not ours, so that it is written anew."""
     try:
-        counts = LabelCounts.from_json(path.read_text(encoding="utf-8"))
+        counts = LabelCounts.from_json(read_text(path, most=MOST_JSON_BYTES, cure=""))
         has_class = np.load(path.with_suffix(".npy"), allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+    except Exception:  # json and numpy raise what they like for a file that is none
         return None
     ours = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
     alike = has_class.dtype == bool and has_class.shape == (len(dataset), dataset.num_classes)

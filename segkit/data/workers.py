@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
+import multiprocessing.queues
+import os
 import signal
 import sys
 import warnings
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 
 from segkit.data.decode import MAX_PIXELS, pixel_limit, set_pixel_limit
 from segkit.data.samples import SampleSet
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
+from segkit.progress import show
 from segkit.runtime import die_with_parent
 
 Result = TypeVar("Result")
@@ -75,12 +77,19 @@ def start_worker(number: int = 0, *, limit: int = MAX_PIXELS) -> None:
     ``limit`` is the main process's :func:`segkit.data.decode.pixel_limit`, which a spawned worker would not know. The
     ``number`` that torch gives it says nothing.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
     set_pixel_limit(limit)
     one_thread()
     keep_memory()
+
+
+def _not_sent(error: Exception, item: object) -> None:
+    """End this worker, whose ``item`` is lost, as where /dev/shm is full: the main process would wait for ever."""
+    show(f"a loading process could not hand over its data ({first_line(error)})", error=True)
+    os._exit(1)
 
 
 def one_thread() -> None:

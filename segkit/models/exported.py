@@ -71,9 +71,13 @@ def root_cause(error: BaseException) -> str:
 
 def write_weights(state: Mapping[str, torch.Tensor], path: Path, text: str) -> None:
     """Write ``state`` as safetensors with the metadata ``text``; tensors that share memory are written apart."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, path, {METADATA_KEY: text})
+    try:
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, path, {METADATA_KEY: text})
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be written ({error}): free some space, or give another --output") from None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,12 @@ def bad_file(root, name, image):
     write(root / "images" / "train" / name, image)
 
 
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 8
+    path.write_bytes(content)
+
+
 BAD = {
     "other bands": (
         "5 uint16 tif",
@@ -47,6 +53,11 @@ BAD = {
         "6 float32 npy",
         lambda root: (root / "images/train/b.npy").write_bytes(b"no array at all"),
         r"b\.npy is damaged or no image file \(the magic string is not correct",
+    ),
+    "a bit of the header": (
+        "6 float32 npy",
+        lambda root: flip(root / "images/train/b.npy", 60),
+        r"b\.npy is damaged or no image file \(.*EOF in multi-line statement",
     ),
     "cut off": (
         "5 uint16 tif",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import PurePath
@@ -17,6 +18,7 @@ from segkit.data.files import IMAGE_SUFFIXES, find_images, read_bytes, read_text
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.files import write_atomically
+from segkit.guard import explain
 from segkit.synthetic.sample_maker import make_sample
 
 
@@ -79,6 +81,19 @@ def test_a_file_of_the_longest_name_is_written_and_an_interrupted_one_leaves_not
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, "half")
     assert [item.read_text() for item in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_disk_that_fails_is_named_with_the_file(tmp_path, monkeypatch):
+    def fails(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_atomically(tmp_path / "x.json", "x")
+    assert explain(caught.value)[0].startswith(f"{tmp_path / 'x.json'} cannot be used (Input/output error): mend it")
+    assert not list(tmp_path.iterdir())
+    sentence = "a file cannot be read or written ([Errno 27] File too large): look at the disks of the data, hydra.run."
+    assert explain(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))[0].startswith(sentence)
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):

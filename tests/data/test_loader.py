@@ -241,6 +241,20 @@ def test_a_dead_worker_is_told_in_a_sentence():
         list(load(made(10, load_image=dying_image), workers=1))
 
 
+def test_a_batch_that_does_not_fit_into_shared_memory_is_told_in_a_sentence(monkeypatch):
+    """The thread that sends a worker's batches loses it, and the main process would wait for ever."""
+
+    def is_full(storage):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", is_full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", is_full)
+    with pytest.raises(InputError, match=r"a loading process died .* too little in /dev/shm: set workers=0 or fewer"):
+        list(load(made(10), workers=1))
+
+
 def shared_memory():
     folder = Path("/dev/shm")
     return {path.name for path in folder.glob("torch_*")} if folder.is_dir() else set()

@@ -159,8 +159,17 @@ def test_a_torn_cache_file_is_replaced(tmp_path):
     data = written(tmp_path / "data")
     first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     (path,) = (tmp_path / "cache" / "label_counts").glob("*.json")
-    for text in (path.read_text()[:50], "[]", "{}", path.read_text().replace(first.fingerprint, "0" * 32)):
+    whole, array = path.read_text(), path.with_suffix(".npy").read_bytes()
+    head = array[:60] + bytes([array[60] ^ 8]) + array[61:]
+    count = f'"pixels": {first.class_pixels[0]}'
+    numbers = (f'"pixels": {number}' for number in ("1.5", "true", '"7"', "-1", 10**30))
+    for text, content in [
+        *((text, array) for text in (whole[:50], "[]", "{}", "[" * 10**5, whole.replace(first.fingerprint, "0" * 32))),
+        *((whole.replace(count, number, 1), array) for number in numbers),
+        (whole, head),
+    ]:
         path.write_text(text)
+        path.with_suffix(".npy").write_bytes(content)
         again = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
         assert again.to_json() == first.to_json() == path.read_text()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError
+from segkit.models.exported import write_weights
 from segkit.models.weights import load_encoder_weights, load_model_weights
 
 
@@ -93,3 +94,8 @@ def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.weights is .*nowhere\.pt, but there is no such file"):
         load_model_weights(small(), tmp_path / "nowhere.pt")
+
+
+def test_safetensors_that_cannot_be_written_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be written \(.*\): free some space, or give another --output"):
+        write_weights({"weight": torch.zeros(2)}, tmp_path, "{}")

@@ -11,6 +11,7 @@ import math
 import os
 import traceback
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 
 MOST_DEFLATED = 200
@@ -77,7 +78,7 @@ def raised(error: BaseException) -> str:
 
 def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:
     """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
     if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
         least = "greater than" if open_low else "at least"
         most = "" if high == MOST_NUMBER else f" and at most {high:g}"

@@ -51,7 +51,7 @@ def compute_margins(
 
     Raises InputError for counts that are no counts, K = 1, an ``upsilon`` too small for some mu_k > 0.
     """
-    counts = _counts(class_pixels)
+    counts = checked_counts(class_pixels)
     names = _names(class_names, len(counts))
     check_choice(scale, "scale", ("tau", "mean"))
     check_choice(absent, "absent", ("max", "zero", "error"))
@@ -79,8 +79,8 @@ def compute_margins(
     return Margins(rho_k0=mirror * mu * rho_0k, rho_0k=mirror * rho_0k)
 
 
-def _counts(class_pixels: Any) -> np.ndarray:
-    """``class_pixels`` as int64 (K,), K at least 2, none negative, some positive."""
+def checked_counts(class_pixels: Any) -> np.ndarray:
+    """``class_pixels`` as int64 (K,); InputError unless K is at least 2, none is negative and some are positive."""
     counts = np.asarray(class_pixels)
     if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer):
         raise InputError(
@@ -88,7 +88,7 @@ def _counts(class_pixels: Any) -> np.ndarray:
         )
     if len(counts) < 2:
         raise InputError(
-            f"class_pixels has K = {len(counts)} class but margins need at least 2; "
+            f"class_pixels has K = {len(counts)} class but a loss needs at least 2; "
             "a one-logit binary model is lifted to (0, z) with segkit.losses.lift_binary"
         )
     if (counts < 0).any() or not (counts > 0).any():
@@ -112,7 +112,7 @@ def margin_ratios(class_pixels: Any, *, upsilon: float = 1.0, class_names: Seque
 
     Raises InputError, with the least legal ``upsilon``, where some mu_k would not be positive.
     """
-    counts = _counts(class_pixels)
+    counts = checked_counts(class_pixels)
     names = _names(class_names, len(counts))
     total = int(counts.sum())
     inner = (counts > 0) & (counts < total)

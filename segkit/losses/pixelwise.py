@@ -13,6 +13,7 @@ from segkit.losses.checks import check_inputs, check_labels
 from segkit.losses.compiling import TileRule
 from segkit.losses.pixel_loss import PixelLoss, at_label_size
 from segkit.losses.tiles import Workspace
+from segkit.margins import checked_counts
 
 WEIGHTINGS = (None, "inverse", "inverse_sqrt", "median_frequency", "enet")
 
@@ -23,15 +24,10 @@ def class_weights(class_pixels: Any, *, weighting: str) -> Tensor:
     "inverse": 1 / P_k; "inverse_sqrt": 1 / sqrt(P_k); "median_frequency": median(P) / P_k (Eigen & Fergus,
     ICCV 2015, with dataset-wide shares); "enet": 1 / ln(1.02 + P_k) (Paszke et al., 2016), which never
     exceeds 50.5. Each is then divided by its mean over the classes that occur, so that the mean weight is 1.
-    A class without pixels gets weight 0: no pixel can ask for it.
+    A class without pixels gets weight 0: no pixel can ask for it. Raises InputError for counts that are none.
     """
     check_choice(weighting, "weighting", WEIGHTINGS[1:])
-    counts = np.asarray(class_pixels.cpu() if isinstance(class_pixels, Tensor) else class_pixels)
-    if counts.ndim != 1 or (counts < 0).any() or counts.sum() == 0:
-        raise InputError(
-            f"class_pixels must be pixel counts of shape (K,) with at least one pixel, got {counts.tolist()}; "
-            "count the labels again with `segkit stats`"
-        )
+    counts = checked_counts(class_pixels.cpu() if isinstance(class_pixels, Tensor) else class_pixels)
     present = counts > 0
     share = counts[present] / np.float64(counts.sum())
     formula = {

@@ -123,6 +123,17 @@ def test_class_weights():
     assert cross_entropy(counts).weight is None
 
 
+@pytest.mark.parametrize("counts", [[math.nan, 1.0], [math.inf, 1.0], ["a", "b"], [0, 0], [3, -1], [[1, 2]]])
+def test_class_weights_of_no_counts_are_refused(counts):
+    with pytest.raises(InputError, match=r"^class_pixels must"):
+        class_weights(counts, weighting="inverse")
+
+
+@pytest.mark.parametrize("gamma", [np.float32(2), np.int64(2)])
+def test_numbers_of_numpy_are_numbers(gamma):
+    assert FocalLoss(gamma=gamma).gamma == 2
+
+
 # overlaps
 
 
@@ -300,7 +311,7 @@ def test_parts_with_the_common_denominator_add_up(loss):
     [
         (lambda: cross_entropy([1, 2], weighting="log"), "weighting must be one of null, inverse, .*got 'log'"),
         (lambda: cross_entropy(weighting="inverse"), "weighting = inverse needs the label counts"),
-        (lambda: cross_entropy([0, 0], weighting="inverse"), "with at least one pixel, got"),
+        (lambda: cross_entropy([0, 0], weighting="inverse"), "must count at least one pixel, got"),
         (lambda: CrossEntropyLoss(weight=torch.tensor([1.0, -1.0])), "finite class weights, none negative"),
         (lambda: CrossEntropyLoss(weight=torch.ones(2, 2)), "vector of K finite class weights"),
         (lambda: CrossEntropyLoss(label_smoothing=1.5), "label_smoothing must be .* at most 1, got 1.5"),

@@ -130,7 +130,7 @@ def test_upsilon_too_small_names_class_and_least_value():
 @pytest.mark.parametrize(
     ("counts", "options", "message"),
     [
-        ([5], {}, "K = 1 class but margins need at least 2"),
+        ([5], {}, "K = 1 class but a loss needs at least 2"),
         ([5, -1], {}, "must not be negative"),
         ([0, 0], {}, "at least one pixel"),
         ([0.5, 0.5], {}, "must be integer pixel counts"),

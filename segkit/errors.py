@@ -78,7 +78,7 @@ def raised(error: BaseException) -> str:
 
 def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:
     """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
-    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
+    good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
     if not good or value < low or value > high or (open_low and value == low):  # type: ignore[operator]
         least = "greater than" if open_low else "at least"
         most = "" if high == MOST_NUMBER else f" and at most {high:g}"

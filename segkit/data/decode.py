@@ -269,8 +269,7 @@ def decoded(content: bytes, path: Path, *, page: int = 0) -> np.ndarray:
 def _decode_jpeg(content: bytes, path: Path, *, shrink: int) -> np.ndarray:
     import cv2
 
-    reduced = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
-    flags = reduced[shrink] if shrink > 1 else cv2.IMREAD_COLOR_RGB
+    flags = getattr(cv2, f"IMREAD_REDUCED_COLOR_{shrink}") if shrink > 1 else cv2.IMREAD_COLOR_RGB
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:  # OpenCV's own limits: 2**20 pixels a side, 2**30 in all

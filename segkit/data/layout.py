@@ -207,9 +207,10 @@ class Layout:
             lonely = [key for key in found if key not in others]
             if lonely:
                 path = Path(wanted.replace("{id}", lonely[0]).replace("{city}", lonely[0].split("_")[0]))
+                empty = ", write an empty file where nothing is on it," if path.suffix == ".txt" else ""  # of YOLO
                 refuse(
                     f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing"
-                    f"{near_miss(path, but=found[lonely[0]])}){and_more(lonely)}; unpack the {other}s again or "
+                    f"{near_miss(path, but=found[lonely[0]])}){and_more(lonely)}; unpack the {other}s again{empty} or "
                     f"remove the {kind}"
                 )
         return [Sample(key, file, (labels[key],)) for key, file in images.items() if key in labels]

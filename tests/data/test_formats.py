@@ -131,6 +131,11 @@ def test_the_data_yaml_of_yolo_names_classes_and_folders(tmp_path, names, layout
         for item in data:
             np.testing.assert_array_equal(item.label, drawn(shapes_of(item.name)))
     if layout == "plain":
+        (tmp_path / "own" / "labels" / "val" / "e.txt").unlink()
+        with pytest.raises(InputError, match=r"e\.jpg of folder has no label .*again, write an empty file where no"):
+            open_dataset("folder", root=tmp_path / "own", split="val")
+        (tmp_path / "own" / "labels" / "val" / "e.txt").touch()
+        assert not open_dataset("folder", root=tmp_path / "own", split="val").label(0).any()
         (tmp_path / "own" / "data.yaml").write_text(text.replace("val:", "#") + "names: [hand, background, tool]\n")
         parts = [
             open_dataset("folder", root=tmp_path / "own", split=split, val_fraction=0.25) for split in ("train", "val")

@@ -161,7 +161,7 @@ def test_labels_of_another_meaning_are_refused(tmp_path, train):
                 train("run", *more, data=data)
 
 
-def test_images_that_were_trained_on_are_said_where_the_data_are_split_otherwise_now(tmp_path, train, capsys):
+def test_images_that_were_trained_on_are_said_where_the_data_are_split_anew(tmp_path, train, capsys, monkeypatch):
     root = make_sample("folder", tmp_path / "data", num_images=6, scale=0.1)
     for kind in ("images", "labels"):
         for path in sorted((root / kind).rglob("*.*")):
@@ -178,6 +178,9 @@ def test_images_that_were_trained_on_are_said_where_the_data_are_split_otherwise
     verb_function("evaluate")([str(run), "--workers", "0", "--device", "cpu"])
     said = f"warning: {len(seen)} of the {len(seen)} images, {seen[0].name} for one, were trained on"
     assert said in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("segkit.run.changes.MOST_BYTES", 9)
+    with pytest.raises(InputError, match=r"files\.json\.gz cannot be read \(it holds more than 9 bytes\): delete it"):
+        verb_function("evaluate")([str(run), "--workers", "0", "--device", "cpu"])
 
 
 def test_a_validation_split_without_labels_is_refused_and_images_of_both_splits_are_said(tmp_path, train, capsys):

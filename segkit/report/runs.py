@@ -172,7 +172,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     top = path if (path / "config.yaml").is_file() else path.resolve().parent
     config = _read_config(top / "config.yaml")
     names = list(config["schedule"])
-    phase = names[-1] if top == path else path.name
+    phase = names[-1] if top == path else path.resolve().name
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
     results_file, counts_file = _result_files(path, evaluation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,8 @@ class Validation:
         """Write the matrices of all images of the latest evaluation, and its pictures, into ``folder``."""
         assert self.last is not None
         write_atomically(folder / "per_image.npz", self.last.per_image.to_bytes())
+        shutil.rmtree(folder / "pictures", ignore_errors=True)  # of an earlier end of a run that was made longer
+        (folder / "pictures.png").unlink(missing_ok=True)
         if self.last.pictures:
             Image.fromarray(self._grid()).save(folder / "pictures.png")
             write_pictures(

@@ -47,6 +47,12 @@ def test_a_phase_is_a_run_of_its_own(make_run):
     assert [group.name for group in both.groups] == ["cross-entropy", "margin calibration (paper), τ=10, υ=1"]
 
 
+def test_a_phase_is_read_from_within_its_folder(make_run, monkeypatch):
+    monkeypatch.chdir(make_run("a", "schedule=pretrain_finetune") / "pretrain")
+    (record,), _ = find_runs(["."])
+    assert record.phase == "pretrain"
+
+
 def test_a_run_named_twice_counts_once(make_run):
     run = make_run("a")
     assert len(find_runs([run, run, run / "finetune"])[0]) == 1

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from segkit.run.changes import check_changes, differing_keys, takes_effect
 from segkit.run.folder import RunFolder
 from segkit.run.phase import write_margins
 from segkit.run.splits import open_phases
+from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
 
@@ -302,3 +304,14 @@ def test_margins_of_a_start_with_another_loss_do_not_stay(tmp_path):
     assert json.loads((tmp_path / "margins.json").read_text())["rho_0k"] == [0.5, 1.0]
     write_margins(tmp_path, CrossEntropyLoss(), {}, ["a", "b"])
     assert not (tmp_path / "margins.json").exists()
+
+
+def test_pictures_of_an_earlier_end_do_not_stay(tmp_path):
+    """A run that goes on may store fewer, or none; a report would take the old ones for what it predicts now."""
+    (tmp_path / "pictures").mkdir()
+    for name in ("pictures.png", "pictures/index.json"):
+        (tmp_path / name).touch()
+    validation = Validation.__new__(Validation)
+    validation.last = SimpleNamespace(per_image=SimpleNamespace(to_bytes=lambda: b"counts"), pictures=[])
+    validation.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["per_image.npz"]

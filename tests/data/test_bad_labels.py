@@ -27,6 +27,12 @@ BAD = {
         first_annotation(segmentation=[[50, 1, 55, 5, 60, 1]]),
         r"lies outside of the image, which has 48x40 pixels: correct or remove it",
     ),
+    "outside, at the upper left": (
+        "coco polygons",
+        COCO,
+        first_annotation(segmentation=[[-5, -5, -1, -5, -1, -1]]),
+        r"lies outside of the image, which has 48x40 pixels: correct or remove it",
+    ),
     "no numbers": (
         "coco polygons",
         COCO,

@@ -89,12 +89,12 @@ def ring_of(numbers: Any, size: Size, *, where: str) -> np.ndarray:
     ring = flat.reshape(-1, 2)
     if len(ring) < 3:
         raise InputError(f"{where} has {len(ring)} points, but a polygon has three or more: correct or remove it")
-    if ring.max() <= 1 < max(size):
-        raise InputError(f"{where} lies within the first pixel of its image: give positions in pixels, or remove it")
     if (ring.max(0) <= 0).any() or (ring.min(0) >= size[::-1]).any():
         raise InputError(
             f"{where} lies outside of the image, which has {size[1]}x{size[0]} pixels: correct or remove it"
         )
+    if ring.max() <= 1 < max(size):
+        raise InputError(f"{where} lies within the first pixel of its image: give positions in pixels, or remove it")
     return ring
 
 

@@ -17,6 +17,7 @@ from segkit.config.compose import compose
 from segkit.config.schema import Precision
 from segkit.errors import InputError
 from segkit.guard import explain
+from segkit.losses import summarise
 from segkit.losses.diagnostics import margin_sums
 from segkit.models.any_size import fit_logits
 from segkit.run import hardware
@@ -89,6 +90,9 @@ def test_an_optimizer_is_fused_where_that_is_tried():
         assert not build_optimizer(config, net, None).param_groups[0].get("fused")
 
 
+SUMS = ("pixels", "margin", "loss_k0", "loss_0k", "loss_k0_fixed", "loss_0k_fixed", "inside_k0", "inside_0k")
+
+
 def test_nothing_of_float64_reaches_a_gpu_of_apples():
     assert bilinear.widest(torch.device("cpu")) == bilinear.widest(None) == torch.float64
     assert bilinear.widest(MPS) == torch.float32
@@ -97,6 +101,7 @@ def test_nothing_of_float64_reaches_a_gpu_of_apples():
         found = [
             fit_logits(logits, padded=(72, 104), size=(67, 97)),
             *bilinear.taps(slice(0, 9), ratio=0.7, num_in=5, device=MPS),
+            *summarise(dict.fromkeys(SUMS, torch.empty(4, device="mps")), class_pixels=[1, 2, 3, 4]).values(),
         ]
         for tensor in found:
             assert tensor.device.type == "mps"

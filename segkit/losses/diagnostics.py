@@ -124,7 +124,7 @@ def add_sums(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
 
 
 def summarise(sums: dict[str, Tensor], *, class_pixels: Any = None) -> dict[str, Tensor]:
-    """Return the figures of summed ``margin_sums``: (K,) float64, nan for a class without pixels, () for the means.
+    """Return the figures of summed ``margin_sums``, in their dtype: (K,), nan for a class without pixels; means ().
 
     iou_bound (K,) and mean_iou_bound () at the margins of the loss, iou_bound_fixed and mean_iou_bound_fixed at
     FIXED_MARGIN; mean_margin (K,): mean lambda_y of a class; inside_k0, inside_0k (K,): shares of the pixels of
@@ -135,7 +135,7 @@ def summarise(sums: dict[str, Tensor], *, class_pixels: Any = None) -> dict[str,
     others = pixels.sum() - pixels
     share = pixels / pixels.sum()
     if class_pixels is not None:
-        counts = torch.as_tensor(np.asarray(class_pixels), dtype=torch.float64, device=pixels.device)
+        counts = torch.as_tensor(np.asarray(class_pixels), dtype=pixels.dtype, device=pixels.device)
         if counts.shape != pixels.shape:
             raise InputError(f"class_pixels has {tuple(counts.shape)} entries for sums of {len(pixels)} classes")
         share = counts / counts.sum()

@@ -43,7 +43,8 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which an error of a disk lacks while it is written to
+        if error.filename in (None, str(temporary)):  # None: of a disk that fails while it is written to
+            error.filename = str(path)
         raise
     finally:
         remove_if_possible(temporary)

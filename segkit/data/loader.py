@@ -24,7 +24,7 @@ from segkit.data.decode import pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.data.sampling import Sampler, epoch_draws, generator
 from segkit.data.transforms import EvalTransform, TrainTransform
-from segkit.data.workers import start_worker
+from segkit.data.workers import signals_later, start_worker
 from segkit.errors import InputError
 
 PREFETCH = 2
@@ -265,7 +265,8 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             worker_init_fn=functools.partial(start_worker, limit=pixel_limit()),
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )
-        iterator = iter(loader)
+        with signals_later():
+            iterator = iter(loader)
     try:
         for batch in iterator:
             if isinstance(batch, InputError):

@@ -7,10 +7,12 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from segkit.data.decode import MAX_PIXELS, pixel_limit, set_pixel_limit
@@ -22,6 +24,7 @@ from segkit.runtime import die_with_parent
 Result = TypeVar("Result")
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
+HANGUP = getattr(signal, "SIGHUP", signal.SIGINT)  # which Windows lacks
 KEEP_BYTES = 2**30
 """Freed memory below this size is kept by a worker."""
 
@@ -47,7 +50,8 @@ def map_samples(
         with warnings.catch_warnings():
             # Python 3.12 and later warn of any fork beside threads; decoding uses none (as in the loader).
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            results = pool.map(_call, indices, chunksize=max(1, min(16, len(indices) // (4 * workers))))
+            with signals_later():
+                results = pool.map(_call, indices, chunksize=max(1, min(16, len(indices) // (4 * workers))))
         yield from results
     except BrokenProcessPool as error:
         raise InputError(
@@ -57,6 +61,28 @@ def map_samples(
         raise error from None  # without the worker's traceback
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Hold back signals while processes are forked: Python loses an exception that a handler raises in a fork.
+
+    Other threads than the main one get no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, HANGUP)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _start(function: Callable[..., Any], dataset: SampleSet, limit: int) -> None:
@@ -79,6 +105,7 @@ def start_worker(number: int = 0, *, limit: int = MAX_PIXELS) -> None:
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(HANGUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
     set_pixel_limit(limit)

@@ -21,6 +21,7 @@ from segkit.data.labels import load_table
 from segkit.data.loader import Batch, eval_batches, steps_per_epoch, train_batches
 from segkit.data.sampling import epoch_order
 from segkit.data.transforms import EvalTransform, TrainTransform
+from segkit.data.workers import signals_later
 from segkit.errors import InputError
 
 TABLE = load_table("synthetic")
@@ -253,6 +254,20 @@ def test_a_batch_that_does_not_fit_into_shared_memory_is_told_in_a_sentence(monk
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", is_full)
     with pytest.raises(InputError, match=r"a loading process died .* too little in /dev/shm: set workers=0 or fewer"):
         list(load(made(10), workers=1))
+
+
+def test_ctrl_c_while_workers_are_forked_is_not_lost():
+    done = []
+
+    def fork():
+        with signals_later():
+            signal.raise_signal(signal.SIGINT)
+            done.append("forked")
+
+    with pytest.raises(KeyboardInterrupt):
+        fork()
+    assert done == ["forked"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def shared_memory():

@@ -280,4 +280,5 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             "/dev/shm: set workers=0 or fewer, or give the container more shared memory"
         ) from error
     finally:
-        del iterator  # ends the workers, also where the loop was left early
+        with signals_later():  # an exception within __del__ is lost as well
+            del iterator  # ends the workers, also where the loop was left early

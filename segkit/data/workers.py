@@ -74,6 +74,7 @@ def signals_later() -> Iterator[None]:
         return
     came: list[int] = []
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, HANGUP)}
+    before = {number: handler for number, handler in before.items() if handler is not None}  # None: not Python's
     for number in before:
         signal.signal(number, lambda number, frame: came.append(number))
     try:

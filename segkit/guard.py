@@ -151,7 +151,7 @@ VERB_ADVICE = {
     "predict": _WINDOW,
     "submit": _WINDOW,
     "export": "give --format hub, which traces nothing, or free some memory",
-    "check": "set workers=0 or fewer",
+    "check": "set workers=0, or look at fewer images, --sample 100",
     "compare": "name fewer runs, or give fewer --pictures",
     "stats": "set workers=0, or leave --plot out",
     "sample": "give a smaller --scale",

@@ -80,10 +80,10 @@ def test_an_interrupted_sample_leaves_no_half(monkeypatch, capsys, tmp_path, num
         (output / "images").mkdir(parents=True)
         signal.raise_signal(number)
 
-    before = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)}
+    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for other in before:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
         tidy_up_when_ended()
         monkeypatch.setitem(sample_maker.WRITERS, "camvid", half)
         code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")

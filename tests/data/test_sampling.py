@@ -66,7 +66,7 @@ def test_classes_of_images_are_counted_and_kept(tmp_path, monkeypatch):
     np.testing.assert_array_equal(classes_of_images(data, workers=0, cache_dir=tmp_path), HAS)
     assert count_labels(data, workers=0, cache_dir=tmp_path).class_images.tolist() == HAS.sum(0).tolist()
     kept.write_bytes(kept.read_bytes()[:-3])
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="load_label fails"):
         classes_of_images(data, workers=0, cache_dir=tmp_path)
 
 

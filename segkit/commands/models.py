@@ -10,7 +10,7 @@ from typing import Any
 
 from segkit.commands.options import verb_parser
 from segkit.errors import InputError
-from segkit.progress import show
+from segkit.progress import show, track
 
 MOST_ROWS = 100
 
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     names = encoder_names(arguments.name)
     if not names:
         raise InputError(f"no encoder has {arguments.name!r} in its name: run segkit models without it")
-    rows = [row_of(name) for name in names[:MOST_ROWS]]
+    rows = [row_of(name) for name in track(names[:MOST_ROWS], description="building", unit="encoders")]
     head = ["encoder", "million weights", "stride", "ImageNet weights", "here"]
     print(screen_table(head, rows, left=["encoder", "ImageNet weights"], width=120))
     if arguments.name is None or len(names) > MOST_ROWS:

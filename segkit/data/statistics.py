@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from segkit.data.files import check_readable
+from segkit.data.files import check_readable, read_bytes
 from segkit.data.formats.masks import load_index
 from segkit.data.labels import narrowed
 from segkit.data.samples import SampleSet
 from segkit.data.workers import map_samples
 from segkit.errors import InputError
-from segkit.files import MOST_JSON_BYTES, read_text, write_atomically
+from segkit.files import write_atomically
 from segkit.progress import track
 
 
@@ -154,7 +154,7 @@ def classes_of_images(dataset: SampleSet, *, workers: int, cache_dir: Path | str
 def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) -> tuple[LabelCounts, np.ndarray]:
     """The counts and the classes of each sample, from the cache where they are kept."""
     mark = fingerprint(dataset)
-    cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.json"
+    cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.npz"
     found = None if cached is None else _from_cache(cached, dataset, mark)
     if found is None:
         if cached is not None:
@@ -182,22 +182,21 @@ def one_class(class_pixels: np.ndarray, ignored_pixels: int, dataset: SampleSet)
 
 
 def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts, np.ndarray] | None:
-    """What :func:`_store` has kept; None where it is missing, torn or not ours, so that it is written anew."""
+    """What :func:`_store` has kept; None where it is missing, damaged or not ours, so that it is written anew."""
     try:
-        counts = LabelCounts.from_json(read_text(path, most=MOST_JSON_BYTES, cure=""))
-        has_class = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        with np.load(io.BytesIO(read_bytes(path, role="cache")), allow_pickle=False) as kept:  # by their checksums
+            counts, has_class = LabelCounts.from_json(str(kept["counts"])), kept["has_class"]
     except Exception:  # json and numpy raise what they like for a file that is none
         return None
     ours = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
     alike = has_class.dtype == bool and has_class.shape == (len(dataset), dataset.num_classes)
-    return (counts, has_class) if ours and alike and np.array_equal(has_class.sum(0), counts.class_images) else None
+    return (counts, has_class) if ours and alike else None
 
 
 def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
     content = io.BytesIO()
-    np.save(content, has_class)
-    write_atomically(path.with_suffix(".npy"), content.getvalue())
-    write_atomically(path, counts.to_json())
+    np.savez(content, counts=counts.to_json(), has_class=has_class)
+    write_atomically(path, content.getvalue())
 
 
 def _make_writable(folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_classes_of_images_are_counted_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("segkit.data.statistics.fingerprint", lambda data: "f" * 32)
     found = classes_of_images(data, workers=0, cache_dir=tmp_path)
     np.testing.assert_array_equal(found, HAS)
-    (kept,) = (tmp_path / "label_counts").glob("*.npy")
+    (kept,) = (tmp_path / "label_counts").glob("*.npz")
     monkeypatch.setattr(data, "load_label", None)  # whoever counts again fails
     np.testing.assert_array_equal(classes_of_images(data, workers=0, cache_dir=tmp_path), HAS)
     assert count_labels(data, workers=0, cache_dir=tmp_path).class_images.tolist() == HAS.sum(0).tolist()

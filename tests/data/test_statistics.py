@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -158,20 +159,32 @@ def test_a_changed_file_is_counted_again(tmp_path):
 def test_a_torn_cache_file_is_replaced(tmp_path):
     data = written(tmp_path / "data")
     first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
-    (path,) = (tmp_path / "cache" / "label_counts").glob("*.json")
-    whole, array = path.read_text(), path.with_suffix(".npy").read_bytes()
-    head = array[:60] + bytes([array[60] ^ 8]) + array[61:]
+    (path,) = (tmp_path / "cache" / "label_counts").glob("*.npz")
+    whole = path.read_bytes()
+    with np.load(path) as content:
+        text, has_class = str(content["counts"]), content["has_class"]
+
+    def archive(text: str, has_class: np.ndarray = has_class) -> bytes:
+        file = io.BytesIO()
+        np.savez(file, counts=text, has_class=has_class)
+        return file.getvalue()
+
     count = f'"pixels": {first.class_pixels[0]}'
+    assert count in text
     numbers = (f'"pixels": {number}' for number in ("1.5", "true", '"7"', "-1", 10**30))
-    for text, content in [
-        *((text, array) for text in (whole[:50], "[]", "{}", "[" * 10**5, whole.replace(first.fingerprint, "0" * 32))),
-        *((whole.replace(count, number, 1), array) for number in numbers),
-        (whole, head),
-    ]:
-        path.write_text(text)
-        path.with_suffix(".npy").write_bytes(content)
+    flipped = (whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :] for at in range(5, len(whole), 97))
+    for damaged in (
+        *(archive(text.replace(count, number, 1)) for number in numbers),
+        *map(archive, ("", "[]", "{}", "[" * 10**5, text.replace(first.fingerprint, "0" * 32))),
+        *(archive(text, array) for array in (has_class[1:], has_class.astype(int))),
+        *(whole[:-9], b"", *flipped),
+    ):
+        path.write_bytes(damaged)
         again = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
-        assert again.to_json() == first.to_json() == path.read_text()
+        assert again.to_json() == first.to_json()
+    path.unlink()
+    os.mkfifo(path)  # to open it would wait
+    assert count_labels(data, workers=0, cache_dir=tmp_path / "cache").to_json() == first.to_json()
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_counting(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ video are not independent, so their intervals come out too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class MeanIoUInterval:
-    """Mean IoU of a run with a confidence interval."""
+    """Mean IoU of a run, or mean of it over several, with a confidence interval."""
 
     mean_iou: float
     low: float
@@ -49,21 +49,23 @@ class PairedComparison:
 
 
 def bootstrap_mean_iou(
-    counts: PerImageCounts, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
+    *runs: PerImageCounts, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> MeanIoUInterval:
     """Return the interval of the mean IoU when images are drawn with replacement ``num_samples`` times.
+
+    For several runs it is that of the mean over the runs, with the same images drawn for all.
 
     The interval is the bias-corrected and accelerated one (BCa, Efron 1987), with the acceleration from leaving out
     each image in turn. A class without a union in a resample stays out of its mean, as it does in the score itself.
     """
     _check(num_samples, confidence)
-    totals = _totals(counts)
-    mean_iou = float(_mean(_iou(totals.sum(0))))
-    weights = _resamples(len(totals), num_samples, seed)
-    resampled = np.concatenate([_mean(_iou(drawn @ totals)) for drawn in weights])
-    left_out = _mean(_iou(totals.sum(0) - totals))
+    totals = stacked(runs)
+    mean_iou = float(_mean(_iou(totals.sum(1))).mean())
+    weights = _resamples(runs[0].num_images, num_samples, seed)
+    resampled = np.concatenate([_mean(_iou(np.tensordot(drawn, totals, (1, 1)))).mean(1) for drawn in weights])
+    left_out = _mean(_iou(totals.sum(1, keepdims=True) - totals)).mean(0)
     low, high = _bca(mean_iou, resampled, left_out, confidence)
-    return MeanIoUInterval(mean_iou, low, high, counts.num_images)
+    return MeanIoUInterval(mean_iou, low, high, runs[0].num_images)
 
 
 def compare_runs(
@@ -77,8 +79,8 @@ def compare_runs(
 
     Raises `InputError` unless both runs have the same images, classes and labels.
     """
-    a, b = _totals(first), _totals(_aligned(first, second))
-    return compare_totals(a[None], b[None], num_samples=num_samples, confidence=confidence, seed=seed)
+    both = stacked([first, second])
+    return compare_totals(both[:1], both[1:], num_samples=num_samples, confidence=confidence, seed=seed)
 
 
 def compare_totals(
@@ -116,6 +118,14 @@ def _check(num_samples: int, confidence: float) -> None:
         raise InputError(f"num_samples is {num_samples}; an interval needs at least 100 resamples")
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; it must lie between 0 and 1, such as 0.95")
+
+
+def stacked(runs: Sequence[PerImageCounts]) -> Floats:
+    """Return (runs, images, 2 K): TP, then T + P, of every class, images in the order of the first run.
+
+    Raises `InputError` unless all runs have the same images, classes and labels.
+    """
+    return np.stack([_totals(run if run is runs[0] else _aligned(runs[0], run)) for run in runs])
 
 
 def _totals(counts: PerImageCounts) -> Floats:

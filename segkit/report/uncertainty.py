@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_runs
-from segkit.evaluation.per_image import PerImageCounts
+from segkit.evaluation.bootstrap import MeanIoUInterval, PairedComparison, bootstrap_mean_iou, compare_totals, stacked
 from segkit.report.groups import Group, comparable
 from segkit.report.runs import RunRecord
 
@@ -56,15 +55,8 @@ def compare_groups(one: Group, other: Group, *, num_samples: int) -> tuple[Any, 
     pairs = _pairs(one, other)
     if not pairs or pairs[0][0].results["num_images"] < 2:
         return None, 0
-    first, second = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
-    return compare_runs(first, second, num_samples=num_samples), len(pairs)
-
-
-def pooled(runs: Sequence[RunRecord]) -> PerImageCounts:
-    """Return the counts of several runs on the same images, added image by image, in the first run's order."""
-    known = [run.per_image for run in runs if run.per_image is not None]
-    assert len(known) == len(runs) > 0
-    return PerImageCounts.joined(known, known[0].names)
+    both = stacked([run.per_image for runs in zip(*pairs, strict=True) for run in runs if run.per_image is not None])
+    return compare_totals(both[: len(pairs)], both[len(pairs) :], num_samples=num_samples), len(pairs)
 
 
 def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, MeanIoUInterval]]:
@@ -72,9 +64,9 @@ def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, M
     found = []
     for index, group in enumerate(groups):
         runs = [run for run in group.runs if run.per_image is not None and run.results["mean_iou"] is not None]
-        runs = [run for run in runs if run is runs[0] or comparable(runs[0], run)]
+        known = [run.per_image for run in runs if run is runs[0] or comparable(runs[0], run)]
         if runs and runs[0].results["num_images"] > 1:
-            found.append((index, bootstrap_mean_iou(pooled(runs), num_samples=num_samples)))
+            found.append((index, bootstrap_mean_iou(*filter(None, known), num_samples=num_samples)))
     return found
 
 

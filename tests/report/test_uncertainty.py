@@ -11,22 +11,56 @@ from segkit.report import page, pictures, uncertainty
 from segkit.report.comparison import compare
 
 
-def test_pooled_counts_are_the_sum_of_the_runs(make_run):
-    (group,) = compare([make_run(f"a{s}", seed=s) for s in (0, 1, 2)]).groups
-    pooled = uncertainty.pooled(group.runs)
-    for image in (0, 7, 29):
-        expected = sum(run.per_image.matrix(image) for run in group.runs)
-        np.testing.assert_array_equal(pooled.matrix(image), expected)
-    np.testing.assert_array_equal(pooled.total(), sum(run.per_image.total() for run in group.runs))
+def iou_mean(matrix):
+    """Mean IoU over the classes of ``matrix`` that have a union, one by one."""
+    unions = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+    return float(np.mean([matrix[k, k] / union for k, union in enumerate(unions) if union]))
 
 
-def test_pooling_goes_by_image_name(make_run):
-    (group,) = compare([make_run(f"a{s}", seed=s) for s in (0, 1)]).groups
-    counts = group.runs[1].per_image
-    turned = replace(counts, image=counts.num_images - 1 - counts.image, names=counts.names[::-1])
-    pooled = uncertainty.pooled([group.runs[0], replace(group.runs[1], per_image=turned)])
-    expected = group.runs[0].per_image.matrix(3) + counts.matrix(3)
-    np.testing.assert_array_equal(pooled.matrix(3), expected)
+def without(run, name):
+    """``run`` with a class that is in no label, and that only a pixel of the last image is taken for, or none."""
+    k, counts = run.classes.index(name), run.per_image
+    kept = counts.target != k
+    own = {key: getattr(counts, key)[kept] for key in ("image", "target", "prediction", "count")}
+    own["prediction"] = np.where(own["prediction"] == k, 0, own["prediction"])
+    if run.seed == 0:
+        own["prediction"][-1] = k
+    counts = replace(counts, **own)
+    results = run.results | metrics.summary(counts.total(), run.classes)
+    return replace(run, per_image=counts, results=results)
+
+
+def test_the_interval_of_a_row_is_that_of_its_mean_also_where_one_run_alone_predicts_a_class(make_run):
+    groups = compare(
+        [make_run(f"{loss}{s}", f"loss={loss}", seed=s) for loss in ("dice", "focal") for s in (0, 1)]
+    ).groups
+    row, other = (replace(group, runs=tuple(without(run, "sign") for run in group.runs)) for group in groups)
+    means = [iou_mean(run.per_image.total()) for run in row.runs]
+    assert means[1] - means[0] > 0.03  # 0 for the class in one of them, not averaged in the other
+    first, second = row.runs
+    turned = replace(second.per_image, image=29 - second.per_image.image, names=second.per_image.names[::-1])
+    row = replace(row, runs=(first, replace(second, per_image=turned)))  # images go by their names
+    (_, found), _ = uncertainty.intervals([row, other], num_samples=300)
+    assert found.mean_iou == pytest.approx(np.mean(means), rel=1e-12)
+    assert found.low < np.mean(means) < found.high
+    (test,) = uncertainty.paired_tests([row, other], row, num_samples=300)
+    expected = np.mean([iou_mean(run.per_image.total()) for run in other.runs]) - np.mean(means)
+    assert (test.num_pairs, test.result.difference) == (2, pytest.approx(expected, rel=1e-9))
+
+
+def test_the_interval_of_a_mean_equals_that_of_resamples_one_by_one(make_run):
+    from scipy.stats import bootstrap
+
+    (group,) = compare([make_run(f"a{s}", seed=s, num_images=8) for s in (0, 1)]).groups
+    matrices = [[run.per_image.matrix(at) for at in range(8)] for run in group.runs]
+
+    def mean(drawn):
+        return np.mean([iou_mean(sum(one[int(at)] for at in drawn)) for one in matrices])
+
+    reference = bootstrap((np.arange(8),), mean, n_resamples=1500, vectorized=False, method="BCa", rng=1)
+    ((_, found),) = uncertainty.intervals([group], num_samples=4000)
+    low, high = reference.confidence_interval
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.15 * (high - low))
 
 
 def test_intervals_hold_the_score(make_run):

@@ -116,3 +116,15 @@ def check_archive(path: Path, *, cure: str, stored: bool = False) -> None:
     size = path.stat().st_size
     if content > max(SMALL, size * (1 if stored else MOST_DEFLATED)):
         raise InputError(f"{path} has {size} bytes, but says that it holds {content}: {cure}")
+
+
+def is_plain(value: object) -> bool:
+    """Return True for a dense tensor of real numbers; not for floats of 8 bits, with which torch computes little."""
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
+        and value.layout == torch.strided
+        and (value.dtype.itemsize > 1 or not value.is_floating_point())
+    )

@@ -18,8 +18,8 @@ MOST_BYTES = 2**20
 MOST_JSON_BYTES = 2**26
 """Size of a JSON file beyond which it is not read; a run writes a few thousand times less."""
 
-MOST_DEPTH = 50
-"""Lists and mappings in each other in a YAML file beyond which it is not read."""
+MOST_DEPTH, MOST_VALUES = 50, 10_000
+"""Lists and mappings in each other, and keys and values in all, in a YAML file beyond which it is not read."""
 
 PARTS = ("dataset", "model", "loss", "optimizer", "schedule")
 """What every configuration of a run has."""
@@ -137,16 +137,19 @@ def more_than_plain(text: str) -> str | None:
     """What the YAML ``text`` has that is more than plain values, with its line; None if nothing.
 
     References, of which a few lines can stand for terabytes, tags, ``${...}``, and nesting deeper than
-    :data:`MOST_DEPTH`, which keeps a parser busy for minutes. Raises yaml.YAMLError for text that is no YAML.
+    :data:`MOST_DEPTH` or more than :data:`MOST_VALUES`, which keep parsers busy for minutes. Raises yaml.YAMLError for
+    text that is no YAML.
     """
     import yaml
 
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
             return f"is nested more than {MOST_DEPTH} deep in line {line}"
+        if number > MOST_VALUES:
+            return f"holds more than {MOST_VALUES} keys and values by line {line}"
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
             return f"uses references or tags of YAML in line {line}"
         if isinstance(event, yaml.ScalarEvent) and "${" in event.value:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkit.errors import InputError, check_archive, first_line
+from segkit.errors import InputError, check_archive, first_line, is_plain
 
 LITE0 = "tu-tf_efficientnet_lite0"
 PROBE_SECONDS = 5.0
@@ -58,6 +58,10 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{key} is {path}, which holds no state dict: give a file with a mapping from names to tensors, or a "
             "checkpoint of segkit"
+        )
+    if odd := [name for name, value in state.items() if not is_plain(value)]:
+        raise InputError(
+            f"{key} is {path}, whose {odd[0]} is no dense tensor of real numbers, floats of at least 16 bits: {cure}"
         )
     return dict(state)
 

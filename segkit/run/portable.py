@@ -163,6 +163,7 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
     """
     from segkit.models.exported import read_metadata, read_weights
     from segkit.run.build import segmenter
+    from segkit.training.checkpoint import not_finite
 
     is_file = path.suffix == ".safetensors"
     source, weights = (path, path) if is_file else (path / CONFIG, path / WEIGHTS)
@@ -171,8 +172,7 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
     facts = read_metadata(path) if is_file else read_json(source, most=MOST_BYTES, cure=CURE)
     images = check_facts(facts, source)
     state = read_weights(weights)
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
+    if broken := not_finite(state):
         raise InputError(f"{weights} has values that are not finite under {broken[0]}, so it predicts nothing: {CURE}")
     try:
         make = partial(segmenter, facts["model"], len(facts["classes"]), images)

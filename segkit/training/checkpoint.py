@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from segkit.errors import InputError, check_archive
+from segkit.errors import InputError, check_archive, is_plain
 from segkit.files import digest_of, remove_if_possible, write_atomically
 
 LAST, PREVIOUS, BEST, CHECKSUMS = "last.pt", "previous.pt", "best.pt", "checksums.json"
@@ -264,14 +264,19 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
     """
     model = network(model)
     check_weights(model, state, source=source)
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
+    if broken := not_finite(state):
         warnings.warn(
             f"{source} has values that are not finite in {len(broken)} of {len(state)} entries, first {broken[0]}: "
             "what it predicts means nothing",
             stacklevel=2,
         )
     model.load_state_dict(state)
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of plain entries with values that are not finite."""
+    floats = {name: value for name, value in state.items() if is_plain(value) and value.is_floating_point()}
+    return [name for name, value in floats.items() if not value.isfinite().all()]
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Any], *, source: Path) -> None:
@@ -303,10 +308,5 @@ def check_weights(model: nn.Module, state: Mapping[str, Any], *, source: Path) -
 
 
 def _is_like(value: Any, own: torch.Tensor) -> bool:
-    """True for a dense tensor with values, with or without a fraction as ``own``."""
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and not (value.is_meta or value.is_quantized or value.is_complex())
-        and value.is_floating_point() == own.is_floating_point()
-    )
+    """True for a plain tensor, with or without a fraction as ``own``."""
+    return is_plain(value) and value.is_floating_point() == own.is_floating_point()

@@ -159,6 +159,7 @@ HUBS = [
     Case("hub: weights that are not finite", first_value(lambda value: value * float("nan")), (HUB,), "not finite"),
     Case("hub: another shape", first_value(lambda value: value[:1].clone()), (HUB,), OTHER),
     Case("hub: whole numbers", first_value(lambda value: value.to(torch.int64)), (HUB,), NO_TENSOR),
+    Case("hub: floats of 8 bits", first_value(lambda value: value.to(torch.float8_e5m2)), (HUB,), NO_TENSOR),
     Case("hub: keys are missing", tensors(lambda state: dict(list(state.items())[1:])), (HUB,), OTHER),
     Case("hub: keys of another model", tensors(lambda state: {f"\x1b[2J{name}": state[name] for name in state}), (HUB,),
          OTHER),

@@ -30,6 +30,7 @@ from segkit.run.splits import open_phases
 pytestmark = [
     pytest.mark.filterwarnings("ignore:very few training pixels:UserWarning"),  # of the few images of the whole run
     pytest.mark.filterwarnings("ignore:no training pixel:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
 ]
 
 SECRET = "an-environment-value"
@@ -229,6 +230,11 @@ def test_weights_of_a_stranger(tmp_path):
             read_state(tmp_path / name, key="model.weights")
         assert "weights_only" not in str(caught.value)
         assert "trust" not in str(caught.value)
+    value = torch.zeros(2, 2)
+    for odd in (value.to("meta"), value.to(torch.complex64), value.to(torch.float8_e5m2)):
+        torch.save({"a": value, "b": odd}, tmp_path / "odd.pt")
+        with pytest.raises(InputError, match=r"whose b is no dense tensor of real numbers"):
+            read_state(tmp_path / "odd.pt", key="model.weights")
     torch.save({"a": Code()}, tmp_path / "archive.pt")
     with pytest.raises(InputError, match="holds more than tensors") as caught:
         read_state(tmp_path / "archive.pt", key="model.weights")

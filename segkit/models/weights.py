@@ -29,7 +29,8 @@ WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     """Return the state dict in ``path``: of torch.save, a checkpoint of segkit (what it evaluates), or safetensors.
 
-    ``key`` is the configuration key that named the file; InputError mentions it. Only tensors are accepted.
+    ``key`` is the configuration key that named the file; InputError mentions it, also for sparse
+    or other tensors without plain numbers, and for NaN.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,16 +55,32 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     for entry in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(entry), Mapping):
             state = state[entry]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str) and _is_dense(v) for name, v in state.items())
+    ):
         raise InputError(
-            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to tensors, or a "
-            "checkpoint of segkit"
+            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to dense tensors, or "
+            "a checkpoint of segkit"
+        )
+    broken = [name for name, value in state.items() if value.isnan().any()]
+    if broken:
+        raise InputError(
+            f"{key} is {path}, which has NaN in {len(broken)} entries, first {broken[0]}: give other weights"
         )
     if odd := [name for name, value in state.items() if not is_plain(value)]:
         raise InputError(
             f"{key} is {path}, whose {odd[0]} is no dense tensor of real numbers, floats of at least 16 bits: {cure}"
         )
     return dict(state)
+
+
+def _is_dense(value: Any) -> bool:
+    """Return True for a tensor whose numbers can be copied: no sparse, quantized or empty (meta) one."""
+    return (
+        isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+    )
 
 
 def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -82,10 +99,16 @@ def differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tenso
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    types = [
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
     return {
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
         "of another shape": shapes,
+        "of another type": types,
     }
 
 
@@ -133,7 +156,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, source: str | Path | Non
         named = {prefix + key: value for key, value in state.items()}
         named = {key: _extended(value, own.get(key), in_channels) for key, value in named.items()}
         found = differences(named, own)
-        if not found["missing"] and not found["of another shape"]:
+        if not any(found[kind] for kind in found if kind != "unknown"):
             encoder.load_state_dict({key: named[key] for key in own})
             return
     found = differences(state, own)

@@ -29,8 +29,8 @@ WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     """Return the state dict in ``path``: of torch.save, a checkpoint of segkit (what it evaluates), or safetensors.
 
-    ``key`` is the configuration key that named the file; InputError mentions it, also for sparse
-    or other tensors without plain numbers, and for NaN.
+    ``key`` is the configuration key that named the file; InputError mentions it. Only plain tensors
+    without NaN are accepted.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,32 +55,19 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     for entry in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(entry), Mapping):
             state = state[entry]
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(name, str) and _is_dense(v) for name, v in state.items())
-    ):
+    items = state.items() if isinstance(state, Mapping) else ()
+    if not items or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
         raise InputError(
-            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to dense tensors, or "
-            "a checkpoint of segkit"
+            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to tensors, or a "
+            "checkpoint of segkit"
         )
-    broken = [name for name, value in state.items() if value.isnan().any()]
-    if broken:
-        raise InputError(
-            f"{key} is {path}, which has NaN in {len(broken)} entries, first {broken[0]}: give other weights"
-        )
-    if odd := [name for name, value in state.items() if not is_plain(value)]:
+    if odd := [name for name, value in items if not is_plain(value)]:
         raise InputError(
             f"{key} is {path}, whose {odd[0]} is no dense tensor of real numbers, floats of at least 16 bits: {cure}"
         )
-    return dict(state)
-
-
-def _is_dense(value: Any) -> bool:
-    """Return True for a tensor whose numbers can be copied: no sparse, quantized or empty (meta) one."""
-    return (
-        isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
-    )
+    if broken := [name for name, value in items if value.isnan().any()]:
+        raise InputError(f"{key} is {path}, with NaN in {len(broken)} entries, first {broken[0]}: give other weights")
+    return dict(items)
 
 
 def strip_wrappers(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -88,26 +88,24 @@ def test_unreadable_file(tmp_path: Path, content: bytes, message: str, capsys: p
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}, torch.zeros(3), {1: torch.ones(2)}])
 def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(
-        InputError, match="which holds no state dict: give a file with a mapping from names to dense tensors"
-    ):
+    with pytest.raises(InputError, match="which holds no state dict: give a file with a mapping from names to tensors"):
         load_model_weights(small(), tmp_path / "weights.pt")
 
 
 CHANGED = {
     "int8": (lambda value: value.to(torch.int8), r"another type \(0\.weight torch\.int8 instead of torch\.float32"),
-    "complex": (lambda value: value + 1j, r"another type \(0\.weight torch\.complex64 instead of torch\.float32"),
+    "complex": (lambda value: value + 1j, "no dense tensor of real numbers"),
     "bool": (lambda value: value > 0, r"another type \(0\.weight torch\.bool"),
-    "nan": (lambda value: value * float("nan"), r"has NaN in 6 entries, first 0\.weight: give other weights"),
-    "meta": (lambda value: value.to("meta"), r"holds no state dict: .* dense tensors"),
-    "sparse": (lambda value: value.to_sparse(), "dense tensors|cannot be read as weights"),
+    "nan": (lambda value: value * float("nan"), r"with NaN in 6 entries, first 0\.weight: give other weights"),
+    "meta": (lambda value: value.to("meta"), "no dense tensor"),
+    "sparse": (lambda value: value.to_sparse(), "no dense tensor|cannot be read as weights"),
 }
 
 
 @pytest.mark.parametrize("kind", CHANGED)
 @pytest.mark.parametrize("load", [load_model_weights, lambda net, path: load_encoder_weights(net, "own", path)])
 def test_tensors_that_are_no_weights(tmp_path: Path, kind: str, load: Callable[..., None]) -> None:
-    """torch would copy the first three into float32 without a word, and NaN was blamed on images at the first step."""
+    """torch would copy whole numbers into float32 without a word, and NaN was blamed on images at the first step."""
     change, message = CHANGED[kind]
     state = {key: change(value) if value.is_floating_point() else value for key, value in small().state_dict().items()}
     torch.save(state, tmp_path / "weights.pt")

@@ -95,12 +95,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def runner(path: str | Path) -> Runner:
-    """Return the function in the file ``path``; onnxruntime computes that of an ONNX file."""
-    if Path(path).suffix != ".onnx":
-        return torch.export.load(path).module()
-    import onnxruntime
+    """Return the function in the file ``path``; onnxruntime computes that of an ONNX file. InputError without one."""
+    try:
+        if Path(path).suffix != ".onnx":
+            return torch.export.load(path).module()
+        import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # the loaders' errors share no base class
+        raise InputError(
+            f"{path} cannot be loaded ({first_line(error)}): copy it again, or write it with segkit export"
+        ) from None
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 

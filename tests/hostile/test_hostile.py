@@ -241,6 +241,28 @@ def test_weights_of_a_stranger(tmp_path):
     assert "weights_only" not in str(caught.value)
 
 
+def test_graphs_of_a_stranger(tmp_path):
+    """An ONNX file whose weights lie elsewhere, and one with an operator that there is not."""
+    from onnx import TensorProto, helper, save
+
+    from segkit.models.exported import runner
+
+    value = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    elsewhere = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    elsewhere.external_data.add(key="location", value="/etc/passwd")
+    path = tmp_path / "model.onnx"
+    for node, tensors in (
+        (helper.make_node("Add", ["images", "w"], ["y"]), [elsewhere]),
+        (helper.make_node("Relu", ["images"], ["y"], domain="evil"), []),
+    ):
+        graph = helper.make_graph([node], "g", [value], [out], tensors)
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+        with pytest.raises(InputError, match=r"model\.onnx cannot be loaded \(") as caught:
+            runner(path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_link_beside_a_file_of_the_run_is_not_followed(tmp_path):
     from segkit.files import write_json
 

@@ -92,7 +92,10 @@ def prepare_phase(
     loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
     absent = [label for label, pixels in zip(counts.classes, counts.class_pixels, strict=True) if not pixels]
     if absent and not charts.margin_buffers(loss):  # a loss with margins says what it makes of them
-        distributed.print_main(f"warning: no training pixel of phase {name} is of class {', '.join(absent)}")
+        distributed.print_main(
+            f"warning: no training pixel of phase {name} is of class {', '.join(absent)}: mend the label table or the "
+            "split, or expect nothing of it"
+        )
     try_loss(loss.to(device), config, name, splits.train, device)
     try_model(model, config, name, splits.val, device)
     observed = config.phase_loss(name).get("diagnostics")

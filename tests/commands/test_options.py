@@ -78,14 +78,10 @@ def test_an_empty_value_is_refused(arguments):
     assert evaluate.parser().parse_args(["run", "--tta="]).tta == ""  # which is its default
 
 
-def test_a_home_is_no_folder_of_that_name(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_a_home_is_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     arguments = evaluate.parser().parse_args(["~/run", "--output=~/x.json", "--root", "~"])
-    assert (str(arguments.run), str(arguments.output), arguments.root) == (
-        "/home/me/run",
-        "/home/me/x.json",
-        "/home/me",
-    )
+    assert (arguments.run, arguments.output, arguments.root) == (tmp_path / "run", tmp_path / "x.json", str(tmp_path))
 
 
 def test_links_that_lead_nowhere_and_one_file_for_two_are_refused(tmp_path):

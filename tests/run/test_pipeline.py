@@ -203,7 +203,7 @@ def test_a_folder_that_is_deleted_while_it_trains_can_be_mended(train, monkeypat
 
 def test_a_class_without_training_pixels_is_said(train, capsys):
     train("run", "dataset.reader.num_images=2", "limit_steps=1")
-    assert "warning: no training pixel of phase train is of class sign\n" in capsys.readouterr().out
+    assert "warning: no training pixel of phase train is of class sign: mend the label" in capsys.readouterr().out
 
 
 def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):

@@ -100,13 +100,16 @@ def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
             warnings.simplefilter("ignore")  # Pillow's, of a damaged tag
             head = file.read(8)
             head += file.read(8) if 43 in head[2:4] else b""  # BigTIFF
-            tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+            # Pillow knows a BigTIFF by the third byte, which is right for one of the two orders of bytes only.
+            known = b"II+\0" + head[4:] if head[2:4] == b"\0+" else head
+            tags = TiffImagePlugin.ImageFileDirectory_v2(known, prefix=head[:2])
             while tags.next and len(found) < most:
                 file.seek(tags.next)
                 tags.load(file)
                 bits, kinds = set(tags.get(Tag.BitsPerSample, (1,))), set(tags.get(Tag.SampleFormat, (1,)))
                 kind = f"{_KINDS.get(min(kinds), 'unknown ')}{min(bits)}" if len(bits) == len(kinds) == 1 else "mixed"
                 shape = int(tags[Tag.ImageLength]), int(tags[Tag.ImageWidth]), int(tags.get(Tag.SamplesPerPixel, 1))
+                decode.check_pixels(decode.tile_size(tags), path, role="image")
                 found.append(_Page(shape, kind, tags.get(Tag.PlanarConfiguration, 1) == 2))
         height, width, _ = found[0].shape
     except decode.DAMAGED as error:

@@ -21,13 +21,13 @@ import re
 import struct
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.ExifTags import Base as Tag
 
 from segkit.data.files import check_readable, read_bytes
@@ -73,6 +73,7 @@ def pixel_limit() -> int:
 
 set_pixel_limit(MAX_PIXELS)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is the one that counts
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # imagecodecs reads pixels beside long texts, too
 
 
 def read_rgb(path: Path, *, shrink: int = 1) -> np.ndarray:
@@ -177,6 +178,7 @@ def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
             check_pixels(size, path, role=role)
         with Image.open(file, formats=FORMATS) as image:
             check_pixels(stored_size(image), path, role=role)
+            check_pixels(tile_size(getattr(image, "tag_v2", {})), path, role=role)
             yield image
     except InputError:
         raise
@@ -197,6 +199,11 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     return (tags[Tag.ImageLength], tags[Tag.ImageWidth]) if tags else (image.height, image.width)
 
 
+def tile_size(tags: Mapping[int, Any]) -> tuple[int, int]:
+    """Return (height, width) of the tiles of a TIFF, for each of which a decoder takes memory; 0 for other files."""
+    return tags.get(Tag.TileLength, 0), tags.get(Tag.TileWidth, 0)
+
+
 def as_stored(image: Image.Image, path: Path) -> Image.Image:
     """Decode an image without what Pillow does to TIFFs only: it turns them by their orientation.
 
@@ -208,6 +215,8 @@ def as_stored(image: Image.Image, path: Path) -> Image.Image:
         raise InputError(f"{path} is a TIFF of separate planes of {max(bits)} bits: convert it to interleaved channels")
     if tags:
         image.getexif()[Tag.Orientation] = 1
+        if any(part.codec_name == "raw" and part.offset == 0 for part in getattr(image, "tile", ())):
+            raise damaged(path, "some of its strips or tiles are missing")
     image.load()
     if bits == {8} and 2 in tags.get(Tag.SampleFormat, ()) and np.asarray(image).max(initial=0) > 127:
         raise InputError(f"{path} holds negative values (8 bits with a sign): convert it to 8 bits without a sign")
@@ -218,12 +227,11 @@ def as_stored(image: Image.Image, path: Path) -> Image.Image:
 def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
     image = as_stored(opened, path)
     if image.mode.startswith("I"):
-        tags: Any = getattr(opened, "tag_v2", {})
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise InputError(f"{path} holds values beyond 16 bits; convert it to 8 or 16 bits a channel")
         grey = (values >> 8).astype(np.uint8)
-        if tags.get(Tag.PhotometricInterpretation) == 0:  # white is 0, which Pillow heeds for 8 bits only
+        if getattr(opened, "tag_v2", {}).get(Tag.PhotometricInterpretation) == 0:  # Pillow heeds it for 8 bits only
             grey = 255 - grey
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
@@ -238,8 +246,7 @@ def _png_as_rgb(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint16:
         image = (image >> 8).astype(np.uint8)
     if image.ndim == 2 or image.shape[2] == 2:
-        grey, *alpha = np.moveaxis(np.atleast_3d(image), -1, 0)
-        image = np.dstack([grey, grey, grey, *alpha])
+        image = np.dstack(2 * [image if image.ndim == 2 else image[..., 0]] + [image])
     return image if image.shape[2] == 3 else _over_white(image)
 
 

@@ -19,12 +19,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-def tiff(*pages, planar=False, order="<", **tags):
-    """An uncompressed TIFF of the arrays (H, W, C), one a page, written from the specification."""
-    out = bytearray(struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 0))
-    link = 4
+def tiff(*pages, planar=False, order="<", big=False, **tags):
+    """An uncompressed TIFF (or BigTIFF) of the arrays (H, W, C), one a page, written from the specification."""
+    mark, place, width = b"II" if order == "<" else b"MM", *(("Q", 8) if big else ("I", 4))
+    out = bytearray(
+        struct.pack(f"{order}2sHHHQ", mark, 43, 8, 0, 0) if big else struct.pack(f"{order}2sHI", mark, 42, 0)
+    )
+    link = width
     for page in pages:
-        height, width, num = page.shape
+        height, columns, num = page.shape
         stored = page.astype(page.dtype.newbyteorder(order))
         places, parts = [], [np.ascontiguousarray(stored[..., k]) for k in range(num)] if planar else [stored]
         for part in parts:
@@ -32,7 +35,7 @@ def tiff(*pages, planar=False, order="<", **tags):
             out += part.tobytes() + bytes(part.nbytes % 2)
         kind = {"u": 1, "i": 2, "f": 3}[page.dtype.kind]
         entries = {
-            256: (4, [width]), 257: (4, [height]), 258: (3, [page.dtype.itemsize * 8] * num), 259: (3, [1]),
+            256: (4, [columns]), 257: (4, [height]), 258: (3, [page.dtype.itemsize * 8] * num), 259: (3, [1]),
             262: (3, [1]), 273: (4, places), 277: (3, [num]), 278: (4, [height]),
             279: (4, [part.nbytes for part in parts]), 284: (3, [2 if planar else 1]), 339: (3, [kind] * num),
             **({338: (3, [0] * (num - 1))} if num > 1 else {}),
@@ -41,16 +44,16 @@ def tiff(*pages, planar=False, order="<", **tags):
         values = {}
         for tag, (type_, numbers) in entries.items():
             packed = struct.pack(f"{order}{len(numbers)}{'H' if type_ == 3 else 'I'}", *numbers)
-            values[tag] = packed.ljust(4, b"\0")
-            if len(packed) > 4:
-                values[tag] = struct.pack(f"{order}I", len(out))
+            values[tag] = packed.ljust(width, b"\0")
+            if len(packed) > width:
+                values[tag] = struct.pack(f"{order}{place}", len(out))
                 out += packed + bytes(len(packed) % 2)
-        struct.pack_into(f"{order}I", out, link, len(out))
-        out += struct.pack(f"{order}H", len(entries))
+        struct.pack_into(f"{order}{place}", out, link, len(out))
+        out += struct.pack(f"{order}{'Q' if big else 'H'}", len(entries))
         for tag, (type_, numbers) in sorted(entries.items()):
-            out += struct.pack(f"{order}HHI", tag, type_, len(numbers)) + values[tag]
+            out += struct.pack(f"{order}HH{place}", tag, type_, len(numbers)) + values[tag]
         link = len(out)
-        out += bytes(4)
+        out += bytes(width)
     return bytes(out)
 
 

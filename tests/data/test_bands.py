@@ -148,6 +148,7 @@ def test_bands_may_be_first_last_or_pages(tmp_path, dtype):
     pages = [image[..., k : k + 1] for k in range(5)]
     files = {
         "last.tif": tiff(image), "first.tif": tiff(image, planar=True), "big.tif": tiff(image, planar=True, order=">"),
+        "bigtiff.tif": tiff(image, big=True), "bigbig.tif": tiff(image, big=True, order=">"),
         "pages.tif": tiff(*pages), "last.npy": image, "first.npy": image.transpose(2, 0, 1),
         "fortran.npy": np.asfortranarray(image), "big.npy": image.astype(image.dtype.newbyteorder(">")),
     }  # fmt: skip

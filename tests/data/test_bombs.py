@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from band_files import tiff
 from PIL import Image
 from scipy.io import savemat
 
@@ -92,6 +93,7 @@ BOMBS = {
     "x.jpg": patched("JPEG", lambda c: c.index(b"\xff\xc0") + 5, struct.pack(">HH", SIDE, SIDE)),
     "x.bmp": patched("BMP", 18, struct.pack("<ii", SIDE, SIDE)),
     "x.tif": tiff_sizes(),
+    "tiles.tif": tiff(np.zeros((8, 8, 1), np.uint8), t322=SIDE, t323=SIDE),
     "x.gif": patched("GIF", 6, struct.pack("<HH", SIDE, SIDE)),
     "x.ppm": b"P6 60000 60000 255\n" + bytes(30),
     "x.webp": webp(),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segkit.data.bands import image_size
-from segkit.data.decode import read_index_png, read_rgb
+from segkit.data.decode import read_colours, read_index_png, read_rgb
 from segkit.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -223,14 +223,17 @@ def png_chunk(kind, data):
         png_chunk(b"sRGB", b"\x00"),
         png_chunk(b"tRNS", b"\x00\x07\x00\x08\x00\x09"),  # one colour is transparent
         png_chunk(b"sBIT", b"\x05\x06\x05"),
+        png_chunk(b"zTXt", b"Raw profile\0\0" + zlib.compress(bytes(2**21))),
     ],
-    ids=["gamma", "srgb", "transparent", "significant bits"],
+    ids=["gamma", "srgb", "transparent", "significant bits", "long text"],
 )
 def test_chunks_beside_the_samples_change_no_sample(tmp_path, chunk):
     path = saved(tmp_path / "a.png", PHOTO)
     content = path.read_bytes()
     path.write_bytes(content[:33] + chunk + content[33:])  # after IHDR
     np.testing.assert_array_equal(read_rgb(path), PHOTO)
+    np.testing.assert_array_equal(read_colours(path), PHOTO)
+    assert image_size(path) == PHOTO.shape[:2]
 
 
 def test_transparent_grey_value_in_a_label_changes_no_index(tmp_path):

@@ -9,7 +9,7 @@ from importlib import import_module
 from segkit import __version__
 from segkit.errors import InputError, did_you_mean
 from segkit.guard import guarded
-from segkit.progress import need_no_reader, show
+from segkit.progress import need_no_reader
 from segkit.runtime import let_waiting_threads_sleep, tidy_up_when_ended
 
 VERBS = {
@@ -48,19 +48,23 @@ def main() -> None:
     let_waiting_threads_sleep()
     need_no_reader()
     tidy_up_when_ended()
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        sys.exit(0 if arguments else InputError.exit_code)
-    verb, *argv = arguments
-    if verb == "--version":
+    verb, *argv = sys.argv[1:] or ["--help"]
+    guarded(lambda: call(verb, argv), verb=verb)
+    if len(sys.argv) == 1:
+        sys.exit(InputError.exit_code)
+
+
+def call(verb: str, argv: Sequence[str]) -> None:
+    """Do ``verb``, or show the usage or the version."""
+    if verb in VERBS:
+        verb_function(verb)(argv)
+    elif verb == "--version":
         print(__version__)
-    elif verb in VERBS:
-        guarded(lambda: verb_function(verb)(argv), verb=verb)
+    elif verb in ("-h", "--help"):
+        print(usage())
     else:
         hint = did_you_mean(verb, VERBS)
-        show(f"error: there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}", error=True)
-        sys.exit(InputError.exit_code)
+        raise InputError(f"there is no verb {verb!r}: {hint}the verbs are {', '.join(VERBS)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path`` to write to; without an exception that file then becomes ``path``.
 
     A reader sees the old file or the new one, never a part, also one that lists the files with the suffix of ``path``.
-    Two processes may write the same file at once: one of the two contents stays.
+    Two processes or threads may write the same file at once: one of the two contents stays.
     """
-    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")  # not too long where that of path is not
+    thread = threading.get_native_id()  # no other thread of any process has it
+    temporary = path.with_name(f"{path.name[:50]}.{thread}.tmp")  # not too long where that of path is not
     try:
         temporary.unlink(missing_ok=True)
         yield temporary

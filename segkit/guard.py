@@ -16,7 +16,7 @@ from typing import Any
 
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line
-from segkit.progress import for_terminal, show
+from segkit.progress import for_terminal, shortened, show
 from segkit.runtime import let_waiting_threads_sleep
 from segkit.training import ranks
 
@@ -27,7 +27,11 @@ def guarded(command: Callable[[], Any], *, verb: str = "train") -> Any:
     threading.excepthook = _leave_os_errors
     ranks.quiet_others()
     with guard(verb=verb):
-        return command()
+        try:
+            with guard(verb=verb):
+                return command()
+        finally:
+            sys.stdout.flush()  # an error of its disk is a sentence here, and none when Python does it
 
 
 def _leave_os_errors(failed: threading.ExceptHookArgs) -> None:
@@ -50,8 +54,7 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
         sentence, code = (None, 1) if passes else explain(error, verb=verb)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
-        if len(sentence) > MOST_LETTERS:  # a file that is no list of names can be one name of a million letters
-            sentence = f"{sentence[: MOST_LETTERS // 2]} ... {sentence[-MOST_LETTERS // 2 :]}"
+        sentence = shortened(sentence)
         if ranks.speaks(sentence):
             show(sentence if isinstance(error, Interrupted) else f"error: {sentence}", error=True)
         sys.exit(code)
@@ -102,9 +105,6 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
 
     ``verb``: what was called, whose options the advice names.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     if isinstance(error, Interrupted):
         return (
             f"{error}; the state is saved: run the same command with the same hydra.run.dir to go on",
@@ -119,11 +119,19 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
         return f"out of memory ({first_line(error)}): {VERB_ADVICE.get(verb, MEMORY_ADVICE)}", OutOfMemory.exit_code
+    if isinstance(error, ImportError | OSError) and re.search(r"\.so[.\d]*: ", str(error)):
+        return (
+            f"a library cannot be loaded ({first_line(error)}): allow more memory where `ulimit -v` limits it, or "
+            "install what is missing"
+        ), InputError.exit_code
     if isinstance(error, NotImplementedError | TypeError) and "MPS" in str(error):
         return (
             f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
             "environment, which computes such parts on the CPU, or set device=cpu"
         ), InputError.exit_code
+    from hydra.errors import HydraException  # not before: no memory may be left
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
     if (option := _local_in(error, "load_config", "config_path")) and isinstance(option, str):
@@ -170,8 +178,6 @@ VERB_OPTIONS = {
     "stats": _SPLIT,
 }
 """Keys in advice that a verb takes by an option"""
-MOST_LETTERS = 2000
-"""Letters of a sentence beyond which its middle is left out."""
 
 
 def _local_in(error: BaseException, function: str, name: str) -> Any:

@@ -146,6 +146,8 @@ def check_command_line() -> None:
     asked = {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")}
     if given.shell_completion and asked.isdisjoint(overrides):
         refuse("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL")
+    if any(text.startswith("query=") for text in overrides) and "COMP_LINE" not in os.environ:
+        refuse("query=SHELL is what a shell asks, with its line in COMP_LINE")
     keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
     if given.multirun and "hydra.run.dir" in keys:
         raise InputError("hydra.run.dir is the folder of one run, but -m makes several: set hydra.sweep.dir=DIR")

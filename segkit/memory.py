@@ -21,8 +21,10 @@ RESERVE = 256 * 2**20
 """Bytes of the free memory that are left to the system."""
 
 CPU_MESSAGES = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc",
-                "Insufficient memory")  # fmt: skip
-"""What exceptions of torch and OpenCV say when an allocation on a CPU found no memory."""
+                "Insufficient memory", "Failed to allocate memory")  # fmt: skip
+"""What exceptions of torch, OpenCV and onnxruntime say when an allocation on a CPU found no memory."""
+LIBRARIES = ("cv2", "onnxruntime")
+"""Those of them whose exceptions are no RuntimeError"""
 
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -38,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not imported for the question: without it there is no such error
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    is_of_library = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
+    is_of_library = isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in LIBRARIES
     return is_of_library and any(text in str(error) for text in CPU_MESSAGES)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+MOST_LETTERS = 2000
+"""Letters of a sentence, or of a cell of a table, beyond which its middle is left out"""
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two lines where the output is not a terminal."""
@@ -24,36 +28,58 @@ def for_terminal(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def shortened(text: str) -> str:
+    """Return ``text``, without its middle if it is endless, as the name in a file that is no list of names."""
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]} ... {text[-half:]}"
+
+
 def show(text: str, *, error: bool = False) -> None:
     """Print ``text`` as one line, through :func:`for_terminal`; ``error``: on the standard error."""
     print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class _Unread:
-    """The text ``stream``, which loses what is written once nobody reads it."""
+    """The text ``stream``, which loses what is written once nobody reads it, as of a terminal that was closed.
 
-    def __init__(self, stream: TextIOWrapper) -> None:
+    ``needed``: another error, as of a full disk, is raised, and not lost as well.
+    """
+
+    def __init__(self, stream: TextIOWrapper, *, needed: bool) -> None:
         stream.reconfigure(errors="backslashreplace")
-        self._stream = stream
+        self._stream, self._needed = stream, needed and not stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._needed and not isinstance(error, BrokenPipeError):
+                self._needed = False  # it is said once
+                error.filename = "the standard output"
+                raise
+
     def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
+        with self._lost():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(BrokenPipeError):
+        with self._lost():
             self._stream.flush()
 
 
 def need_no_reader() -> None:
     """Let the work go on when what reads its output has ended (``| head``); escape letters that a terminal lacks."""
     for name in ("stdout", "stderr"):
-        if isinstance(stream := getattr(sys, name), TextIOWrapper):  # not None, where the shell has closed it
-            setattr(sys, name, _Unread(stream))
+        stream = getattr(sys, name)
+        if stream is None:  # the shell has closed it: no file may take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            setattr(sys, name, _Unread(stream, needed=name == "stdout"))
 
 
 def is_terminal() -> bool:

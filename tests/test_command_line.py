@@ -33,6 +33,7 @@ from segkit.launch import check_command_line
         (["-sc", "foo"], "--shell-completion takes install=SHELL"),
         (["-sc", "install=nosh"], "--shell-completion takes install=SHELL"),
         (["-sc", "seed=1"], "--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL"),
+        (["-sc", "query=bash"], "query=SHELL is what a shell asks, with its line in COMP_LINE"),
     ],
 )
 def test_a_wrong_option_is_a_sentence(monkeypatch, arguments, message):

@@ -45,6 +45,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.files import find_images, walk
     from segkit.data.layout import UNREAD
     from segkit.evaluation.predict import predict_files
+    from segkit.files import written_beside
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
 
@@ -68,6 +69,7 @@ def run(argv: Sequence[str]) -> None:
         images,
         arguments.output,
         read_image=first.read,
+        written_beside=written_beside,
         classes=first.classes,
         palette=first.palette,
         probabilities=arguments.probabilities,

@@ -18,9 +18,10 @@ from segkit.config.schema import plain
 from segkit.data.bands import read_bands
 from segkit.data.labels import load_table
 from segkit.data.transforms import resize_image, target_size
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.evaluation.inference import Inference
 from segkit.evaluation.predict import Predictor
+from segkit.memory import is_out_of_memory
 from segkit.run.portable import check_facts, is_portable, open_portable
 from segkit.run.saved import open_run
 from segkit.training.precision import DTYPES
@@ -114,8 +115,23 @@ def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[st
     compute, num_classes = runner(path), len(facts["classes"])
 
     def score(images: Any) -> Any:
-        found = compute(images.float().cpu()).to(images.device)
-        return found if found.dim() == 4 else torch.nn.functional.one_hot(found.long(), num_classes).movedim(-1, 1)
+        try:
+            found = compute(images.float().cpu()).to(images.device)
+            if found.dim() == 3:
+                found = torch.nn.functional.one_hot(found.long(), num_classes).movedim(-1, 1)
+        except Exception as error:  # the runtimes' errors share no base class
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{path} cannot compute images of {tuple(images.shape)} ({first_line(error)}): write it again with "
+                "segkit export"
+            ) from None
+        if found.dim() != 4 or found.shape[1] != num_classes:
+            raise InputError(
+                f"{path} gives {tuple(found.shape)} for images of {tuple(images.shape)}, but must give (N, K, h, w) or "
+                f"(N, h, w) for its {num_classes} classes: write it again with segkit export"
+            )
+        return found
 
     return score, facts
 

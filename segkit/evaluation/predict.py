@@ -7,9 +7,10 @@ cannot be read is reported and skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def predict_files(
     output: Path,
     *,
     read_image: Callable[[Path], Pixels],
+    written_beside: Callable[[Path], AbstractContextManager[Path]],
     classes: Sequence[str],
     palette: ArrayLike,
     probabilities: bool = False,
@@ -91,15 +93,16 @@ def predict_files(
     legend. ``probabilities/NAME.npz``, if asked for: ``probabilities`` float16 (K, H, W).
 
     ``predictors``: one or several by title; the first one's predictions are written, and with several also
-    ``side_by_side/NAME.png``. ``read_image`` gives the pixels of a file as it does for training. ``palette``: (K, 3)
-    colours 0..255. ``progress`` wraps the iterable of names.
+    ``side_by_side/NAME.png``. ``read_image`` gives the pixels of a file as it does for training;
+    ``written_beside`` is that of segkit.files. ``palette``: (K, 3) colours 0..255. ``progress`` wraps the
+    iterable of names.
 
     Returns the number of predicted images, and the files that could not be read with what its InputErrors say.
     """
     kinds = ["labels", "overlays"]
     kinds += ["probabilities"] * probabilities
     kinds += ["side_by_side"] * (len(predictors) > 1)
-    writer = _Writer(output, kinds, classes, np.asarray(palette, np.uint8))
+    writer = _Writer(output, kinds, classes, np.asarray(palette, np.uint8), written_beside)
     writer.make_folders(images)
     failed: list[tuple[Path, str]] = []
 
@@ -139,6 +142,7 @@ class _Writer:
     kinds: Sequence[str]
     classes: Sequence[str]
     palette: NDArray[np.uint8]
+    written_beside: Callable[[Path], AbstractContextManager[Path]]
 
     def make_folders(self, names: Iterable[str]) -> None:
         try:
@@ -158,15 +162,20 @@ class _Writer:
             )
         for kind in self.kinds:
             path = self.output / kind / f"{done.name}{'.npz' if kind == 'probabilities' else '.png'}"
-            if kind == "labels":
-                overlay.palette_image(first, self.palette).save(path)
-            elif kind == "overlays":
-                picture = overlay.overlay_with_legend(overlay.visible(done.image), first, self.classes, self.palette)
-                Image.fromarray(picture).save(path, compress_level=1)
-            elif kind == "probabilities":
-                assert done.probabilities is not None
-                np.savez_compressed(path, probabilities=done.probabilities)
-            else:
-                shown = overlay.visible(done.image), list(done.labels.items())
-                picture = overlay.side_by_side(*shown, self.classes, self.palette)
-                Image.fromarray(picture).save(path, compress_level=1)
+            with self.written_beside(path) as temporary, open(temporary, "wb") as file:
+                self._write(kind, done, file)
+
+    def _write(self, kind: str, done: _Done, file: BinaryIO) -> None:
+        first = next(iter(done.labels.values()))
+        if kind == "labels":
+            overlay.palette_image(first, self.palette).save(file, "PNG")
+        elif kind == "overlays":
+            picture = overlay.overlay_with_legend(overlay.visible(done.image), first, self.classes, self.palette)
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)
+        elif kind == "probabilities":
+            assert done.probabilities is not None
+            np.savez_compressed(file, probabilities=done.probabilities)
+        else:
+            shown = overlay.visible(done.image), list(done.labels.items())
+            picture = overlay.side_by_side(*shown, self.classes, self.palette)
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)

@@ -101,7 +101,9 @@ def runner(path: str | Path) -> Runner:
             return torch.export.load(path).module()
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # it writes names of a stranger's nodes, and repeats the error
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the loaders' errors share no base class
         raise InputError(
             f"{path} cannot be loaded ({first_line(error)}): copy it again, or write it with segkit export"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segkit.evaluation.bootstrap import MeanIoUInterval
+from segkit.progress import shortened
 from segkit.report.groups import Group, score
 from segkit.report.text import for_csv, for_latex, for_markdown, for_terminal
 from segkit.report.uncertainty import best_rows, intervals
@@ -36,14 +37,17 @@ def screen_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=for_terminal(title) or None)
+    def cell(text: str) -> str:
+        return for_terminal(shortened(text))
+
+    table = Table(box=box.SIMPLE_HEAD, title=cell(title) or None)
     for name in head:
-        table.add_column(for_terminal(name), justify="left" if name in left else "right", overflow="fold")
+        table.add_column(cell(name), justify="left" if name in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(for_terminal, row))
+        table.add_row(*map(cell, row))
     table.add_section()
     for row in foot:
-        table.add_row(*map(for_terminal, row))
+        table.add_row(*map(cell, row))
     out = io.StringIO()
     width = width or max(80, shutil.get_terminal_size((100, 24)).columns)
     Console(file=out, width=width, force_terminal=False, markup=False, emoji=False, highlight=False).print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path, monkeypatch):
         Path("x").absolute()
     sentence = "the folder that this shell is in is not there any more: go to one that is, `cd DIR`"
     assert explain(caught.value) == (sentence, 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        ImportError("libGL.so.1: cannot open shared object file: No such file or directory"),
+        OSError("libtorch_global_deps.so: cannot enable executable stack"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_named(error):
+    sentence = f"a library cannot be loaded ({error}): allow more memory where `ulimit -v` limits it, or install what"
+    assert explain(error) == (f"{sentence} is missing", 2)
+    assert explain(ImportError("cannot import name 'x' from 'y.so' (y.so)")) == (None, 1)
+
+
+def test_that_no_memory_is_left_is_said_without_taking_more(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hydra.errors", None)
+    assert explain(MemoryError())[0].startswith("out of memory (MemoryError)")
 
 
 def test_every_verb_has_help(capsys):

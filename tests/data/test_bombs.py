@@ -30,6 +30,7 @@ from segkit.data.workers import start_worker
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.evaluation.predict import Predictor, predict_files
+from segkit.files import written_beside
 
 SIDE = 60_000
 TABLE = table_from_dict({"name": "toy", "classes": ["a"], "palette": [[0, 0, 0]], "raw_to_train": {"0": 0}})
@@ -170,6 +171,7 @@ def test_prediction_reports_it_and_goes_on(tmp_path):
         find_images(tmp_path / "in"),
         tmp_path / "out",
         read_image=read_rgb,
+        written_beside=written_beside,
         classes=["a", "b", "c"],
         palette=np.zeros((3, 3)),
     )

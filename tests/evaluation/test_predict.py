@@ -17,6 +17,7 @@ from segkit.data.files import find_images
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.evaluation.predict import Predictor, predict_files
+from segkit.files import written_beside
 
 CLASSES = ["red", "green", "blue"]
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
@@ -52,6 +53,7 @@ def run(folder, output, *, inference=None, **options):
         find_images(folder, output=output),
         output,
         read_image=options.pop("read_image", read_rgb),
+        written_beside=written_beside,
         classes=CLASSES,
         palette=PALETTE.tolist(),
         **options,
@@ -165,6 +167,26 @@ def test_a_folder_that_cannot_be_written_and_classes_without_names(tmp_path):
 
     with pytest.raises(InputError, match="the model predicts class 4, but 3 classes are named"):
         run(tmp_path / "a.png", tmp_path / "out", scorers={"prediction": five_classes})
+
+
+def test_a_file_is_there_whole_or_not_at_all_whatever_its_name(tmp_path, monkeypatch):
+    """Also of names that two threads would shorten to one."""
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        Image.fromarray(picture()).save(tmp_path / "in" / f"{'n' * 60}{number}.png")
+    assert run(tmp_path / "in", tmp_path / "out", threads=4, probabilities=True) == (6, [])
+    for kind in ("labels", "overlays", "probabilities"):
+        assert [path.stem[60:] for path in sorted((tmp_path / "out" / kind).iterdir())] == [*"012345"]
+
+    def stops(file, **arrays):
+        file.write(b"half of it")
+        raise OSError
+
+    monkeypatch.setattr(np, "savez_compressed", stops)
+    with pytest.raises(OSError):
+        run(tmp_path / "in", tmp_path / "new", probabilities=True)
+    assert list((tmp_path / "new" / "labels").iterdir())
+    assert not list((tmp_path / "new" / "probabilities").iterdir())
 
 
 def test_decoding_and_writing_happen_beside_the_model(tmp_path, monkeypatch):

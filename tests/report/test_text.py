@@ -10,13 +10,15 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from segkit.check.report import as_text
+from segkit.cli import call
 from segkit.errors import InputError
 from segkit.guard import guarded
-from segkit.progress import need_no_reader, show, track
+from segkit.progress import MOST_LETTERS, need_no_reader, show, track
 from segkit.report.comparison import compare
 from segkit.report.page import page
 from segkit.report.tables import class_table, csv_text, latex, markdown, screen_table
@@ -192,8 +194,36 @@ def test_the_work_goes_on_when_nobody_reads_its_output_and_one_stream_is_closed(
     print("x" * 100_000)
     sys.stdout.flush()
     assert list(track([1, 2], description="lines")) == [1, 2]
+    sys.stderr.write("lost")
+    sys.stderr.close()
     with contextlib.suppress(BrokenPipeError):
         stream.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_full_disk_under_the_output_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    full = [open("/dev/full", "w") for _ in range(2)]  # noqa: SIM115 (they cannot be closed in order)
+    monkeypatch.setattr(sys, "stdout", full[0])
+    need_no_reader()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        guarded(lambda: print("a table"))
+    sys.stdout.flush()  # as Python does at the end
+    assert capsys.readouterr().err.startswith("error: no space is left for the standard output (No space left on")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", full[1])
+    need_no_reader()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        guarded(lambda: call("verb", []))
+    for stream in full:
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_cell_of_a_table_is_not_endless():
+    lines = screen_table(["n"], [["n" * 100_000]], title="t" * 100_000, width=100).splitlines()
+    assert len(lines) < 60
+    assert sum(line.count("t") for line in lines) == MOST_LETTERS
 
 
 def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):

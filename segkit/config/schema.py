@@ -24,6 +24,7 @@ from segkit.errors import MOST_NUMBER, check_normalisation
 
 MOST_STEPS = 10**9
 """Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
+PART = re.compile(r"[\w.*?!\[\]-]+").fullmatch  # a part of a dotted name, or a pattern of some
 
 FREE_KEYS = (
     "workers",
@@ -244,7 +245,7 @@ class Config:
             phase.check(name)
         self.freeze = [self.freeze] if isinstance(self.freeze, str) else [] if self.freeze is None else self.freeze
         require(
-            isinstance(self.freeze, list) and all(isinstance(item, str) for item in self.freeze),
+            isinstance(self.freeze, list) and all(isinstance(item, str) and PART(item) for item in self.freeze),
             f"freeze is {self.freeze!r}, but takes names of parts of the model: set freeze=encoder or a list of such",
         )
         require(
@@ -258,9 +259,9 @@ class Config:
         )
         for pattern, factor in self.lr_factors.items():
             require(
-                type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
-                f"lr_factors.{pattern} is {factor!r}, but must be a positive number: set freeze={pattern} to keep "
-                "these weights",
+                PART(str(pattern)) and type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
+                f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
+                f"freeze={pattern} to keep these weights",
             )
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):

@@ -172,8 +172,6 @@ def measure(
     Model and optimizer are built for this alone; the images are noise of the size of the crop.
     """
     model = build_model(config, len(classes)).to(device)
-    if config.channels_last is True:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model) if config.ema_decay is not None else None
     loss = build_loss(config.phase_loss(name), even_counts(classes), ignore_index=ignore_index).to(device)
     optimizer = build_optimizer(config, model, config.schedule[name].lr)

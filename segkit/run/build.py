@@ -49,6 +49,8 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
     factors = {"lr_factors": config.lr_factors, "encoder_lr_factor": config.encoder_lr_factor}
     lr_factors_of(model, freeze=config.freeze, **factors)
     freeze(model, config.freeze)
+    if config.channels_last is True:  # here, so that a saved run computes, and scores, as it was trained
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

@@ -33,8 +33,6 @@ def initial_model(
     other classes than ``classes``, by name and order, whose head is not reset, or if its weights do not fit.
     """
     model = build_model(config, len(classes)).to(device)
-    if config.channels_last is True:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     report: dict[str, list[str]] = {}
     if config.init_from:
         report = _load(model, Path(config.init_from), config, classes)

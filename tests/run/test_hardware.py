@@ -15,7 +15,7 @@ from segkit.config.schema import Config, Precision, plain
 from segkit.errors import InputError
 from segkit.run import hardware, pipeline
 from segkit.run.build import build_optimizer
-from segkit.run.saved import read_config
+from segkit.run.saved import open_run, read_config
 from segkit.run.splits import open_phases
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -102,6 +102,8 @@ def test_a_run_says_what_it_chose_before_its_first_step_and_keeps_it_elsewhere(t
     assert " to validate; evaluations: 1\n" in head
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["precision"], saved["channels_last"]) == ("fp32", True)
+    kernels = [item for item in open_run(tmp_path / "run").model().parameters() if item.ndim == 4]
+    assert all(item.is_contiguous(memory_format=torch.channels_last) for item in kernels)  # as it was scored
     origin = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert origin["starts"][0]["chosen"]["precision"] == ["fp32", "a CPU without instructions for bf16"]
 

@@ -20,6 +20,9 @@ from segkit.progress import for_terminal, shortened, show
 from segkit.runtime import let_waiting_threads_sleep
 from segkit.training import ranks
 
+OWN = (InputError, Interrupted, NonFiniteLoss, OutOfMemory)
+"""What has its sentence"""
+
 
 def guarded(command: Callable[[], Any], *, verb: str = "train") -> Any:
     """Call ``command`` (of ``verb``); an exception that the user can mend becomes one sentence and an exit code."""
@@ -51,6 +54,8 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if not passes and not isinstance(error, (*OWN, OSError)) and (ended := _ended_amid(error)):
+            sys.exit(ended)
         sentence, code = (None, 1) if passes else explain(error, verb=verb)
         if sentence is None or os.environ.get("SEGKIT_DEBUG") == "1":
             raise
@@ -60,13 +65,22 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
         sys.exit(code)
 
 
+def _ended_amid(error: BaseException) -> Any:
+    """The exit code of a signal, if ``error`` comes of what it left in the middle of something, a library's; or 0."""
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return getattr(error, "code", 130)
+    return 0
+
+
 @contextmanager
 def sentences(*, verb: str = "train") -> Iterator[None]:
     """Raise InputError, or OutOfMemory, with the sentence of :func:`explain` in place of another exception that the
     user can mend."""
     try:
         yield
-    except (InputError, Interrupted, NonFiniteLoss, OutOfMemory):
+    except OWN:
         raise
     except Exception as error:
         sentence, code = explain(error, verb=verb)

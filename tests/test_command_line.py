@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hydra.errors import HydraException
 
 import segkit
 from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.guard import explain, sentences
+from segkit.guard import explain, guarded, sentences
 from segkit.launch import check_command_line
 
 
@@ -129,3 +130,19 @@ def test_a_key_that_there_is_not_is_looked_for_elsewhere(overrides, hint):
 def test_a_folder_in_place_of_a_name_is_named():
     with pytest.raises(InputError, match=r"^dataset=/data/d is not an option: the options are ade20k"), sentences():
         compose(["dataset=/data/d"])
+
+
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+@pytest.mark.parametrize("error", [AttributeError("half made"), HydraException("half composed")])
+def test_what_a_signal_leaves_half_made_is_no_error(capsys, signal, code, error):
+    """OmegaConf and Hydra raise an error of their own when they are stopped in the middle of something."""
+
+    def command():
+        try:
+            raise signal
+        finally:
+            raise error
+
+    with pytest.raises(SystemExit, match=f"{code}"):
+        guarded(command)
+    assert capsys.readouterr().err == ""

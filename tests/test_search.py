@@ -138,9 +138,7 @@ def test_an_interrupted_trial_goes_on_in_its_folder(tmp_path, capsys):
             time.sleep(0.1)
 
     made._watch = interrupt
-    with pytest.raises(SystemExit) as ended:
-        made.finish()
-    assert ended.value.code == Interrupted.exit_code
+    assert made.finish() == Interrupted.exit_code
     assert f"run the same command with hydra.sweep.dir={tmp_path} to go on" in capsys.readouterr().err
     (before,) = status(tmp_path)
     assert before["state"] == "interrupted"
@@ -198,6 +196,38 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
 def test_a_mistake_is_answered_with_a_sentence(tmp_path, overrides, message):
     with pytest.raises(InputError, match=message):
         Search(tmp_path, config=compose(["sweep=search", *overrides]), overrides=[])
+
+
+def test_a_kill_within_a_line_of_the_study_or_before_the_last_note_loses_nothing(tmp_path):
+    assert fake(tmp_path, "sweep.trials=2").finish() == 0
+    study, jobs = (tmp_path / search.STUDY).read_bytes(), status(tmp_path)
+    (tmp_path / search.STUDY).write_bytes(study[:-20])
+    (tmp_path / "sweep.json").write_text("[]")
+    for _ in range(2):
+        assert fake(tmp_path, "sweep.trials=2").finish() == 0
+        assert [job["overrides"] for job in status(tmp_path)] == [job["overrides"] for job in jobs]
+    assert [(tmp_path / name / "starts").read_text() for name in "01"] == ["x", "xx"]
+    (tmp_path / "sweep.json").write_text("[]")
+    assert fake(tmp_path, "sweep.trials=2").finish() == 0
+    assert [job["state"] for job in status(tmp_path)] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"job":', '"jab":'),
+        ('"number":0', '"number":1'),
+        ('"folder":"', '"folder":1,"error":"'),
+        ('"overrides":[', '"overrides":5,"more":['),
+    ],
+)
+def test_a_study_that_another_program_wrote_is_refused(tmp_path, old, new):
+    fake(tmp_path, "sweep.trials=1").finish()
+    study = (tmp_path / search.STUDY).read_text()
+    assert old in study
+    (tmp_path / search.STUDY).write_text(study.replace(old, new))
+    with pytest.raises(InputError, match=r"study.journal cannot be read as a search|holds a search with other"):
+        fake(tmp_path, "sweep.trials=2")
 
 
 @pytest.mark.parametrize("content", ["garbage", '{"a": 1}', "[1]", b"\xff\x00"])

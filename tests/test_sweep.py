@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from segkit.errors import InputError
 from segkit.files import held
 from segkit.guard import explain
 from segkit.launch import check_job, passed_on
+from segkit.runtime import tidy_up_when_ended
 from segkit.sweeps import jobs
 from segkit.sweeps.jobs import Job, LocalSweep
 
@@ -185,10 +187,29 @@ def shell_jobs(monkeypatch, folder, *commands):
 
 def test_jobs_beside_one_that_was_interrupted_are_judged_as_well(monkeypatch, tmp_path):
     finished = """sleep 0.5; echo '{"mean_iou": 0.25}' > results.json"""
-    with pytest.raises(SystemExit, match=r"^75$"):
-        shell_jobs(monkeypatch, tmp_path, "exit 75", finished, "sleep 0.5; echo error: no data; exit 2").finish()
+    assert (
+        shell_jobs(monkeypatch, tmp_path, "exit 75", finished, "sleep 0.5; echo error: no data; exit 2").finish() == 75
+    )
     found = [(job["state"], job["mean_iou"], job["error"]) for job in json.loads((tmp_path / "sweep.json").read_text())]
     assert found == [("interrupted", None, ""), ("finished", 0.25, None), ("failed", None, "error: no data")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_sweep_alone_stops_it_with_its_jobs(monkeypatch, tmp_path, number, request):
+    """Ctrl-C in a terminal is for all of them, but schedulers and containers tell the first process only."""
+    monkeypatch.setattr(LocalSweep, "_watch", lambda self: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    request.addfinalizer(lambda: signal.signal(number, before))
+    tidy_up_when_ended()
+    sweep = shell_jobs(monkeypatch, tmp_path, "exec sleep 60")
+    sweep._waiting.append((["never"], tmp_path / "1"))
+    assert sweep.finish() == 75
+    assert [job["state"] for job in json.loads((tmp_path / "sweep.json").read_text())] == ["interrupted"]
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_job_that_was_stopped_before_it_had_a_state_was_interrupted(monkeypatch, tmp_path, code):
+    assert shell_jobs(monkeypatch, tmp_path, f"exit {code}").finish() == 75
 
 
 def test_a_job_is_said_to_have_failed_of_what_it_wrote_itself_this_time(monkeypatch, tmp_path):

@@ -25,6 +25,8 @@ from segkit.runtime import num_cores
 LOG = "log.txt"
 CHILD = "SEGKIT_JOB_OF_SWEEP"
 """Variable of the environment of a sweep's jobs, which end with it."""
+INTERRUPTED = {Interrupted.exit_code, *(code for number in (1, 2, 15) for code in (128 + number, -number))}
+"""How a job ends for SIGHUP, SIGINT or SIGTERM: later, or sooner than it has a state to save."""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class LocalSweep:
         """Process, time of its start, and bytes of its log before that, by number."""
         self._waiting: list[tuple[list[str], Path]] = []
         self._configs: list[Config] = []
+        self._stopping = self._told = False
+        """Whether the sweep is to end with the running jobs, and whether a signal to this process said so"""
 
     def add(self, overrides: Sequence[str], folder: Path, config: Config) -> None:
         """Note a job; it starts with :meth:`finish`, once all jobs are known to be possible.
@@ -122,41 +126,50 @@ class LocalSweep:
         self._note()
 
     def finish(self) -> int:
-        """Run all jobs and show their table; returns the exit code of the sweep."""
-        if self._waiting:
-            self.share(len(self._waiting))
-        for overrides, folder in self._waiting:
-            self.submit(overrides, folder)
-        while self._running:
-            self._collect()
+        """Run all jobs and show their table; returns the exit code of the sweep.
+
+        If it or one of its jobs is interrupted, it ends once the running ones have saved their state.
+        """
+        try:
+            self._run()
+            while self._running:
+                self._collect()
+        except Interrupted:
+            self._stopping = True
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM and SIGHUP
+            self._stopping = self._told = True
+            show("interrupted: waiting for the running jobs to save their state", error=True)
+            for process, _, _ in self._running.values():
+                process.terminate()  # it knows already if the signal was for all
+        for process, _, _ in self._running.values():
+            process.wait()
+        self._note_ends(list(self._running))  # also if none is: a kill may have come before the last note
         print(self.table())
+        if self._stopping:
+            show(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", error=True)
+            return Interrupted.exit_code
         failed = [job for job in self.jobs if job.state not in ("finished", "pruned")]
         if failed:
             show(f"error: {len(failed)} of {len(self.jobs)} jobs did not finish; see their {LOG}", error=True)
         return 1 if failed else 0
 
+    def _run(self) -> None:
+        """Start all jobs."""
+        if self._waiting:
+            self.share(len(self._waiting))
+        for overrides, folder in self._waiting:
+            self.submit(overrides, folder)
+
     def _collect(self) -> None:
-        """Wait until a job ends, and note how. If it was interrupted, the sweep ends with the jobs beside it."""
-        while True:
-            try:
-                ended = [number for number, (process, _, _) in self._running.items() if process.poll() is not None]
-                if ended:
-                    break
-                self._watch()
-                time.sleep(0.2)
-            except KeyboardInterrupt:
-                # The jobs have got the signal too: they save their state and end.
-                show("interrupted: waiting for the running jobs to save their state", error=True)
-                for process, _, _ in self._running.values():
-                    process.wait()
+        """Wait until a job ends, and note how. Raises Interrupted if it was interrupted."""
+        while not (
+            ended := [number for number, (process, _, _) in self._running.items() if process.poll() is not None]
+        ):
+            self._watch()
+            time.sleep(0.2)
         self._note_ends(ended)
-        if any(job.state == "interrupted" for job in self.jobs):
-            for process, _, _ in self._running.values():
-                process.wait()
-            self._note_ends(list(self._running))
-            print(self.table())
-            show(f"interrupted: run the same command with hydra.sweep.dir={self.folder} to go on", error=True)
-            sys.exit(Interrupted.exit_code)
+        if any(self.jobs[number].state == "interrupted" for number in ended):
+            raise Interrupted("a job was interrupted")
 
     def _note_ends(self, numbers: list[int]) -> None:
         """Note how the jobs ``numbers`` have ended."""
@@ -180,7 +193,7 @@ class LocalSweep:
             job.state = "finished"
             job.mean_iou = read_json(results).get("mean_iou")
             return
-        job.state = "interrupted" if code == Interrupted.exit_code else "failed"
+        job.state = "interrupted" if self._told or code in INTERRUPTED else "failed"
         lines = said.strip().splitlines()
         job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from segkit.config.compose import quoted
 from segkit.config.schema import Config, plain
@@ -138,8 +139,11 @@ class Search(LocalSweep):
     def _open(self, specs: dict[str, Any]) -> Any:
         """The study in the folder, or a new one."""
         optuna = import_optuna()
+        mine = {"overrides": self.overrides, "space": specs}
         self.folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / STUDY))
+        lock = optuna.storages.journal.JournalFileSymlinkLock(str(self.folder / STUDY))
+        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / STUDY), lock_obj=lock)
+        cut_torn_line(self.folder / STUDY, lock)
         pruner: Any = optuna.pruners.NopPruner()
         if self.budget.prune_after is not None:
             pruner = optuna.pruners.MedianPruner(n_startup_trials=self.budget.prune_after)
@@ -151,13 +155,13 @@ class Search(LocalSweep):
                 pruner=pruner,
                 load_if_exists=True,
             )
+            theirs = dict(study.user_attrs.get("command", mine))
+            self._done = {trial.number: job_of(trial) for trial in study.get_trials() if trial.state.is_finished()}
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise InputError(
                 f"{self.folder / STUDY} cannot be read as a search ({first_line(error)}): copy it again, or set "
                 "another hydra.sweep.dir"
             ) from None
-        mine = {"overrides": self.overrides, "space": specs}
-        theirs = study.user_attrs.get("command", mine)
         if theirs != mine:
             different = next(name for name in mine if mine[name] != theirs.get(name))
             raise InputError(
@@ -173,14 +177,14 @@ class Search(LocalSweep):
             for value in found.choices if hasattr(found, "choices") else (found.low, found.high):
                 yield [*self.overrides, written((key, value))]
 
-    def finish(self) -> int:
-        """Run all trials that are still to be run, show them and the best; returns the exit code."""
+    def _run(self) -> None:
+        """Start all trials that are still to be run."""
         self.share(self.budget.trials)
         optuna = import_optuna()
         unfinished = []
         for frozen in self.study.get_trials(deepcopy=False):
             if frozen.state.is_finished():
-                self.jobs.append(Job(**frozen.user_attrs["job"]))
+                self.jobs.append(self._done[frozen.number])
             else:  # its process ended, or that of the search; its run goes on in its folder
                 self.jobs.append(self._job(frozen.number, frozen.params))
                 # the constructor is the one way back to a trial that was asked for by another process
@@ -193,8 +197,12 @@ class Search(LocalSweep):
             if self._is_spent():
                 break
             self._launch(self._ask())
+
+    def finish(self) -> int:
+        """Run all trials that are still to be run, show them and the best; returns the exit code."""
         code = super().finish()
-        self._show_best()
+        if not self._stopping:
+            self._show_best()
         return code
 
     def _is_spent(self) -> bool:
@@ -279,6 +287,26 @@ class Search(LocalSweep):
         show(f"best of {len(finished)} finished trials, by the mean IoU on split {self.split}: {best.mean_iou:.4f}")
         show(f"  python train.py {shlex.join([*self.options, *best.overrides])}")
         show(f"that score was chosen on split {self.split} and is too good: report it on images that no trial saw")
+
+
+def cut_torn_line(path: Path, lock: Any) -> None:
+    """Cut off the last line of a study if a kill or a full disk left a part of it: optuna would write on behind it."""
+    lock.acquire()
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        if b"\n" in content and not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def job_of(trial: Any) -> Job:
+    """The job of a trial that has ended; LookupError or TypeError if another program wrote the study."""
+    job = Job(**trial.user_attrs["job"])
+    known = all(fits(getattr(job, name), kind) for name, kind in get_type_hints(Job).items())
+    if not known or job.number != trial.number:
+        raise TypeError(f"trial {trial.number} is no job of a search")
+    return job
 
 
 def suggest(trial: Any, key: str, found: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -228,6 +229,13 @@ def test_a_study_that_another_program_wrote_is_refused(tmp_path, old, new):
     (tmp_path / search.STUDY).write_text(study.replace(old, new))
     with pytest.raises(InputError, match=r"study.journal cannot be read as a search|holds a search with other"):
         fake(tmp_path, "sweep.trials=2")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_study_that_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / search.STUDY)
+    with pytest.raises(InputError, match=r"study.journal is no file: remove it, or set another hydra.sweep.dir$"):
+        fake(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["garbage", '{"a": 1}', "[1]", b"\xff\x00"])

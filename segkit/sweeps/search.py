@@ -141,6 +141,8 @@ class Search(LocalSweep):
         optuna = import_optuna()
         mine = {"overrides": self.overrides, "space": specs}
         self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / STUDY).exists() and not (self.folder / STUDY).is_file():  # to open a pipe would wait for ever
+            raise InputError(f"{self.folder / STUDY} is no file: remove it, or set another hydra.sweep.dir")
         lock = optuna.storages.journal.JournalFileSymlinkLock(str(self.folder / STUDY))
         backend = optuna.storages.journal.JournalFileBackend(str(self.folder / STUDY), lock_obj=lock)
         cut_torn_line(self.folder / STUDY, lock)

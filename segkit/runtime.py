@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,23 @@ from segkit.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within it what models allocate has shapes and no values (device meta), except for what they read themselves."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Read(TorchFunctionMode):
+        """What is made of given numbers stays on the CPU: encoders take rates of their blocks from it."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            own = {"device": "cpu"} if func in (torch.linspace, torch.arange, torch.tensor) else {}
+            return func(*args, **own | (kwargs or {}))
+
+    with torch.device("meta"), Read():
+        yield
 
 
 def resolve_device(name: str) -> torch.device:

@@ -111,7 +111,7 @@ def _build(cls: Any, encoder: str, num_classes: int, in_channels: int, arguments
             warnings.simplefilter("error", DeprecationWarning)
             fixed = {"encoder_name": encoder, "encoder_weights": None, "in_channels": in_channels}
             return cls(**fixed, classes=num_classes, **arguments)
-    except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError, DeprecationWarning) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, AssertionError, DeprecationWarning) as error:
         raise InputError(
             f"{cls.__name__} cannot be built on the encoder {encoder} ({first_line(error)}): choose another "
             "model.encoder, or change the options of the model"

@@ -16,6 +16,7 @@ from segkit.config.compose import reason_of, to_config
 from segkit.config.schema import Config, check_targets
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json
+from segkit.runtime import without_memory
 
 CHECKPOINTS = ("last", "best")
 
@@ -73,11 +74,9 @@ def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) 
 
 def filled(make: Callable[[], Any], weights: Any, *, source: Path) -> Any:
     """The model that ``make`` builds, with ``weights`` (of ``source``); InputError if they are another model's."""
-    import torch
-
     from segkit.training import checkpoint
 
-    with torch.device("meta"):  # a configuration may ask for more memory than there is: nothing is allocated yet
+    with without_memory():  # a configuration may ask for more memory than there is: nothing is allocated yet
         checkpoint.check_weights(make(), weights, source=source)
     model = make()
     checkpoint.load_weights(model, weights, source=source)

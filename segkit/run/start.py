@@ -14,6 +14,7 @@ from segkit.models import Segmenter
 from segkit.models.weights import read_state, strip_wrappers
 from segkit.run.build import build_model
 from segkit.run.saved import differing_classes, read_counts, without_sources
+from segkit.runtime import without_memory
 from segkit.training import checkpoint
 from segkit.training.optim import lr_factors_of
 
@@ -78,7 +79,7 @@ def _load(model: Segmenter, source: Path, config: Config, classes: Sequence[str]
 
 def _head(config: Config, num_classes: int) -> set[str]:
     """Names of the entries of the model whose shape is a matter of the number of classes."""
-    with torch.device("meta"):
+    with without_memory():
         one, other = (
             build_model(without_sources(config), number).net.state_dict() for number in (num_classes, num_classes + 1)
         )

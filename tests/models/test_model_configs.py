@@ -10,7 +10,9 @@ import yaml
 
 from segkit.config.compose import config_dir
 from segkit.config.targets import instantiate, locate
+from segkit.runtime import without_memory
 
+FACTS = {"num_classes": 7, "in_channels": 3}
 FILES = sorted(config_dir().glob("model/**/*.yaml"))
 STRIDES = {"coplenet": 1, "dpt_dinov3": 1} | dict.fromkeys(
     ("smp", "deeplabv3plus", "deeplabv3plus_lite", "deeplabv3plus_tiny", "segformer"), 4
@@ -34,9 +36,16 @@ def test_builds(path) -> None:
     node = yaml.safe_load(path.read_text(encoding="utf-8"))
     if node.get("encoder_weights") == "imagenet" and path.stem != "deeplabv3plus_lite":
         node["encoder_weights"] = "none"  # no download in a test
-    net = instantiate(node, {"num_classes": 7, "in_channels": 3}, key="model").eval()
+    net = instantiate(node, FACTS, key="model").eval()
     with torch.no_grad():
         logits = net(torch.zeros(1, 3, 64, 96))
     stride = STRIDES[path.stem]
     assert logits.shape == (1, 7, 64 // stride, 96 // stride)
     assert len(net.input_mean) == len(net.input_std) == 3
+    node |= dict.fromkeys(node.keys() & {"encoder_weights"}, "none")
+    with without_memory():  # as a saved run is opened first
+        outline = instantiate(node, FACTS, key="model").state_dict()
+    assert {name: value.shape for name, value in outline.items()} == {
+        name: value.shape for name, value in net.state_dict().items()
+    }
+    assert all(value.is_meta for name, value in outline.items() if value.dim() > 1)

@@ -218,7 +218,7 @@ def test_a_mistake_is_an_exception(tmp_path):
 
 
 def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypatch):
-    """A loss and its option from a folder that is not segkit's; a saved run cannot bring its own trust."""
+    """A loss and a model from a folder that is not segkit's; a saved run cannot bring its own trust."""
     from segkit.commands import evaluate
     from segkit.run.saved import open_run
 
@@ -230,17 +230,25 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
         "    def __init__(self, *, ignore_index: int = 255, strength: float = 1.0):\n"
         "        super().__init__(ignore_index=ignore_index)\n"
     )
-    (tmp_path / "mine" / "loss").mkdir(parents=True)
+    (tmp_path / "own_nets.py").write_text(
+        "import torch\n\n\ndef net(num_classes):\n"
+        "    assert float(torch.ones(1)) == 1  # a value is read\n"
+        "    return torch.nn.Conv2d(3, num_classes, 1)\n"
+    )
+    for group in ("loss", "model"):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "own.yaml").write_text("_target_: own_nets.net\n")
     (tmp_path / "mine" / "loss" / "own.yaml").write_text("_target_: own_losses.Own\nstrength: 1.0\n")
-    own = [item for item in SMALL if not item.startswith("loss=")] + ["loss=own", f"cache_dir={tmp_path}/cache"]
-    with pytest.raises(InputError, match=r"loss\._target_ is 'own_losses\.Own', but must be one of"):
+    own = [item for item in SMALL if not item.startswith(("loss=", "model="))]
+    own += ["loss=own", "model=own", f"cache_dir={tmp_path}/cache"]
+    with pytest.raises(InputError, match=r"_target_ is 'own_\w+\.\w+', but must be one of"):
         segkit.train(own, folder="run", config_dirs=["mine"])
-    segkit.train([*own, "trust=[own_losses]"], folder="run", config_dirs=["mine"])
+    segkit.train([*own, "trust=[own_losses,own_nets]"], folder="run", config_dirs=["mine"])
     assert "own_losses" in (tmp_path / "run" / "config.yaml").read_text()
     monkeypatch.setattr("segkit.config.targets._trusted", set())
     for call in (open_run, segkit.evaluate):
-        with pytest.raises(InputError, match=r"loss\._target_ is 'own_losses\.Own', but must be one of"):
+        with pytest.raises(InputError, match=r"_target_ is 'own_\w+\.\w+', but must be one of"):
             call("run")
-    assert segkit.evaluate("run", trust=["own_losses"], workers=0)["num_classes_averaged"] > 0
+    assert segkit.evaluate("run", trust=["own_losses", "own_nets"], workers=0)["num_classes_averaged"] > 0
     with pytest.raises(InputError, match=r"trust has 'own/losses', but takes names of packages"):
         evaluate.parser().parse_args(["run", "--trust", "own/losses"])

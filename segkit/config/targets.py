@@ -147,7 +147,7 @@ def group_of(key: str) -> Group:
 def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
     """Raise InputError if ``node``, or a node within it, names a target that its group does not permit."""
     target, group = node.get("_target_"), group_of(key)
-    if not (isinstance(target, str) and (target in group.permitted or _is_trusted(target))):
+    if not (isinstance(target, str) and (target in group.permitted or is_trusted(target))):
         hint = did_you_mean(str(target), group.permitted)
         if group_name(key) == "augment":
             hint += "the size of a crop is kept, and boxes, other images and files are not at hand; "
@@ -162,7 +162,8 @@ def check_allowed(node: Mapping[str, Any], *, key: str) -> None:
         check_allowed(child, key=f"{key}.{'.'.join(place)}")
 
 
-def _is_trusted(target: str) -> bool:
+def is_trusted(target: str) -> bool:
+    """True for what is in a package of the user's own that :func:`trust` permits."""
     return target.partition(".")[0] in _trusted and all(part.isidentifier() for part in target.split("."))
 
 
@@ -291,11 +292,7 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     except InputError:
         raise
     except Exception as error:
-        if (
-            _is_trusted(node["_target_"])
-            and not isinstance(error, OSError | MemoryError)
-            and "memory" not in str(error)
-        ):
+        if is_trusted(node["_target_"]) and not isinstance(error, OSError | MemoryError) and "memory" not in str(error):
             raise InputError(f"{node['_target_']} fails ({raised(error)}): mend it, or what {key} gives it") from error
         if not isinstance(error, (TypeError, ValueError, ArithmeticError, RuntimeError)):
             raise

@@ -176,7 +176,7 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
         raise InputError(f"{weights} has values that are not finite under {broken[0]}, so it predicts nothing: {CURE}")
     try:
         make = partial(segmenter, facts["model"], len(facts["classes"]), images)
-        return facts, filled(make, state, source=weights).eval()
+        return facts, filled(make, facts["model"], state, source=weights).eval()
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import reason_of, to_config
 from segkit.config.schema import Config, check_targets
+from segkit.config.targets import is_trusted
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json
 from segkit.runtime import without_memory
@@ -69,15 +71,23 @@ def model_with(weights: Any, config: Config, num_classes: int, *, source: Path) 
     from segkit.run import build
 
     config = without_sources(config)
-    return filled(lambda: build.build_model(config, num_classes), weights, source=source)
+    return filled(lambda: build.build_model(config, num_classes), config.model, weights, source=source)
 
 
-def filled(make: Callable[[], Any], weights: Any, *, source: Path) -> Any:
-    """The model that ``make`` builds, with ``weights`` (of ``source``); InputError if they are another model's."""
+def outline(make: Callable[[], Any], node: dict[str, Any]) -> Any:
+    """The model of ``node`` that ``make`` builds; without values, unless it is the user's own, which may read them."""
+    with nullcontext() if is_trusted(str(node.get("_target_"))) else without_memory():
+        return make()
+
+
+def filled(make: Callable[[], Any], node: dict[str, Any], weights: Any, *, source: Path) -> Any:
+    """The model of ``node`` that ``make`` builds, with ``weights`` (of ``source``).
+
+    InputError if they are another model's, before memory is allocated, of which a configuration may ask for too much.
+    """
     from segkit.training import checkpoint
 
-    with without_memory():  # a configuration may ask for more memory than there is: nothing is allocated yet
-        checkpoint.check_weights(make(), weights, source=source)
+    checkpoint.check_weights(outline(make, node), weights, source=source)
     model = make()
     checkpoint.load_weights(model, weights, source=source)
     return model

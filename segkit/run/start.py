@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,7 @@ from segkit.files import digest_of
 from segkit.models import Segmenter
 from segkit.models.weights import read_state, strip_wrappers
 from segkit.run.build import build_model
-from segkit.run.saved import differing_classes, read_counts, without_sources
-from segkit.runtime import without_memory
+from segkit.run.saved import differing_classes, outline, read_counts, without_sources
 from segkit.training import checkpoint
 from segkit.training.optim import lr_factors_of
 
@@ -79,10 +79,11 @@ def _load(model: Segmenter, source: Path, config: Config, classes: Sequence[str]
 
 def _head(config: Config, num_classes: int) -> set[str]:
     """Names of the entries of the model whose shape is a matter of the number of classes."""
-    with without_memory():
-        one, other = (
-            build_model(without_sources(config), number).net.state_dict() for number in (num_classes, num_classes + 1)
-        )
+    config = without_sources(config)
+    one, other = (
+        outline(partial(build_model, config, number), config.model).net.state_dict()
+        for number in (num_classes, num_classes + 1)
+    )
     head = {name for name in one if one[name].shape != other[name].shape}
     if not head:
         raise InputError("head=reset finds no layer of the model whose size is the number of classes: set head=keep")

@@ -52,14 +52,16 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
         advises = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "it is torn, or holds more than tensors" if advises else first_line(error)
         raise InputError(f"{key} is {path}, which cannot be read as weights ({reason}): {cure}") from None
-    for entry in ("ema", "model", "state_dict"):
+    for entry in ("ema", "model", "state_dict", "model_state_dict", "net"):
         if isinstance(state, dict) and isinstance(state.get(entry), Mapping):
             state = state[entry]
     items = state.items() if isinstance(state, Mapping) else ()
     if not items or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
+        inner = next((name for name, value in items if isinstance(value, Mapping)), None)
+        below = "" if inner is None else f", such as perhaps stands in it under {inner!r}"
         raise InputError(
-            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to tensors, or a "
-            "checkpoint of segkit"
+            f"{key} is {path}, which holds no state dict: give a file with a mapping from names to tensors alone"
+            f"{below}, or a checkpoint of segkit"
         )
     if odd := [name for name, value in items if not is_plain(value)]:
         raise InputError(

@@ -15,6 +15,7 @@ from segkit.report.folds import pool_folds
 from segkit.report.groups import Group, check_comparable, differing_protocols, group_runs
 from segkit.report.runs import RunRecord, find_runs
 from segkit.report.tables import ScoreTable, score_table
+from segkit.report.uncertainty import LEVEL
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,9 @@ def compare(
     else:
         check_comparable(runs, missing)
     groups = tuple(group_runs(runs))
+    if num_samples + 1 < (needed := round((len(groups) - 1) / LEVEL)):
+        notes.append(
+            f"no row of {len(groups)} can be bold by {num_samples} samples, of which no p-value is below "
+            f"1/{num_samples + 1}: give --samples {needed}"
+        )
     return Comparison(groups, groups[0], tuple(dict.fromkeys(notes)), tuple(mixed), num_samples)

@@ -308,6 +308,13 @@ def test_missing_files_and_wrong_levels(root):
         open_dataset("folder", root=root / "images", split="train")
     with pytest.raises(InputError, match=rf"is one level too shallow for folder.*set dataset.root={root}$"):
         open_dataset("folder", root=root.parent, split="train")
+    (root.parent / "train").mkdir()
+    (root / "images").rename(root.parent / "train" / "images")
+    with pytest.raises(
+        InputError, match=r"has a folder of each split, .*: move them, or set dataset\.reader\.images=tr"
+    ):
+        open_dataset("folder", root=root.parent, split="train")
+    (root.parent / "train" / "images").rename(root / "images")
     (root / "classes.yaml").rename(root / "other.yaml")
     with pytest.raises(InputError, match=r"classes.yaml does not exist; write one .*dataset.reader.classes"):
         open_dataset("folder", root=root, split="train")

@@ -1,6 +1,7 @@
 """Every format of ``dataset=folder`` x (read, count, check, train, evaluate, predict), and what the formats mean."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_later_shapes_lie_over_earlier_ones_and_crowds_are_what_the_classes_say(
     assert (second.label[5, 5], second.label[30, 30]) == (2, 255)
     (tmp_path / "classes.yaml").write_text("names: [ground, hand]\nunlabelled: ground\nignore: [tool]\n")
     assert open_dataset("folder", root=tmp_path, split="val")[0].label[5, 5] == 255
+
+
+def test_what_cvat_exports_is_cut_into_splits(tmp_path):
+    make(tmp_path, "coco polygons")
+    expected = list(open_dataset("folder", root=tmp_path, split="train"))
+    (tmp_path / "images" / "train").rename(tmp_path / "images" / "default")
+    (tmp_path / "annotations" / "instances_train.json").rename(tmp_path / "annotations" / "instances_default.json")
+    shutil.rmtree(tmp_path / "images" / "val")
+    (tmp_path / "annotations" / "instances_val.json").unlink()
+    splits = [open_dataset("folder", root=tmp_path, split=split, val_fraction=0.5) for split in ("train", "val")]
+    found = {item.name: item.label for split in splits for item in split}
+    assert [len(split) for split in splits] == [2, 2]
+    for item in expected:
+        np.testing.assert_array_equal(found[item.name], item.label)
+    (tmp_path / "annotations" / "instances_default.json").unlink()
+    with pytest.raises(InputError, match=r"^/.* has no annotation file of COCO: put it at .*/labels\.json"):
+        open_dataset("folder", root=tmp_path, split="train", val_fraction=0.5, format="coco")
 
 
 LIST, MAPPING = "names: [tool, hand]", "names:\n  0: tool\n  1: hand"

@@ -92,6 +92,18 @@ def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
         load_model_weights(small(), tmp_path / "weights.pt")
 
 
+@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "net", "weights_of_mine"])
+def test_wrapped_state_dicts(tmp_path: Path, name: str) -> None:
+    own, other = small(), small()
+    torch.save({"epoch": 3, name: other.state_dict()}, tmp_path / "weights.pt")
+    if name == "weights_of_mine":
+        with pytest.raises(InputError, match=r"tensors alone, such as perhaps stands in it under 'weights_of_mine'"):
+            load_model_weights(own, tmp_path / "weights.pt")
+    else:
+        load_model_weights(own, tmp_path / "weights.pt")
+        torch.testing.assert_close(own.state_dict(), other.state_dict())
+
+
 CHANGED = {
     "int8": (lambda value: value.to(torch.int8), r"another type \(0\.weight torch\.int8 instead of torch\.float32"),
     "complex": (lambda value: value + 1j, "no dense tensor of real numbers"),

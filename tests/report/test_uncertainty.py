@@ -123,6 +123,14 @@ def test_a_row_is_best_if_every_paired_test_supports_it(make_run):
     assert uncertainty.best_rows(silent, keys, num_samples=300) == [None, None]  # nothing to test with
 
 
+def test_samples_that_are_too_few_for_so_many_rows_are_said(make_run):
+    runs = [make_run(f"{tau}", f"loss.tau={tau}.0") for tau in range(1, 8)]
+    assert not compare(runs[:6], num_samples=100).notes
+    (note,) = compare(runs, num_samples=100).notes
+    assert note == ("no row of 7 can be bold by 100 samples, of which no p-value is below 1/101: give --samples 120")
+    assert not compare(runs, num_samples=120).notes
+
+
 def test_a_row_that_is_better_by_chance_is_not_marked(make_run):
     """The same predictions but for one pixel of one image."""
     comparison = compare([make_run("a"), make_run("b", "loss=dice")], num_samples=300)

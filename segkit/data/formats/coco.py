@@ -21,7 +21,8 @@ PLACES = ("{labels}/{split}.json", "annotations/instances_{split}.json", "annota
           "{images}/{split}/_annotations.coco.json", "{split}/_annotations.coco.json")  # fmt: skip
 """Where the file of a split may lie below the root."""
 
-WHOLE = ("{labels}.json", "annotations.json", "{images}/_annotations.coco.json", "_annotations.coco.json")
+WHOLE = ("{labels}.json", "annotations.json", "{images}/_annotations.coco.json", "_annotations.coco.json",
+         "annotations/instances_default.json")  # fmt: skip
 """Where a file of all images may lie below the root."""
 
 ID = int | float | str
@@ -46,7 +47,7 @@ def find(top: Path, *, split: str | None, images: str, labels: str) -> Path | No
 
 def samples(path: Path, top: Path, *, split: str | None, images: str) -> list[Sample]:
     """Return the samples of an annotation file, in its order; an image that is not there is refused."""
-    folders = [top / images / (split or ""), top / images, path.parent, top]
+    folders = [top / images / (split or ""), top / images, top / images / "default", path.parent, top]  # CVAT's
     found = []
     for name, entry in _content(str(path), os.stat(path).st_mtime_ns).images.items():
         inside(top, entry["file_name"], list_file=path)

@@ -86,6 +86,12 @@ def read(
         place = _Place(layout, top, places[wanted], yolo.labels_of(places[wanted]), label_suffix, "yolo")
         has_val, source = "val" in places, None
     else:
+        if not os.path.isdir(layout.root / images) and os.path.isdir(layout.root / "train" / images):
+            raise InputError(
+                f"{layout.root} has a folder of each split, with {images} in it, but {images}/train and {images}/val "
+                f"are wanted, and so for labels: move them, or set dataset.reader.images=train/{images} "
+                f"dataset.reader.labels=train/{labels} dataset.reader.val_fraction=0.2 to use train alone"
+            )
         top = layout.base(images)
         table = read_classes(path)
         place = _Place(layout, top, images, labels, label_suffix, format)
@@ -184,8 +190,8 @@ class _Place:
             return coco.samples(annotations, self.top, split=split, images=self.images), "coco"
         if self.format == "coco" and not test:
             raise InputError(
-                f"split {split!r} of {self.top} has no annotation file of COCO: put it at {self.top / self.labels}/"
-                f"{split or 'train'}.json, or set dataset.reader.labels"
+                f"{f'split {split!r} of ' if split else ''}{self.top} has no annotation file of COCO: put it at "
+                f"{self.top / self.labels}{f'/{split}' if split else ''}.json, or set dataset.reader.labels"
             )
         if split is not None and not listed and not self._has_folder(split):
             raise InputError(

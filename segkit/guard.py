@@ -17,7 +17,7 @@ from typing import Any
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line
 from segkit.progress import for_terminal, shortened, show
-from segkit.runtime import let_waiting_threads_sleep
+from segkit.runtime import let_waiting_threads_sleep, usual_torch
 from segkit.training import ranks
 
 OWN = (InputError, Interrupted, NonFiniteLoss, OutOfMemory)
@@ -93,7 +93,8 @@ def sentences(*, verb: str = "train") -> Iterator[None]:
 def call(*, verb: str = "train") -> Iterator[None]:
     """Around a call from Python: :func:`sentences`, and afterwards the settings of the process are what they were.
 
-    These are torch's random state on the CPU and its determinism, the limit of pixels, and what is trusted.
+    These are torch's random state on the CPU and its determinism, the limit of pixels, and what is trusted. What else
+    of torch is set (types, devices, gradients, autocast) changes nothing within it.
     """
     let_waiting_threads_sleep()
     import torch
@@ -104,7 +105,7 @@ def call(*, verb: str = "train") -> Iterator[None]:
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     limit, trusted = decode.pixel_limit(), set(targets._trusted)
     try:
-        with torch.random.fork_rng(devices=[]), sentences(verb=verb):
+        with usual_torch(), torch.random.fork_rng(devices=[]), sentences(verb=verb):
             yield
     finally:
         if torch.get_deterministic_debug_mode() != mode:  # to set it loads a compiler: seconds

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,24 @@ from segkit.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Within it torch computes as in a process of its own; what a notebook has set instead holds again afterwards."""
+    import torch
+
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if device.type != "cpu":
+            stack.callback(torch.set_default_device, device)
+            torch.set_default_device(None)
+        yield
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,39 @@ def test_predicting_gives_the_labels_of_the_verb(trained, tmp_path, options):
         np.testing.assert_array_equal(one, other)
 
 
+@contextmanager
+def default(name, value):
+    """A default of torch (its type, its device) while the context is open."""
+    before = getattr(torch, f"get_default_{name}")()
+    getattr(torch, f"set_default_{name}")(value)
+    yield
+    assert str(getattr(torch, f"get_default_{name}")()) == str(value)
+    getattr(torch, f"set_default_{name}")(before if name == "dtype" else None)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        partial(default, "dtype", torch.float64),
+        partial(default, "device", "meta"),
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+    ],
+    ids=["float64", "device", "no gradients", "inference", "autocast"],
+)
+def test_what_a_notebook_has_set_in_torch_changes_no_number(trained, tmp_path, setting):
+    image = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    labels = segkit.predict(image, trained)[0]
+    with setting():
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        small = [*SMALL, f"cache_dir={tmp_path}/cache", "dataset.eval_resize.size=[48,48]"]
+        results = segkit.train(small, folder=tmp_path / "run")
+        np.testing.assert_array_equal(segkit.predict(image, trained)[0], labels)
+        assert mode == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    assert results["classes"] == json.loads((trained / "results.json").read_text())["classes"]
+
+
 def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
     (tmp_path / "text.png").write_text("text")
     for call, message in (
@@ -139,7 +174,7 @@ def test_what_numpy_makes_an_image_of_is_predicted(trained, tmp_path):
         (Image.new("L", (8, 8)), r"of the shape \(8, 8\)"),
         (torch.zeros(3, 8, 8), r"a Tensor of float32 of the shape \(3, 8, 8\)"),
         (torch.zeros(8, 8, 3, requires_grad=True), "a Tensor, which is no array"),
-        (str(tmp_path), "there is no image file .*: correct its path"),
+        (str(tmp_path), "there is no image file .*: it is a folder: give a list of the files in it"),
     ):
         with pytest.raises(InputError, match=message):
             predict._image_of(wrong, (3, "uint8"))

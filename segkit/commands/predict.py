@@ -114,7 +114,8 @@ def _image_of(image: Any, kind: tuple[int, str]) -> Path | np.ndarray:
     if isinstance(image, str | Path):
         path = Path(image).expanduser()
         if not path.is_file():
-            raise InputError(f"there is no image file {path}: correct its path")
+            cure = "it is a folder: give a list of the files in it" if path.is_dir() else "correct its path"
+            raise InputError(f"there is no image file {path}: {cure}")
         return path
     try:
         array = np.asarray(image)

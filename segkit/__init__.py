@@ -5,6 +5,7 @@ The door for Python; nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 __version__ = "0.2.0.dev0"
+
+_training = threading.Lock()
 
 
 def train(
@@ -27,6 +30,7 @@ def train(
     """
     import os
     import time
+    from contextlib import ExitStack
 
     from segkit.config.compose import compose
     from segkit.config.targets import short_name
@@ -35,7 +39,7 @@ def train(
     from segkit.guard import call
     from segkit.run.splits import open_phases
 
-    with call():
+    with call(), ExitStack() as stack:
         overrides = _listed("overrides", overrides, "seed=1", (str,))
         config_dirs = _listed("config_dirs", config_dirs, "mine/configs", (str, Path))
         if not (folder is None or (isinstance(folder, str | Path) and str(folder))):
@@ -45,6 +49,12 @@ def train(
                 raise InputError(
                     f"{text!r} is for the command line: folder=... names the run folder, and here is no sweep"
                 )
+        if not _training.acquire(blocking=False):
+            raise InputError(
+                "segkit.train runs in another thread of this process, with which it would share torch's random "
+                "numbers: wait until that has ended, or start a process for each run"
+            )
+        stack.callback(_training.release)
         config = compose(overrides, config_dirs=config_dirs)
         if folder is None:
             name = f"{short_name(config.model)}-{short_name(config.loss)}"

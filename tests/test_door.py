@@ -111,6 +111,12 @@ def test_what_a_notebook_has_set_in_torch_changes_no_number(trained, tmp_path, s
     assert results["classes"] == json.loads((trained / "results.json").read_text())["classes"]
 
 
+def test_one_training_at_a_time_runs_in_a_process(tmp_path):
+    with segkit._training, pytest.raises(InputError, match=r"runs in another thread .*: wait until that has ended"):
+        segkit.train(SMALL, folder=tmp_path / "run")
+    assert not segkit._training.locked()
+
+
 def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
     (tmp_path / "text.png").write_text("text")
     for call, message in (

@@ -259,7 +259,7 @@ class Config:
         )
         for pattern, factor in self.lr_factors.items():
             require(
-                PART(str(pattern)) and type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
+                bool(PART(str(pattern))) and type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
                 f"freeze={pattern} to keep these weights",
             )

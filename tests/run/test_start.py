@@ -193,11 +193,12 @@ def test_bad_starts_are_refused_before_the_first_step(options, message, foreign,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["dataset=folder"], True),
-        (["dataset=folder", "schedule=pretrain_finetune"], False),
-        (["dataset=folder", "loss=margin_calibration_reference"], False),
-        (["dataset=folder", "init_from=a"], False),
-        (["dataset=folder", "model.weights=a"], False),
+        (["dataset=folder", "loss=margin_calibration"], True),
+        (["dataset=folder", "loss=margin_calibration", "schedule=pretrain_finetune"], False),
+        (["dataset=folder", "loss=margin_calibration", "init_from=a"], False),
+        (["dataset=folder", "loss=margin_calibration", "model.weights=a"], False),
+        (["dataset=cityscapes_coarse"], True),  # for a phase before another; a recipe of its own would reach the others
+        *((["dataset=" + name], False) for name in ("camvid", "cityscapes", "folder", "synthetic", "voc")),
         *(([f"experiment={path.stem}"], False) for path in (config_dir() / "experiment").glob("*.yaml")),
     ],
 )

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ from segkit.training.tracking import Tracker
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals after which the state is saved and the run ends: of a scheduler, of the keyboard, of a closed terminal."""
+SAME_SIGNAL = 1.0
+"""Seconds within which a signal that comes again is the same one, by another way"""
 
 
 def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable[[], bool] | None = None) -> float:
@@ -146,10 +149,14 @@ def _stopping(stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+    first: dict[int, float] = {}
 
     def handle(number: int, frame: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        # A scheduler signals all processes, and torchrun or a sweep passes on what it got: that is one request.
+        if time.monotonic() - first.setdefault(number, time.monotonic()) > SAME_SIGNAL:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, handle)

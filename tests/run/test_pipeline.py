@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +244,19 @@ def test_the_running_iou_starts_from_the_phase_before(train):
     start[:, union > 0] = torch.from_numpy(np.stack([hits, union])[:, union > 0] / confusion.sum())
     assert float((running - start).abs().max()) <= 0.02  # one step moves it by 2 % of a share
     assert float((running - 0.125).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("number", pipeline.STOP_SIGNALS)
+def test_a_signal_that_comes_by_two_ways_is_one_request_and_a_later_one_acts(monkeypatch, request, number):
+    came = []
+    before = signal.signal(number, lambda *_: came.append(number))
+    request.addfinalizer(lambda: signal.signal(number, before))
+    with pipeline._stopping(None) as asked:
+        assert not asked()
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert asked()
+        assert not came
+        monkeypatch.setattr(pipeline, "SAME_SIGNAL", -1)
+        signal.raise_signal(number)
+        assert came == [number]

@@ -25,7 +25,8 @@ def train(
 
     ``folder`` is the run folder (default: ``outputs/DATASET/MODEL-LOSS/TIME``, as on the command line); the same one
     again goes on where the run stopped. ``config_dirs`` are further folders with groups of options. The dictionary has
-    ``folder`` in addition. Raises :class:`segkit.errors.InputError` where the command would end with a sentence, and
+    ``folder`` in addition, and nothing else with ``profile_steps``, which gives no scores. Raises
+    :class:`segkit.errors.InputError` where the command would end with a sentence, and
     :class:`segkit.errors.Interrupted` after Ctrl-C, with the state saved.
     """
     import os
@@ -65,7 +66,8 @@ def train(
         from segkit.run import pipeline
 
         pipeline.run(config, path, splits)
-        return {**read_json(path / "results.json"), "folder": str(path)}
+        results = {} if config.profile_steps else read_json(path / "results.json")
+        return {**results, "folder": str(path)}
 
 
 def _listed(name: str, values: Any, example: str, kinds: tuple[type, ...]) -> list[Any]:

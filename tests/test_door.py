@@ -117,6 +117,12 @@ def test_one_training_at_a_time_runs_in_a_process(tmp_path):
     assert not segkit._training.locked()
 
 
+def test_a_profile_has_no_scores_to_return(tmp_path):
+    overrides = [*SMALL, f"cache_dir={tmp_path}/cache", "debug=profile", "profile_steps=1", "limit_steps=3"]
+    assert segkit.train(overrides, folder=tmp_path / "run") == {"folder": str(tmp_path / "run")}
+    assert (tmp_path / "run" / "trace.json").is_file()
+
+
 def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):
     (tmp_path / "text.png").write_text("text")
     for call, message in (

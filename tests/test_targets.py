@@ -8,7 +8,8 @@ import pkgutil
 import pytest
 
 import segkit
-from segkit.config.schema import FACTS
+from segkit.config.compose import compose
+from segkit.config.schema import FACTS, check_targets
 from segkit.config.targets import GROUPS, check_allowed, instantiate, locate, trust
 from segkit.errors import InputError
 
@@ -87,6 +88,16 @@ def test_a_result_of_another_type_is_refused(monkeypatch, tmp_path):
         instantiate({"_target_": "of_another_type.thing"}, {"num_classes": 3}, key="model")
     with pytest.raises(InputError, match="takes names of packages"):
         trust(["os.path"])
+
+
+def test_arguments_of_another_option_are_taken_away_by_deleting_it(monkeypatch, tmp_path):
+    (tmp_path / "lean.py").write_text("def net(num_classes):\n    return num_classes\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("segkit.config.targets._trusted", set())
+    own = ["trust=[lean]", "+model={_target_:lean.net}"]
+    with pytest.raises(InputError, match=r"model\.encoder .* lean\.net, which takes none: remove .*, or add ~model"):
+        check_targets(compose(own))
+    check_targets(compose([*own, "~model"]))
 
 
 def test_what_a_trusted_package_merely_imports_is_refused(monkeypatch, tmp_path):

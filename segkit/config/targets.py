@@ -222,10 +222,11 @@ def _arguments(node: Mapping[str, Any], facts: Mapping[str, Any], signature: Sig
     accepts_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
     unknown = [] if accepts_any else [name for name in arguments if name not in parameters]
     if unknown:
-        allowed = ", ".join(name for name in parameters if name not in facts)
+        allowed = ", ".join(name for name in parameters if name not in facts) or "none"
+        anew = f", or add ~{key}, so that '+{key}={{_target_:...}}' begins without those of the option before it"
         raise InputError(
-            f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: "
-            f"remove {key}.{unknown[0]} or correct its name"
+            f"{key}.{unknown[0]} is not an argument of {node['_target_']}, which takes {allowed}: remove "
+            f"{key}.{unknown[0]} or correct its name{anew if is_trusted(node['_target_']) and '.' not in key else ''}"
         )
     given = [name for name in facts if arguments.get(name) is not None and group_name(key) != "augment"]
     if given:

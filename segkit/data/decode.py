@@ -183,7 +183,7 @@ def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
-        forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel"
+        forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel, BigTIFF with the lesser byte first"
         keys = ", or set dataset.in_channels and dataset.dtype to what it holds" if role == "image" else ""
         raise damaged(path, f"it is none of {forms}; convert another form to one of these{keys}") from error
     except _BOMBS as error:

@@ -238,15 +238,20 @@ def test_prediction_says_that_orientation_tags_are_ignored(pair, tmp_path, monke
         ),
         (
             tiff(np.zeros(SIZE, np.float64), photometric=1, sample_format=3),
-            r"of 8 or 16 bits a channel; convert another",
+            r"of 8 or 16 bits a channel, BigTIFF .*; convert another",
         ),
         (
             lambda path: path.write_bytes(band_files.tiff(GREY[..., None], t273=0)),
             r"x\.tif is damaged .*\(some of its strips or tiles are missing\)",
         ),
+        (
+            lambda path: path.write_bytes(band_files.tiff(GREY[..., None], big=True, order=">")),
+            r"TIFF, .*, BigTIFF with the lesser byte first; convert another form",
+        ),
     ],
-    ids=["float", "32 bits", "negative", "negative 8 bits", "16 bits in planes", "64 bits", "sparse"],
+    ids=["float", "32 bits", "negative", "negative 8 bits", "16 bits in planes", "64 bits", "sparse", "BigTIFF"],
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_what_has_no_meaning_as_8_bits_is_refused(tmp_path, write, message):
     write(tmp_path / "x.tif")
     with pytest.raises(InputError, match=message):

@@ -77,7 +77,8 @@ def smp_model(
         mix_in(Windowed, net)
         vars(net).update(window=window)
     else:
-        stride = net.encoder.output_stride * (2 if name == "DPT" else 1)  # whose decoder halves the last features again
+        halved = {"DPT": 2, "PAN": 8}  # by these decoders the last features are made smaller again
+        stride = net.encoder.output_stride * halved.get(name, 1)
         accept_any_size(net, multiple=stride if dynamic or cls.requires_divisible_input_shape else 1)
     if weights is not None:
         load_model_weights(net, weights)

@@ -46,7 +46,9 @@ def test_logits_of_odd_sizes_are_those_of_the_padded_image() -> None:
         torch.testing.assert_close(net(images), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("arch", ["Unet", "linknet", "FPN", "PSPNet", "DeepLabV3", "Segformer", "MAnet"])
+@pytest.mark.parametrize(
+    "arch", ["Unet", "linknet", "FPN", "PSPNet", "DeepLabV3", "Segformer", "MAnet", "PAN", "UPerNet", "UnetPlusPlus"]
+)
 def test_architectures(arch: str) -> None:
     net = smp_model(arch, "resnet18", 3, encoder_weights="none").eval()
     with torch.no_grad():

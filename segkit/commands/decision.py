@@ -96,7 +96,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
         return Decision()
     path = saved.folder / FILE
     command = _command(saved, name, checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{path} is not there, so --decision {name} has nothing to decide with: fit it with `{command}`"
         )
@@ -122,9 +122,12 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
             f"{path} was fitted for another checkpoint than {saved.checkpoint(checkpoint)}: fit it again with "
             f"`{command} --refit`"
         )
-    if name == "bias":
-        return Decision(name, bias=bias_from_json({"bias": values}, classes), fitted_on=fitted_on)
-    return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
+    try:
+        if name == "bias":
+            return Decision(name, bias=bias_from_json({"bias": values}, classes), fitted_on=fitted_on)
+        return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def exported(facts: Mapping[str, Any]) -> Decision:
@@ -156,6 +159,8 @@ def fit(
     saved: SavedRun, model: Any, dataset: DatasetConfig, *, scored: SampleSet, checkpoint: str, workers: int
 ) -> None:
     """Fit bias and rule together, and write :data:`FILE`; InputError if an image of the split ``scored`` is used."""
+    if (path := saved.folder / FILE).is_dir():
+        raise InputError(f"{path} is a folder, in the way of the decision, which is kept in a file: remove it")
     split, fitted_on = to_fit_on(dataset)
     check_classes(saved, split.classes)
     check_unseen(fitted_on, scored, dataset)
@@ -168,7 +173,6 @@ def fit(
         progress=lambda items: track(items, description="fitting the decision", total=len(split), unit="images"),
     )
     bias, miou = tune_bias(sample), fit_miou_rule(sample)
-    path = saved.folder / FILE
     content = {
         "classes": list(split.classes),
         "checkpoint": checkpoint,

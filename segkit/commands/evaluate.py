@@ -108,7 +108,7 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
         if arguments.refit:
             raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
         return decision.Decision()
-    if arguments.refit or not (saved.folder / decision.FILE).is_file():
+    if arguments.refit or not (saved.folder / decision.FILE).exists():
         decision.fit(saved, model, dataset, scored=split, checkpoint=arguments.checkpoint, workers=arguments.workers)
     chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     decision.check_unseen(chosen.fitted_on, split, dataset)

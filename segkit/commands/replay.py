@@ -36,6 +36,9 @@ def run(argv: Sequence[str]) -> None:
     bundle = arguments.bundle
     if not (bundle / "error.json").is_file():
         raise InputError(f"{bundle} is no failure bundle, it has no error.json: name a folder failure-STEP of a run")
+    needed = ["config.json", "label_counts.json", *["state.pt"] * (bundle / "batch.pt").exists()]
+    if missing := [name for name in needed if not (bundle / name).exists()]:
+        raise InputError(f"{bundle} has no {missing[0]}: {CURE}")
     failed = read_json(bundle / "error.json", cure=CURE)
     kinds = {"phase": str, "step": int, "rank": int, "error": str, "names": list}
     wrong = [key for key, kind in kinds.items() if not isinstance(failed.get(key), kind)]
@@ -73,9 +76,10 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
     source, num_classes = bundle / "state.pt", len(counts.classes)
-    if source.is_file():
+    if source.exists():
         model = model_with(checkpoint.load(source)["model"], config, num_classes, source=source)
-    else:  # no batch could be read for the first step
+    else:
+        show("note: no batch could be read, so no weights were kept: those of a new model are used", error=True)
         with memory.bounded():
             model = build_model(without_sources(config), num_classes)
     model = model.to(chosen)

@@ -139,7 +139,7 @@ def _metadata_text(path: Path) -> str:
     else:
         with zipfile.ZipFile(path) as archive:
             (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith(f"/{METADATA_KEY}"))
-            if entry.file_size > MOST_METADATA:
+            if entry.file_size > MOST_METADATA or archive.testzip() is not None:
                 raise ValueError
             text = archive.read(entry).decode("utf-8")
     if len(text) > MOST_METADATA:

@@ -147,8 +147,8 @@ def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], li
             f"no run of the sweep {path} is finished: wait for one, or run the sweep again to go on with it"
         )
     raise InputError(
-        f"{path} is neither a run (it has no config.yaml) nor a sweep (no sub-folder has one): name run folders such "
-        "as outputs/DATA/MODEL/TIME"
+        f"{path} is neither a run (it has no config.yaml), a finished phase of one, nor a sweep (no sub-folder has "
+        "one): name run folders such as outputs/DATA/MODEL/TIME"
     )
 
 
@@ -295,7 +295,7 @@ def _read_counts(path: Path) -> dict[str, int]:
     rows = _read_json(path).get("classes")
     try:
         counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
-        if not counts or not all(0 <= pixels < 2**63 for pixels in counts.values()):
+        if not counts or min(counts.values()) < 0 or sum(counts.values()) >= 2**63:
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{path} has not a number of pixels per class: {DAMAGED}") from None

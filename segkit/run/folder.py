@@ -26,7 +26,7 @@ from segkit.files import held, read_config_text, read_json, write_atomically, wr
 from segkit.report.runs import check_results
 from segkit.run.changes import CONFIG_CURE, check_changes, check_files, write_files
 from segkit.run.splits import Splits
-from segkit.training import distributed
+from segkit.training import checkpoint, distributed
 
 LINKED = (
     "checkpoints",
@@ -57,6 +57,11 @@ class RunFolder:
     def is_finished(self, name: str) -> bool:
         """True once phase ``name`` has its results."""
         return (self.phase(name) / "results.json").is_file()
+
+    def goes_on(self, name: str) -> bool:
+        """True for a phase that needs no weights to start from: it has its own."""
+        own = (self.phase(name) / "checkpoints" / file for file in (checkpoint.LAST, checkpoint.PREVIOUS))
+        return self.is_finished(name) or any(path.is_file() for path in own)
 
     def has_begun(self) -> bool:
         """True once a phase, of whatever schedule, has a checkpoint or results: before that nothing would be lost."""
@@ -110,11 +115,25 @@ class RunFolder:
                     "hydra.run.dir"
                 )
         places = [self.path / name for name in LINKED]
+        self._check_links()
         if found := [link.name for link in places if link.exists() and not link.is_symlink()]:
             raise InputError(
                 f"{', '.join(found)} in {self.path} must be links to the last phase, and are none, as in a copy that "
                 "follows links: move them elsewhere to go on, or choose another hydra.run.dir"
             )
+
+    def _check_links(self) -> None:
+        """Raise InputError if no link can be made, as the last phase needs."""
+        probe = self.path / ".link"
+        try:
+            probe.unlink(missing_ok=True)
+            os.symlink("checkpoints", probe)
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"no links can be made in {self.path} ({error.strerror}), but what the last phase writes is shown "
+                "there by links: set hydra.run.dir to another file system"
+            ) from None
 
     def check_space(self, model: nn.Module, *, has_average: bool) -> None:
         """Raise InputError if the disk has no room for the checkpoints of one phase of ``model``.
@@ -166,10 +185,14 @@ class RunFolder:
         return b"".join(path.read_bytes() for path in files if path.is_file())
 
     def join_metrics(self, name: str) -> None:
-        """Make metrics.jsonl of the run that of the phases up to the finished ``name``."""
+        """Make metrics.jsonl of the run that of the phases up to the finished ``name``, unless it holds more than that.
+
+        It does where later phases have begun, or where the file of the phase was cut off since.
+        """
         if self.writes:
-            own = self.phase(name) / "metrics.jsonl"
-            write_atomically(self.metrics, self.earlier_metrics(name) + own.read_bytes())
+            joined = self.earlier_metrics(name) + (self.phase(name) / "metrics.jsonl").read_bytes()
+            if not (self.metrics.is_file() and self.metrics.read_bytes().startswith(joined)):
+                write_atomically(self.metrics, joined)
 
     def extend(self, name: str, num_steps: int) -> None:
         """Open the finished phase ``name`` again if the configuration gives it more steps than it has trained.

@@ -192,7 +192,7 @@ def _shared(
 ) -> Iterator[None]:
     """Around a phase that others build on: take it from ``cache`` if it is there, store it if it is not.
 
-    Its weights are in the model afterwards.
+    Its weights are in the model afterwards, unless the next phase goes on from its own.
     """
     name, place = phase.name, folder.phase(phase.name)
     machine = {key: facts[key] for key in ("versions", "device", "threads", "world_size")}
@@ -206,7 +206,16 @@ def _shared(
                 print_main(f"phase {name}: taken from the cache ({key})")
             yield
             distributed.on_main(lambda: cache.store(key, place))
-    load_weights(phase.model, place / "checkpoints" / checkpoint.LAST)
+    names = list(phase.config.schedule)
+    if distributed.on_main(lambda: folder.goes_on(names[names.index(name) + 1])):
+        return
+    last = place / "checkpoints" / checkpoint.LAST
+    if not last.is_file():
+        raise InputError(
+            f"{last}, from which the next phase starts, is gone: copy it back, or delete {place} to train phase {name} "
+            "again"
+        )
+    load_weights(phase.model, last)
 
 
 def _fetch(cache: PhaseCache, key: str, folder: Path) -> bool:

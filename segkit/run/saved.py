@@ -47,7 +47,9 @@ class SavedRun:
             raise InputError(f"--checkpoint is {which!r}, but must be one of {', '.join(CHECKPOINTS)}")
         path = self.folder / "checkpoints" / f"{which}.pt"
         if not path.is_file():
-            raise InputError(f"{path} is not there: the run has not got so far; train on, or name another run")
+            other = next(name for name in CHECKPOINTS if name != which)
+            instead = f"give --checkpoint {other}" if path.with_name(f"{other}.pt").is_file() else "train on"
+            raise InputError(f"{path} is not there: the run has not got so far; {instead}, or name another run")
         return path
 
     def label_counts(self) -> dict[str, Any]:
@@ -113,11 +115,12 @@ def are_counts(content: dict[str, Any]) -> bool:
     if any(name != name.encode(errors="ignore").decode() for name in classes):  # half a letter, which nothing can draw
         return False
     rows = [row for row in classes.values() if isinstance(row, dict)]
-    counts = [row.get(key) for row in rows for key in ("pixels", "images")]
+    counts: list[Any] = [row.get(key) for row in rows for key in ("pixels", "images")]
     colours = [] if palette is None else palette
     return (
         len(rows) == len(classes)
-        and all(type(value) is int and 0 <= value < 2**63 for value in counts)
+        and all(type(value) is int and value >= 0 for value in counts)
+        and sum(counts) < 2**63
         and isinstance(colours, list)
         and (palette is None or len(colours) == len(classes))
         and all(isinstance(colour, list) and len(colour) == 3 for colour in colours)

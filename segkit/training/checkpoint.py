@@ -125,8 +125,9 @@ def load(path: Path) -> dict[str, Any]:
     """The checkpoint at ``path``, on the CPU, and its SHA-256 as ``digest``; tensors and plain values only.
 
     It is read as it is at one moment, though training may replace it.
-    InputError if there is none, if its SHA-256 is not one that its folder's checksums.json lists (a folder without
-    that file has nothing to compare with), if it would fill the memory, or if its content is no checkpoint of segkit.
+    InputError if there is none, if its SHA-256 is not one that its folder's checksums.json lists (in a folder without
+    that file the checksums within the archive, CRC-32, decide), if it would fill the memory, or if its content is no
+    checkpoint of segkit.
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: name a run folder that has one")
@@ -145,11 +146,13 @@ def load(path: Path) -> dict[str, Any]:
 def read_archive(path: Path, file: IO[bytes] | None = None) -> Any:
     """What torch.save wrote into ``path``, on the CPU; tensors and plain values only. InputError for anything else.
 
+    So it is for flipped bits, by the checksums within (CRC-32), where no checksums.json beside it tells more.
+
     ``file``: the open file, where it must be this one.
     """
     try:
         check_archive(path, cure="it is not one of segkit; name another file", stored=True)
-        return torch.load(file or path, map_location="cpu", weights_only=True)
+        state = torch.load(file or path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
@@ -157,6 +160,9 @@ def read_archive(path: Path, file: IO[bytes] | None = None) -> Any:
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; name "
             "another file"
         ) from None
+    if not (path.parent / CHECKSUMS).exists() and not _is_whole(path):
+        raise InputError(f"{path} is damaged, its content does not match the checksums within it: copy it again")
+    return state
 
 
 _ANOTHER = "name another file"

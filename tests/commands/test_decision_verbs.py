@@ -129,6 +129,12 @@ def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
         run / "decision.json", stored, "for 8 classes that are not those of the run", classes=stored["classes"][::-1]
     )
     change(run / "decision.json", stored, "was fitted for another checkpoint than .*--refit", digest="0" * 64)
+    change(run / "decision.json", stored, r"decision\.json: the stored decision is none of", miou={"rule": {}})
+    (run / "decision.json").unlink()
+    (run / "decision.json").mkdir()
+    for refit, message in (([], "must be a file: fit the decision again with .*--refit"), (["--refit"], "remove it")):
+        with pytest.raises(InputError, match=rf"decision\.json is a folder, .*{message}"):
+            call(evaluate, run, *QUICK, "--decision", "miou", *refit)
 
 
 def change(path, stored, message, **changes):

@@ -62,9 +62,18 @@ def test_a_diverged_run(tmp_path, replayed):
     assert f"first module with a non-finite output: {found['first_non_finite_module']}" in text
     assert f"step {noted['step'] + 1}" in text
     assert all(name in text for name in noted["names"])
+    flipped = bytearray((bundle / "batch.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (bundle / "batch.pt").write_bytes(flipped)
+    with pytest.raises(InputError, match=r"batch\.pt is damaged, its content does not match the checksums within it"):
+        replayed(bundle)
+    for name in ("state.pt", "label_counts.json", "config.json"):
+        (bundle / name).unlink()
+        with pytest.raises(InputError, match=rf"has no {name}: the bundle is damaged; copy it again"):
+            replayed(bundle)
 
 
-def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed):
+def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed, monkeypatch):
     root = make_sample("folder", tmp_path / "data", num_images=4, scale=0.2)
     broken = sorted((root / "images" / "train").iterdir())[1]
     content = broken.read_bytes()
@@ -79,7 +88,10 @@ def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed):
     broken.write_bytes(content)
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps({**config, "cache_dir": str(tmp_path / "theirs")}))
+    shown = []
+    monkeypatch.setattr(replay, "show", lambda text, **_: shown.append(text))
     found = json.loads(replayed(bundle, "--json"))
+    assert shown == ["note: no batch could be read, so no weights were kept: those of a new model are used"]
     assert found["logits"]["not_finite"] == 0
     assert found["gradient_norm"] > 0
     assert not (tmp_path / "theirs").exists()

@@ -107,6 +107,9 @@ TABLES = [
          "number of pixels"),
     Case("label counts: beyond 64 bits", table("label_counts.json", first_class("pixels", 10**30)), (MODEL, COMPARE),
          "number of pixels"),
+    Case("label counts: a sum beyond 64 bits", table("label_counts.json", lambda content: [
+        row.update(pixels=2**62) for row in content["classes"].values()] and None),
+         (MODEL, COMPARE), "number of pixels"),
     Case("label counts: no classes", table("label_counts.json", lambda content: {**content, "classes": {}}),
          (MODEL, COMPARE), "number of pixels"),
     Case("label counts: a million classes", table("label_counts.json", lambda content: {

@@ -132,6 +132,11 @@ def test_torch_export(tmp_path: Path, name: str) -> None:
             expected = F.interpolate(model(images), size=(height, width), mode="bilinear", align_corners=False)
             torch.testing.assert_close(program(images), expected, rtol=1e-5, atol=1e-5)
     assert read_metadata(path)["classes"] == ["road"]
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(InputError, match="is not a model that segkit exported"):
+        read_metadata(path)
 
 
 @pytest.mark.data

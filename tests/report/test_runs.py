@@ -145,7 +145,8 @@ def test_no_folder(tmp_path):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(InputError, match=r"is neither a run .* nor a sweep \(no sub-folder has one\)"):
+    nothing = r"is neither a run .*, a finished phase of one, nor a sweep \(no sub-folder has one\)"
+    with pytest.raises(InputError, match=nothing):
         find_runs([tmp_path])
 
 

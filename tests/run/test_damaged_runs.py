@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -82,6 +83,30 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(run):
     os.mkfifo(run / "files.json.gz")
     with pytest.raises(InputError, match=r"files\.json\.gz is a pipe .*delete it to go on without the comparison"):
         train(run)
+
+
+def test_curves_that_are_whole_are_not_replaced_by_torn_ones(run):
+    whole = (run / "metrics.jsonl").read_bytes()
+    (run / "train/metrics.jsonl").write_bytes(whole[: len(whole) // 2])
+    train(run)
+    assert (run / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_file_system_without_links_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EPERM, "Operation not permitted", str(arguments[1]))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(InputError, match=r"no links can be made in .*set hydra\.run\.dir to another file system"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_other_checkpoint_is_named_where_one_is_gone(run):
+    (run / "checkpoints/last.pt").unlink()
+    with pytest.raises(InputError, match=r"last\.pt is not there: .*give --checkpoint best, or name another run"):
+        open_run(run).model()
+    assert open_run(run).model("best")
 
 
 @pytest.mark.filterwarnings("ignore:.*checksums.json is lost or damaged")

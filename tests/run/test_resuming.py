@@ -289,6 +289,29 @@ def test_a_flipped_bit_is_noticed_wherever_a_checkpoint_is_loaded(train):
     (folder / "checkpoints" / "checksums.json").write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load(folder / "checkpoints" / "last.pt")
+    (folder / "checkpoints" / "checksums.json").unlink()
+    with pytest.raises(InputError, match=r"last\.pt is damaged, its content does not match the checksums within it"):
+        checkpoint.load(folder / "checkpoints" / "last.pt")
+
+
+def test_weights_of_a_phase_are_needed_until_the_next_one_has_its_own(tmp_path):
+    """Who needs room deletes the checkpoints of the phases before."""
+    steps = [f"schedule.{name}.{key}" for name in ("pretrain", "finetune") for key in ("epochs=null", "steps=1")]
+    two = ["schedule=pretrain_finetune", *steps, *(item for item in SMALL if not item.startswith("schedule"))]
+    config = compose([*two, *PAINTED, f"cache_dir={tmp_path}/cache"])
+
+    def train() -> float:
+        return pipeline.run(config, tmp_path / "run", open_phases(config))
+
+    before = train()
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "run/pretrain/checkpoints")
+    assert train() == before
+    (tmp_path / "run/finetune/results.json").unlink()
+    assert train() == before
+    shutil.rmtree(tmp_path / "run/finetune")
+    with pytest.raises(InputError, match=r"last\.pt, from which the next phase starts, is gone: copy it back, or"):
+        train()
 
 
 def test_links_at_the_top_lead_to_the_last_phase_that_there_is_now(tmp_path):

@@ -213,6 +213,15 @@ def test_a_kill_within_a_line_of_the_study_or_before_the_last_note_loses_nothing
     assert [job["state"] for job in status(tmp_path)] == ["finished", "finished"]
 
 
+@pytest.mark.parametrize("kept", [1, 20])
+def test_a_kill_within_the_first_line_of_the_study_is_no_other_programs(tmp_path, kept):
+    fake(tmp_path)
+    study = tmp_path / search.STUDY
+    study.write_bytes(study.read_bytes()[:kept])
+    fake(tmp_path)
+    assert study.read_bytes().startswith(search.FIRST)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

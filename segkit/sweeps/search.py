@@ -28,6 +28,8 @@ from segkit.runtime import derive_seed
 from segkit.sweeps.jobs import Job, LocalSweep
 
 STUDY = "study.journal"
+FIRST = b'{"op_code":0,'
+"""How the first line of a study begins."""
 SPEC = ("low", "high", "log", "choices")
 NO_WORDS = ("true", "false", "null", "nan", "inf")
 """What Hydra reads as something else than a word."""
@@ -296,7 +298,8 @@ def cut_torn_line(path: Path, lock: Any) -> None:
     lock.acquire()
     try:
         content = path.read_bytes() if path.is_file() else b""
-        if b"\n" in content and not content.endswith(b"\n"):
+        begun = b"\n" in content or FIRST.startswith(content[: len(FIRST)])  # else another program's
+        if content and begun and not content.endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)
     finally:
         lock.release()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from segkit.bilinear import resized_rows
-from segkit.errors import InputError
+from segkit.errors import InputError, first_line
 from segkit.models.exported import INPUT, METADATA_KEY, Runner, root_cause, runner, write_onnx
 from segkit.models.segmenter import Segmenter
 from segkit.models.whole_image import Head, WholeImage, fix_same_padding, size_multiple
@@ -83,7 +83,10 @@ def export(
         raise InputError(f"the format is {format!r}, but can be {' or '.join(FORMATS)}: give --format onnx")
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written, since there is no folder {path.parent}: create it first")
-    model = WholeImage(copy.deepcopy(segmenter).cpu(), head, classes=classes).eval()
+    plain = copy.deepcopy(segmenter).cpu()
+    for parameter in plain.parameters():  # channels-last ones are no whole tensors for torch.export
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    model = WholeImage(plain, head, classes=classes).eval()
     if model.multiple > 1:
         fix_same_padding(model)
     text = json.dumps({**(metadata or {}), **_facts(model)})
@@ -91,7 +94,7 @@ def export(
     temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
     try:
         if format == "torch_export":
-            torch.export.save(program, temporary, extra_files={METADATA_KEY: text})
+            _save(program, temporary, text)
         else:
             write_onnx(program, temporary, text, output=_output(model), opset=opset)
             _check_noise(temporary, segmenter, head)
@@ -164,6 +167,18 @@ def _trace(model: WholeImage) -> torch.export.ExportedProgram:
             "depend on the size: choose another model, such as model=deeplabv3plus"
         )
     return program
+
+
+def _save(program: torch.export.ExportedProgram, path: Path, text: str) -> None:
+    try:
+        torch.export.save(program, path, extra_files={METADATA_KEY: text})
+    except OSError:
+        raise
+    except Exception as error:  # of an operation that the format does not know; they share no base class
+        raise InputError(
+            f"torch cannot write the program of the model ({first_line(error)}): give --format onnx, or take another "
+            "model, such as model=deeplabv3plus"
+        ) from error
 
 
 def _as_evaluated(segmenter: Segmenter, head: Head | None) -> Runner:

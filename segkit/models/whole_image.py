@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,23 +91,43 @@ def size_multiple(net: nn.Module) -> int:
     return STRIDE if isinstance(net, COPLENet) else 1
 
 
-class StaticSameConv2d(nn.Conv2d):
-    """A convolution with the ``SAME`` padding of TensorFlow for inputs that its stride divides.
+class _StaticSame(nn.Module):
+    """A layer with the ``SAME`` padding of TensorFlow for inputs that its stride divides.
 
-    timm computes that padding from the size at hand, which entangles every layer's shape with the image's and makes
-    tracing take minutes.
+    timm computes that padding from the size at hand, which entangles every layer's shape with the image's, makes
+    tracing take minutes, and ends in programs that torch cannot write.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    kernel_size: Any
+    stride: Any
+    dilation: Any = (1, 1)
+    fill = 0.0
+
+    def forward(self, x: torch.Tensor) -> Any:
         pads: list[int] = []
         for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
             total = max(dilation * (kernel - 1) + 1 - stride, 0)
             pads = [total // 2, total - total // 2, *pads]  # F.pad begins with the last axis
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return super().forward(F.pad(x, pads, value=self.fill))  # of the layer, which itself pads nothing
+
+
+class _Conv(_StaticSame, nn.Conv2d):
+    pass
+
+
+class _AvgPool(_StaticSame, nn.AvgPool2d):
+    pass
+
+
+class _MaxPool(_StaticSame, nn.MaxPool2d):
+    fill = -math.inf
+
+
+STATIC = {"Conv2dSame": _Conv, "AvgPool2dSame": _AvgPool, "MaxPool2dSame": _MaxPool}
+"""What stands in for layers of timm"""
 
 
 def fix_same_padding(model: nn.Module) -> None:
-    """Give timm's convolutions with dynamic padding a fixed one; the image is padded to a multiple of all strides."""
+    """Give timm's layers with dynamic padding a fixed one; the image is padded to a multiple of all strides."""
     for module in model.modules():
-        if type(module).__name__ == "Conv2dSame":
-            module.__class__ = StaticSameConv2d
+        module.__class__ = STATIC.get(type(module).__name__, type(module))

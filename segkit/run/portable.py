@@ -56,6 +56,7 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
         "resize": plain(dataset.eval_resize),
         "crop": dataset.crop,
         **{key: plain(getattr(dataset, key)) for key in ("in_channels", "dtype", "mean", "std")},
+        "channels_last": config.channels_last is True,
         **decision,
         "checkpoint": checkpoint,
         "encoder": encoder,
@@ -161,6 +162,8 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
 
     InputError for anything in it that is not allowed, and for weights that are not those of the model, or not finite.
     """
+    import torch
+
     from segkit.models.exported import read_metadata, read_weights
     from segkit.run.build import segmenter
     from segkit.training.checkpoint import not_finite
@@ -176,9 +179,12 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
         raise InputError(f"{weights} has values that are not finite under {broken[0]}, so it predicts nothing: {CURE}")
     try:
         make = partial(segmenter, facts["model"], len(facts["classes"]), images)
-        return facts, filled(make, facts["model"], state, source=weights).eval()
+        model = filled(make, facts["model"], state, source=weights).eval()
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+    if facts.get("channels_last") is True:  # as the run computes
+        model = model.to(memory_format=torch.channels_last)
+    return facts, model
 
 
 def check_facts(facts: Mapping[str, Any], source: Path) -> DatasetConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -256,15 +257,33 @@ def test_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 
 def test_static_padding_is_that_of_timm() -> None:
-    """Kernels, strides and dilations of a dynamically padded convolution, on sides that the stride divides."""
+    """Kernels, strides and dilations of dynamically padded layers, on sides that the stride divides."""
     from timm.layers.conv2d_same import Conv2dSame
+    from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 
+    layers: list[nn.Module] = [AvgPool2dSame(kernel, stride) for kernel, stride in ((2, 2), (2, 1), (3, 2))]
     for kernel, stride, dilation in ((3, 2, 1), (5, 2, 1), (3, 1, 2), (1, 2, 1), (7, 4, 1)):
-        conv = Conv2dSame(3, 2, kernel, stride=stride, dilation=dilation)
-        images = torch.randn(1, 3, 16, 24)
-        expected = conv(images)
-        fix_same_padding(conv)
-        torch.testing.assert_close(conv(images), expected, rtol=0, atol=0)
+        layers.append(Conv2dSame(3, 2, kernel, stride=stride, dilation=dilation))
+        layers.append(MaxPool2dSame(kernel, stride, dilation=dilation))
+    for layer in layers:
+        images = -torch.rand(1, 3, 16, 24)
+        expected = layer(images)
+        fix_same_padding(layer)
+        assert not type(layer).__name__.endswith("Same")
+        torch.testing.assert_close(layer(images), expected, rtol=0, atol=0)
+
+
+class Ceiling(nn.Module):
+    """An operation on sizes that torch traces, and cannot write."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, [0, math.ceil(x.shape[3] / 2) - x.shape[3] // 2 + 3])[..., :-3]
+
+
+def test_a_program_that_torch_cannot_write_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"torch cannot write the program of the model \(.+\): give --format onnx, or"):
+        export(Segmenter(Ceiling()), tmp_path / "model.pt2", format="torch_export")
+    assert not list(tmp_path.iterdir())
 
 
 class OneSize(nn.Module):

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from segkit.bilinear import resized_rows
 from segkit.errors import InputError, first_line
+from segkit.memory import is_out_of_memory
 from segkit.models.exported import INPUT, METADATA_KEY, Runner, root_cause, runner, write_onnx
 from segkit.models.segmenter import Segmenter
 from segkit.models.whole_image import Head, WholeImage, fix_same_padding, size_multiple
@@ -211,13 +212,26 @@ def agreement(
     for image in images:
         batch = torch.tensor(image).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
-            logits, expected = run(batch), evaluated(batch)
+            logits, expected = _computed(run, batch), evaluated(batch)
             classes = expected.argmax(1) if predict is None else predict(batch)
         difference = float(np.maximum(difference, _difference(logits, expected)))  # NaN stays
         num_equal += int(((logits if logits.dim() == 3 else logits.argmax(1)) == classes).sum())
         num_pixels += image.shape[0] * image.shape[1]
         num_images += 1
     return Agreement(num_images, num_equal / num_pixels if num_pixels else 1.0, difference)
+
+
+def _computed(run: Runner, batch: torch.Tensor) -> torch.Tensor:
+    """Return what a file computes of ``batch``; InputError if it cannot: a program may not take small images."""
+    try:
+        return run(batch)
+    except Exception as error:  # the runtimes' errors share no base class
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the file that was traced cannot compute an image of {batch.shape[-2]} x {batch.shape[-1]} pixels (height "
+            f"x width; {first_line(error)}), so it was not kept: give --format onnx, or hub, which traces nothing"
+        ) from None
 
 
 def largest_difference(path: str | Path, segmenter: Segmenter, *, head: Head | None = None, seed: int = 0) -> float:

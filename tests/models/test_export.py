@@ -60,6 +60,18 @@ def test_a_file_that_gives_nan_anywhere_does_not_agree() -> None:
     assert np.isnan(export_module.agreement(run, model, images).difference)
 
 
+def test_a_program_that_does_not_take_an_image_says_its_size() -> None:
+    model = Segmenter(nn.Conv2d(3, 2, 1)).eval()
+    example = (torch.zeros(2, 3, 8, 9),)
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim("height", min=4), 3: torch.export.Dim.AUTO}
+    run = torch.export.export(model, example, dynamic_shapes=[sizes]).module()
+    assert export_module.agreement(run, model, [np.zeros((4, 5, 3), np.uint8)]).pixels == 1
+    with pytest.raises(
+        InputError, match=r"cannot compute an image of 3 x 5 pixels \(height x width; Guard.*>= 4\)"
+    ):
+        export_module.agreement(run, model, [np.zeros((3, 5, 3), np.uint8)])
+
+
 @pytest.mark.parametrize("name", ["tiny", "coplenet"])
 def test_is_what_evaluation_computes(name: str) -> None:
     """The logits of the model, interpolated as evaluation does it, at any size."""

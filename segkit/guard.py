@@ -17,7 +17,7 @@ from typing import Any
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line
 from segkit.progress import for_terminal, shortened, show
-from segkit.runtime import let_waiting_threads_sleep, usual_torch
+from segkit.runtime import kept_random, let_waiting_threads_sleep, usual_torch
 from segkit.training import ranks
 
 OWN = (InputError, Interrupted, NonFiniteLoss, OutOfMemory)
@@ -105,7 +105,7 @@ def call(*, verb: str = "train") -> Iterator[None]:
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     limit, trusted = decode.pixel_limit(), set(targets._trusted)
     try:
-        with usual_torch(), torch.random.fork_rng(devices=[]), sentences(verb=verb):
+        with usual_torch(), kept_random(), sentences(verb=verb):
             yield
     finally:
         if torch.get_deterministic_debug_mode() != mode:  # to set it loads a compiler: seconds

@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,24 @@ from segkit.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+drawing = threading.RLock()
+"""Held by a thread of this process that draws from torch's random numbers, or forks: a fork amid another thread's draw
+leaves them locked for ever in the new process, and other draws amid a training step change its numbers."""
+
+
+@contextmanager
+def kept_random() -> Iterator[None]:
+    """Put torch's random state on the CPU back afterwards."""
+    import torch
+
+    with drawing:
+        state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        with drawing:
+            torch.set_rng_state(state)
 
 
 @contextmanager

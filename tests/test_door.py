@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 
 import segkit
+from segkit import runtime
 from segkit.commands import evaluate, predict
 from segkit.config import targets
 from segkit.data import decode
 from segkit.errors import InputError, Interrupted, OutOfMemory
+from segkit.run import build
+from segkit.training import trainer
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SMALL = [
@@ -115,6 +118,31 @@ def test_one_training_at_a_time_runs_in_a_process(tmp_path):
     with segkit._training, pytest.raises(InputError, match=r"runs in another thread .*: wait until that has ended"):
         segkit.train(SMALL, folder=tmp_path / "run")
     assert not segkit._training.locked()
+
+
+def test_no_thread_draws_random_numbers_amid_a_step_or_a_fork_of_another(tmp_path, monkeypatch):
+    """Either would change the numbers of the step, or leave the process that loads images waiting for ever."""
+    found = set()
+
+    def is_held():
+        free = runtime.drawing.acquire(blocking=False)
+        if free:
+            runtime.drawing.release()
+        return not free
+
+    def watched(name, call):
+        def run(*values, **options):
+            with ThreadPoolExecutor(1) as pool:
+                found.update([name] * pool.submit(is_held).result())
+            return call(*values, **options)
+
+        return run
+
+    places = ("segkit.training.trainer.train_step", "segkit.run.build.segmenter", "segkit.data.loader.iter")
+    for place, call in zip(places, (trainer.train_step, build.segmenter, iter), strict=True):
+        monkeypatch.setattr(place, watched(place, call), raising=False)
+    segkit.train([*SMALL, f"cache_dir={tmp_path}/cache", "seed=1"], folder=tmp_path / "run")
+    assert found == set(places)
 
 
 def test_a_profile_has_no_scores_to_return(tmp_path):

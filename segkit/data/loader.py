@@ -26,6 +26,7 @@ from segkit.data.sampling import Sampler, epoch_draws, generator
 from segkit.data.transforms import EvalTransform, TrainTransform
 from segkit.data.workers import signals_later, start_worker
 from segkit.errors import InputError
+from segkit.runtime import drawing
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -265,7 +266,7 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             worker_init_fn=functools.partial(start_worker, limit=pixel_limit()),
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )
-        with signals_later():
+        with signals_later(), drawing:
             iterator = iter(loader)
     try:
         for batch in iterator:

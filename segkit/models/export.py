@@ -23,7 +23,6 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from segkit.bilinear import resized_rows
 from segkit.errors import InputError, first_line
-from segkit.memory import is_out_of_memory
 from segkit.models.exported import INPUT, METADATA_KEY, Runner, root_cause, runner, write_onnx
 from segkit.models.segmenter import Segmenter
 from segkit.models.whole_image import Head, WholeImage, fix_same_padding, size_multiple
@@ -225,9 +224,7 @@ def _computed(run: Runner, batch: torch.Tensor) -> torch.Tensor:
     """Return what a file computes of ``batch``; InputError if it cannot: a program may not take small images."""
     try:
         return run(batch)
-    except Exception as error:  # the runtimes' errors share no base class
-        if is_out_of_memory(error):
-            raise
+    except AssertionError as error:  # of a guard in the program
         raise InputError(
             f"the file that was traced cannot compute an image of {batch.shape[-2]} x {batch.shape[-1]} pixels (height "
             f"x width; {first_line(error)}), so it was not kept: give --format onnx, or hub, which traces nothing"

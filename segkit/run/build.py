@@ -42,8 +42,9 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
 
     What ``config.freeze`` names is frozen; InputError if that, or ``lr_factors``, does not fit the model.
     """
-    torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
-    model = segmenter(config.model, num_classes, config.images)
+    with runtime.drawing:
+        torch.manual_seed(runtime.derive_seed(config.seed, "weights"))
+        model = segmenter(config.model, num_classes, config.images)
     if config.grad_checkpointing:
         enable_grad_checkpointing(model.net, config.grad_checkpointing)
     factors = {"lr_factors": config.lr_factors, "encoder_lr_factor": config.encoder_lr_factor}

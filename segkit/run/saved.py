@@ -18,7 +18,7 @@ from segkit.config.schema import Config, check_targets
 from segkit.config.targets import is_trusted
 from segkit.errors import InputError
 from segkit.files import read_config_text, read_json
-from segkit.runtime import without_memory
+from segkit.runtime import drawing, without_memory
 
 CHECKPOINTS = ("last", "best")
 
@@ -90,7 +90,8 @@ def filled(make: Callable[[], Any], node: dict[str, Any], weights: Any, *, sourc
     from segkit.training import checkpoint
 
     checkpoint.check_weights(outline(make, node), weights, source=source)
-    model = make()
+    with drawing:
+        model = make()
     checkpoint.load_weights(model, weights, source=source)
     return model
 

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from segkit import memory
 from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory
+from segkit.runtime import drawing
 from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import set_lr
 from segkit.training.precision import Mixed
@@ -182,7 +183,8 @@ class Trainer:
         batches = iter(make_batches(self.progress.step))
         self.wrapped.train()
         while (batch := self._next(batches)) is not None:
-            self._step(batch)
+            with drawing:
+                self._step(batch)
             step, evaluates = self.progress.step, self._evaluates()
             if step % settings.log_every == 0 or step == settings.num_steps:
                 self._log()

@@ -66,9 +66,7 @@ def test_a_program_that_does_not_take_an_image_says_its_size() -> None:
     sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim("height", min=4), 3: torch.export.Dim.AUTO}
     run = torch.export.export(model, example, dynamic_shapes=[sizes]).module()
     assert export_module.agreement(run, model, [np.zeros((4, 5, 3), np.uint8)]).pixels == 1
-    with pytest.raises(
-        InputError, match=r"cannot compute an image of 3 x 5 pixels \(height x width; Guard.*>= 4\)"
-    ):
+    with pytest.raises(InputError, match=r"cannot compute an image of 3 x 5 pixels \(height x width; Guard.*>= 4\)"):
         export_module.agreement(run, model, [np.zeros((3, 5, 3), np.uint8)])
 
 

@@ -7,6 +7,8 @@ miou     the rule that maximises the mean IoU of a data set, on calibrated proba
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from segkit.data.samples import SampleSet
 from segkit.errors import InputError
 from segkit.evaluation.decision import BiasedModel, bias_from_json, collect_logits, tune_bias
 from segkit.evaluation.miou_rule import MiouRule, ScaledModel, fit_miou_rule, rule_from_json
-from segkit.files import read_json, write_json
+from segkit.files import read_json, without_nan, write_json
 from segkit.progress import show, track
 from segkit.run.build import eval_transform
 from segkit.run.saved import SavedRun, check_classes
@@ -107,10 +109,10 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
         known = content["classes"] == classes
         whole = {"dataset", "split", "holdout", "num_images", "images"} <= set(fitted_on)
         whole = whole and isinstance(fitted_on["images"], dict) and isinstance(content["classes"], list)
-        values, rule = bias["bias"], miou["rule"]
+        values, rule, known_sum = bias["bias"], miou["rule"], content["sha256"]
     except (KeyError, TypeError):
         whole = False
-    if not whole:
+    if not whole or known_sum != checksum(content):
         raise InputError(f"{path} is damaged, or of another version: fit the decision again with `{command} --refit`")
     if not known:
         raise InputError(
@@ -185,7 +187,7 @@ def fit(
             "mean_iou_after": miou.mean_iou_after,
         },
     }
-    write_json(path, content)
+    write_json(path, content | {"sha256": checksum(content)})
     before, by_bias, by_rule = (
         100 * value for value in (bias.mean_iou_before, bias.mean_iou_after, miou.mean_iou_after)
     )
@@ -193,6 +195,12 @@ def fit(
         f"fitted on {len(split)} images of the split {split.split}: mean IoU there {before:.2f} % by argmax, "
         f"{by_bias:.2f} % by bias, {by_rule:.2f} % by miou; kept in {path}"
     )
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of ``content`` without its entry sha256."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(without_nan(rest), sort_keys=True).encode()).hexdigest()
 
 
 def add_bias(saved: SavedRun, model: Any, bias: NDArray[np.float32]) -> None:

@@ -6,6 +6,7 @@ that only a file of one's own may be given to :func:`runner`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -22,6 +23,8 @@ INPUT = "images"
 """Name of what goes into a graph"""
 METADATA_KEY = "segkit"
 """Key of the metadata in an ONNX or safetensors file; the name of an extra file in one of torch.export."""
+CHECKSUM_KEY = "sha256"
+"""Key of the metadata in a safetensors file: the SHA-256 of its tensors"""
 MOST_METADATA = 2**20
 """Bytes of metadata beyond which a file is not read"""
 
@@ -74,24 +77,44 @@ def write_weights(state: Mapping[str, torch.Tensor], path: Path, text: str) -> N
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    apart = {name: value.cpu().contiguous().clone() for name, value in state.items()}
     try:
-        save_file({name: value.contiguous().clone() for name, value in state.items()}, path, {METADATA_KEY: text})
+        save_file(apart, path, {METADATA_KEY: text, CHECKSUM_KEY: _checksum(apart)})
     except SafetensorError as error:
         raise InputError(f"{path} cannot be written ({error}): free some space, or give another --output") from None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the safetensors file ``path``; InputError for anything that is none."""
-    from safetensors.torch import load_file
-
     if not path.is_file():  # to open a pipe would wait for ever
         raise InputError(f"there is no file {path} with weights: write the folder again with segkit export")
     try:
-        return load_file(path, device="cpu")
+        return read_safetensors(path)
     except Exception as error:  # the reader's errors share no public base class
         raise InputError(
             f"{path} cannot be read as safetensors ({first_line(error)}): copy it again, or write it with segkit export"
         ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``path``; ValueError if they have not the checksum that :func:`write_weights` left."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it cannot be iterated
+        known = (file.metadata() or {}).get(CHECKSUM_KEY)
+    if known is not None and known != _checksum(state):
+        raise ValueError("its tensors do not match the checksum within it")
+    return state
+
+
+def _checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of ``state`` (contiguous tensors on the CPU)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def runner(path: str | Path) -> Runner:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from segkit.errors import InputError, check_archive, first_line, is_plain
+from segkit.models.exported import read_safetensors
 
 LITE0 = "tu-tf_efficientnet_lite0"
 PROBE_SECONDS = 5.0
@@ -38,9 +39,7 @@ def read_state(path: str | Path, *, key: str) -> dict[str, torch.Tensor]:
     cure = "give a file that torch.save or safetensors wrote, with tensors only"
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path, device="cpu")
+            state: Any = read_safetensors(path)
         else:
             if zipfile.is_zipfile(path):
                 check_archive(path, cure=cure, stored=True)

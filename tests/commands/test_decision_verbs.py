@@ -12,6 +12,7 @@ from PIL import Image
 
 from segkit import predict as predict_arrays
 from segkit.commands import evaluate, export, predict, submit
+from segkit.commands.decision import checksum
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.run.portable import scores_of
@@ -125,6 +126,8 @@ def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
     with pytest.raises(InputError, match="--refit is given without a decision to fit: add --decision"):
         call(evaluate, run, *QUICK, "--refit")
     change(run / "decision.json", stored, "is damaged, or of another version", fitted_on=None)
+    flipped = {name: value + 2**-10 for name, value in stored["bias"]["bias"].items()}
+    change(run / "decision.json", stored, "is damaged", signed=False, bias=stored["bias"] | {"bias": flipped})
     change(
         run / "decision.json", stored, "for 8 classes that are not those of the run", classes=stored["classes"][::-1]
     )
@@ -137,9 +140,10 @@ def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
             call(evaluate, run, *QUICK, "--decision", "miou", *refit)
 
 
-def change(path, stored, message, **changes):
+def change(path, stored, message, *, signed=True, **changes):
     """The stored decision with changes is refused."""
-    path.write_text(json.dumps(stored | changes))
+    content = stored | changes
+    path.write_text(json.dumps(content | {"sha256": checksum(content)} if signed else content))
     with pytest.raises(InputError, match=message):
         evaluate.run([str(path.parent), *QUICK, "--decision", "miou"])
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from segkit.commands.decision import checksum
+
 MODEL, COMPARE, DECISION, REPLAY, HUB = "model", "compare", "decision", "replay", "hub"
 CONFIG = "config.yaml"
 
@@ -99,7 +101,10 @@ def table(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
         path = (run / name).resolve()
         content = json.loads(path.read_text())
         changed = change(content)
-        path.write_text(json.dumps(content if changed is None else changed))
+        changed = content if changed is None else changed
+        if name == "decision.json":
+            changed["sha256"] = checksum(changed)
+        path.write_text(json.dumps(changed))
 
     return harm
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from segkit.errors import InputError
-from segkit.models.exported import write_weights
+from segkit.models.exported import read_weights, write_weights
 from segkit.models.weights import load_encoder_weights, load_model_weights
 
 
@@ -141,3 +142,19 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_safetensors_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot be written \(.*\): free some space, or give another --output"):
         write_weights({"weight": torch.zeros(2)}, tmp_path, "{}")
+
+
+def test_a_flipped_bit_in_safetensors_is_noticed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = {"weight": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16), "steps": torch.tensor(3)}
+    write_weights(state, path, "{}")
+    assert all(torch.equal(value, state[name]) for name, value in read_weights(path).items())
+    save_file(state, tmp_path / "foreign.safetensors")
+    assert sorted(read_weights(tmp_path / "foreign.safetensors")) == sorted(state)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"safetensors \(its tensors do not match the checksum within it\): copy it"):
+        read_weights(path)
+    with pytest.raises(InputError, match=r"model\.weights is .* as weights \(its tensors do not match the checksum"):
+        load_model_weights(small(), path)

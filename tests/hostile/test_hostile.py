@@ -74,7 +74,7 @@ def whole(tmp_path_factory):
         "bias": {"bias": bias},
         "miou": {"rule": {}},
     }
-    (folder / "run" / decision.FILE).write_text(json.dumps(content))
+    (folder / "run" / decision.FILE).write_text(json.dumps(content | {"sha256": decision.checksum(content)}))
     failed = {"phase": "train", "step": 1, "rank": 0, "error": "x", "names": ["a"], "findings": None}
     (folder / "run" / "bundle").mkdir()
     (folder / "run" / "bundle" / "error.json").write_text(json.dumps(failed))

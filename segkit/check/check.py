@@ -37,6 +37,10 @@ def check(config: Config, *, sample: int | None = None, rehearses: bool = True) 
     set_pixel_limit(config.max_pixels)
     report = Report(config, sample)
     look_at_data(report)
+    from segkit.run.start import early_margins  # torch, not before the processes above are forked
+
+    if text := early_margins(config):
+        report.add("warning", text)
     if rehearses:
         rehearse(report)
     else:

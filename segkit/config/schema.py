@@ -261,7 +261,7 @@ class Config:
             require(
                 bool(PART(str(pattern))) and type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
-                f"freeze={pattern} to keep these weights",
+                f"freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
         positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
         for key in (*positive, "max_pixels"):

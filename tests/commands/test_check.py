@@ -151,9 +151,12 @@ def test_a_defect_is_a_finding_with_its_traceback(monkeypatch, capsys, arguments
     assert "Traceback" in err
 
 
-def test_validation_on_the_training_split_is_a_warning(arguments):
-    report = check.check(compose([*arguments, "dataset.val_split=train"]), rehearses=False)
-    assert any("both on split train" in finding.text for finding in report.findings)
+def test_validation_on_the_training_split_and_early_margins_are_warnings(arguments):
+    overrides = [*arguments, "dataset.val_split=train", "loss=margin_calibration"]
+    report = check.check(compose(overrides), rehearses=False)
+    warned = [finding.text for finding in report.findings if finding.level == "warning"]
+    assert any("both on split train" in text for text in warned)
+    assert any("loss.form=paper wants a model that cross-entropy has trained" in text for text in warned)
     assert len(to_json(report)["splits"]) == 1
 
 

@@ -24,7 +24,7 @@ INPUT = "images"
 METADATA_KEY = "segkit"
 """Key of the metadata in an ONNX or safetensors file; the name of an extra file in one of torch.export."""
 CHECKSUM_KEY = "sha256"
-"""Key of the metadata in a safetensors file: the SHA-256 of its tensors"""
+"""Key of the metadata in an ONNX or safetensors file: the SHA-256 of its tensors"""
 MOST_METADATA = 2**20
 """Bytes of metadata beyond which a file is not read"""
 
@@ -61,7 +61,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, 
         logger.setLevel(level)
     assert translated is not None
     model = translated.model_proto
-    onnx.helper.set_model_props(model, {METADATA_KEY: text})
+    onnx.helper.set_model_props(model, {METADATA_KEY: text, CHECKSUM_KEY: _graph_checksum(model.graph)})
     onnx.save(model, str(path))
 
 
@@ -152,8 +152,16 @@ def _metadata_text(path: Path) -> str:
     if path.suffix == ".onnx":
         import onnx
 
-        properties = onnx.load(str(path), load_external_data=False).metadata_props
-        text = {item.key: item.value for item in properties}[METADATA_KEY]
+        model = onnx.load(str(path), load_external_data=False)
+        properties = {item.key: item.value for item in model.metadata_props}
+        text = properties[METADATA_KEY]
+        known = properties.get(CHECKSUM_KEY)
+        if known is not None and known != _graph_checksum(model.graph):
+            warnings.warn(
+                f"the weights in {path} are not those that segkit exported: copy it again, unless another program has "
+                "changed them on purpose",
+                stacklevel=2,
+            )
     elif path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -168,6 +176,14 @@ def _metadata_text(path: Path) -> str:
     if len(text) > MOST_METADATA:
         raise ValueError
     return text
+
+
+def _graph_checksum(graph: Any) -> str:
+    """SHA-256 of the weights of an ONNX graph, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for item in sorted(graph.initializer, key=lambda item: item.name):
+        digest.update(f"{item.name} {item.data_type} {tuple(item.dims)}\n".encode() + item.raw_data)
+    return digest.hexdigest()
 
 
 def encoder_licence(name: str) -> str | None:

@@ -107,7 +107,7 @@ def test_odd_sizes_are_aligned_with_evaluation() -> None:
     ["tiny", pytest.param("coplenet", marks=pytest.mark.nightly), pytest.param("lite", marks=pytest.mark.nightly)],
 )
 def test_onnx(tmp_path: Path, name: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = segmenter(name)
     path = tmp_path / "model.onnx"
@@ -128,6 +128,12 @@ def test_onnx(tmp_path: Path, name: str) -> None:
     assert metadata["mean"] == list(model.mean)
     assert metadata["input_range"] == [0, 255]
     assert metadata["normalised_inside"] is True
+    largest = max(onnx.load(path).graph.initializer, key=lambda item: len(item.raw_data)).raw_data
+    content = path.read_bytes()
+    place = content.index(largest) + len(largest) // 2 + 3  # the sign of a weight
+    path.write_bytes(content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :])
+    with pytest.warns(UserWarning, match=r"the weights in .*model\.onnx are not those that segkit exported: copy it"):
+        assert read_metadata(path) == metadata
 
 
 @pytest.mark.nightly

@@ -41,9 +41,9 @@ def run(argv: Sequence[str]) -> None:
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
+    form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
     model = saved.model(arguments.checkpoint)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-    form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
     sizes = {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
     device = resolve_device(arguments.device)
     model = decision.around(model.to(device))

@@ -70,7 +70,18 @@ def class_table(results: dict[str, Any]) -> str:
         foot=[mean, ["pixel accuracy", percent(results["pixel_accuracy"]), "", "", ""]],
     )
     absent = ", ".join(map(for_terminal, results.get("absent_classes") or ()))
-    return f"{text}\nnot averaged, because absent: {absent}" if absent else text
+    note = without_pixels(results) or (absent and f"not averaged, because absent: {absent}")
+    return f"{text}\n{note}" if note else text
+
+
+def without_pixels(results: dict[str, Any]) -> str:
+    """Return a warning where no pixel was scored, as all labels are ignored; otherwise an empty text."""
+    if any(scores["target_pixels"] for scores in results["classes"].values()):
+        return ""
+    return (
+        f"warning: the labels of the {results['num_images']} images have no valid pixel, all have a value that is "
+        "ignored, so there are no scores: mend the labels, or choose another split"
+    )
 
 
 # -- scores of a comparison ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from segkit.evaluation.inference import Inference
 from segkit.files import write_atomically
 from segkit.losses import add_sums
 from segkit.report.pictures import picture_grid, write_pictures
+from segkit.report.tables import without_pixels
 from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import evaluation_protocol
@@ -108,6 +109,8 @@ class Validation:
             f"{self.batches.plan.name} step {step}: mean IoU {_four_digits(results['mean_iou'])} over "
             f"{results['num_classes_averaged']} classes, pixel accuracy {_four_digits(results['pixel_accuracy'])}"
         )
+        if warning := without_pixels(results):
+            self.tracker.message(warning)
         return results
 
     def write(self, folder: Path) -> None:

@@ -162,6 +162,14 @@ def test_class_table_shows_names(table):
     assert "\x1b" not in text
 
 
+def test_class_table_warns_where_no_pixel_was_scored(table):
+    results = json.loads(json.dumps(table.runs[0].results))
+    assert "warning" not in class_table(results)
+    for scores in results["classes"].values():
+        scores["target_pixels"] = 0
+    assert "images have no valid pixel, all have a value that is ignored" in class_table(results)
+
+
 def test_the_page_shows_names(table):
     text = page(table)
     assert "<img src=x>" not in text

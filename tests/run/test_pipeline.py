@@ -216,13 +216,13 @@ def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):
 
 
 def test_profile_writes_a_table_and_a_trace(train, capsys):
-    folder = train("run", "debug=profile", "profile_steps=2", "limit_steps=4", "accumulate=1")
+    folder = train("run", "debug=profile", "profile_steps=2", "limit_steps=4", "batch_size=4", "accumulate=2")
     printed = capsys.readouterr().out
     assert "median of 2 steps" in printed
     for part in ("waiting for data", "moving data", "forward", "loss", "backward", "optimizer"):
         assert part in printed
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    assert sum(event.get("name") == "backward" and event.get("ph") == "X" for event in events) >= 2
+    assert sum(event.get("name") == "backward" and event.get("ph") == "X" for event in events) == 4  # 2 parts a step
     with pytest.raises(InputError, match="profile_steps is 2, and 2 more warm up, but phase train has only 3 steps"):
         train("short", "debug=profile", "profile_steps=2", "limit_steps=3")
     assert not (folder.parent / "short").exists(), "refused before the run was recorded"

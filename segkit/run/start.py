@@ -94,10 +94,11 @@ def check_origin(source: Path, classes: Sequence[str]) -> None:
     """Raise InputError if the run in ``source`` was trained on other classes than ``classes``."""
     trained = list(read_counts(source / "label_counts.json")["classes"])
     if difference := differing_classes(classes, trained):
+        weights = source / "checkpoints" / checkpoint.LAST
+        anyway = f", or give init_from={weights} to use its weights anyway" if len(classes) == len(trained) else ""
         raise InputError(
             f"the data set has other classes than the run of init_from={source} ({difference}): set head=reset to "
-            f"train the last layer anew, or give init_from={source / 'checkpoints' / checkpoint.LAST} to use its "
-            "weights anyway"
+            f"train the last layer anew{anyway}"
         )
 
 

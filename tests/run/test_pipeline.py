@@ -17,6 +17,7 @@ from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
+from segkit.run.start import check_origin
 from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
@@ -82,6 +83,8 @@ def test_a_run_of_other_classes_is_no_start(train):
     ):
         train("second", f"init_from={first}")
     train("third", f"init_from={first}/checkpoints/last.pt")
+    with pytest.raises(InputError, match=r"set head=reset to train the last layer anew$"):  # no file would fit
+        check_origin(first, [*names, "another"])
 
 
 def test_weights_of_another_model_are_refused(train):

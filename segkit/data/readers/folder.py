@@ -288,7 +288,7 @@ def _splits(top: Path, images: str) -> str:
     """The splits that are there, for a message."""
     folders = [entry.name for entry in visible_entries(top / images) if is_folder(entry)]
     lists = [entry.name.removesuffix(".txt") for entry in visible_entries(top) if entry.name.endswith(".txt")]
-    return ", ".join(sorted({*folders, *lists} - {"classes"})) or "splits that you make"
+    return ", ".join(sorted({*folders, *lists} - {"classes"})) or "those that you make"
 
 
 def _reading(kind: str, table: FolderClasses, first: Sample, path: Path) -> tuple[LabelTable, Callable[..., Any]]:

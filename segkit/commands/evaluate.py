@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,7 +83,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     results, evaluation = evaluate_split(arguments, saved, dataset, split, model, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": model.digest}
     folder.mkdir(exist_ok=True)
-    name = evaluation_name(arguments, results["protocol"])
+    name = evaluation_name(arguments, results["protocol"], other_root(saved, arguments.root))
     write_atomically(folder / f"{name}.npz", evaluation.per_image.to_bytes())
     written = [folder / f"{name}.json", *([arguments.output] if arguments.output else [])]
     for path in written:
@@ -115,9 +116,21 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
     return chosen
 
 
-def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
-    """Return a file name: what one would ask for in words, and a hash of the checkpoint and the whole protocol."""
+def other_root(saved: Any, root: str | None) -> Path | None:
+    """Return the folder ``root`` of ``--root`` if the data of the run are in another one, which is there."""
+    own = saved.config.phase_dataset(saved.phase_name).root
+    if root is None or own is None or not Path(own).exists() or Path(own).samefile(root):
+        return None  # the run's data, perhaps moved
+    return Path(root).resolve()
+
+
+def evaluation_name(arguments: Namespace, protocol: dict[str, Any], root: Path | None = None) -> str:
+    """Return a file name: what one would ask for in words, and a hash of the checkpoint and the whole protocol.
+
+    ``root`` is in both: that of other data than the run's.
+    """
     parts = [protocol["split"].replace("/", "_"), arguments.checkpoint]
+    parts += [re.sub(r"[^\w.]+", "_", root.name, flags=re.ASCII)[:40]] if root else []
     parts += [mode for mode in arguments.tta.split(",") if mode]
     if protocol["window"]:
         parts.append("slide{}x{}".format(*protocol["window"]))
@@ -126,7 +139,9 @@ def evaluation_name(arguments: Namespace, protocol: dict[str, Any]) -> str:
     parts += ["boundary"] * arguments.boundary
     if arguments.max_images:
         parts.append(f"first{arguments.max_images}")
-    whole = json.dumps([protocol, arguments.checkpoint, arguments.boundary], sort_keys=True)
+    whole = json.dumps(
+        [protocol, arguments.checkpoint, arguments.boundary, *([str(root)] if root else [])], sort_keys=True
+    )
     return "-".join([*parts, hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()])
 
 

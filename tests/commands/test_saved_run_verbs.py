@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,22 @@ def test_evaluate_repeats_the_score_of_the_training(finished, call):
         assert again[key] == trained[key], key
     assert "mean over" in out
     assert written.with_suffix(".npz").is_file()
+
+
+def test_scores_of_other_data_have_a_name_of_their_own(finished, call, tmp_path):
+    options = ["--max-images", "1", "--workers", "0", "--device", "cpu"]
+    own = Path(saved_run.open_run(finished).config.dataset.root)
+    shutil.copytree(own, tmp_path / "in fog")
+    (tmp_path / "link").symlink_to(own)
+    for root in ([], ["--root", tmp_path / "link"], ["--root", tmp_path / "in fog"]):
+        call(evaluate, finished, *options, *root)
+    other, same = sorted(path.name for path in (finished / "evaluations").glob("val-last-*first1-*.json"))[::-1]
+    assert re.fullmatch(r"val-last-first1-\w{8}\.json", same)
+    assert re.fullmatch(r"val-last-in_fog-first1-\w{8}\.json", other)
+    own.rename(tmp_path / "moved")
+    call(evaluate, finished, *options, "--root", tmp_path / "moved")
+    (tmp_path / "moved").rename(own)
+    assert len(list((finished / "evaluations").glob("val-last-*first1-*.json"))) == 2
 
 
 def test_compare_predicts_images_again(finished, call, tmp_path):

@@ -128,7 +128,7 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
     if isinstance(error, InputError | NonFiniteLoss | OutOfMemory):
         text = str(error)
         for key, option in VERB_OPTIONS.get(verb, {}).items():
-            text = text.replace(f"set {key}", f"set {option}")
+            text = re.sub(rf"\b(set|check) {re.escape(key)}", rf"\1 {option}", text)
         return text, error.exit_code
     if ranks.is_lost_peer(error):
         return "another process of this run has ended; its own message says why", 1

@@ -139,6 +139,12 @@ def test_out_of_memory_names_what_the_verb_takes(verb):
         assert set(named) <= set(options(verb))
 
 
+@pytest.mark.parametrize("advice", ["set dataset.root=DIR", "the split is empty; check dataset.root and the lists"])
+def test_advice_names_the_option_of_a_verb(advice):
+    assert explain(InputError(advice)) == (advice, 2)
+    assert explain(InputError(advice), verb="evaluate") == (advice.replace("dataset.root", "--root"), 2)
+
+
 def test_one_process_is_its_own_group():
     tensor = torch.tensor([1.0, 2.0])
     assert distributed.sum_over_ranks(tensor) is tensor

@@ -95,13 +95,14 @@ def evaluations(run):
 def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
     for verb, options in (
         (predict, ["--input", tmp_path, "--output", tmp_path / "out"]),
-        (submit, ["--output", tmp_path / "all.zip", "--split", "val"]),
         (export, []),
     ):
         if verb is predict:
             Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
         with pytest.raises(InputError, match=r"decision\.json is not there, .*: fit it with `segkit evaluate .* miou`"):
             call(verb, run, "--decision", "miou", *options)
+    with pytest.raises(InputError, match="there is no submission format 'synthetic'"):
+        call(submit, run, "--decision", "miou", "--output", tmp_path / "all.zip", "--split", "val")
     out = call(evaluate, run, *QUICK, "--decision", "miou")
     assert f"fitted on {len(HELD)} images of the split holdout" in out
     stored = json.loads((run / "decision.json").read_text())

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from segkit.commands import compare, evaluate, export, predict, submit
+from segkit.commands import compare, decision, evaluate, export, predict, submit
 from segkit.config.compose import compose
 from segkit.config.schema import plain
 from segkit.errors import InputError
@@ -176,6 +176,12 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
             labels[path.stem] = (label.size, label.mode)
     assert labels == {"gray": ((70, 50), "P"), "alpha": ((33, 65), "P"), "row": ((40, 1), "P")}
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 3
+
+
+def test_a_submission_with_a_decision_that_is_not_fitted(finished, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(decision, "FILE", "nothing.json")
+    with pytest.raises(InputError, match=r"nothing\.json is not there, so --decision bias has nothing to decide with"):
+        call(submit, finished, "--decision", "bias", "--output", tmp_path / "all.zip", "--split", "val")
 
 
 def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):

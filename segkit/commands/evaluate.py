@@ -119,7 +119,8 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
 def other_root(saved: Any, root: str | None) -> Path | None:
     """Return the folder ``root`` of ``--root`` if the data of the run are in another one, which is there."""
     own = saved.config.phase_dataset(saved.phase_name).root
-    if root is None or own is None or not Path(own).exists() or Path(own).samefile(root):
+    # os.path.exists: Path.exists raises for a folder that one may not look into
+    if root is None or own is None or not os.path.exists(own) or os.path.samefile(own, root):
         return None  # the run's data, perhaps moved
     return Path(root).resolve()
 

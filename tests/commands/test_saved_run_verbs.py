@@ -93,6 +93,12 @@ def test_scores_of_other_data_have_a_name_of_their_own(finished, call, tmp_path)
     assert len(list((finished / "evaluations").glob("val-last-*first1-*.json"))) == 2
 
 
+def test_data_that_cannot_be_looked_at_are_gone(finished, tmp_path):
+    saved = saved_run.open_run(finished)
+    saved.config.dataset.root = "a" * 300  # as a folder of somebody else, Path.exists raises an OSError for it
+    assert evaluate.other_root(saved, str(tmp_path)) is None
+
+
 def test_compare_predicts_images_again(finished, call, tmp_path):
     """What training kept of the same images is the reference."""
     record = read_run(finished)

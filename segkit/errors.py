@@ -73,7 +73,7 @@ def raised(error: BaseException) -> str:
     ours = ("<", *(os.path.join(Path(module).parent, "") for module in (__file__, traceback.__file__)))
     own = [frame for frame in frames if not frame.filename.startswith(ours) and "site-packages" not in frame.filename]
     place = f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ") + place
 
 
 def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:

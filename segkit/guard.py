@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from segkit import memory
-from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line
+from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line, raised
 from segkit.progress import for_terminal, shortened, show
 from segkit.runtime import kept_random, let_waiting_threads_sleep, usual_torch
 from segkit.training import ranks
@@ -126,10 +126,7 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
             error.exit_code,
         )
     if isinstance(error, InputError | NonFiniteLoss | OutOfMemory):
-        text = str(error)
-        for key, option in VERB_OPTIONS.get(verb, {}).items():
-            text = re.sub(rf"\b(set|check) {re.escape(key)}", rf"\1 {option}", text)
-        return text, error.exit_code
+        return with_options(str(error), verb), error.exit_code
     if ranks.is_lost_peer(error):
         return "another process of this run has ended; its own message says why", 1
     if memory.is_out_of_memory(error):
@@ -143,6 +140,12 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return (
             f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
             "environment, which computes such parts on the CPU, or set device=cpu"
+        ), InputError.exit_code
+    model, images = (_local_in(error, "forward", name) for name in ("self", "images"))
+    if hasattr(model, "takes") and not model.takes(images.shape):
+        return (
+            f"the model cannot compute images of {tuple(images.shape)} ({raised(error)}): give it images of other "
+            "sizes, or choose another model"
         ), InputError.exit_code
     from hydra.errors import HydraException  # not before: no memory may be left
     from omegaconf.errors import OmegaConfBaseException
@@ -193,6 +196,13 @@ VERB_OPTIONS = {
     "stats": _SPLIT,
 }
 """Keys in advice that a verb takes by an option"""
+
+
+def with_options(text: str, verb: str) -> str:
+    """Return the advice ``text`` with the options of ``verb`` in place of keys."""
+    for key, option in VERB_OPTIONS.get(verb, {}).items():
+        text = re.sub(rf"\b(set|check) {re.escape(key)}", rf"\1 {option}", text)
+    return text
 
 
 def _local_in(error: BaseException, function: str, name: str) -> Any:

@@ -218,6 +218,8 @@ def test_what_numpy_makes_an_image_of_is_predicted(trained, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             predict._image_of(wrong, (3, "uint8"))
+    with pytest.raises(InputError, match=r"image of ndarray has 1 values that are not finite"):
+        predict._image_of(np.where(np.arange(30).reshape(2, 3, 5) == 7, np.inf, 0).astype(np.float32), (5, "float32"))
 
 
 def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_path, monkeypatch):

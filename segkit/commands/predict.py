@@ -25,7 +25,7 @@ def parser(*, files: bool = True) -> ArgumentParser:
     )
     add_shared(verb, "run", run={"help": "a run folder, or what segkit export wrote: a folder or a file"})
     if files:
-        images = {"metavar": "DIR|FILE|GLOB", "help": "images: a folder, a file or a pattern"}
+        images = {"metavar": "DIR|FILE|GLOB", "help": "images: a folder, a file, or a pattern in quotes"}
         verb.add_argument("--input", required=True, **images)
         verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
         verb.add_argument("--side-by-side", type=Path, metavar="RUN2", help="another run, to compare with the first")
@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.layout import UNREAD
     from segkit.evaluation.predict import predict_files
     from segkit.files import written_beside
+    from segkit.guard import with_options
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
 
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
         progress=lambda names: track(names, description="predicting", unit="images"),
     )
     for _, reason in failed:
-        show(f"skipped: {reason}", error=True)
+        show(f"skipped: {with_options(reason, 'predict')}", error=True)
     show(f"written: {num_written} predictions in {arguments.output}")
     if unread := walk(Path(arguments.input), UNREAD) if Path(arguments.input).is_dir() else []:
         show(f"note: {len(unread)} images were left out, as their form is not read: {unread[0]} for one", error=True)
@@ -111,6 +112,8 @@ def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
 
 def _image_of(image: Any, kind: tuple[int, str]) -> Path | np.ndarray:
     """Return ``image`` as the path of a file, or as an array (H, W, C) of ``kind``; InputError if it is neither."""
+    from segkit.data.bands import check_bands
+
     if isinstance(image, str | Path):
         path = Path(image).expanduser()
         if not path.is_file():
@@ -126,6 +129,7 @@ def _image_of(image: Any, kind: tuple[int, str]) -> Path | np.ndarray:
             f"an image is a {type(image).__name__} of {array.dtype} of the shape {array.shape}, but must be a path, or "
             f"{kind[1]}{' RGB' if kind == RGB else ''} of the shape (H, W, {kind[0]}): convert it"
         )
+    check_bands(array, f"of {type(image).__name__}", kind)
     return array
 
 

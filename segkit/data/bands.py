@@ -58,13 +58,13 @@ def read_bands(path: Path, kind: tuple[int, str]) -> np.ndarray:
     return image
 
 
-def check_bands(image: Any, path: Path, kind: tuple[int, str]) -> None:
+def check_bands(image: Any, path: Path | str, kind: tuple[int, str]) -> None:
     """Raise InputError unless ``image``, or what is known of it, is (H, W, C) of ``kind`` and finite."""
     if len(image.shape) != 3 or (image.shape[2], image.dtype) != kind:
         raise InputError(
             f"image {path} is an array of {image.dtype} of the shape {list(image.shape)}, but (H, W, {kind[0]}) of "
-            f"{kind[1]} is wanted: set dataset.in_channels and dataset.dtype (uint8, uint16, float32) to what all "
-            "files hold, or mend the file"
+            f"{kind[1]} is wanted: mend the file, or train with dataset.in_channels and dataset.dtype (uint8, uint16, "
+            "float32) as all files have them"
         )
     if kind[1] == "float32" and isinstance(image, np.ndarray) and not (finite := np.isfinite(image)).all():
         number = np.argmin(finite.all((0, 1)))
@@ -125,7 +125,7 @@ def _npy(path: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
         if array.ndim not in (2, 3) or array.size == 0:
             raise ValueError(f"an array of the shape {list(array.shape)} is no image")
-    except decode.DAMAGED as error:  # an array of Python objects, which could be code, among them
+    except (*decode.DAMAGED, MemoryError) as error:  # of a header: objects, which could be code, or endless signs
         raise decode.damaged(path, error) from error
     decode.check_pixels(_size(array), path, role="image")
     return array

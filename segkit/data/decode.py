@@ -52,7 +52,7 @@ _LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 # RuntimeError from imagecodecs, the others from Pillow's readers of chunks and tags.
 DAMAGED = (
     OSError, SyntaxError, RuntimeError, ValueError, TypeError, KeyError, IndexError, struct.error, EOFError,
-    tokenize.TokenError,  # of numpy
+    tokenize.TokenError, OverflowError,  # of numpy
 )  # fmt: skip
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -184,7 +184,7 @@ def pillow(file: BinaryIO, path: Path, *, role: str) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         forms = f"{', '.join(FORMATS)} of 8 or 16 bits a channel, BigTIFF with the lesser byte first"
-        keys = ", or set dataset.in_channels and dataset.dtype to what it holds" if role == "image" else ""
+        keys = ", or train with dataset.in_channels and dataset.dtype as it has them" if role == "image" else ""
         raise damaged(path, f"it is none of {forms}; convert another form to one of these{keys}") from error
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
@@ -235,7 +235,7 @@ def _rgb(opened: Image.Image, path: Path) -> np.ndarray:
             grey = 255 - grey
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits, or set dataset.dtype")
+        raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits, or train with dataset.dtype")
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))

@@ -157,7 +157,7 @@ def find_images(source: str | os.PathLike[str], *, output: str | os.PathLike[str
         root = Path(os.path.commonpath([path.parent for path in files])) if files else source
     if output is not None:
         results = Path(output).resolve()
-        others = [path for path in files if results not in path.resolve().parents]
+        others = [path for path in files if results not in Path(os.path.realpath(path)).parents]
         if files and not others:
             raise InputError(f"all images of {source} lie below {output}, where the results go: give another folder")
         files = others

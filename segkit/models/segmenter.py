@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -80,6 +81,20 @@ class Segmenter(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of ``images`` (N, C, H, W) at the stride of the network."""
         return self.net(self.normalise(images))
+
+    def without_values(self) -> Segmenter:
+        """Return a copy that has shapes and computes nothing (device meta), in the same mode."""
+        blank = {id(value): torch.empty_like(value, device="meta") for value in (*self.parameters(), *self.buffers())}
+        return copy.deepcopy(self, blank)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Return False if the network does not compute images of ``shape`` (N, C, H, W), as far as shapes tell."""
+        try:
+            with torch.no_grad():
+                self.without_values()(torch.empty(tuple(shape), dtype=torch.uint8, device="meta"))
+        except Exception:
+            return False
+        return True
 
 
 def normalisation(encoder: str) -> tuple[PerChannel, PerChannel]:

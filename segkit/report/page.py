@@ -56,8 +56,12 @@ def page(c: Comparison, *, pictures: int = 6) -> str:
     )  # fmt: skip
 
 
-CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127], "\N{REPLACEMENT CHARACTER}")
-"""Control characters, of which HTML has none; a terminal that shows the file would obey them."""
+_DIRECTIONS = [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+CONTROL = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), *range(127, 160), *_DIRECTIONS], "\N{REPLACEMENT CHARACTER}"
+)
+"""Control characters, of which HTML has none, and marks of direction, which would turn the text around a name; a
+terminal that shows the file would obey them."""
 
 
 def render(template: str, **parts: Any) -> str:

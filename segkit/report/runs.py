@@ -190,6 +190,8 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         return None
 
     curves = read(top / "metrics.jsonl", lambda file: _read_lines(file, until), "curves")
+    if curves == []:
+        notes.append(f"{top / 'metrics.jsonl'} has no line of {', '.join(until)}: no curves for it")
     pictures = read_pictures(path / "pictures")
     if evaluation is not None and pictures:
         pictures = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import math
@@ -156,7 +155,7 @@ def check_sizes(config: Config, device: torch.device) -> None:
                     )
 
 
-def check_batch(config: Config, phase: str, model: nn.Module, *, num_images: int, world_size: int) -> None:
+def check_batch(config: Config, phase: str, model: Segmenter, *, num_images: int, world_size: int) -> None:
     """Raise InputError if ``phase`` cuts its batch into unequal parts, or of one image where batch norms need two.
 
     A batch has no more images than there are, ``num_images``, and each of ``world_size`` processes an equal share.
@@ -172,7 +171,7 @@ def check_batch(config: Config, phase: str, model: nn.Module, *, num_images: int
     if rows != config.accumulate or config.sync_batchnorm:
         return
     dataset = config.phase_dataset(phase)
-    trial = copy.deepcopy(model).to("meta").train()  # has shapes, and computes nothing
+    trial = model.without_values().train()
     try:
         trial(torch.empty(1, dataset.in_channels, *dataset.crop, dtype=torch.uint8, device="meta"))
     except ValueError as error:

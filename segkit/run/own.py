@@ -1,4 +1,4 @@
-"""What a model and a loss of the user's own give, tried before the first step."""
+"""What a model gives, and a loss of the user's own, tried before the first step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ STRIDE = 4
 
 
 def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, device: torch.device) -> None:
-    """Raise InputError unless a model of the user's own gives logits (N, K, h, w), in training and in evaluation.
+    """Raise InputError unless a model gives logits (N, K, h, w), in training and in evaluation.
 
     For zeros of the size of the crops, in a copy whose running statistics are not kept, and of an image as it is
-    evaluated.
+    evaluated. Of segkit's models only that which does not take such shapes computes anything here.
     """
-    if config.model["_target_"] in GROUPS["model"].permitted:
-        return
+    own = config.model["_target_"] not in GROUPS["model"].permitted
     dataset = config.phase_dataset(phase)
     size = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
     crops = min(2, config.batch_size // config.accumulate)
@@ -38,10 +37,15 @@ def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, devi
         ("evaluation", (1, dataset.in_channels, *size)),
         ("training", (crops, dataset.in_channels, *dataset.crop)),
     ):
-        what = f"{config.model['_target_']}, in {mode} mode for images {shape},"
+        encoder = f" on {config.model['encoder']}" if "encoder" in config.model else ""
+        what = f"{config.model['_target_']}{encoder}, in {mode} mode for images {shape},"
+        if not own and model.train(mode == "training").takes(shape):
+            continue
         tried = model.eval() if mode == "evaluation" else copy.deepcopy(model).train()
         kept = [device] if device.type == "cuda" else []
-        with _tried(what), torch.no_grad(), torch.random.fork_rng(kept):
+        other = "crop" if mode == "training" else "eval_resize"
+        cure = "mend it" if own else f"set another dataset.{other}, or choose another model"
+        with _tried(what, cure), torch.no_grad(), torch.random.fork_rng(kept):
             logits = tried(torch.zeros(shape, device=device))
         good = isinstance(logits, Tensor) and logits.dim() == 4 and logits.is_floating_point()
         if not good or logits.shape[:2] != (shape[0], val.num_classes):
@@ -72,10 +76,10 @@ def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, devi
 
 
 @contextmanager
-def _tried(what: str) -> Iterator[None]:
+def _tried(what: str, cure: str = "mend it") -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or memory.is_out_of_memory(error):
             raise
-        raise InputError(f"{what} fails ({raised(error)}): mend it") from error
+        raise InputError(f"{what} fails ({raised(error)}): {cure}") from error

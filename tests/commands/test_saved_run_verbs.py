@@ -18,6 +18,7 @@ from PIL import Image
 from segkit.commands import compare, decision, evaluate, export, predict, submit
 from segkit.config.compose import compose
 from segkit.config.schema import plain
+from segkit.data.decode import MAX_PIXELS, set_pixel_limit
 from segkit.errors import InputError
 from segkit.report.runs import read_run
 from segkit.run import saved as saved_run
@@ -176,6 +177,13 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     assert "broken.jpg" in skipped
     assert "empty.png" in skipped
     assert "note: 1 images were left out, as their form is not read: " in skipped
+    with pytest.raises(SystemExit):
+        call(predict, finished, "--input", pictures / "row.png", "--output", tmp_path / "few", "--max-pixels", 10)
+    set_pixel_limit(MAX_PIXELS)
+    assert (
+        "but at most 10 are allowed, lest a damaged file fill the memory; remove it, or set --max-pixels to more"
+        in (capsys.readouterr().err)
+    )
     labels = {}
     for path in (tmp_path / "out" / "labels").glob("*.png"):
         with Image.open(path) as label:

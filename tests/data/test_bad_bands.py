@@ -26,12 +26,16 @@ def flip(path, at):
     path.write_bytes(content)
 
 
+def header(path, text):
+    path.write_bytes(b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text + b"\n" + bytes(999))
+
+
 BAD = {
     "other bands": (
         "5 uint16 tif",
         lambda root: bad_file(root, "b.tif", picture("b", 4, "uint16")),
-        r"image .*b\.tif is an array of uint16 of the shape \[40, 48, 4\], but \(H, W, 5\) of uint16 is wanted: set "
-        r"dataset\.in_channels and dataset\.dtype .* or mend the file",
+        r"image .*b\.tif is an array of uint16 of the shape \[40, 48, 4\], but \(H, W, 5\) of uint16 is wanted: mend "
+        r"the file, or train with dataset\.in_channels and dataset\.dtype ",
     ),
     "other type": (
         "6 float32 npy",
@@ -59,6 +63,16 @@ BAD = {
         lambda root: flip(root / "images/train/b.npy", 60),
         r"b\.npy is damaged or no image file \(.*EOF in multi-line statement",
     ),
+    "a size below zero": (
+        "6 float32 npy",
+        lambda root: header(root / "images/train/b.npy", b"{'descr': '<f4', 'fortran_order': False, 'shape': (-2, 9)}"),
+        r"b\.npy is damaged or no image file \(memory mapped length must be positive",
+    ),
+    "endless signs": (
+        "6 float32 npy",
+        lambda root: header(root / "images/train/b.npy", b"-" * 9000 + b"1"),
+        r"b\.npy is damaged or no image file",
+    ),
     "cut off": (
         "5 uint16 tif",
         lambda root: (root / "images/train/b.tif").write_bytes(tiff(picture("b", 5, "uint16"), t273=10**6)),
@@ -85,7 +99,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, name):
 def test_a_file_of_bands_that_is_read_as_rgb_names_the_keys(tmp_path):
     make(tmp_path, "5 uint16 tif")
     with pytest.raises(
-        InputError, match=r"a\.tif is damaged .*, or set dataset\.in_channels and dataset\.dtype to what"
+        InputError, match=r"a\.tif is damaged .*, or train with dataset\.in_channels and dataset\.dtype as"
     ):
         open_dataset("folder", root=tmp_path, split="train")[0]
 

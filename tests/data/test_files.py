@@ -123,6 +123,7 @@ def test_links_that_lead_back_neither_loop_nor_repeat_files(tmp_path):
 def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
     assert walk(tmp_path) == [tmp_path / "a.png"]
+    assert find_images(tmp_path) == find_images(tmp_path, output=tmp_path / "out") == {"a": tmp_path / "a.png"}
     with pytest.raises(InputError, match=r"image .*a\.png cannot be read: Too many levels of symbolic links"):
         read_bytes(tmp_path / "a.png", role="image")
 

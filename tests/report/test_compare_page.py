@@ -156,11 +156,12 @@ def test_the_same_runs_give_the_same_bytes(runs, text):
 
 
 def test_names_from_files_cannot_write_html(make_run):
-    evil = "<script>alert(1)</script>"
+    evil = "<script>alert(1)</script>\u202e\x9b"
     run = make_run("evil", classes=("road", evil), protocol={"dataset": evil})
     made = page(compare([run], num_samples=200))
     assert evil not in made
     assert made.count("<script>") == 1
+    assert not set("\u202e\x9b") & set(made)
     Reader(made)
 
 

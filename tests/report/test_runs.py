@@ -314,6 +314,12 @@ def test_a_missing_file_is_said(make_run, name, purpose):
     assert find_runs([run])[1] == [f"{run} has no {name}: no {purpose} for it"]
 
 
+def test_curves_without_a_line_are_said(make_run):
+    run = make_run("a")
+    (run / "metrics.jsonl").write_text("")
+    assert find_runs([run])[1] == [f"{run}/metrics.jsonl has no line of pretrain, finetune: no curves for it"]
+
+
 def test_a_broken_index_of_pictures(make_run):
     run = make_run("a", num_pictures=1)
     for text in ('{"pictures": 3}', '{"palette": [], "pictures": []}'):

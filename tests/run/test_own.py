@@ -19,6 +19,7 @@ from segkit.config.targets import instantiate
 from segkit.data.labels import table_from_dict
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
+from segkit.guard import explain
 from segkit.losses import SumLoss
 from segkit.models import Segmenter
 from segkit.run.build import build_optimizer, segmenter
@@ -153,6 +154,44 @@ def test_a_model_gives_logits_in_both_modes(give, channels, message):
     """Else it would fail in the first step or evaluation, or count classes that are none."""
     with pytest.raises(InputError, match=message):
         try_model(Segmenter(Net(give, channels)), CONFIG, "late", samples(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (2, 3, 16, 20),
+            r"in evaluation mode for images \(1, 3, 9, 13\), fails \(Runt.*: set another dataset\.eval_res",
+        ),
+        (
+            (1, 3, 9, 13),
+            r"in training mode for images \(2, 3, 16, 20\), fails \(Runt.*: set another dataset\.crop, or ch",
+        ),
+        (None, None),
+    ],
+)
+def test_a_model_of_segkit_is_tried_without_values(shape, message):
+    """It computes only to find the reason why it takes no such images."""
+    devices = []
+
+    def give(net, logits):
+        devices.append(logits.device.type)
+        return logits.reshape(shape) if message else logits
+
+    model = Segmenter(Net(give))
+    config = SimpleNamespace(**vars(CONFIG) | {"model": {"_target_": "segkit.models.smp_model", "encoder": "tu-x"}})
+    if message is None:
+        try_model(model, config, "late", samples(), CPU)
+        assert set(devices) == {"meta"}
+        return
+    with pytest.raises(InputError, match=message) as refused:
+        try_model(model, config, "late", samples(), CPU)
+    assert str(refused.value).startswith("segkit.models.smp_model on tu-x, in ")
+    assert devices.count("cpu") == 1
+    images = torch.zeros(2, 3, 5, 7)
+    with pytest.raises(RuntimeError) as failed:
+        model(images)
+    assert explain(failed.value)[0].startswith("the model cannot compute images of (2, 3, 5, 7) (RuntimeError: shape")
 
 
 def test_a_model_that_can_be_trained_is_in_training_mode_afterwards(monkeypatch):

@@ -28,6 +28,7 @@ def guarded(command: Callable[[], Any], *, verb: str = "train") -> Any:
     """Call ``command`` (of ``verb``); an exception that the user can mend becomes one sentence and an exit code."""
     warnings.formatwarning = lambda message, category, *rest: for_terminal(f"warning: {message}") + "\n"
     threading.excepthook = _leave_os_errors
+    os.environ.pop("MPLBACKEND", None)  # pictures are drawn to files; one that matplotlib does not know ends its import
     ranks.quiet_others()
     with guard(verb=verb):
         try:
@@ -164,6 +165,8 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return text, InputError.exit_code
     if isinstance(error, OSError):
         return _explain_os_error(error), InputError.exit_code
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return "a path has a NUL byte in it, which no name of a file has: correct it", InputError.exit_code
     if isinstance(error, RuntimeError) and (text := str(error)).startswith("Symlink loop from "):  # of pathlib
         return f"{text.removeprefix('Symlink loop from ')} is a link that leads back to itself: give another place", 2
     return None, 1
@@ -241,6 +244,8 @@ def _explain_hydra(error: BaseException) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__ or error.__context__
+    if text.startswith(ours := "InputError raised while resolving interpolation: "):
+        return lines[0].removeprefix(ours)
     option = re.search(r"Could not find '([^']+)'", text)
     if option:
         return _explain_option(option.group(1), text)

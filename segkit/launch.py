@@ -65,18 +65,24 @@ def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
         folder, share = Path(hydra_config.sweep.dir), {"jobs": config.sweep.jobs, "workers": config.workers}
         _sweeps.append(LocalSweep(folder, **share, options=passed_on()))
     _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir), config)
-    check_job(config)
+    check_job(config, Path(hydra_config.runtime.output_dir))
 
 
-def check_job(config: Any) -> None:
-    """Open the data of a job and build its losses and optimizers, so that no job starts if one is impossible."""
+def check_job(config: Any, folder: Path | None = None) -> None:
+    """Open the data of a job and build its losses and optimizers, so that no job starts if one is impossible.
+
+    ``folder``: where it would run, if that is known.
+    """
     from segkit.run.splits import open_phases
 
     splits = open_phases(config)
 
     from segkit.run import pipeline
+    from segkit.run.folder import RunFolder
     from segkit.runtime import resolve_device
 
+    if folder is not None:
+        RunFolder(folder, config).check_places(splits)
     pipeline.check_parts(config, splits)
     pipeline.check_machine(config, resolve_device(config.device))
 

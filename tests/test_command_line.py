@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +43,19 @@ def test_a_wrong_option_is_a_sentence(monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(InputError, match=f"^{message}"):
         check_command_line()
+
+
+def test_an_override_that_hydra_reads_by_assertions_is_refused_where_python_leaves_them_out():
+    for text, refused in (("a={b:1}", True), ("a=[1]", False)):
+        command = f"from segkit.config.compose import check_overrides; check_overrides(['{text}'])"
+        done = subprocess.run([sys.executable, "-O", "-c", command], capture_output=True, text=True)
+        sentence = f"the override '{text}' cannot be read without assertions: call python without -O, and unset"
+        assert (sentence in done.stderr) == refused == bool(done.returncode), done.stderr
+
+
+def test_a_backend_that_matplotlib_does_not_know_stops_no_command(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Qt4Agg")
+    assert guarded(lambda: os.environ.get("MPLBACKEND")) is None
 
 
 def test_options_may_stand_between_overrides(monkeypatch):

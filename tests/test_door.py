@@ -22,6 +22,7 @@ from segkit.config import targets
 from segkit.data import decode
 from segkit.errors import InputError, Interrupted, OutOfMemory
 from segkit.run import build
+from segkit.synthetic.sample_maker import make_sample
 from segkit.training import trainer
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -243,6 +244,11 @@ def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_pat
     assert "door_trusted" not in targets._trusted
     with pytest.raises(InputError, match=r"run/inner, within the run .*run: name a folder outside of it"):
         segkit.train(SMALL, folder="run/inner")
+    images = "hydra.run.dir is {}, where its pictures would be taken for images of the data, as .*images/train/.*jpg is"
+    make_sample("folder", tmp_path / "data", num_images=2, scale=0.1)
+    for name in ("data/images", "data/images/train", "data/images/train/run"):
+        with pytest.raises(InputError, match=images.format(name)):
+            segkit.train([*SMALL[:3], "dataset=folder", "dataset.root=data", *SMALL[6:]], folder=name)
 
 
 def test_other_exceptions_that_can_be_mended_become_sentences(trained, monkeypatch):

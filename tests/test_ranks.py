@@ -8,11 +8,12 @@ import warnings
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from segkit.commands.completion import options
 from segkit.errors import InputError, Interrupted, OutOfMemory
-from segkit.guard import VERB_ADVICE, explain
+from segkit.guard import VERB_ADVICE, explain, sentences
 from segkit.training import distributed, ranks
 
 
@@ -64,6 +65,13 @@ def test_ranks_without_torchrun_must_be_given_a_folder(second_rank):
     with pytest.raises(InputError, match=r"without torchrun, so they cannot agree on a run folder: set hydra.run.dir"):
         ranks.start_time("%Y")
     assert ranks.speaks("anything")
+    OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
+    node = OmegaConf.create({"folder": "${start_time:%Y}"})
+    with (
+        pytest.raises(InputError, match=r"^several processes were started without .*: set hydra.run.dir=DIR$"),
+        sentences(),
+    ):
+        node.folder  # noqa: B018
 
 
 @pytest.mark.parametrize(

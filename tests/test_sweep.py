@@ -176,6 +176,13 @@ def test_what_a_later_job_lacks_is_seen_before_the_first_starts(override, messag
         check_job(compose([override]))
 
 
+def test_a_job_within_a_run_is_refused_before_the_first_starts(tmp_path):
+    for name in ("config.yaml", "provenance.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"0, within the run .*: name a folder outside of it"):
+        check_job(compose([]), tmp_path / "0")
+
+
 def shell_jobs(monkeypatch, folder, *commands):
     """A sweep whose jobs, all at a time, run the ``commands`` of a shell in their folders."""
     monkeypatch.setattr(LocalSweep, "_command", lambda self, job: ["sh", "-c", f"cd {job.folder}; {job.overrides[0]}"])

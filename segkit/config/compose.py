@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,12 @@ def check_overrides(arguments: Sequence[str]) -> None:
             )
         try:
             override = parser.parse_override(text)
-        except (HydraException, ValueError):
+        except (HydraException, ValueError, AttributeError):
+            if sys.flags.optimize:  # Hydra's parser works within its assertions
+                raise InputError(
+                    f"the override {text!r} cannot be read without assertions: call python without -O, and unset "
+                    "PYTHONOPTIMIZE"
+                ) from None
             raise InputError(
                 f"the override {text!r} cannot be read: it is KEY=VALUE, and a value with signs such as = ( [ {{ # ~ "
                 f"or letters beyond ASCII stands in quotes, {in_quotes}"

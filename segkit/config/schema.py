@@ -393,7 +393,7 @@ def _check_optimizer(node: dict[str, Any]) -> None:
 
 def cache_dir_of(config: Config) -> Path:
     """``cache_dir`` of the configuration; else ``$SEGKIT_CACHE``, or ``~/.cache/segkit``."""
-    if config.cache_dir:
-        return Path(config.cache_dir)
-    base = os.environ.get("SEGKIT_CACHE")
-    return Path(base) if base else Path.home() / ".cache" / "segkit"
+    folder = os.path.expanduser(config.cache_dir or os.environ.get("SEGKIT_CACHE") or "~/.cache/segkit")
+    text = f"the cache would be {folder}, which is no folder of this machine: set cache_dir=DIR, or SEGKIT_CACHE"
+    require(folder[0] != "~" and "://" not in folder, text)
+    return Path(folder)

@@ -58,8 +58,12 @@ def read_text(path: Path, *, role: str, missing: str) -> str:
     ``missing`` is the sentence for a file that does not exist. Raises InputError for that, for a file that may not be
     read, and for bytes that are no UTF-8.
     """
-    if not os.path.lexists(path):
-        raise InputError(missing)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of a NUL byte
+        raise InputError(missing) from None
+    except OSError as error:
+        raise _unreadable(path, error, role) from None
     content = read_bytes(path, role=role, may_be_empty=True)
     try:
         text = content.decode("utf-8-sig")

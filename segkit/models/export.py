@@ -8,6 +8,7 @@ probabilities can be part of it. Names of classes, palette and normalisation are
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import warnings
@@ -170,15 +171,15 @@ def _trace(model: WholeImage) -> torch.export.ExportedProgram:
 
 
 def _save(program: torch.export.ExportedProgram, path: Path, text: str) -> None:
+    content = io.BytesIO()  # torch's own writing to a disk that is full ends the process
     try:
-        torch.export.save(program, path, extra_files={METADATA_KEY: text})
-    except OSError:
-        raise
+        torch.export.save(program, content, extra_files={METADATA_KEY: text})
     except Exception as error:  # of an operation that the format does not know; they share no base class
         raise InputError(
             f"torch cannot write the program of the model ({first_line(error)}): give --format onnx, or take another "
             "model, such as model=deeplabv3plus"
         ) from error
+    path.write_bytes(content.getbuffer())
 
 
 def _as_evaluated(segmenter: Segmenter, head: Head | None) -> Runner:

@@ -88,7 +88,7 @@ class RunFolder:
 
     def check(self, splits: dict[str, Splits]) -> dict[str, tuple[Any, Any]]:
         """The keys that changed since the run began; InputError if they may not, or if the data changed."""
-        self._check_places()
+        self.check_places(splits)
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.has_begun():
             return {}
@@ -98,25 +98,36 @@ class RunFolder:
         check_files(self.path, splits, may_change=self.config.ignore_config_change)
         return changes
 
-    def _check_places(self) -> None:
-        """Raise InputError if something is in the way of a file that is written after hours only."""
+    def check_places(self, splits: dict[str, Splits]) -> None:
+        """Raise InputError if something is in the way of a file that is written after hours only, or the run in that
+        of the images of ``splits``."""
         files = ("config.yaml", "provenance.json")  # other programs write one of these, too
-        above = self.path.resolve().parents
+        path = self.path.resolve()
+        above = path.parents
         outer = next((item for item in above if all((item / name).is_file() for name in files)), None)
         if outer and not self.has_begun():
             raise InputError(f"hydra.run.dir is {self.path}, within the run {outer}: name a folder outside of it")
+        parts = [part for pair in splits.values() for part in (pair.train, pair.val)]
+        images = {sample.image.parent: sample.image for part in parts for sample in part.samples}
+        places = {path, *above, *(path / name for name in self.config.schedule)}
+        around = [image for folder, image in images.items() if folder.resolve() in places]
+        if (image := next(filter(os.path.isfile, around), None)) and not self.has_begun():
+            raise InputError(
+                f"hydra.run.dir is {self.path}, where its pictures would be taken for images of the data, as {image} "
+                "is: name another folder"
+            )
         names = ("results.json", "per_image.npz", "label_counts.json", "margins.json", "metrics.jsonl")
         folders = [self.path, *map(self.phase, self.config.schedule)]
-        places = [self.path / name for name in files]
-        for place in (*places, *(folder / name for folder in folders for name in names)):
+        wanted = [self.path / name for name in files]
+        for place in (*wanted, *(folder / name for folder in folders for name in names)):
             if place.exists() and not place.is_file():
                 raise InputError(
                     f"{place} is no file, and so in the way of one that the run writes: move it, or choose another "
                     "hydra.run.dir"
                 )
-        places = [self.path / name for name in LINKED]
+        links = [self.path / name for name in LINKED]
         self._check_links()
-        if found := [link.name for link in places if link.exists() and not link.is_symlink()]:
+        if found := [link.name for link in links if link.exists() and not link.is_symlink()]:
             raise InputError(
                 f"{', '.join(found)} in {self.path} must be links to the last phase, and are none, as in a copy that "
                 "follows links: move them elsewhere to go on, or choose another hydra.run.dir"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import segkit
 from segkit import cli
 from segkit.commands import evaluate, options
 from segkit.errors import InputError
-from segkit.guard import explain
+from segkit.guard import explain, sentences
 
 VERBS = tuple(verb for verb in cli.VERBS if verb != "train")  # whose arguments are Hydra's
 
@@ -116,6 +117,11 @@ def test_a_library_that_cannot_be_loaded_is_named(error):
     sentence = f"a library cannot be loaded ({error}): allow more memory where `ulimit -v` limits it, or install what"
     assert explain(error) == (f"{sentence} is missing", 2)
     assert explain(ImportError("cannot import name 'x' from 'y.so' (y.so)")) == (None, 1)
+
+
+def test_a_path_with_a_nul_byte_is_named():
+    with pytest.raises(InputError, match=r"^a path has a NUL byte in it, which no name of a file has"), sentences():
+        segkit.evaluate(".", output="a\0b.json")
 
 
 def test_that_no_memory_is_left_is_said_without_taking_more(monkeypatch):

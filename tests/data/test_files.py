@@ -210,6 +210,8 @@ def test_texts(tmp_path):
             read_text(path, role="list", missing="")
     with pytest.raises(InputError, match="write one"):
         read_text(tmp_path / "gone", role="list", missing="write one")
+    with pytest.raises(InputError, match=r"list .* cannot be read: File name too long"):
+        read_text(tmp_path / ("n" * 300), role="list", missing="write one")
     with pytest.raises(InputError, match=r"list .* is a folder, but a file is wanted"):
         read_text(tmp_path, role="list", missing="")
 

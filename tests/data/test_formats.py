@@ -149,6 +149,8 @@ def test_the_data_yaml_of_yolo_names_classes_and_folders(tmp_path, names, layout
         for item in data:
             np.testing.assert_array_equal(item.label, drawn(shapes_of(item.name)))
     if layout == "plain":
+        with pytest.raises(InputError, match=r"mine\.yaml does not exist"):  # not in silence by what is there
+            open_dataset("folder", root=tmp_path / "own", split="val", classes="mine.yaml")
         (tmp_path / "own" / "labels" / "val" / "e.txt").unlink()
         with pytest.raises(InputError, match=r"e\.jpg of folder has no label .*again, write an empty file where no"):
             open_dataset("folder", root=tmp_path / "own", split="val")

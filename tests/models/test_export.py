@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +295,16 @@ class Ceiling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(x, [0, math.ceil(x.shape[3] / 2) - x.shape[3] // 2 + 3])[..., :-3]
+
+
+def test_a_disk_without_room_for_a_program_ends_no_process(tmp_path: Path) -> None:
+    program, limit = torch.export.export(nn.Identity(), (torch.zeros(1),)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_module._save(program, tmp_path / "model.pt2", "{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_a_program_that_torch_cannot_write_is_one_sentence(tmp_path: Path) -> None:

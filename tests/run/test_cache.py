@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from segkit.config.compose import compose
+from segkit.config.schema import cache_dir_of
 from segkit.errors import InputError
 from segkit.run.cache import PhaseCache, code_version, phase_key
 
@@ -18,6 +19,20 @@ MACHINE = {"threads": 2}
 def key(*overrides: str, phase: str = "pretrain", prints=PRINTS, machine=MACHINE) -> str:
     config = compose(["schedule=pretrain_finetune", "model=deeplabv3plus_tiny", *overrides])
     return phase_key(config, phase, fingerprints=prints, machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("place", "folder"),
+    [("s3://a/b", None), ("~nobody_there/x", None), ("~/x", "home/x"), ("", "home/.cache/segkit"), ("a", "a")],
+)
+def test_the_variable_names_a_folder_of_this_machine(monkeypatch, place, folder):
+    monkeypatch.setenv("HOME", "home")
+    monkeypatch.setenv("SEGKIT_CACHE", place)
+    if folder is None:
+        with pytest.raises(InputError, match=rf"^the cache would be {place}, which is no folder of this machine: set"):
+            cache_dir_of(compose([]))
+    else:
+        assert cache_dir_of(compose([])) == Path(folder)
 
 
 @pytest.mark.parametrize(

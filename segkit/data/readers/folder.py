@@ -72,7 +72,7 @@ def read(
     layout = Layout("folder", root, archives=WANTED)
     cut = _Cut(val_fraction, folds, fold, groups)
     path = layout.root / classes
-    if not os.path.exists(path) and os.path.exists(layout.root / yolo.FILE):
+    if classes == "classes.yaml" and not os.path.exists(path) and os.path.exists(layout.root / yolo.FILE):
         path = layout.root / yolo.FILE
     source: str | None = split
     if format in ("auto", "yolo") and (described := yolo.describe(path)):

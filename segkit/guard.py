@@ -148,6 +148,12 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
             f"the model cannot compute images of {tuple(images.shape)} ({raised(error)}): give it images of other "
             "sizes, or choose another model"
         ), InputError.exit_code
+    if verb in ("train", "check") and type(error).__module__.startswith(("torch._inductor.", "torch._dynamo.")):
+        reason = " ".join(first_line(error).split())
+        text = (
+            f"the model cannot be compiled ({type(error).__name__}: {reason}): set compile=false, or mend the compiler"
+        )
+        return text, InputError.exit_code
     from hydra.errors import HydraException  # not before: no memory may be left
     from omegaconf.errors import OmegaConfBaseException
 

@@ -136,6 +136,13 @@ def test_what_is_said_of_interruptions_and_memory():
     assert explain(OutOfMemory("out of memory at step 1")) == ("out of memory at step 1", 1)
 
 
+def test_what_cannot_be_compiled_is_no_defect():
+    error = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("Python.h:\n not there")
+    sentence = "the model cannot be compiled (InductorError: Python.h:): set compile=false, or mend the compiler"
+    assert explain(error) == explain(error, verb="check") == (sentence, 2)
+    assert explain(error, verb="export") == (None, 1)
+
+
 @pytest.mark.parametrize("verb", ["train", *VERB_ADVICE])
 def test_out_of_memory_names_what_the_verb_takes(verb):
     sentence, code = explain(MemoryError("no memory"), verb=verb)

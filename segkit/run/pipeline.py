@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,11 +85,13 @@ def check_machine(config: Config, device: torch.device) -> None:
             "or set sync_batchnorm=false"
         )
     distributed.on_main(lambda: sinks.check_tracker(config.tracker.value, unreachable))
-    compilers = (os.environ.get("CXX") or "g++", "clang++", "c++", "cl")
-    if config.compile and not any(map(shutil.which, compilers)):
+    compiler = os.environ.get(
+        "CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    )  # torch takes no other
+    if config.compile and not shutil.which(compiler.partition(" ")[0]):
         raise InputError(
-            f"compile=true needs a compiler of C++, but none of {', '.join(compilers)} is in PATH: install one, name "
-            "it in CXX, or set compile=false"
+            f"compile=true needs a compiler of C++, but {compiler or 'the empty CXX'} is not in PATH: install one, "
+            "name it in CXX, or set compile=false"
         )
     check_sizes(config, device)
     distributed.on_main(PhaseCache(cache_dir_of(config)).check)

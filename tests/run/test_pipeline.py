@@ -210,10 +210,19 @@ def test_a_class_without_training_pixels_is_said(train, capsys):
     assert "warning: no training pixel of phase train is of class sign: mend the label" in capsys.readouterr().out
 
 
-def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "")
-    with pytest.raises(InputError, match=r"compile=true needs a compiler of C\+\+, but none of g\+\+, .* is in PATH"):
+@pytest.mark.parametrize(
+    ("variable", "named"), [(None, r"[\w+]+"), ("", "the empty CXX"), ("/no/g++ -O1", r"/no/g\+\+ -O1")]
+)
+def test_compile_without_a_compiler_is_refused(train, tmp_path, monkeypatch, variable, named):
+    """Another than that in CXX does not help: torch does not look for it."""
+    if variable is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", variable)
+    with pytest.raises(
+        InputError, match=rf"compile=true needs a compiler of C\+\+, but {named} is not in PATH: install"
+    ):
         train("run", "compile=true")
     assert not (tmp_path / "run").exists()
 

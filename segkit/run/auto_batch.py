@@ -16,6 +16,7 @@ import torch
 
 from segkit import memory
 from segkit.config.schema import Config, DatasetConfig
+from segkit.config.targets import trust
 from segkit.data.loader import Batch
 from segkit.errors import InputError, OutOfMemory
 from segkit.files import read_config_text
@@ -150,9 +151,10 @@ def measure_alone(config: Config, name: str, table: Any, device: torch.device) -
             raise _does_not_fit(config, name, device, MemoryError("the system ended the process that tried")) from error
 
 
-def _measure_bounded(*arguments: Any) -> dict[int, int]:
+def _measure_bounded(config: Config, *arguments: Any) -> dict[int, int]:
+    trust(config.trust)
     with memory.bounded():
-        return measure(*arguments)
+        return measure(config, *arguments)
 
 
 def _does_not_fit(config: Config, name: str, device: torch.device, error: BaseException) -> OutOfMemory:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from segkit import errors, memory
+from segkit.config import targets
 from segkit.config.compose import compose
 from segkit.run import auto_batch, pipeline
 from segkit.run.splits import open_phases
@@ -47,11 +48,20 @@ def test_the_line_through_two_measurements(peaks, budget, images):
 
 
 def test_a_step_is_measured_as_it_is(tmp_path, monkeypatch):
-    """Two more images take more memory, by at least their own activations; the user's script is not run again."""
+    """Two more images take more memory, by at least their own activations; the user's script is not run again.
+
+    The model may be of a package that the user trusts.
+    """
+    net = "def net(num_classes, **options):\n    return COPLENet(3, num_classes, **options)\n"
+    (tmp_path / "own_net.py").write_text(f"from segkit.models import COPLENet\n\n\n{net}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(targets, "_trusted", set())
     (tmp_path / "script.py").write_text("raise SystemExit('run by the process that measures')\n")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    config = compose(["precision=fp32", *SMALL, "dataset.crop=[256,256]"])
+    config = compose(
+        ["precision=fp32", *SMALL, "dataset.crop=[256,256]", "trust=[own_net]", "model._target_=own_net.net"]
+    )
     phases = open_phases(config)
     peaks = auto_batch.measure_alone(config, "train", phases["train"].train, torch.device("cpu"))
     one_level = 2 * 8 * 256 * 256 * 4  # two images, eight channels of the first convolution, float32

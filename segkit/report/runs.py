@@ -176,7 +176,8 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     if phase not in config["schedule"]:
         raise InputError(f"{path} is no phase of {top}, whose phases are {', '.join(names)}: name the run folder")
     results_file, counts_file = _result_files(path, evaluation)
-    results = check_results(read_json(results_file, cure=AGAIN), results_file)
+    cure = AGAIN if evaluation is None else "delete it, and evaluate the run again with `segkit evaluate RUN`"
+    results = check_results(read_json(results_file, cure=cure), results_file, cure=cure)
     if top == path and results.get("phase") in names:
         phase = results["phase"]
     until = names[: names.index(phase) + 1]

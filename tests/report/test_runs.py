@@ -125,6 +125,10 @@ def test_another_evaluation_of_a_run(make_run):
         InputError, match=r"several evaluations 'val-last-flip'.*val-last-flip-0a1b2c3d, val-last-flip-f"
     ):
         find_runs([run], evaluation="val-last-flip")
+    with pytest.raises(
+        InputError, match=r"no mean_iou .*: delete it, and evaluate the run again with `segkit evaluate"
+    ):
+        find_runs([run], evaluation="val-last-flip-ffffffff")
     (folder / "val-last-flip-ffffffff.json").unlink()
     with pytest.raises(InputError, match=r"a has no evaluation 'val-last', it has"):
         find_runs([run], evaluation="val-last")

@@ -210,15 +210,18 @@ def held(folder: Path, *, doing: str, key: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{key} is {folder}, which cannot be made ({error.strerror})") from None
     lock = FileLock(str(folder / LOCK))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{_holder(folder)} {doing} {folder}: wait for it, or set another {key}") from None
+    except OSError as error:  # as of a network's disk that knows no locks
+        remove_if_empty(folder, lock=LOCK)
+        raise InputError(
+            f"{key} is {folder}, which cannot be made, or in which no file can be locked ({error.strerror}): set "
+            f"another {key}"
+        ) from None
     try:
         write_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
         yield

@@ -17,7 +17,7 @@ from segkit.data.decode import read_index_png, read_rgb
 from segkit.data.files import IMAGE_SUFFIXES, find_images, read_bytes, read_text, walk
 from segkit.data.statistics import count_labels
 from segkit.errors import InputError
-from segkit.files import write_atomically
+from segkit.files import held, write_atomically
 from segkit.guard import explain
 from segkit.synthetic.sample_maker import make_sample
 
@@ -94,6 +94,17 @@ def test_a_disk_that_fails_is_named_with_the_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     sentence = "a file cannot be read or written ([Errno 27] File too large): look at the disks of the data, hydra.run."
     assert explain(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))[0].startswith(sentence)
+
+
+def test_a_disk_that_knows_no_locks_is_named_with_the_folder(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    sentence = r"^x is .*run, .*no file can be locked \(No locks available\): set another x"
+    with pytest.raises(InputError, match=sentence), held(tmp_path / "run", doing="trains in", key="x"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):

@@ -142,11 +142,12 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
             f"device=mps cannot compute this ({first_line(error)}): set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
             "environment, which computes such parts on the CPU, or set device=cpu"
         ), InputError.exit_code
-    model, images = (_local_in(error, "forward", name) for name in ("self", "images"))
-    if hasattr(model, "takes") and not model.takes(images.shape):
+    calls = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    call = next((call for call in calls if hasattr(call.get("self"), "takes")), None)  # of the Segmenter, if it failed
+    if call and not call["self"].takes(call["images"].shape):
         return (
-            f"the model cannot compute images of {tuple(images.shape)} ({raised(error)}): give it images of other "
-            "sizes, or choose another model"
+            f"the model cannot compute images of {tuple(call['images'].shape)} ({raised(error)}): give it images of "
+            "other sizes (windows, as of --slide HxW), or choose another model"
         ), InputError.exit_code
     if verb in ("train", "check") and type(error).__module__.startswith(("torch._inductor.", "torch._dynamo.")):
         reason = " ".join(first_line(error).split())

@@ -19,6 +19,7 @@ from segkit.config.targets import instantiate
 from segkit.data.labels import table_from_dict
 from segkit.data.samples import Sample, SampleSet
 from segkit.errors import InputError
+from segkit.evaluation.decision import BiasedModel
 from segkit.guard import explain
 from segkit.losses import SumLoss
 from segkit.models import Segmenter
@@ -190,7 +191,7 @@ def test_a_model_of_segkit_is_tried_without_values(shape, message):
     assert devices.count("cpu") == 1
     images = torch.zeros(2, 3, 5, 7)
     with pytest.raises(RuntimeError) as failed:
-        model(images)
+        BiasedModel(model, np.zeros(3, np.float32))(images)
     assert explain(failed.value)[0].startswith("the model cannot compute images of (2, 3, 5, 7) (RuntimeError: shape")
 
 

@@ -229,13 +229,13 @@ def _local_in(error: BaseException, function: str, name: str) -> Any:
 def _explain_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space is left for {error.filename or 'a file of the run'} ({error.strerror}): free some, or choose "
+            f"no space is left for {error.filename or 'a file'} ({error.strerror}): free some, or choose "
             "a larger disk (hydra.run.dir and cache_dir, or the --output of a verb), then run the same command again"
         )
     if error.filename is not None:
         return (
-            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): mend it, or give another place, "
-            "hydra.run.dir=DIR or the --output of a verb"
+            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): mend it, or give another path in "
+            "its place (of results: hydra.run.dir=DIR, or the --output of a verb)"
         )
     try:
         os.getcwd()

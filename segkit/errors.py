@@ -14,10 +14,14 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
+LITE0 = "tu-tf_efficientnet_lite0"
+"""The one encoder whose ImageNet weights are installed with segkit."""
 MOST_DEFLATED = 200
 """Times that the content of an archive may be larger than the archive; what a run writes deflates less."""
 MOST_NUMBER = 1e30
 """What a number may be at most: well within 32 bits."""
+PROBE_SECONDS = 5.0
+"""Time that a server has to answer before it counts as out of reach."""
 SMALL = 2**20
 """Bytes that any archive may hold: only a larger one can do harm."""
 
@@ -127,4 +131,31 @@ def is_plain(value: object) -> bool:
         and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
         and value.layout == torch.strided
         and (value.dtype.itemsize > 1 or not value.is_floating_point())
+    )
+
+
+def unreachable(url: str) -> str | None:
+    """Return why ``url`` cannot be reached (through the proxy of the environment); None if it answers at all."""
+    import urllib.request
+    from http.client import HTTPException
+
+    try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"segkit/{os.name}"})
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, HTTPException) as error:
+        return str(getattr(error, "reason", error))
+    return None
+
+
+def not_fetched(encoder: str, place: str, reason: str | None) -> InputError:
+    """Return the error that ImageNet weights of ``encoder`` are neither in the cache nor to be had from ``place``."""
+    from huggingface_hub import constants
+
+    return InputError(
+        f"the ImageNet weights of the encoder {encoder} are not in the cache {constants.HF_HUB_CACHE} and their "
+        f"download from {place} failed ({reason}): connect once, choose model=deeplabv3plus_lite, whose weights are "
+        "installed with segkit, or set model.encoder_weights=none for random weights or model.encoder_weights=PATH "
+        "for a file"
     )

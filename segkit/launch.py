@@ -39,9 +39,12 @@ def task(node: Any) -> float | None:
     searches = bool(node.sweep.space) or node.sweep.trials is not None or node.sweep.hours is not None
     folder = Path(hydra_config.runtime.output_dir)
     with guard(passes=many and not (local or searches)), ExitStack() as last:
+        if many:  # what Hydra writes before the first job, of a sweep that is refused
+            sweep = Path(hydra_config.sweep.dir)
+            last.push(lambda kind, *_: None if kind is None else remove_if_empty(sweep, lock="multirun.yaml"))
         last.callback(remove_if_empty, folder)  # that Hydra made: after an error, or until the job in it starts
         from segkit.config.compose import to_config
-        from segkit.run.splits import open_phases
+        from segkit.run.splits import check_hub, open_phases
 
         config = to_config(node)
         overrides = list(hydra_config.overrides.task)
@@ -51,6 +54,7 @@ def task(node: Any) -> float | None:
             _submit(config, overrides, hydra_config)
         else:
             splits = open_phases(config)  # before anything heavy is imported
+            check_hub(config)
             from segkit.run import pipeline
 
             return pipeline.run(config, folder, splits)
@@ -73,9 +77,10 @@ def check_job(config: Any, folder: Path | None = None) -> None:
 
     ``folder``: where it would run, if that is known.
     """
-    from segkit.run.splits import open_phases
+    from segkit.run.splits import check_hub, open_phases
 
     splits = open_phases(config)
+    check_hub(config)
 
     from segkit.run import pipeline
     from segkit.run.folder import RunFolder

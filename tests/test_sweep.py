@@ -69,6 +69,13 @@ def test_a_sweep_with_a_job_that_fails(tmp_path, goes_on):
     assert "phase pretrain: finished already" in (tmp_path / "sweep" / "1" / "log.txt").read_text()
 
 
+def test_a_sweep_that_is_refused_leaves_nothing(tmp_path):
+    done = sweep(tmp_path, "loss.upsilon=1,2", "init_from=/nowhere")
+    assert done.returncode == 2
+    assert "init_from is /nowhere, but there is no such file or folder" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["configs"]
+
+
 def test_jobs_are_told_where_options_lie(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "-cd", "mine", "hydra.searchpath=[file:///there]", "seed=1,2"])
     sweep = LocalSweep(Path("sweep"), jobs=1, options=passed_on())

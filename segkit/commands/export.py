@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
     else:
         check_writable(arguments, "output")
     dataset = dataset_of(saved, arguments)
-    split, unreachable = validation_split(dataset)
+    split, unreachable = validation_split(dataset, given=arguments.root is not None)
     if split is not None:
         check_classes(saved, split.classes)
     model = saved.model(arguments.checkpoint)
@@ -109,13 +109,15 @@ def write_portable(arguments: Namespace, output: Path, model: Any, facts: dict[s
     return predictor(exported(opened), again, "fp32")
 
 
-def validation_split(dataset: Any) -> tuple[Any, str]:
-    """Return the validation split, or None and a sentence why it cannot be opened."""
+def validation_split(dataset: Any, *, given: bool) -> tuple[Any, str]:
+    """Return the validation split, or None and a sentence why it cannot be opened, which a ``given`` folder must."""
     from segkit.run.splits import open_split
 
     try:
         return open_split(dataset, dataset.val_split), ""
     except InputError as error:
+        if given:
+            raise
         return None, str(error)
 
 

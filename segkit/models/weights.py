@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkit.errors import InputError, check_archive, first_line, is_plain
+from segkit.errors import LITE0, InputError, check_archive, first_line, is_plain, not_fetched, unreachable
 from segkit.models.exported import read_safetensors
 
-LITE0 = "tu-tf_efficientnet_lite0"
-PROBE_SECONDS = 5.0
-"""Time that a server has to answer before it counts as out of reach."""
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 """Prefixes that wrappers (parallel training, compilation, :class:`~segkit.models.Segmenter`) put before every key."""
 
@@ -266,21 +259,4 @@ def _fetch(encoder: str, repository: str, names: list[str], *, revision: str | N
             return huggingface_hub.hf_hub_download(repository, name, revision=revision)
         except Exception as error:  # the errors of the hub, of HTTP and of the disk share no base class
             reason = first_line(error)
-    raise InputError(
-        f"the ImageNet weights of the encoder {encoder} are not in the cache {constants.HF_HUB_CACHE} and their "
-        f"download from {constants.ENDPOINT}/{repository} failed ({reason}): connect once, choose "
-        "model=deeplabv3plus_lite, whose weights are installed with segkit, or set model.encoder_weights=none for "
-        "random weights or model.encoder_weights=PATH for a file"
-    )
-
-
-def unreachable(url: str) -> str | None:
-    """Return why ``url`` cannot be reached (through the proxy of the environment); None if it answers at all."""
-    try:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": f"segkit/{os.name}"})
-        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError, HTTPException) as error:
-        return str(getattr(error, "reason", error))
-    return None
+    raise not_fetched(encoder, f"{constants.ENDPOINT}/{repository}", reason)

@@ -24,7 +24,6 @@ from segkit.data.statistics import fingerprint
 from segkit.errors import InputError, Interrupted
 from segkit.files import write_json
 from segkit.models import Segmenter
-from segkit.models.weights import unreachable
 from segkit.report.tables import class_table
 from segkit.run import auto_batch, hardware
 from segkit.run.build import check_batch, check_parts, check_sizes
@@ -84,10 +83,9 @@ def check_machine(config: Config, device: torch.device) -> None:
             "sync_batchnorm=true shares statistics between processes, but there is one: start several with torchrun, "
             "or set sync_batchnorm=false"
         )
-    distributed.on_main(lambda: sinks.check_tracker(config.tracker.value, unreachable))
-    compiler = os.environ.get(
-        "CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    )  # torch takes no other
+    distributed.on_main(lambda: sinks.check_tracker(config.tracker.value))
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch looks for no other
+    compiler = os.environ.get("CXX", usual)
     if config.compile and not shutil.which(compiler.partition(" ")[0]):
         raise InputError(
             f"compile=true needs a compiler of C++, but {compiler or 'the empty CXX'} is not in PATH: install one, "

@@ -10,7 +10,7 @@ from segkit.config.targets import GROUPS, instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
 from segkit.data.layout import group_of, name_share
-from segkit.errors import InputError
+from segkit.errors import LITE0, InputError, not_fetched, unreachable
 
 HOLDOUT = "holdout"
 """Name of the split that `dataset.holdout` makes of training images."""
@@ -111,6 +111,22 @@ def _check_weights(config: Config) -> None:
             raise InputError(
                 f"model.{key} is {source}, but there is no such file: give the path of a file with weights"
             )
+
+
+def check_hub(config: Config) -> None:
+    """Raise InputError if the encoder's weights come from the hub, whose cache is empty, and which does not answer.
+
+    Building the model would say so as well, but only once the heavy libraries are imported.
+    """
+    from huggingface_hub import constants
+
+    encoder = config.model.get("encoder")
+    if config.model.get("encoder_weights") != "imagenet" or encoder in (None, LITE0):
+        return
+    if config.model["_target_"] not in GROUPS["model"].permitted or any(Path(constants.HF_HUB_CACHE).glob("models--*")):
+        return
+    if reason := "the hub is set to offline" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT):
+        raise not_fetched(encoder, constants.ENDPOINT, reason)
 
 
 def open_phases(config: Config) -> dict[str, Splits]:

@@ -12,13 +12,13 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segkit.errors import InputError
+from segkit.errors import InputError, unreachable
 from segkit.files import read_json, write_json
 
 
@@ -57,10 +57,10 @@ class Sink:
         """Write what is pending."""
 
 
-def check_tracker(kind: str, unreachable: Callable[[str], str | None]) -> None:
+def check_tracker(kind: str) -> None:
     """Raise InputError if the package of the tracker ``kind`` is not installed, or where it writes is not there.
 
-    ``unreachable`` says why an address cannot be reached, or None; MLflow itself would try for minutes.
+    MLflow itself would try for minutes.
     """
     found = find_spec(kind) if kind in ("wandb", "mlflow") else None
     if kind in ("wandb", "mlflow") and (found is None or found.origin is None):  # None: a folder that wandb has left

@@ -145,9 +145,16 @@ def test_a_bias_is_kept_and_used_by_predict_and_export(finished, call, tmp_path)
     assert kept["bias"]["mean_iou_after"] >= kept["bias"]["mean_iou_before"]
     assert kept["fitted_on"]["split"] == "train"
     image = next((finished.parent / "data").rglob("leftImg8bit/val/**/*.png"))
-    nowhere = ["--root", tmp_path / "nowhere"]
-    exported = call(export, finished, "--decision", "bias", "--output", tmp_path / "biased.onnx", *nowhere)
-    assert re.search(r"not checked on real images, as there are none: .*nowhere", exported)
+    biased = [finished, "--decision", "bias", "--output", tmp_path / "biased.onnx"]
+    with pytest.raises(InputError, match=r"not complete under .*nowhere"):
+        call(export, *biased, "--root", tmp_path / "nowhere")
+    data = finished.parent / "data"
+    data.rename(tmp_path / "moved")
+    try:
+        exported = call(export, *biased)
+    finally:
+        (tmp_path / "moved").rename(data)
+    assert re.search(r"not checked on real images, as there are none: .*data", exported)
     assert "% of the pixels" not in exported
     for run, name, options in ((finished, "run", ["--decision", "bias"]), (tmp_path / "biased.onnx", "onnx", [])):
         with pytest.raises(SystemExit):

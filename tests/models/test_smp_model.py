@@ -146,7 +146,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoder: str, 
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(encoder_weights.urllib.request, "urlopen", no_connection)
+    monkeypatch.setattr("urllib.request.urlopen", no_connection)
     message = (
         rf"ImageNet weights of the encoder {encoder} are not in the cache .* download from .*{re.escape(repository)}.* "
         r"failed \(no route to host\).*model\.encoder_weights=none .*model\.encoder_weights=PATH"

@@ -140,9 +140,8 @@ def evaluation_name(arguments: Namespace, protocol: dict[str, Any], root: Path |
     parts += ["boundary"] * arguments.boundary
     if arguments.max_images:
         parts.append(f"first{arguments.max_images}")
-    whole = json.dumps(
-        [protocol, arguments.checkpoint, arguments.boundary, *([str(root)] if root else [])], sort_keys=True
-    )
+    asked = [protocol, arguments.checkpoint, arguments.boundary] + ([str(root)] if root else [])
+    whole = json.dumps(asked, sort_keys=True)
     return "-".join([*parts, hashlib.blake2b(whole.encode(), digest_size=4).hexdigest()])
 
 

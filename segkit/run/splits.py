@@ -118,12 +118,15 @@ def check_hub(config: Config) -> None:
 
     Building the model would say so as well, but only once the heavy libraries are imported.
     """
+    model = config.model
+    encoder = model.get("encoder")
+    if model["_target_"] not in GROUPS["model"].permitted or encoder in (None, LITE0):
+        return
+    if model.get("encoder_weights") != "imagenet" or model.get("weights"):  # which hold those of the encoder, too
+        return
     from huggingface_hub import constants
 
-    encoder = config.model.get("encoder")
-    if config.model.get("encoder_weights") != "imagenet" or encoder in (None, LITE0):
-        return
-    if config.model["_target_"] not in GROUPS["model"].permitted or any(Path(constants.HF_HUB_CACHE).glob("models--*")):
+    if any(Path(constants.HF_HUB_CACHE).glob("models--*")):
         return
     if reason := "the hub is set to offline" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT):
         raise not_fetched(encoder, constants.ENDPOINT, reason)

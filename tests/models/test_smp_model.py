@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.models import deeplabv3plus, smp_model
 from segkit.models import weights as encoder_weights
+from segkit.run.splits import check_hub
 
 SMALL = "tu-regnetx_002"
 
@@ -156,6 +159,27 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoder: str, 
         deeplabv3plus(encoder, 3)
     assert "\n" not in str(caught.value)
     assert time.perf_counter() - begin < 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cached", "refused"),
+    [
+        (["model=smp"], False, True),
+        (["model=smp"], True, False),  # perhaps this one: looked for when the model is built
+        (["model=smp", "model.weights=whole.pt"], False, False),
+        (["model=smp", "model.encoder_weights=none"], False, False),
+        (["model=deeplabv3plus_lite"], False, False),
+        (["model=coplenet"], False, False),
+    ],
+)
+def test_the_hub_is_asked_early_only_for_weights_that_are_wanted(monkeypatch, tmp_path, overrides, cached, refused):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if cached:
+        (tmp_path / "models--owner--name").mkdir()
+    message = r"encoder resnet34 are not in the cache .* failed \(the hub is set to offline\): connect once"
+    with pytest.raises(InputError, match=message) if refused else contextlib.nullcontext():
+        check_hub(compose(overrides))
 
 
 def test_failing_download(monkeypatch: pytest.MonkeyPatch) -> None:

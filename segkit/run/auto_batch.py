@@ -23,6 +23,8 @@ from segkit.files import read_config_text
 from segkit.models.grad_checkpoint import POLICIES
 from segkit.run.build import build_loss, build_model, build_optimizer, even_counts
 from segkit.run.changes import CONFIG_CURE
+from segkit.run.own import try_loss, try_model
+from segkit.run.saved import without_sources
 from segkit.run.splits import Splits
 from segkit.training import distributed
 from segkit.training.precision import Mixed
@@ -51,7 +53,8 @@ def with_largest_batch(
     """``config`` with the largest ``batch_size`` that fits, and the measurements behind it.
 
     A run that goes on (``saved``, its config.yaml, is there) keeps its batch size, and None is returned for the rest.
-    The learning rate and the number of epochs stay as they are. InputError if not even the probes fit.
+    The learning rate and the number of epochs stay as they are. OutOfMemory if not even the probes fit; InputError,
+    before anything is measured, for a model or loss that fails.
     """
     if saved.is_file():
         kept = read_config_text(saved, cure=CONFIG_CURE)
@@ -59,6 +62,13 @@ def with_largest_batch(
             if type(size := kept.get("batch_size")) is not int:
                 raise InputError(f"{saved} has batch_size {size!r}, but must have the number that was chosen: write it")
             return dataclasses.replace(config, batch_size=size), None
+    model = build_model(without_sources(config), next(iter(phases.values())).train.num_classes).to(device)
+    for name, splits in phases.items():
+        try_model(model, config, name, splits.val, device)
+        ignored, counts = splits.train.ignore_index, even_counts(splits.train.classes)
+        loss = build_loss(config.phase_loss(name), counts, ignore_index=ignored).to(device)
+        try_loss(loss, config, name, splits.train, device)
+    del model
     parts = config.accumulate * distributed.world_size()
     most = min(len(splits.train) for splits in phases.values()) // parts
     report: dict[str, Any] = {"phases": {}, "asked": config.batch_size, "policy": None}

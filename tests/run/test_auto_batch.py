@@ -12,6 +12,7 @@ import torch
 from segkit import errors, memory
 from segkit.config import targets
 from segkit.config.compose import compose
+from segkit.models import Segmenter
 from segkit.run import auto_batch, pipeline
 from segkit.run.splits import open_phases
 
@@ -92,6 +93,24 @@ def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(auto_batch, "measure_alone", lambda *arguments: {2: 300, 4: 301})
     run(tmp_path / "run")
     assert "batch_size=23 instead of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [("model", r"in evaluation mode .* fails \(Run"), ("loss", "the loss .* fai")]
+)
+def test_a_model_or_a_loss_that_fails_is_refused_before_anything_is_measured(tmp_path, monkeypatch, part, message):
+    class Fails(torch.nn.Module):
+        def forward(self, *arguments):
+            raise RuntimeError("not of this size")
+
+    made = Segmenter(Fails()) if part == "model" else Fails()
+    monkeypatch.setattr(auto_batch, f"build_{part}", lambda *_, **__: made)
+    monkeypatch.setattr(auto_batch, "measure_alone", lambda *_: pytest.fail("measured"))
+    config = compose([*SMALL])
+    with pytest.raises(errors.InputError, match=message):
+        auto_batch.with_largest_batch(
+            config, saved=tmp_path / "config.yaml", phases=open_phases(config), device=torch.device("cpu")
+        )
 
 
 def test_probes_that_do_not_fit_say_what_helps(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import traceback
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -61,7 +62,9 @@ def first_line(error: BaseException) -> str:
     """
     if mark := getattr(error, "problem_mark", None):
         return f"{error.problem} in line {mark.line + 1}"  # type: ignore[attr-defined]
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and re.match(r"\d+ validation error", lines[0]):  # of pydantic: of what, and why
+        return " ".join(lines[1:3])
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 

@@ -126,10 +126,6 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
     """
     folder = run_folder.phase(phase.name)
     distributed.on_main(lambda: _write_facts(phase, folder))  # also of a finished one: damaged ones are whole again
-    if run_folder.is_finished(phase.name):
-        distributed.print_main(f"phase {phase.name}: finished already")
-        run_folder.join_metrics(phase.name)
-        return run_folder.results(phase.name)
     names = list(phase.config.schedule)
     offset = sum(run_folder.results(name)["step"] for name in names[: names.index(phase.name)])
     tracker = Tracker(
@@ -140,6 +136,11 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         offset=offset,
         kind=phase.config.tracker.value,
     )
+    if run_folder.is_finished(phase.name):
+        distributed.print_main(f"phase {phase.name}: finished already")
+        run_folder.join_metrics(phase.name)
+        distributed.on_main(lambda: tracker.show_finished(is_last=phase.is_last))
+        return run_folder.results(phase.name)
     validation = phase.validation(tracker, stop)
     trainer = make_trainer(phase, folder, tracker=tracker, validate=validation, stop=stop)
     if phase.is_last:

@@ -94,13 +94,8 @@ class Validation:
         assert self.last is not None
         classes = {name: {score: values[score] for score in SCORES} for name, values in results["classes"].items()}
         summary = {key: results[key] for key in ("mean_iou", "pixel_accuracy", "num_classes_averaged")}
-        self.tracker.record(step, {"split": "val", **summary, "classes": classes})
-        tags = {key: f"val/{key}" for key in summary} | {"mean_iou": "curves/mean_iou"}
-        scalars = {tags[key]: value for key, value in summary.items() if value is not None}
-        for score in SCORES:
-            known = {name: value for name, of in classes.items() if (value := of[score]) is not None}
-            scalars |= {f"{score}/{name}": value for name, value in known.items()}
-        self.tracker.scalars(step, scalars | charts.error_shares(self.last.counts, self.split.classes))
+        self.tracker.evaluation(step, {**summary, "classes": classes})
+        self.tracker.scalars(step, charts.error_shares(self.last.counts, self.split.classes))
         self.tracker.scalars(step, charts.running_iou(self.loss, self.split.classes))
         self._show_margins(step, sums)
         if self.last.pictures and distributed.is_main():

@@ -1,7 +1,8 @@
 """Where the curves of a phase are shown beside metrics.jsonl: TensorBoard, Weights & Biases or MLflow.
 
 TensorBoard is told at which step a run goes on, and hides what was shown from there on. The others cannot take anything
-back, so they show no step of a scalar or picture that an earlier process has shown.
+back, so they show no step of a scalar or picture that an earlier process has shown; what they lack of the records in
+metrics.jsonl is shown when they are opened.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 
 from segkit.errors import InputError, unreachable
 from segkit.files import read_json, write_json
+
+SERVICES = ("wandb", "mlflow")
+"""Sinks that take nothing back"""
 
 
 class Row(NamedTuple):
@@ -34,6 +38,9 @@ class Row(NamedTuple):
 
 class Sink:
     """What a tracker tells; each sink shows what it can. ``step`` counts over all phases of the run."""
+
+    remembers = False
+    """Whether it knows what it has shown"""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Show numbers by their tags."""
@@ -62,8 +69,8 @@ def check_tracker(kind: str) -> None:
 
     MLflow itself would try for minutes.
     """
-    found = find_spec(kind) if kind in ("wandb", "mlflow") else None
-    if kind in ("wandb", "mlflow") and (found is None or found.origin is None):  # None: a folder that wandb has left
+    found = find_spec(kind) if kind in SERVICES else None
+    if kind in SERVICES and (found is None or found.origin is None):  # None: a folder that wandb has left
         raise InputError(f"tracker={kind} needs a package that is not installed: pip install 'segkit[{kind}]'")
     place, reason = os.environ.get("MLFLOW_TRACKING_URI", "") if kind == "mlflow" else "", None
     if place.startswith(("http://", "https://")):
@@ -174,22 +181,61 @@ def _wait_for_a_later_name(folder: Path) -> None:
 # -- sinks that take nothing back ----------------------------------------------------------------------------------
 
 
+def has_shown(kind: str, run: Path, phase: str) -> bool:
+    """True if the sink ``kind`` shows the finished ``phase`` of ``run`` to its end, or knows nothing of that."""
+    return kind not in SERVICES or _remembered(kind, run, phase).get("finished") is True
+
+
+def _remembered(kind: str, run: Path, phase: str) -> dict[str, Any]:
+    """The content of the file of a phase (:class:`_Remembering`); empty if there is none."""
+    path, cure = memory_of(kind, run, phase), "delete it, and a new run is shown"
+    content = read_json(path, cure=cure) if path.is_file() else {}
+    shown = content.get("shown", {})
+    if not (
+        isinstance(content.get("id"), str | None)
+        and isinstance(shown, dict)
+        and all(isinstance(step, int) for step in shown.values())
+    ):
+        raise InputError(f"{path} does not say which run of {kind} is its own, and what that shows: {cure}")
+    return content
+
+
+def memory_of(kind: str, run: Path, phase: str) -> Path:
+    """The file in which a sink keeps what it shows of a phase."""
+    return run / f"{kind}-{phase}.json"
+
+
 class _Remembering(Sink):
     """Keeps in a file of the run folder which run of the service is its own, and the last step shown of each tag."""
 
+    remembers = True
+
     def __init__(self, kind: str, run: Path, phase: str) -> None:
-        self.path, self.name = run / f"{kind}-{phase}.json", f"{run.resolve().name}/{phase}"
-        content = read_json(self.path, cure="delete it, and a new run is shown") if self.path.is_file() else {}
+        self.path, self.name = memory_of(kind, run, phase), f"{run.resolve().name}/{phase}"
+        content = _remembered(kind, run, phase)
         self.id: str | None = content.get("id")
         self.shown: dict[str, int] = content.get("shown", {})
+        self.is_finished = False
 
     def new(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Return what of ``values`` no process has shown at ``step`` or later, and note on the disk that it is now."""
-        found = {tag: value for tag, value in values.items() if self.shown.get(tag, -1) < step}
-        if found:
-            self.shown |= dict.fromkeys(found, step)
-            write_json(self.path, {"id": self.id, "shown": self.shown})
-        return found
+        """Return what of ``values`` no process has shown at ``step`` or later."""
+        return {tag: value for tag, value in values.items() if self.shown.get(tag, -1) < step}
+
+    def note(self, step: int, tags: Iterable[str]) -> None:
+        """Note on the disk that ``tags`` are shown at ``step``."""
+        self.shown |= dict.fromkeys(tags, step)
+        self.write(self.shown)
+
+    def write(self, shown: dict[str, int]) -> None:
+        """Write the file."""
+        write_json(self.path, {"id": self.id, "shown": shown, "finished": self.is_finished})
+
+    def finished(self, *, is_last: bool) -> None:
+        self.is_finished = True
+
+
+WANDB_FLUSH = 20.0
+"""Seconds after which W&B has what it was told on the disk (15), so that a kill of all its processes loses it not."""
 
 
 class WandB(_Remembering):
@@ -201,14 +247,25 @@ class WandB(_Remembering):
         self.id = self.id or uuid.uuid4().hex
         project, settings = os.environ.get("WANDB_PROJECT") or "segkit", wandb.Settings(console="off", silent=True)
         facts = {"project": project, "name": self.name, "group": str(run), "dir": run}
+        facts |= {"reinit": "create_new"}  # beside one that is open in a notebook, in place of writing into that
         self.run: Any = wandb.init(id=self.id, resume="allow", settings=settings, **facts)
         self.run.define_metric("*", step_metric="step")
         self.image, self.bins, self.html = wandb.Image, wandb.Histogram, wandb.Html
         self.markdown: Any = import_module("markdown").markdown  # TensorBoard's own
+        self.write(self.shown)
+        self.before, self.since = dict(self.shown), time.monotonic()
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if new := self.new(step, values):
             self.run.log({"step": step, **new})
+            self.note(step, new)
+
+    def note(self, step: int, tags: Iterable[str]) -> None:
+        """Note what is shown; on the disk stands what is older than W&B keeps in memory."""
+        self.shown |= dict.fromkeys(tags, step)
+        if time.monotonic() - self.since > WANDB_FLUSH:
+            self.write(self.before)
+            self.before, self.since = dict(self.shown), time.monotonic()
 
     def picture(self, step: int, tag: str, pixels: Any) -> None:
         self.scalars(step, {tag: self.image(pixels)})
@@ -224,6 +281,7 @@ class WandB(_Remembering):
 
     def close(self) -> None:
         self.run.finish()
+        self.write(self.shown)
 
 
 MLFLOW_RETRIES = "3"
@@ -237,19 +295,22 @@ class MLflow(_Remembering):
         super().__init__("mlflow", run, phase)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MLFLOW_RETRIES)
         self.mlflow: Any = import_module("mlflow")
-        self.client, self.status = self.mlflow.MlflowClient(), "KILLED"
+        self.client = self.mlflow.MlflowClient()
         if self.id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "segkit"
             known = self.client.get_experiment_by_name(name)
             experiment = self.client.create_experiment(name) if known is None else known.experiment_id
             self.id = self.client.create_run(experiment, run_name=self.name).info.run_id
+            self.write(self.shown)
         self.client.update_run(self.id, status="RUNNING")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        metric, now = self.mlflow.entities.Metric, int(1000 * time.time())
-        metrics = [metric(_mlflow_name(tag), value, now, step) for tag, value in self.new(step, values).items()]
+        metric, now, new = self.mlflow.entities.Metric, int(1000 * time.time()), self.new(step, values)
+        metrics = [metric(_mlflow_name(tag), value, now, step) for tag, value in new.items()]
         for at in range(0, len(metrics), 1000):  # it takes no more in one call
             self.client.log_batch(self.id, metrics=metrics[at : at + 1000])
+        if new:
+            self.note(step, new)
 
     def picture(self, step: int, tag: str, pixels: Any) -> None:
         self.client.log_image(self.id, pixels, f"{_mlflow_name(tag)}/{step:08d}.png")
@@ -260,14 +321,14 @@ class MLflow(_Remembering):
     def describe(self, row: Row) -> None:
         for name, value in self.new(0, row.values).items():
             self.client.log_param(self.id, name, value)
-
-    def finished(self, *, is_last: bool) -> None:
-        self.status = "FINISHED"
+        self.note(0, row.values)
 
     def close(self) -> None:
-        self.client.set_terminated(self.id, self.status)
+        self.client.set_terminated(self.id, "FINISHED" if self.is_finished else "KILLED")
+        self.write(self.shown)
 
 
 def _mlflow_name(tag: str) -> str:
-    """Return ``tag`` with other letters than MLflow takes written as their numbers."""
-    return re.sub(r"[^\w\-. /]|\.(?=\.)", lambda letter: f"_{ord(letter[0]):x}_", tag)
+    """Return ``tag`` with other letters than MLflow takes written as their numbers, and dots and slashes that name no
+    place of their own, as in a path."""
+    return re.sub(r"[^\w\-. /]|\.(?=\.)|(?<![^/])\.(?![^/])|(?<![^/])/|/$", lambda letter: f"_{ord(letter[0]):x}_", tag)

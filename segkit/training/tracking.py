@@ -91,12 +91,18 @@ class Tracker:
             purge_step = self.offset + step if step else None
             self._sink = sinks.open_sink(self.kind, self.folder, phase=self.phase, run=run, purge_step=purge_step)
         except Exception as error:
+            memory = sinks.memory_of(self.kind, run, self.phase)
+            anew = f", delete {memory} for a new run there" if memory.is_file() else ""
             raise InputError(
-                f"tracker={self.kind} cannot be opened ({first_line(error)}): mend that, or set tracker=none"
+                f"tracker={self.kind} cannot be opened ({first_line(error)}): mend that{anew}, or set tracker=none"
             ) from None
         if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
             shown = _training_tags(last) | {f"speed/{name}": value for name, value in self._last_speed.items()}
             self.scalars(step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
+        if self._sink.remembers and self.files[0].is_file():
+            for line in self.files[0].read_bytes().splitlines():
+                record = _last_line(line)
+                self.scalars(record.get("step", 0), _tags(record))
 
     def _tell(self, show: Callable[[sinks.Sink], None]) -> None:
         """Call ``show`` with the sink. One that fails (a network, say) is given up, with one warning."""
@@ -130,6 +136,11 @@ class Tracker:
         """Record and show what the steps up to ``step`` have computed."""
         self.record(step, {"split": "train", **values})
         self.scalars(step, _training_tags(values))
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Record and show the scores of an evaluation: ``classes`` maps names to those of a class."""
+        self.record(step, {"split": "val", **values})
+        self.scalars(step, _evaluation_tags(values))
 
     def timing(self, step: int, values: dict[str, float]) -> None:
         """Append one line to timing.jsonl and show the values."""
@@ -166,6 +177,13 @@ class Tracker:
     def finished(self, *, is_last: bool = True) -> None:
         """Note that the phase was trained to its end."""
         self._tell(lambda sink: sink.finished(is_last=is_last))
+
+    def show_finished(self, *, is_last: bool) -> None:
+        """Show what a finished phase has recorded if the sink has not, as of one that another run has trained."""
+        if self.folder is not None and not sinks.has_shown(self.kind, self.files[-1].parent, self.phase):
+            self.open()
+            self.finished(is_last=is_last)
+            self.close()
 
     def show(self, step: int, values: dict[str, str]) -> None:
         """Show the state of training: a bar on a terminal, a line at most every two seconds elsewhere."""
@@ -216,6 +234,24 @@ class Tracker:
 def _training_tags(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of training steps by the tags of their charts; what matters most comes first there."""
     return {"curves/loss" if name == "loss" else f"train/{name}": value for name, value in values.items()}
+
+
+def _evaluation_tags(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of an evaluation by the tags of their charts."""
+    classes = values.get("classes") or {}
+    kinds = {kind: None for scores in classes.values() for kind in scores}
+    of_classes = {f"{kind}/{name}": scores.get(kind) for kind in kinds for name, scores in classes.items()}
+    totals = {f"val/{name}": value for name, value in values.items() if name not in ("classes", "mean_iou")}
+    found = {"curves/mean_iou": values.get("mean_iou"), **totals, **of_classes}
+    return {tag: value for tag, value in found.items() if isinstance(value, int | float)}
+
+
+def _tags(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a line of metrics.jsonl by the tags of their charts."""
+    values = {name: value for name, value in record.items() if name not in ("phase", "step", "split")}
+    if record.get("split") == "val":
+        return _evaluation_tags(values)
+    return {tag: value for tag, value in _training_tags(values).items() if isinstance(value, int | float)}
 
 
 def _last_line(content: bytes) -> dict[str, Any]:

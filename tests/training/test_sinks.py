@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import time
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def train(folder, steps, *, kind, is_finished=False):
     for step in steps:
         tracker.training(step, {"loss": float(step), "lr": 0.5 / step})
         if step % 2 == 0:
-            tracker.scalars(step, {"curves/mean_iou": step / 10, "iou/traffic (sign)": 0.5, "absent": np.nan})
+            classes = {"traffic (sign)": {"iou": 0.5}, "absent": {"iou": None}}
+            tracker.evaluation(step, {"mean_iou": step / 10, "classes": classes})
             tracker.pictures(step, "val/pictures", PICTURE)
             tracker.histogram(step, "lambda", np.array([0, 2, 1]), np.array([-1.0, 0.0, 1.0, 2.0]))
     if is_finished:
@@ -90,16 +92,91 @@ def test_a_sink_that_fails_does_not_end_the_run(folder, monkeypatch, recwarn):
     assert "tracker=mlflow failed (no route to host): from here on the curves of phase train" in str(warning.message)
     assert {entry[0] for entry in fake.told if isinstance(entry[0], int)} == {101, 102}
     assert fake.told.count("closed") == 1
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_service_is_shown_what_it_lacks_of_the_records(folder, monkeypatch):
+    """As those of a phase from the cache, which another run has trained; once, and with its scores."""
+    train(folder, range(1, 3), kind="none")
+    fake = Fake()
+    fake.remembers = True
+    monkeypatch.setattr(sinks, "open_sink", lambda *_, **__: fake)
+    run = folder.parent
+    tracker = Tracker(folder, phase="train", run_metrics=run / "metrics.jsonl", num_steps=2, offset=100, kind="mlflow")
+    tracker.show_finished(is_last=False)
+    assert fake.told == [
+        (101, "curves/loss", 1.0),
+        (101, "train/lr", 0.5),
+        (102, "curves/loss", 2.0),
+        (102, "train/lr", 0.25),
+        (102, "curves/mean_iou", 0.2),
+        (102, "iou/traffic (sign)", 0.5),
+        "closed",
+    ]
+    (run / "mlflow-train.json").write_text('{"id": "a", "shown": {}, "finished": true}')
+    tracker.show_finished(is_last=False)
+    assert fake.told.count("closed") == 1
+
+
+def test_wandb_is_told_again_what_a_kill_may_have_lost(folder, monkeypatch):
+    """It keeps some seconds of what it is told in memory; and a run of the user's own beside it stays as it is."""
+    told, asked = [], []
+    package = MagicMock()
+    package.init = lambda **options: asked.append(options) or MagicMock(log=told.append)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    killed = sinks.WandB(folder.parent, "train")
+    killed.scalars(1, {"a": 1.0})
+    monkeypatch.setattr(sinks, "WANDB_FLUSH", -1)
+    killed.scalars(2, {"a": 2.0})
+    killed.scalars(3, {"a": 3.0})
+    again = sinks.WandB(folder.parent, "train")
+    for step in (1, 2, 3, 4):
+        again.scalars(step, {"a": float(step)})
+    again.close()
+    sinks.WandB(folder.parent, "train").scalars(4, {"a": 4.0})
+    assert [row["step"] for row in told] == [1, 2, 3, 3, 4]
+    assert {(options["id"], options["reinit"]) for options in asked} == {(again.id, "create_new")}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"id": 3}', '{"shown": [1]}', '{"shown": {"a": "b"}}'])
+def test_a_damaged_file_of_what_is_shown_is_named(folder, content):
+    (folder.parent / "mlflow-train.json").write_text(content)
+    tracker = Tracker(folder, phase="train", run_metrics=folder.parent / "metrics.jsonl", num_steps=1, kind="mlflow")
+    with pytest.raises(InputError, match=r"mlflow-train\.json .*: delete it, and a new run is shown"):
+        tracker.show_finished(is_last=True)
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ("iou/traffic (sign)", "iou/traffic _28_sign_29_"),
+        ("iou/etc.", "iou/etc."),
+        ("iou/../a..b", "iou/_2e_./a_2e_.b"),
+        ("iou/.", "iou/_2e_"),
+        ("iou/./a", "iou/_2e_/a"),
+        ("iou//a/", "iou/_2f_a_2f_"),
+        ("/a", "_2f_a"),
+        ("iou/pré .a", "iou/pré .a"),
+    ],
+)
+def test_a_name_that_mlflow_takes(tag, name):
+    assert sinks._mlflow_name(tag) == name
+    pytest.importorskip("mlflow").utils.validation._validate_metric_name(name)
 
 
 def test_a_sink_that_cannot_be_opened_is_refused_at_the_start(folder, monkeypatch):
+    asked = []
+
     def no_login(*_, **__):
-        raise RuntimeError("\nno API key.\nUsage: log in")
+        raise RuntimeError("\nno API key.\nUsage: log in" if not asked else "1 validation error for X\nmode\n  not 'x'")
 
     monkeypatch.setattr(sinks, "open_sink", no_login)
     tracker = Tracker(folder, phase="train", num_steps=1, kind="wandb")
     with pytest.raises(InputError, match=r"tracker=wandb cannot be opened \(no API key\): .* or set tracker=none"):
+        tracker.open()
+    asked.append(folder.joinpath("wandb-train.json").write_text("{}"))
+    message = r"\(mode not 'x'\): mend that, delete .*/wandb-train.json for a new run there, or set"
+    with pytest.raises(InputError, match=message):
         tracker.open()
 
 
@@ -137,7 +214,7 @@ def test_a_place_of_mlflow_that_is_not_there_is_refused_at_once(monkeypatch, pla
 def test_none_writes_metrics_alone(folder):
     train(folder, range(1, 5), kind="none")
     assert {path.name for path in folder.rglob("*")} == {"metrics.jsonl"}
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 EXPECTED = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -174,8 +175,8 @@ def read_config_text(path: Path, *, cure: str = _FOREIGN, whole: bool = True) ->
         text = read_text(path, most=MOST_BYTES, cure=cure)
         if reason := more_than_plain(text):
             raise InputError(f"{path} {reason}, but a saved configuration has plain values only: {cure}")
-        plain = yaml.compose(text, Loader=yaml.SafeLoader)
-        is_mapping = isinstance(plain, yaml.MappingNode)  # OmegaConf fails on a number
+        first = next(itertools.islice(yaml.parse(text, Loader=yaml.SafeLoader), 2, None), None)  # of the document
+        is_mapping = isinstance(first, yaml.MappingStartEvent)  # OmegaConf fails on a number
         content = OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         if isinstance(error, InputError):

@@ -27,9 +27,12 @@ def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, devi
     """Raise InputError unless a model gives logits (N, K, h, w), in training and in evaluation.
 
     For zeros of the size of the crops, in a copy whose running statistics are not kept, and of an image as it is
-    evaluated. Of segkit's models only that which does not take such shapes computes anything here.
+    evaluated. Of segkit's models, those on an encoder of timm may take some sizes only, and only one that does not take
+    these computes anything here.
     """
     own = config.model["_target_"] not in GROUPS["model"].permitted
+    if not own and not str(config.model.get("encoder")).startswith("tu-"):
+        return
     dataset = config.phase_dataset(phase)
     size = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
     crops = min(2, config.batch_size // config.accumulate)
@@ -37,7 +40,7 @@ def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, devi
         ("evaluation", (1, dataset.in_channels, *size)),
         ("training", (crops, dataset.in_channels, *dataset.crop)),
     ):
-        encoder = f" on {config.model['encoder']}" if "encoder" in config.model else ""
+        encoder = "" if own else f" on {config.model['encoder']}"
         what = f"{config.model['_target_']}{encoder}, in {mode} mode for images {shape},"
         if not own and model.train(mode == "training").takes(shape):
             continue

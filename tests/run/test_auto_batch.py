@@ -106,7 +106,7 @@ def test_a_model_or_a_loss_that_fails_is_refused_before_anything_is_measured(tmp
     made = Segmenter(Fails()) if part == "model" else Fails()
     monkeypatch.setattr(auto_batch, f"build_{part}", lambda *_, **__: made)
     monkeypatch.setattr(auto_batch, "measure_alone", lambda *_: pytest.fail("measured"))
-    config = compose([*SMALL])
+    config = compose([*SMALL[:-2], "model=deeplabv3plus_tiny"])
     with pytest.raises(errors.InputError, match=message):
         auto_batch.with_largest_batch(
             config, saved=tmp_path / "config.yaml", phases=open_phases(config), device=torch.device("cpu")

@@ -88,8 +88,8 @@ def checked_counts(class_pixels: Any) -> np.ndarray:
         )
     if len(counts) < 2:
         raise InputError(
-            f"class_pixels has K = {len(counts)} class but a loss needs at least 2; "
-            "a one-logit binary model is lifted to (0, z) with segkit.losses.lift_binary"
+            f"class_pixels has K = {len(counts)} class but a loss needs at least 2: name the rest as "
+            "another, as background; a one-logit binary model is lifted to (0, z) with segkit.losses.lift_binary"
         )
     if (counts < 0).any() or not (counts > 0).any():
         raise InputError(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_shared, check_writable, count, verb_parser
+from segkit.commands.options import add_shared, check_spares, check_writable, count, verb_parser
+from segkit.errors import InputError
 from segkit.progress import show
 
 
@@ -38,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
 
     config = compose(arguments.overrides, config_dirs=arguments.config_dir)
     check_targets(config)
+    check_spares(arguments, config, "output")
     set_pixel_limit(config.max_pixels)
     phase = list(config.schedule)[-1]
     dataset = config.phase_dataset(phase)
@@ -79,6 +81,11 @@ def rarest(split: Any, num: int, config: Any) -> list[int]:
 
     counts = np.stack(list(map_samples(label_histogram, split, range(len(split)), workers=config.workers)))
     counts = counts[:, : split.num_classes]
+    if not counts.any():
+        raise InputError(
+            f"no pixel of split {split.split} is of a class, so that none is rare: mend the label table or the labels, "
+            "which you see without --rare-first"
+        )
     present = [k for k in np.argsort(counts.sum(0), kind="stable") if counts[:, k].any()]
     best = {k: [i for i in np.argsort(-counts[:, k], kind="stable").tolist() if counts[i, k]] for k in present}
     places = range(max(map(len, best.values()), default=0))

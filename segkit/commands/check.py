@@ -7,8 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import add_shared, check_writable, verb_parser
-from segkit.errors import InputError
+from segkit.commands.options import add_shared, check_spares, check_writable, count, verb_parser
 from segkit.progress import show
 
 EXIT_ERRORS = 1
@@ -23,7 +22,9 @@ def parser() -> ArgumentParser:
         example="dataset=cityscapes dataset.root=/data/cityscapes loss=margin_calibration",
     )
     add_shared(verb, "overrides", "--config-dir")
-    verb.add_argument("--sample", type=int, metavar="N", help="look at N random samples of each split (default: all)")
+    verb.add_argument(
+        "--sample", type=count(1), metavar="N", help="look at N random samples of each split (default: all)"
+    )
     verb.add_argument("--skip-step", action="store_true", help="look at the data only")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON as well")
     return verb
@@ -32,19 +33,15 @@ def parser() -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Check, print the report, and end the process with :data:`EXIT_ERRORS` if errors were found."""
     arguments = parser().parse_intermixed_args(argv)
-    if arguments.sample is not None and arguments.sample < 1:
-        raise InputError(f"--sample is {arguments.sample}, but must be at least 1: leave it out to look at everything")
     check_writable(arguments, "json")
     from segkit.check.check import check
     from segkit.check.report import as_text, to_json
     from segkit.config.compose import compose
     from segkit.files import write_json
 
-    report = check(
-        compose(arguments.overrides, config_dirs=arguments.config_dir),
-        sample=arguments.sample,
-        rehearses=not arguments.skip_step,
-    )
+    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
+    check_spares(arguments, config, "json")
+    report = check(config, sample=arguments.sample, rehearses=not arguments.skip_step)
     content = to_json(report)
     print(as_text(content))
     if arguments.json:

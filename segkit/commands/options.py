@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +14,7 @@ from segkit.errors import InputError
 from segkit.progress import show
 
 if TYPE_CHECKING:
-    from segkit.config.schema import DatasetConfig
+    from segkit.config.schema import Config, DatasetConfig
     from segkit.data.samples import SampleSet
     from segkit.evaluation import Inference
     from segkit.run.saved import SavedRun
@@ -183,12 +183,12 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def check_writable(
-    arguments: argparse.Namespace, *options: str, makes_folders: bool = False, draws: bool = False
+    arguments: argparse.Namespace, *options: str, makes_folders: bool = False, draws: Collection[str] = ()
 ) -> None:
     """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not.
 
-    So is an image that is there, unless the verb ``draws`` one: it would be an input. What is drawn is one of
-    :data:`PICTURES`.
+    So is an image that is there, unless the option is one of those that the verb ``draws``: it would be an input. What
+    is drawn is one of :data:`PICTURES`.
     """
     from segkit.data.files import IMAGE_SUFFIXES
 
@@ -198,7 +198,7 @@ def check_writable(
             continue
         if (other := named.setdefault(path.resolve(), option)) != option:
             raise InputError(f"--{other} and --{option} name the same file {path}: give each a file of its own")
-        if draws and path.suffix.lower() not in PICTURES:
+        if option in draws and path.suffix.lower() not in PICTURES:
             raise InputError(f"--{option} is {path}, but its ending must be one of {', '.join(PICTURES)}")
         folder = path.absolute().parent
         while makes_folders and not folder.exists():
@@ -208,13 +208,28 @@ def check_writable(
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")
-        if path.exists() and path.suffix.lower() in IMAGE_SUFFIXES and not draws:
+        if path.exists() and path.suffix.lower() in IMAGE_SUFFIXES and option not in draws:
             raise InputError(f"--{option} is {str(path)!r}, an image, which stays as it is: name another file")
         run = next((above for above in list(path.resolve().parents)[:3] if (above / "config.yaml").is_file()), None)
         if path.exists() and run is not None and path.name in RUN_FILES and path.resolve().parent.name != "evaluations":
             raise InputError(f"--{option} is {path}, a file of the run {run}, which stays as it is: name another file")
         if not os.access(folder, os.W_OK):
             raise InputError(f"--{option} is {path}, but the folder {folder} cannot be written: give another one")
+
+
+def check_spares(arguments: argparse.Namespace, config: Config, *options: str) -> None:
+    """Raise InputError if an option names a file of the data of ``config``, or an image that would be one of them."""
+    from segkit.data.files import IMAGE_SUFFIXES
+
+    roots = {config.phase_dataset(name).root for name in config.schedule}
+    for option in options:
+        path = getattr(arguments, option)
+        for root in filter(None, roots):
+            inside = path is not None and path.resolve().is_relative_to(Path(root).resolve())
+            if inside and (path.exists() or path.suffix.lower() in IMAGE_SUFFIXES):
+                raise InputError(
+                    f"--{option} is {path}, within the data in {root}, which stay as they are: name a file elsewhere"
+                )
 
 
 def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Draw the curves and write the picture."""
     arguments = parser().parse_args(argv)
-    check_writable(arguments, "output", makes_folders=True, draws=True)
+    check_writable(arguments, "output", makes_folders=True, draws=("output",))
     if not all(0 <= rho <= 1000 for rho in arguments.rho):
         given = " ".join(f"{rho:g}" for rho in arguments.rho)
         raise InputError(f"--rho is {given}, but a margin is a number of logits from 0 to 1000: give --rho 0 0.5 1 2")

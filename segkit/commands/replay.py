@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +37,8 @@ def run(argv: Sequence[str]) -> None:
     bundle = arguments.bundle
     if not (bundle / "error.json").is_file():
         raise InputError(f"{bundle} is no failure bundle, it has no error.json: name a folder failure-STEP of a run")
-    needed = ["config.json", "label_counts.json", *["state.pt"] * (bundle / "batch.pt").exists()]
-    if missing := [name for name in needed if not (bundle / name).exists()]:
+    needed = ["config.json", "label_counts.json", *["batch.pt", "state.pt"] * os.path.lexists(bundle / "batch.pt")]
+    if missing := [name for name in needed if not (bundle / name).is_file()]:
         raise InputError(f"{bundle} has no {missing[0]}: {CURE}")
     failed = read_json(bundle / "error.json", cure=CURE)
     kinds = {"phase": str, "step": int, "rank": int, "error": str, "names": list}
@@ -58,7 +59,8 @@ def run(argv: Sequence[str]) -> None:
 def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, Any]:
     """Return the findings of :func:`segkit.training.failure.examine` on the step of ``bundle``.
 
-    A batch that could not be read in training is read now, from the data that the configuration names.
+    A batch that could not be read in training is read now, from the data that the configuration names; InputError if
+    they have changed, so that it is another one.
     """
     from segkit import memory, runtime
     from segkit.data.statistics import LabelCounts
@@ -133,7 +135,13 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
         num_steps=failed["step"] + 1,
         sampler=build_sampler(config, failed["phase"], split, cache_dir=None),  # the bundle may be a stranger's
     )
-    return next(iter(batches))
+    batch = next(iter(batches))
+    if failed["names"] and batch.names != failed["names"]:
+        raise InputError(
+            f"the data have changed: the samples of this step are {', '.join(batch.names)} now, but were "
+            f"{', '.join(failed['names'])}: restore the files, or train again"
+        )
+    return batch
 
 
 def lines(findings: dict[str, Any]) -> list[str]:

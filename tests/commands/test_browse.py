@@ -78,5 +78,23 @@ def test_names_are_text_and_bad_numbers_are_refused(page, tmp_path):
     text = (tmp_path / "own.html").read_text()
     assert "&lt;b&gt;x" in text
     assert "<script>alert" not in text
+    for verb, option, name in (("browse", "--output", "classes.yaml"), ("stats", "--plot", "images/train/new.png")):
+        with pytest.raises(
+            InputError, match=rf"{option} is .*{name}, within the data in .*own, which stay as they are"
+        ):
+            verb_function(verb)(
+                ["dataset=folder", f"dataset.root={tmp_path / 'own'}", option, f"{tmp_path}/own/{name}"]
+            )
+    Image.fromarray(np.full((40, 40), 255, np.uint8)).save(tmp_path / "own" / "labels" / "train" / "<b>x.png")
+    with pytest.raises(InputError, match="no pixel of split train is of a class, so that none is rare"):
+        verb_function("browse")(
+            [
+                "dataset=folder",
+                f"dataset.root={tmp_path / 'own'}",
+                "workers=0",
+                "--rare-first",
+                f"--output={tmp_path}/x",
+            ]
+        )
     with pytest.raises(InputError, match="--n: '0' is no whole number from 1 to 1000"):
         page("--n", "0")

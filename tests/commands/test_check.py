@@ -109,7 +109,7 @@ def test_nothing_usable(monkeypatch, capsys, arguments, root):
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--sample", "0"], "--sample is 0, but must be at least 1"),
+        (["--sample", "0"], "--sample: '0' is no whole number from 1"),
         (["--json", "/no/such/folder/report.json"], "/no/such/folder is no folder: make it"),
         (["dataset.cropp=[8,8]"], "there is no key dataset.cropp: did you mean dataset.crop"),
         (["loss.tau=1", "+loss.typo=2"], "loss.typo is not an argument of segkit.losses.margin_calibration"),

@@ -157,7 +157,7 @@ def test_files_need_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"--json is .*photo\.JPG', an image, which stays as it is: name another file"):
         options.check_writable(argparse.Namespace(json=tmp_path / "photo.JPG"), "json")
     (tmp_path / "plot.PNG").touch()
-    options.check_writable(argparse.Namespace(plot=tmp_path / "plot.PNG"), "plot", draws=True)
+    options.check_writable(argparse.Namespace(plot=tmp_path / "plot.PNG"), "plot", draws=("plot",))
     for place, kind in ((tmp_path, "a folder"), (Path("/dev/null"), "no regular file"), (Path(""), "a folder")):
         with pytest.raises(InputError, match=rf"--csv is '.*', which is {kind}: give the name of a file"):
             options.check_writable(argparse.Namespace(csv=place), "csv")

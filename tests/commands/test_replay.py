@@ -86,6 +86,17 @@ def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed, monkeypat
     with pytest.raises(InputError, match=broken.name):
         replayed(bundle)
     broken.write_bytes(content)
+    noted["names"][0] = "another"
+    (tmp_path / "changed").mkdir()
+    for name, text in (("error", json.dumps(noted)), ("config", None), ("label_counts", None)):
+        (tmp_path / "changed" / f"{name}.json").write_text(text or (bundle / f"{name}.json").read_text())
+    with pytest.raises(
+        InputError, match=r"the data have changed: the samples of this step are .* now, but were another"
+    ):
+        replayed(tmp_path / "changed")
+    (tmp_path / "changed" / "batch.pt").mkdir()
+    with pytest.raises(InputError, match=r"has no batch\.pt: the bundle is damaged"):
+        replayed(tmp_path / "changed")
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps({**config, "cache_dir": str(tmp_path / "theirs")}))
     shown = []

@@ -141,6 +141,8 @@ def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments
         (["--plot", "/tmp/plot.bmp"], "--plot is /tmp/plot.bmp, but its ending must be one of .png, .svg, .pdf"),
         (["--csv", "/no/such/folder/a.csv"], "/no/such/folder is no folder: make it"),
         (["--split", "trian"], "camvid has no split 'trian'; allowed are train, val, test"),
+        (["--csv", "a.svg", "--plot", "a.svg"], "--csv and --plot name the same file a.svg"),
+        (["+loss.typo=2"], "loss.typo is not an argument of segkit.losses.margin_calibration"),
         (["loss.upsilon=-1"], "upsilon must be a finite number greater than 0, got -1; set loss.upsilon"),
     ],
 )

@@ -39,6 +39,8 @@ def train(
     from segkit.files import read_json
     from segkit.guard import call
     from segkit.run.splits import open_phases
+    from segkit.runtime import CUBLAS, kept_variables
+    from segkit.training.sinks import MLFLOW_RETRIES
 
     with call(), ExitStack() as stack:
         overrides = _listed("overrides", overrides, "seed=1", (str,))
@@ -56,6 +58,7 @@ def train(
                 "numbers: wait until that has ended, or start a process for each run"
             )
         stack.callback(_training.release)
+        stack.enter_context(kept_variables(CUBLAS, MLFLOW_RETRIES[0]))
         config = compose(overrides, config_dirs=config_dirs)
         if folder is None:
             name = f"{short_name(config.model)}-{short_name(config.loss)}"

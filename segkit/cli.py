@@ -10,7 +10,7 @@ from segkit import __version__
 from segkit.errors import InputError, did_you_mean
 from segkit.guard import guarded
 from segkit.progress import need_no_reader
-from segkit.runtime import let_waiting_threads_sleep, tidy_up_when_ended
+from segkit.runtime import let_waiting_threads_sleep, tidied_up_when_ended
 
 VERBS = {
     "train": "train a model (the same as python train.py)",
@@ -47,9 +47,9 @@ def main() -> None:
     """Entry point of the command ``segkit``."""
     let_waiting_threads_sleep()
     need_no_reader()
-    tidy_up_when_ended()
     verb, *argv = sys.argv[1:] or ["--help"]
-    guarded(lambda: call(verb, argv), verb=verb)
+    with tidied_up_when_ended():
+        guarded(lambda: call(verb, argv), verb=verb)
     if len(sys.argv) == 1:
         sys.exit(InputError.exit_code)
 

@@ -94,17 +94,19 @@ def sentences(*, verb: str = "train") -> Iterator[None]:
 def call(*, verb: str = "train") -> Iterator[None]:
     """Around a call from Python: :func:`sentences`, and afterwards the settings of the process are what they were.
 
-    These are torch's random state on the CPU and its determinism, the limit of pixels, and what is trusted. What else
-    of torch is set (types, devices, gradients, autocast) changes nothing within it.
+    These are the random states of torch on the CPU, numpy and Python, torch's determinism, the limits of pixels, and
+    what is trusted. What else of torch is set (types, devices, gradients, autocast) changes nothing within it.
     """
     let_waiting_threads_sleep()
     import torch
+    from PIL import Image
 
     from segkit.config import targets
     from segkit.data import decode
 
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
-    limit, trusted = decode.pixel_limit(), set(targets._trusted)
+    limit, most, trusted = decode.pixel_limit(), Image.MAX_IMAGE_PIXELS, set(targets._trusted)
+    decode.set_pixel_limit(limit)  # also that of Pillow
     try:
         with usual_torch(), kept_random(), sentences(verb=verb):
             yield
@@ -113,6 +115,7 @@ def call(*, verb: str = "train") -> Iterator[None]:
             torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
         decode.set_pixel_limit(limit)
+        Image.MAX_IMAGE_PIXELS = most
         targets._trusted.intersection_update(trusted)
 
 

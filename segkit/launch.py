@@ -14,7 +14,7 @@ from segkit.errors import InputError
 from segkit.files import held, remove_if_empty
 from segkit.guard import guard, guarded, sentences
 from segkit.progress import need_no_reader
-from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidy_up_when_ended
+from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidied_up_when_ended
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
 
@@ -63,13 +63,16 @@ def task(node: Any) -> float | None:
 
 def _submit(config: Any, overrides: list[str], hydra_config: Any) -> None:
     """Hand a job to the sweep on this machine."""
-    from segkit.sweeps.jobs import LocalSweep
+    from segkit.sweeps.jobs import LocalSweep, of_sweep
 
     if not _sweeps:
         folder, share = Path(hydra_config.sweep.dir), {"jobs": config.sweep.jobs, "workers": config.workers}
         _sweeps.append(LocalSweep(folder, **share, options=passed_on()))
     _sweeps[0].add(overrides, Path(hydra_config.runtime.output_dir), config)
-    check_job(config, Path(hydra_config.runtime.output_dir))
+    try:
+        check_job(config, Path(hydra_config.runtime.output_dir))
+    except InputError as error:
+        raise InputError(of_sweep(str(error))) from None
 
 
 def check_job(config: Any, folder: Path | None = None) -> None:
@@ -82,14 +85,19 @@ def check_job(config: Any, folder: Path | None = None) -> None:
     splits = open_phases(config)
     check_hub(config)
 
-    from segkit.run import pipeline
+    from segkit.run import hardware, pipeline
     from segkit.run.folder import RunFolder
     from segkit.runtime import resolve_device
 
+    device = resolve_device(config.device)
     if folder is not None:
-        RunFolder(folder, config).check_places(splits)
+        run = RunFolder(folder, config)
+        run.check_places(splits)
+        if run.has_begun() and not config.auto_batch:  # whose batches are not known yet
+            run.config, _ = hardware.choose(config, begun=pipeline.begun_config(run), device=device)
+            run.check(splits)
     pipeline.check_parts(config, splits)
-    pipeline.check_machine(config, resolve_device(config.device))
+    pipeline.check_machine(config, device)
 
 
 def _search(config: Any, overrides: list[str], folder: Path | None) -> None:
@@ -205,12 +213,12 @@ def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
     let_waiting_threads_sleep()
     need_no_reader()
-    tidy_up_when_ended()
-    if ranks.has_agent() or CHILD in os.environ:
-        die_with_parent(signal.SIGTERM)  # of torchrun, or of the sweep: its state is saved, and a restart goes on
-    guarded(check_command_line)
-    guarded(hydra_command())
-    guarded(finish_sweep)
+    with tidied_up_when_ended():
+        if ranks.has_agent() or CHILD in os.environ:
+            die_with_parent(signal.SIGTERM)  # of torchrun, or of the sweep: its state is saved, and a restart goes on
+        guarded(check_command_line)
+        guarded(hydra_command())
+        guarded(finish_sweep)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,35 @@ leaves them locked for ever in the new process, and other draws amid a training 
 
 @contextmanager
 def kept_random() -> Iterator[None]:
-    """Put torch's random state on the CPU back afterwards."""
+    """Put the random states of torch on the CPU, of numpy and of Python back afterwards."""
+    import random
+
+    import numpy as np
     import torch
 
     with drawing:
-        state = torch.get_rng_state()
+        states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
     finally:
         with drawing:
-            torch.set_rng_state(state)
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            random.setstate(states[2])
+
+
+@contextmanager
+def kept_variables(*names: str) -> Iterator[None]:
+    """Put variables of the environment back afterwards."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -113,13 +132,16 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
 def set_determinism(*, strict: bool) -> None:
     """Make every kernel bitwise repeatable (``strict``), or let each library choose its fastest."""
     import torch
 
     if strict:
         # cuBLAS reads this when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(CUBLAS, ":4096:8")
     if torch.are_deterministic_algorithms_enabled() != strict:  # to set it loads a compiler: seconds
         torch.use_deterministic_algorithms(strict)
     torch.backends.cudnn.benchmark = not strict
@@ -194,15 +216,24 @@ def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:
     }
 
 
-def tidy_up_when_ended() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, with what is half written removed; 143 and 129 follow."""
+@contextmanager
+def tidied_up_when_ended() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, with what is half written removed; 143 and 129 follow.
+
+    Afterwards they end it at once: while Python itself ends, an exception would be a traceback.
+    """
 
     def end(number: int, frame: Any) -> None:
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as under nohup
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in ours:  # not those that are ignored, as under nohup
             signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def die_with_parent(number: int) -> None:

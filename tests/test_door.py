@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +231,23 @@ def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "door_trusted.py").touch()
     Image.new("RGB", (8, 8)).save("image.png")
-    before = decode.pixel_limit(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000_000)
+    monkeypatch.delenv(runtime.CUBLAS, raising=False)
+    device_of = runtime.resolve_device
+
+    def drawing(name):
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        return device_of(name)
+
+    monkeypatch.setattr(runtime, "resolve_device", drawing)
+
+    def settings():
+        own = decode.pixel_limit(), Image.MAX_IMAGE_PIXELS, os.environ.get(runtime.CUBLAS)
+        drawn = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+        return *own, *drawn, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+    before = settings()
     torch.manual_seed(11)
     state = torch.get_rng_state()
     with pytest.raises(InputError, match="at most 10 are allowed"):
@@ -237,9 +255,7 @@ def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_pat
     assert segkit.predict("image.png", trained)[0].shape == (8, 8)
     generator = (text for text in [*SMALL, f"cache_dir={trained.parent}/cache", "max_pixels=5000"])
     segkit.train(generator, folder=tmp_path / "run")
-    assert before == (
-        decode.pixel_limit(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    )  # fmt: skip
+    assert before == settings()
     torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
     assert "door_trusted" not in targets._trusted
     with pytest.raises(InputError, match=r"run/inner, within the run .*run: name a folder outside of it"):

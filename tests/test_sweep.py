@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from segkit import launch
 from segkit.config.compose import check_overrides, compose
+from segkit.config.schema import plain
 from segkit.errors import InputError
 from segkit.files import held
 from segkit.guard import explain
 from segkit.launch import check_job, passed_on
-from segkit.runtime import tidy_up_when_ended
+from segkit.runtime import tidied_up_when_ended
 from segkit.sweeps import jobs
 from segkit.sweeps.jobs import Job, LocalSweep
 
@@ -190,6 +192,17 @@ def test_a_job_within_a_run_is_refused_before_the_first_starts(tmp_path):
         check_job(compose([]), tmp_path / "0")
 
 
+def test_a_job_in_the_folder_of_another_is_refused_before_the_first_starts(tmp_path):
+    """As in a grid whose values were given in another order: it would fail after hours of its neighbours."""
+    (tmp_path / "train" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "train" / "checkpoints" / "last.pt").touch()
+    settings = [*SMALL, "precision=fp32", "channels_last=false"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(compose([*settings, "seed=1"])))))
+    with pytest.raises(InputError, match=r"holds a run of another configuration; these keys differ: seed \(1 there, 0"):
+        check_job(compose([*settings, "seed=0"]), tmp_path)
+    check_job(compose([*SMALL, "seed=1"]), tmp_path)
+
+
 def shell_jobs(monkeypatch, folder, *commands):
     """A sweep whose jobs, all at a time, run the ``commands`` of a shell in their folders."""
     monkeypatch.setattr(LocalSweep, "_command", lambda self, job: ["sh", "-c", f"cd {job.folder}; {job.overrides[0]}"])
@@ -214,11 +227,12 @@ def test_a_signal_to_the_sweep_alone_stops_it_with_its_jobs(monkeypatch, tmp_pat
     monkeypatch.setattr(LocalSweep, "_watch", lambda self: signal.raise_signal(number))
     before = signal.getsignal(number)
     request.addfinalizer(lambda: signal.signal(number, before))
-    tidy_up_when_ended()
     sweep = shell_jobs(monkeypatch, tmp_path, "exec sleep 60")
     sweep._waiting.append((["never"], tmp_path / "1"))
-    assert sweep.finish() == 75
-    assert [job["state"] for job in json.loads((tmp_path / "sweep.json").read_text())] == ["interrupted"]
+    with tidied_up_when_ended():
+        assert sweep.finish() == 75
+    states = [job["state"] for job in json.loads((tmp_path / "sweep.json").read_text())]
+    assert states == ["interrupted", "waiting"]
 
 
 @pytest.mark.parametrize("code", [130, 143])
@@ -230,6 +244,6 @@ def test_a_job_is_said_to_have_failed_of_what_it_wrote_itself_this_time(monkeypa
     """A process that the system ends for its memory leaves no word, and the log those of its last start."""
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "log.txt").write_text("error: of the last start\n")
-    sweep = shell_jobs(monkeypatch, tmp_path, "echo at work; kill -9 $$")
+    sweep = shell_jobs(monkeypatch, tmp_path, "echo at work; kill -9 $$", "echo error: set hydra.run.dir; exit 2")
     assert sweep.finish() == 1
-    assert sweep.jobs[0].error == "at work"
+    assert [job.error for job in sweep.jobs] == ["at work", "error: set hydra.sweep.dir"]

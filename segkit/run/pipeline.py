@@ -95,6 +95,12 @@ def check_machine(config: Config, device: torch.device) -> None:
     distributed.on_main(PhaseCache(cache_dir_of(config)).check)
 
 
+def begun_config(folder: RunFolder) -> Path | None:
+    """The config.yaml of a run that goes on; None for one that begins."""
+    saved = folder.path / "config.yaml"
+    return saved if folder.has_begun() and saved.is_file() else None
+
+
 def _prepare(
     folder: RunFolder, splits: dict[str, Splits], device: torch.device, stop: Callable[[], bool]
 ) -> tuple[dict[str, Phase], dict[str, Any]]:
@@ -103,8 +109,7 @@ def _prepare(
     check_machine(config, device)
     cache_dir = cache_dir_of(config)
     saved = folder.path / "config.yaml"
-    begun = saved if folder.has_begun() and saved.is_file() else None
-    config, reasons = hardware.choose(config, begun=begun, device=device)
+    config, reasons = hardware.choose(config, begun=begun_config(folder), device=device)
     config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))

@@ -29,9 +29,14 @@ INTERRUPTED = {Interrupted.exit_code, *(code for number in (1, 2, 15) for code i
 """How a job ends for SIGHUP, SIGINT or SIGTERM: later, or sooner than it has a state to save."""
 
 
+def of_sweep(text: str) -> str:
+    """Return advice for one run with the key that names the folders of all jobs."""
+    return text.replace("hydra.run.dir", "hydra.sweep.dir")
+
+
 @dataclass
 class Job:
-    """One run of a sweep. ``state``: running, finished, failed, interrupted, or pruned by a search."""
+    """One run of a sweep. ``state``: waiting, running, finished, failed, interrupted, or pruned by a search."""
 
     number: int
     overrides: list[str]
@@ -97,12 +102,6 @@ class LocalSweep:
                 f"{self.workers} workers to load"
             )
 
-    def submit(self, overrides: Sequence[str], folder: Path) -> None:
-        """Start a job as soon as fewer than ``limit`` are running."""
-        self._wait_for_slot()
-        self.jobs.append(Job(len(self.jobs), list(overrides), str(folder)))
-        self._start(self.jobs[-1])
-
     def _wait_for_slot(self) -> None:
         while len(self._running) >= self.limit:
             self._collect()
@@ -121,6 +120,7 @@ class LocalSweep:
         with open(folder / LOG, "ab") as log:
             size = log.tell()
             process = subprocess.Popen(self._command(job), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        job.state = "running"
         self._running[job.number] = (process, time.monotonic(), size)
         show(f"job {job.number}: {self._label(job)} started, log in {folder / LOG}")
         self._note()
@@ -158,7 +158,10 @@ class LocalSweep:
         if self._waiting:
             self.share(len(self._waiting))
         for overrides, folder in self._waiting:
-            self.submit(overrides, folder)
+            self.jobs.append(Job(len(self.jobs), overrides, str(folder), "waiting"))
+        for job in self.jobs:
+            self._wait_for_slot()
+            self._start(job)
 
     def _collect(self) -> None:
         """Wait until a job ends, and note how. Raises Interrupted if it was interrupted."""
@@ -195,7 +198,8 @@ class LocalSweep:
             return
         job.state = "interrupted" if self._told or code in INTERRUPTED else "failed"
         lines = said.strip().splitlines()
-        job.error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+        error = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+        job.error = of_sweep(error)
 
     def _label(self, job: Job) -> str:
         """The overrides in which the jobs differ."""

@@ -284,7 +284,7 @@ class WandB(_Remembering):
         self.write(self.shown)
 
 
-MLFLOW_RETRIES = "3"
+MLFLOW_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
 """Within a quarter of a minute; a server that is gone for longer shall not hold up the training."""
 
 
@@ -293,7 +293,7 @@ class MLflow(_Remembering):
 
     def __init__(self, run: Path, phase: str) -> None:
         super().__init__("mlflow", run, phase)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MLFLOW_RETRIES)
+        os.environ.setdefault(*MLFLOW_RETRIES)
         self.mlflow: Any = import_module("mlflow")
         self.client = self.mlflow.MlflowClient()
         if self.id is None:

@@ -96,13 +96,13 @@ class Tracker:
             raise InputError(
                 f"tracker={self.kind} cannot be opened ({first_line(error)}): mend that{anew}, or set tracker=none"
             ) from None
-        if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
-            shown = _training_tags(last) | {f"speed/{name}": value for name, value in self._last_speed.items()}
-            self.scalars(step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
         if self._sink.remembers and self.files[0].is_file():
             for line in self.files[0].read_bytes().splitlines():
                 record = _last_line(line)
                 self.scalars(record.get("step", 0), _tags(record))
+        if last.get("step") == step and last.get("split") == "train":  # purged with the later ones
+            shown = _training_tags(last) | {f"speed/{name}": value for name, value in self._last_speed.items()}
+            self.scalars(step, {tag: value for tag, value in shown.items() if isinstance(value, float)})
 
     def _tell(self, show: Callable[[sinks.Sink], None]) -> None:
         """Call ``show`` with the sink. One that fails (a network, say) is given up, with one warning."""

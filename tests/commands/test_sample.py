@@ -14,7 +14,7 @@ from segkit.config.compose import compose
 from segkit.data import open_dataset
 from segkit.guard import guarded
 from segkit.run.splits import open_phases
-from segkit.runtime import tidy_up_when_ended
+from segkit.runtime import tidied_up_when_ended
 from segkit.synthetic import sample_maker
 
 
@@ -84,9 +84,11 @@ def test_an_interrupted_sample_leaves_no_half(monkeypatch, capsys, tmp_path, num
     try:
         for other in before:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
-        tidy_up_when_ended()
         monkeypatch.setitem(sample_maker.WRITERS, "camvid", half)
-        code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")
+        with tidied_up_when_ended():
+            code, *_ = call(monkeypatch, capsys, "dataset=camvid", "--output", tmp_path / "new")
+        # while Python ends, a handler of its own would show a traceback
+        assert {signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
     finally:
         for other, handler in before.items():
             signal.signal(other, handler)

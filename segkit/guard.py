@@ -173,6 +173,8 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         text = "a group takes the name of one of its options: `python train.py --help` lists the groups"
         return text, InputError.exit_code
+    if _is_of_own_code(error):
+        return f"code of your own fails ({raised(error)}): mend it", InputError.exit_code
     if isinstance(error, OSError):
         return _explain_os_error(error), InputError.exit_code
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
@@ -216,6 +218,15 @@ def with_options(text: str, verb: str) -> str:
     for key, option in VERB_OPTIONS.get(verb, {}).items():
         text = re.sub(rf"\b(set|check) {re.escape(key)}", rf"\1 {option}", text)
     return text
+
+
+def _is_of_own_code(error: BaseException) -> bool:
+    """True if ``error`` came through a package that ``trust`` names; not for one of a file, which says which."""
+    from segkit.config import targets
+
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    speaks = isinstance(error, OSError) and error.errno is not None
+    return not speaks and any(name.partition(".")[0] in targets._trusted for name in modules)
 
 
 def _local_in(error: BaseException, function: str, name: str) -> Any:

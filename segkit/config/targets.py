@@ -293,7 +293,9 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     except InputError:
         raise
     except Exception as error:
-        if is_trusted(node["_target_"]) and not isinstance(error, OSError | MemoryError) and "memory" not in str(error):
+        speaks = isinstance(error, OSError) and error.errno is not None  # of a file
+        other = speaks or isinstance(error, MemoryError) or "memory" in str(error)
+        if is_trusted(node["_target_"]) and not other:
             raise InputError(f"{node['_target_']} fails ({raised(error)}): mend it, or what {key} gives it") from error
         if not isinstance(error, (TypeError, ValueError, ArithmeticError, RuntimeError)):
             raise

@@ -73,9 +73,14 @@ def try_loss(loss: nn.Module, config: Config, phase: str, train: SampleSet, devi
     logits = torch.randn(small, generator=generator).to(device).requires_grad_()
     with _tried(f"{what}, for logits {small} and labels {tuple(target.shape)},"):
         tried, target = copy.deepcopy(loss), target.to(device)
+        given = target.clone()
         own: Any = tried.denominator if getattr(tried, "pixel_decomposable", False) else None
         value = tried(logits, target, **({"denominator": own(target)} if own else {}))
     check_value(value, what)
+    if not torch.equal(given, target):
+        raise InputError(f"{what} changes the labels that it is given, which others read as well: let it clone them")
+    with _tried(f"the gradient of {what}"):
+        value.backward()
 
 
 @contextmanager

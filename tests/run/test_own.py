@@ -83,6 +83,14 @@ class Net(nn.Module):
         return self.give(self, self.head(images))
 
 
+def spoiled(logits):
+    """A sum whose gradient needs what was overwritten."""
+    power = logits.exp()
+    total = power.sum()
+    power.add_(1)
+    return total
+
+
 @pytest.mark.parametrize(
     ("give", "message"),
     [
@@ -100,6 +108,14 @@ class Net(nn.Module):
         (
             lambda logits, target: nn.functional.cross_entropy(logits, target),
             r"fails \(.*size.* in test_own.py, line \d+\)",
+        ),
+        (
+            lambda logits, target: logits.sum() + target.fill_(0).sum(),
+            "the loss own.Loss of phase late changes the labels",
+        ),
+        (
+            lambda logits, target: spoiled(logits),
+            r"the gradient of the loss own.Loss .* fails \(RuntimeError: one of the var",
         ),
     ],
 )
@@ -287,3 +303,19 @@ def test_a_package_that_fails_is_named_with_the_line(tmp_path, monkeypatch, code
             instantiate({"_target_": "own_broken.f"}, key="loss")
     finally:
         sys.modules.pop("own_broken", None)
+
+
+def test_code_of_ones_own_that_fails_late_is_named_with_the_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_late.py").write_text("def f(error): raise error")
+    import own_late
+
+    for error, trusted, expected in (
+        (ValueError("x"), {"own_late"}, ("code of your own fails (ValueError: x in own_late.py, line 1): mend it", 2)),
+        (ValueError("x"), set(), (None, 1)),
+        (OSError("gone"), {"own_late"}, ("code of your own fails (OSError: gone in own_late.py, line 1): mend it", 2)),
+    ):
+        monkeypatch.setattr(targets, "_trusted", trusted)
+        with pytest.raises(type(error)) as caught:
+            own_late.f(error)
+        assert explain(caught.value) == expected

@@ -12,7 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import INFERENCE, add_shared, check_writable, count, inference, open_scored, verb_parser
+from segkit.commands.options import (
+    INFERENCE,
+    add_shared,
+    check_spares,
+    check_writable,
+    count,
+    inference,
+    open_scored,
+    verb_parser,
+)
 from segkit.errors import InputError
 from segkit.evaluation.protocols import PROTOCOLS
 from segkit.progress import show
@@ -67,6 +76,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
+    check_spares(arguments, [dataset], "output")
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     split.check_labelled()

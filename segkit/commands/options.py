@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +15,7 @@ from segkit.errors import InputError
 from segkit.progress import show
 
 if TYPE_CHECKING:
-    from segkit.config.schema import Config, DatasetConfig
+    from segkit.config.schema import DatasetConfig
     from segkit.data.samples import SampleSet
     from segkit.evaluation import Inference
     from segkit.run.saved import SavedRun
@@ -217,19 +218,21 @@ def check_writable(
             raise InputError(f"--{option} is {path}, but the folder {folder} cannot be written: give another one")
 
 
-def check_spares(arguments: argparse.Namespace, config: Config, *options: str) -> None:
-    """Raise InputError if an option names a file of the data of ``config``, or an image that would be one of them."""
+def check_spares(arguments: argparse.Namespace, datasets: Iterable[DatasetConfig], *options: str) -> None:
+    """Raise InputError if an option names a file among those of ``datasets``, or an image that would be one of them.
+
+    A page, a table or a drawing, which no data set holds, may be written anew.
+    """
     from segkit.data.files import IMAGE_SUFFIXES
 
-    roots = {config.phase_dataset(name).root for name in config.schedule}
-    for option in options:
-        path = getattr(arguments, option)
-        for root in filter(None, roots):
-            inside = path is not None and path.resolve().is_relative_to(Path(root).resolve())
-            if inside and (path.exists() or path.suffix.lower() in IMAGE_SUFFIXES):
-                raise InputError(
-                    f"--{option} is {path}, within the data in {root}, which stay as they are: name a file elsewhere"
-                )
+    roots = {dataset.root for dataset in datasets if dataset.root}
+    named = {option: path for option in options if (path := getattr(arguments, option)) is not None}
+    for (option, path), root in itertools.product(named.items(), roots):
+        kind, inside = path.suffix.lower(), path.resolve().is_relative_to(Path(root).resolve())
+        if inside and (kind in IMAGE_SUFFIXES or (path.exists() and kind not in (".html", ".csv", ".svg", ".pdf"))):
+            raise InputError(
+                f"--{option} is {path}, within the data in {root}, which stay as they are: name a file elsewhere"
+            )
 
 
 def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:

@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkit.commands.options import INFERENCE, add_shared, check_writable, inference, open_scored, verb_parser
+from segkit.commands.options import (
+    INFERENCE,
+    add_shared,
+    check_spares,
+    check_writable,
+    inference,
+    open_scored,
+    verb_parser,
+)
 from segkit.progress import show
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
+    check_spares(arguments, [dataset], "output")
     form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
     model = saved.model(arguments.checkpoint)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)

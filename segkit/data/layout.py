@@ -254,6 +254,8 @@ def near_miss(path: Path, *, but: Path | None = None) -> str:
     That is a file beside it, or in a folder whose name differs in case, with the same name but for upper and lower
     case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png). ``but`` is none.
     """
+    if os.path.isdir(path):
+        return ", but must be a file and is a folder"
     folder = path.parent
     if not os.path.isdir(folder):
         folder = next((f for f in _subfolders(folder.parent) if _folded(f.name) == _folded(folder.name)), folder)

@@ -6,6 +6,7 @@ import argparse
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -188,6 +189,28 @@ def test_no_output_replaces_a_file_of_a_run(tmp_path):
             options.check_writable(argparse.Namespace(output=tmp_path / name), "output")
     (tmp_path / "report.html").touch()
     options.check_writable(argparse.Namespace(output=tmp_path / "report.html"), "output")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("a.json", True),
+        ("A.PNG", True),
+        ("x/new.png", True),
+        ("new.json", False),
+        ("a.html", False),
+        ("../a.zip", False),
+    ],
+)
+def test_no_output_replaces_data_or_becomes_an_image_of_them(tmp_path, name, is_refused):
+    (tmp_path / "data").mkdir()
+    for there in ("data/a.json", "data/a.html", "a.zip"):
+        (tmp_path / there).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    arguments = argparse.Namespace(output=tmp_path / "data" / name, csv=None)
+    datasets = [argparse.Namespace(root=None), argparse.Namespace(root=str(tmp_path / "link"))]
+    with pytest.raises(InputError, match=r"--output is .* which stay as they") if is_refused else nullcontext():
+        options.check_spares(arguments, datasets, "csv", "output")
 
 
 def test_a_shell_completes_verbs_and_options(capsys):

@@ -250,6 +250,7 @@ def test_the_nearest_miss_is_named_and_a_folder_of_another_case_is_looked_into(t
     (tmp_path / "Day").mkdir()
     for name in ("a-1.png", "A.png"):
         (tmp_path / "Day" / name).touch()
+    assert near_miss(tmp_path / "Day") == ", but must be a file and is a folder"
     assert "A.png is there, whose name differs in upper and lower case only" in near_miss(tmp_path / "Day" / "a.png")
     assert "Day/A.png is there, whose name differs in its folder's name" in near_miss(tmp_path / "day" / "A.png")
     assert near_miss(tmp_path / "night" / "a.png") == ""

@@ -29,13 +29,13 @@ train: $(STAMP)  ## run the main job: train on the embedded data set (ARGS="key=
 	$(BIN)/python train.py experiment=synthetic_cpu $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k name ..." chooses)
-	$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 $(ARGS)
 
 gpu-test: $(STAMP)  ## on a machine with a GPU: its tests, and the benches as a table for the README (gpu.md)
 	$(BIN)/python scripts/gpu_report.py $(ARGS)
 
 test-all: $(STAMP)  ## run all tests, those that take minutes each too
-	$(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(ARGS)
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,12 +29,15 @@ def try_model(model: Segmenter, config: Config, phase: str, val: SampleSet, devi
 
     For zeros of the size of the crops, in a copy whose running statistics are not kept, and of an image as it is
     evaluated. Of segkit's models, those on an encoder of timm may take some sizes only, and only one that does not take
-    these computes anything here.
+    these computes anything here. A phase on the data of an earlier one has the same sizes.
     """
     own = config.model["_target_"] not in GROUPS["model"].permitted
     if not own and not str(config.model.get("encoder")).startswith("tu-"):
         return
     dataset = config.phase_dataset(phase)
+    earlier = itertools.takewhile(lambda name: name != phase, config.schedule)
+    if any(config.phase_dataset(name) == dataset for name in earlier):
+        return
     size = target_size(val.image(0).shape[:2], plain(dataset.eval_resize))
     crops = min(2, config.batch_size // config.accumulate)
     for mode, shape in (

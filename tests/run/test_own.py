@@ -199,7 +199,10 @@ def test_a_model_of_segkit_is_tried_without_values(shape, message):
     config = SimpleNamespace(**vars(CONFIG) | {"model": {"_target_": "segkit.models.smp_model", "encoder": "tu-x"}})
     if message is None:
         try_model(model, config, "late", samples(), CPU)
-        assert set(devices) == {"meta"}
+        assert devices == ["meta", "meta"]
+        config.schedule = {"early": None, "late": None}  # on the same data
+        try_model(model, config, "late", samples(), CPU)
+        assert devices == ["meta", "meta"]
         return
     with pytest.raises(InputError, match=message) as refused:
         try_model(model, config, "late", samples(), CPU)

@@ -331,7 +331,7 @@ def features_of_a_resnet(num_classes):
     return model
 
 
-@pytest.mark.parametrize("num_classes", [19, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_classes", [19, pytest.param(150, marks=pytest.mark.nightly)])
 def test_windows_flips_and_six_scales_need_at_most_half_again_the_memory_of_one_whole_image(num_classes, monkeypatch):
     # A 1024x2048 image with windows of 768x768 and its bands, at a quarter of the size: every map is a 16th.
     monkeypatch.setattr(resample, "BAND_ELEMENTS", resample.BAND_ELEMENTS // 16)

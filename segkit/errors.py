@@ -55,6 +55,11 @@ class Interrupted(Exception):
     exit_code = 75
 
 
+def is_of_a_file(error: BaseException) -> bool:
+    """True for an error of the operating system, which says of itself what is wrong with which file."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error`` without its full stop; its class name if it has no message.
 
@@ -63,7 +68,7 @@ def first_line(error: BaseException) -> str:
     if mark := getattr(error, "problem_mark", None):
         return f"{error.problem} in line {mark.line + 1}"  # type: ignore[attr-defined]
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    if lines and re.match(r"\d+ validation error", lines[0]):  # of pydantic: of what, and why
+    if len(lines) > 1 and re.match(r"\d+ validation error", lines[0]):  # of pydantic: of what, and why
         return " ".join(lines[1:3])
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 

@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from segkit import memory
-from segkit.errors import InputError, Interrupted, NonFiniteLoss, OutOfMemory, did_you_mean, first_line, raised
+from segkit.errors import (
+    InputError,
+    Interrupted,
+    NonFiniteLoss,
+    OutOfMemory,
+    did_you_mean,
+    first_line,
+    is_of_a_file,
+    raised,
+)
 from segkit.progress import for_terminal, shortened, show
 from segkit.runtime import kept_random, let_waiting_threads_sleep, usual_torch
 from segkit.training import ranks
@@ -225,8 +234,7 @@ def _is_of_own_code(error: BaseException) -> bool:
     from segkit.config import targets
 
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    speaks = isinstance(error, OSError) and error.errno is not None
-    return not speaks and any(name.partition(".")[0] in targets._trusted for name in modules)
+    return not is_of_a_file(error) and any(name.partition(".")[0] in targets._trusted for name in modules)
 
 
 def _local_in(error: BaseException, function: str, name: str) -> Any:

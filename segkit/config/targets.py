@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segkit.config.signatures import Signature, read_signature
-from segkit.errors import InputError, did_you_mean, raised
+from segkit.errors import InputError, did_you_mean, is_of_a_file, raised
 
 LOSS_OPTIONS = ("diagnostics",)
 """Keys of a loss node that the pipeline reads; they are not arguments of the loss."""
@@ -293,8 +293,7 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     except InputError:
         raise
     except Exception as error:
-        speaks = isinstance(error, OSError) and error.errno is not None  # of a file
-        other = speaks or isinstance(error, MemoryError) or "memory" in str(error)
+        other = is_of_a_file(error) or isinstance(error, MemoryError) or "memory" in str(error)
         if is_trusted(node["_target_"]) and not other:
             raise InputError(f"{node['_target_']} fails ({raised(error)}): mend it, or what {key} gives it") from error
         if not isinstance(error, (TypeError, ValueError, ArithmeticError, RuntimeError)):

@@ -68,6 +68,16 @@ class Fake(sinks.Sink):
         self.told.append("closed")
 
 
+TWO_STEPS = [
+    (101, "curves/loss", 1.0),
+    (101, "train/lr", 0.5),
+    (102, "curves/loss", 2.0),
+    (102, "train/lr", 0.25),
+    (102, "curves/mean_iou", 0.2),
+    (102, "iou/traffic (sign)", 0.5),
+]
+
+
 def test_a_sink_is_told_everything(folder, monkeypatch):
     fake, asked = Fake(), []
     monkeypatch.setattr(sinks, "open_sink", lambda kind, place, **options: asked.append((kind, place, options)) or fake)
@@ -75,12 +85,7 @@ def test_a_sink_is_told_everything(folder, monkeypatch):
     assert asked == [("tensorboard", folder, {"phase": "train", "run": folder.parent, "purge_step": None})]
     assert fake.told == [
         ("row", {"lr": 0.1, "loss": "dice"}),
-        (101, "curves/loss", 1.0),
-        (101, "train/lr", 0.5),
-        (102, "curves/loss", 2.0),
-        (102, "train/lr", 0.25),
-        (102, "curves/mean_iou", 0.2),
-        (102, "iou/traffic (sign)", 0.5),
+        *TWO_STEPS,
         (102, "val/pictures", (4, 6, 3)),
         "closed",
     ]
@@ -106,15 +111,7 @@ def test_a_service_is_shown_what_it_lacks_of_the_records(folder, monkeypatch):
     run = folder.parent
     tracker = Tracker(folder, phase="train", run_metrics=run / "metrics.jsonl", num_steps=2, offset=100, kind="mlflow")
     tracker.show_finished(is_last=False)
-    assert fake.told == [
-        (101, "curves/loss", 1.0),
-        (101, "train/lr", 0.5),
-        (102, "curves/loss", 2.0),
-        (102, "train/lr", 0.25),
-        (102, "curves/mean_iou", 0.2),
-        (102, "iou/traffic (sign)", 0.5),
-        "closed",
-    ]
+    assert fake.told == [*TWO_STEPS, "closed"]
     (run / "mlflow-train.json").write_text('{"id": "a", "shown": {}, "finished": true}')
     tracker.show_finished(is_last=False)
     assert fake.told.count("closed") == 1

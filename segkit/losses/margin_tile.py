@@ -13,6 +13,8 @@ runner-ups each pays g_m1 / r. That is a sub-gradient, sums to zero and does not
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,9 @@ from torch import Tensor
 from segkit.losses.tiles import Workspace
 
 BIG = 1e30
-PRODUCT_LIMIT = 4.0
-"""Up to this x, exp(x) = g / (1 - g) is exact to float32 for g = sigmoid(x), and a product of eight cannot overflow."""
+LOG2_E = math.log2(math.e)
+PRODUCT_LIMIT = 10.0
+"""Up to this x a product of eight 1 + exp(x) cannot overflow in float32."""
 
 
 def margin_tile(
@@ -36,28 +39,29 @@ def margin_tile(
         return tied_margin_tile(s, y, work, rho_k0, rho_0k, c, w_pos)
     original, s = s, torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
     is_top = torch.eq(s, 0, out=work.buffer("is top", s))
-    count_and_place = torch.stack([torch.ones_like(rho_0k), torch.arange(len(s), dtype=s.dtype)])
-    ties, top = count_and_place @ is_top
+    one_and_place = [torch.ones_like(rho_0k), torch.arange(len(s), dtype=s.dtype)]
+    top_rho, ties, top = torch.stack([rho_0k, *one_and_place]) @ is_top
     if float(ties.amax()) > 1:
         return tied_margin_tile(original, y, work, rho_k0, rho_0k, c, w_pos)
-    top = top.long()
-    second = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=is_top).amax(0)
-    is_second = torch.eq(s, second, out=is_top)
-    label = y.unsqueeze(0)
-    label_s = s.gather(0, label)[0]
+    others = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=is_top)
+    second = others.amax(0)
+    pixels = torch.arange(len(y))  # in a flat (K,P) the scores of class k are len(y) k + pixels
+    at_label, at_top = (torch.add(pixels, k, alpha=len(y)) for k in (y, top.long()))
+    label_s = s.view(-1).index_select(0, at_label)
+    is_second = torch.eq(others, second, out=s)
     hit = (label_s == 0).to(s.dtype)  # the label is the maximum; lambda there is -second
-    label_x = torch.addcmul(rho_k0[y], label_s - hit * second, hit.new_tensor(-c))
-    top_x = torch.sub(rho_0k[top], second, alpha=c)
-    loss, label_g, top_g = w_pos * softplus(label_x), -w_pos * torch.sigmoid(label_x), torch.sigmoid(top_x)
-    loss = loss.addcmul_(softplus(top_x), 1 - hit)
+    label_x = torch.addcmul(rho_k0.index_select(0, y), label_s - hit * second, hit.new_tensor(-c))
+    top_x = torch.sub(top_rho, second, alpha=c)
+    label_g, top_g = -w_pos * torch.sigmoid(label_x), torch.sigmoid(top_x)
 
-    x = torch.add(rho_0k[:, None], s, alpha=c, out=s).scatter_(0, torch.stack([y, top]), -BIG)
-    g = torch.sigmoid(x, out=work.buffer("gradient", s))
-    loss += softplus_sum(x, g, work, limit=float(rho_0k.amax()))
-    at_top = torch.lerp(top_g, label_g, hit)
+    x = torch.add(LOG2_E * rho_0k[:, None], others, alpha=LOG2_E * c, out=others)  # the maximum is out of it
+    x.view(-1).index_fill_(0, at_label, -BIG)
+    loss, g = softplus_sum(x, work, limit=float(rho_0k.amax()))
+    loss.add_(softplus(label_x), alpha=w_pos).addcmul_(softplus(top_x), 1 - hit)
     elsewhere = g.sum(0).addcmul_(label_g, 1 - hit)
-    g.scatter_(0, label, label_g[None]).scatter_(0, top[None], (at_top - elsewhere)[None])
-    g.addcmul_(is_second, at_top / is_second.sum(0), value=-1)
+    top_g = torch.lerp(top_g, label_g, hit)
+    g.view(-1).index_copy_(0, at_label, label_g).index_copy_(0, at_top, top_g - elsewhere)
+    g.addcmul_(is_second, top_g / is_second.sum(0), value=-1)
     return loss / c, g
 
 
@@ -106,24 +110,30 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=60.0)
 
 
-def softplus_sum(x: Tensor, g: Tensor, work: Workspace, *, limit: float) -> Tensor:
-    """(P,): sum over classes of softplus(x) with x (K,P) at most ``limit`` and g = sigmoid(x); x is overwritten.
+def softplus_sum(x: Tensor, work: Workspace, *, limit: float) -> tuple[Tensor, Tensor]:
+    """(P,) sum over classes of softplus(z), and (K,P) sigmoid(z); z is at most ``limit``, x = z log2(e) is overwritten.
 
+    exp2 takes any x at one price; exp is many times slower where the result is none of float32's normal numbers.
     A logarithm costs as much as eight products: up to PRODUCT_LIMIT there is one for eight classes, with
     sum log(1 + e) = log1p(prod(1 + e) - 1) and q = prod(1 + e) - 1 built up as q + e + q e, so that nothing cancels.
     """
+    g = work.buffer("gradient", x)
     if limit > PRODUCT_LIMIT:
-        return softplus(x).sum(0)
-    q = torch.sub(1, g, out=x)
-    q = torch.div(g, q, out=q)
+        z = x.div_(LOG2_E)
+        return softplus(z).sum(0), torch.sigmoid(z, out=g)
+    q = torch.exp2(x, out=work.buffer("exponentials", x))
+    factor = torch.add(q, 1, out=x)
+    torch.div(q, factor, out=g)
+    factor = factor[len(q) // 2 :]
     for _ in range(3):
         half = len(q) // 2
+        lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
         if half:
-            lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
-            q = torch.addcmul(upper, lower, torch.add(upper, 1, out=work.buffer("factor", upper)), out=lower)
+            q = torch.addcmul(upper, lower, factor[:half], out=lower)
             if len(odd):
                 q[:1].addcmul_(q[:1], odd).add_(odd)
-    return torch.log1p(q).sum(0)
+            factor = torch.add(q[half // 2 :], 1, out=factor[: half - half // 2])
+    return torch.log1p(q).sum(0), g
 
 
 def margin_dense(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,20 @@ def test_float32_keeps_small_losses(form, certain, factor):
     torch.testing.assert_close(low.grad.double(), leaf.grad, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("margin", [9.99, 10.01, 60.0])
+def test_float32_holds_large_margins(margin):
+    """Of 17 scores that are nearly equal each costs about its margin; up to 10, products of eight are taken."""
+    logits = torch.linspace(0, 1e-3, 17, dtype=torch.float64).view(1, 17, 1, 1)
+    target = torch.zeros(1, 1, 1, dtype=torch.int64)
+    rho_k0, rho_0k = torch.zeros(17), torch.full((17,), margin)
+    leaf = logits.float().requires_grad_()
+    value = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form="reference")(leaf, target)
+    value.backward()
+    expected, gradient = literal(logits, target, rho_k0.double(), rho_0k.double(), "reference")
+    assert value.item() == pytest.approx(float(expected), rel=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_golden_values():
     """One pixel, worked out by hand: s = (2, 0, -1), y = 0, margins (.1, .2, .3) and (1, 2, 3)."""
     logits = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64).view(1, 3, 1, 1)

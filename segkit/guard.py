@@ -307,16 +307,17 @@ def _explain_key(key: str, parent: Any) -> str:
     prefix = parent._get_full_key(None) if parent is not None else ""
     name = key.removeprefix(f"{prefix}.").partition(".")[0]
     known = [str(item) for item in parent if item != "hydra"] if parent is not None else []
-    deeper = sorted(_places(parent, name, prefix), key=lambda place: (".recipe." in place, place.count(".")))
+    deeper = _places(parent, name, prefix)
     close = [f"{prefix}.{item}".lstrip(".") for item in difflib.get_close_matches(name, known, n=1)]
+    elsewhere = _places(parent._get_root(), key.rpartition(".")[2], "") if parent is not None else []
     hint = f": {prefix or 'a run'} has {', '.join(known)}" if known else ""
-    if deeper or close:
-        hint = f": did you mean {' or '.join((deeper or close)[:3])}?"
+    if meant := deeper or close or elsewhere:
+        hint = f": did you mean {' or '.join(meant[:3])}?"
     return f"there is no key {key}{hint} (`python train.py --cfg job` shows all keys)"
 
 
 def _places(node: Any, name: str, prefix: str) -> list[str]:
-    """Dotted keys of what is called ``name`` somewhere within ``node``, itself at ``prefix``."""
+    """Dotted keys of what is called ``name`` somewhere within ``node``, itself at ``prefix``; the shortest first."""
     found = []
     for key in node if isinstance(node, Mapping) else ():
         place = f"{prefix}.{key}".lstrip(".")
@@ -324,7 +325,7 @@ def _places(node: Any, name: str, prefix: str) -> list[str]:
             found.append(place)
         if place != "hydra":
             found += _places(node._get_node(key), name, place)
-    return found
+    return sorted(found, key=lambda place: (".recipe." in place, place.count(".")))
 
 
 def _explain_option(name: str, text: str) -> str:

@@ -309,7 +309,7 @@ def _explain_key(key: str, parent: Any) -> str:
     known = [str(item) for item in parent if item != "hydra"] if parent is not None else []
     deeper = _places(parent, name, prefix)
     close = [f"{prefix}.{item}".lstrip(".") for item in difflib.get_close_matches(name, known, n=1)]
-    elsewhere = _places(parent._get_root(), key.rpartition(".")[2], "") if parent is not None else []
+    elsewhere = _places(parent._get_root(), name, "") if parent is not None else []
     hint = f": {prefix or 'a run'} has {', '.join(known)}" if known else ""
     if meant := deeper or close or elsewhere:
         hint = f": did you mean {' or '.join(meant[:3])}?"

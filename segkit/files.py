@@ -29,7 +29,8 @@ PARTS = ("dataset", "model", "loss", "optimizer", "schedule")
 LOCK, HOLDER = ".running.lock", "running.json"
 """Files of a folder that one process works in: what the operating system locks, and which process that is."""
 
-_FOREIGN = "copy the config.yaml that segkit wrote, or train again"
+FOREIGN = "copy the config.yaml that segkit wrote, or train again"
+"""What mends a saved configuration that cannot be read."""
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def more_than_plain(text: str) -> str | None:
     return None
 
 
-def read_config_text(path: Path, *, cure: str = _FOREIGN, whole: bool = True) -> dict[str, Any]:
+def read_config_text(path: Path, *, cure: str = FOREIGN, whole: bool = True) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
     A stranger may have written it: InputError, which ends with ``cure``, for a file of more than :data:`MOST_BYTES`,

@@ -215,6 +215,8 @@ def test_what_numpy_makes_an_image_of_is_predicted(trained, tmp_path):
         ([1, [2]], "an image is a list, which is no array"),
         (image.tolist(), "a list of int64 of the shape"),
         (Image.new("L", (8, 8)), r"of the shape \(8, 8\)"),
+        (Image.new("HSV", (8, 8)), r"has the mode HSV, whose bands are other colours: give \.convert\('RGB'\)"),
+        (np.ma.masked_less(image, 9), r"an array with masked pixels, which have no value: give \.filled\(0\) of it"),
         (torch.zeros(3, 8, 8), r"a Tensor of float32 of the shape \(3, 8, 8\)"),
         (torch.zeros(8, 8, 3, requires_grad=True), "a Tensor, which is no array"),
         (str(tmp_path), "there is no image file .*: it is a folder: give a list of the files in it"),

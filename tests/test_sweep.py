@@ -221,6 +221,13 @@ def test_jobs_beside_one_that_was_interrupted_are_judged_as_well(monkeypatch, tm
     assert found == [("interrupted", None, ""), ("finished", 0.25, None), ("failed", None, "error: no data")]
 
 
+def test_no_job_starts_where_its_state_cannot_be_noted(monkeypatch, tmp_path):
+    (tmp_path / "sweep.json").mkdir()
+    with pytest.raises(OSError, match=r"sweep\.json"):
+        shell_jobs(monkeypatch, tmp_path, "touch started").finish()
+    assert [item.name for item in tmp_path.iterdir()] == ["sweep.json"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_sweep_alone_stops_it_with_its_jobs(monkeypatch, tmp_path, number, request):
     """Ctrl-C in a terminal is for all of them, but schedulers and containers tell the first process only."""

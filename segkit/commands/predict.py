@@ -120,6 +120,10 @@ def _image_of(image: Any, kind: tuple[int, str]) -> Path | np.ndarray:
             cure = "it is a folder: give a list of the files in it" if path.is_dir() else "correct its path"
             raise InputError(f"there is no image file {path}: {cure}")
         return path
+    if (mode := getattr(image, "mode", None)) in ("YCbCr", "LAB", "HSV", "CMYK"):
+        raise InputError(f"an image of Pillow has the mode {mode}, whose bands are other colours: give .convert('RGB')")
+    if np.ma.is_masked(image):
+        raise InputError("an image is an array with masked pixels, which have no value: give .filled(0) of it")
     try:
         array = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -17,7 +17,7 @@ from segkit.config.compose import reason_of, to_config
 from segkit.config.schema import Config, check_targets
 from segkit.config.targets import is_trusted
 from segkit.errors import InputError
-from segkit.files import read_config_text, read_json
+from segkit.files import FOREIGN, read_config_text, read_json
 from segkit.runtime import drawing, without_memory
 
 CHECKPOINTS = ("last", "best")
@@ -96,9 +96,11 @@ def filled(make: Callable[[], Any], node: dict[str, Any], weights: Any, *, sourc
     return model
 
 
-def read_counts(path: Path) -> dict[str, Any]:
-    """The label counts in ``path``; InputError if the file does not hold such."""
-    cure = "copy the file again, or run the command that trained the run once more, which writes it anew"
+COUNTS_CURE = "copy the file again, or run the command that trained the run once more, which writes it anew"
+
+
+def read_counts(path: Path, *, cure: str = COUNTS_CURE) -> dict[str, Any]:
+    """The label counts in ``path``; InputError, which ends with ``cure``, if the file does not hold such."""
     content = read_json(path, cure=cure)
     if not are_counts(content):
         raise InputError(
@@ -169,15 +171,16 @@ def differing_classes(one: Sequence[str], other: Sequence[str]) -> str:
     return ""
 
 
-def read_config(saved: Path) -> Config:
+def read_config(saved: Path, *, cure: str = FOREIGN) -> Config:
     """The configuration in ``saved`` (YAML or JSON), through the schema; InputError for anything it does not allow.
 
+    ``cure`` ends the sentence about a file that cannot be read.
     What it says under ``trust`` does not count: only a command line can trust code.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    content = read_config_text(saved)
+    content = read_config_text(saved, cure=cure)
     content.pop("trust", None)
     try:
         config = to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(content)))

@@ -159,6 +159,7 @@ class LocalSweep:
             self.share(len(self._waiting))
         for overrides, folder in self._waiting:
             self.jobs.append(Job(len(self.jobs), overrides, str(folder), "waiting"))
+        self._note()  # what cannot be written is known before the first job starts
         for job in self.jobs:
             self._wait_for_slot()
             self._start(job)

@@ -193,6 +193,7 @@ class Search(LocalSweep):
                 self.jobs.append(self._job(frozen.number, frozen.params))
                 # the constructor is the one way back to a trial that was asked for by another process
                 unfinished.append(optuna.trial.Trial(self.study, frozen._trial_id))
+        self._note()
         for trial in unfinished:
             self._wait_for_slot()
             self._launch(trial)

@@ -62,6 +62,12 @@ def test_a_diverged_run(tmp_path, replayed):
     assert f"first module with a non-finite output: {found['first_non_finite_module']}" in text
     assert f"step {noted['step'] + 1}" in text
     assert all(name in text for name in noted["names"])
+    for name in ("config.json", "label_counts.json"):
+        content = (bundle / name).read_text()
+        (bundle / name).write_text(content[: len(content) // 2])
+        with pytest.raises(InputError, match=rf"{name} cannot be read .*: the bundle is damaged; copy it again"):
+            replayed(bundle)
+        (bundle / name).write_text(content)
     flipped = bytearray((bundle / "batch.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (bundle / "batch.pt").write_bytes(flipped)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from segkit.errors import MOST_NUMBER, InputError
 from segkit.evaluation.loop import LabelledBatch, evaluating
-from segkit.evaluation.metrics import Floats, divide
+from segkit.evaluation.metrics import Floats, divide, mean_of_present
 from segkit.evaluation.views import forward
 
 _AGAIN = "fit it again with `segkit evaluate RUN --decision bias --refit`"
@@ -43,7 +43,7 @@ class LogitSample:
 
 @dataclass(frozen=True)
 class FittedBias:
-    """The bias (K,), and the mean IoU on the sample without and with it (over the classes that it holds)."""
+    """The bias (K,), and the mean IoU on the sample without and with it."""
 
     bias: NDArray[np.float32]
     mean_iou_before: float
@@ -152,8 +152,9 @@ def _logits_at(logits: Tensor, pixels: NDArray[np.int64], size: tuple[int, ...])
 def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> FittedBias:
     """Return the bias that coordinate ascent finds: one class after the other, on an ever finer grid.
 
-    The objective is the mean IoU of argmax(logits + bias) over the classes that have target pixels in the sample.
-    Other classes keep the bias 0: the sample says nothing about them, and forbidding them would only flatter the score.
+    The objective is the mean IoU of argmax(logits + bias), as it is scored: a class without target pixels counts where
+    it is predicted. Such a class keeps the bias 0, as the sample says nothing about it, and where that costs nothing
+    the others get no bias below 0, so that it is not predicted in their place.
     A step is taken only if it raises the objective, so the result is never worse than no bias.
     """
     num_classes = sample.logits.shape[1]
@@ -164,7 +165,7 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> FittedBias:
     for _ in range(num_rounds):
         for k in np.flatnonzero(present):
             candidates = (bias[k] + np.linspace(-reach, reach, _NUM_CANDIDATES)).astype(np.float32)
-            objective = _objective_of_candidates(sample, sample.logits + bias, int(k), candidates - bias[k], present)
+            objective = _objective_of_candidates(sample, sample.logits + bias, int(k), candidates - bias[k])
             trial = bias.copy()
             trial[k] = candidates[int(np.argmax(objective))]
             # The grid's figures may differ from the score at ties and by rounding, so the score itself decides.
@@ -172,22 +173,25 @@ def tune_bias(sample: LogitSample, *, num_rounds: int = 6) -> FittedBias:
             if score > best:
                 best, bias = score, trial
         reach /= 2
+    raised = np.where(present, bias - min(0, bias[present].min()), 0).astype(np.float32)
+    if not present.all() and (score := weighted_mean_iou(sample, raised)) >= best:
+        best, bias = score, raised
     return FittedBias(bias, before, best)
 
 
 def weighted_mean_iou(sample: LogitSample, bias: NDArray[np.float32]) -> float:
-    """Return the mean IoU of the biased predictions over the classes with target pixels, in weighted pixels."""
+    """Return the mean IoU of the biased predictions over the classes with a union, in weighted pixels."""
     num_classes = sample.logits.shape[1]
     predicted = (sample.logits + bias).argmax(1)
     hit = predicted == sample.target
     tp = np.bincount(sample.target[hit], sample.weights[hit], num_classes)
     target = np.bincount(sample.target, sample.weights, num_classes)
     columns = np.bincount(predicted, sample.weights, num_classes)
-    return float(divide(tp, target + columns - tp)[target > 0].mean())
+    return mean_of_present(divide(tp, target + columns - tp))
 
 
 def _objective_of_candidates(
-    sample: LogitSample, scores: NDArray[np.float32], k: int, shifts: NDArray[np.float32], present: NDArray[np.bool_]
+    sample: LogitSample, scores: NDArray[np.float32], k: int, shifts: NDArray[np.float32]
 ) -> Floats:
     """Return the mean IoU for each of the sorted ``shifts`` of class k's score, from one pass over the pixels.
 
@@ -214,4 +218,5 @@ def _objective_of_candidates(
     columns[:, k] = lost.sum(1)
     tp[:, k] = np.bincount(first, np.where(target == k, weights, 0.0), num_bins)[:-1].cumsum()
     rows = np.bincount(target, weights, num_classes)
-    return divide(tp, rows + columns - tp)[:, present].mean(1)
+    union = rows + columns - tp  # sums that cancel leave less than 1e-6, which no pixel weighs
+    return np.nanmean(divide(tp, np.where(union > 1e-6, union, 0)), axis=1)

@@ -51,7 +51,8 @@ class Comparison:
         A margin rho_0k > 0 makes class k be predicted less. None where the rare classes do not agree.
         """
         rows = [run.results["classes"] for run in self.baseline.runs]
-        rare = sorted(rows[0], key=lambda name: rows[0][name].get("target_pixels") or 0)[: len(rows[0]) // 2]
+        labelled = [name for name, row in rows[0].items() if row.get("target_pixels")]
+        rare = sorted(labelled, key=lambda name: rows[0][name]["target_pixels"])[: len(labelled) // 2]
         lean = dict.fromkeys(rare, 0.0)
         for row, name in ((row, name) for row in rows for name in rare):
             recall, precision = row[name].get("recall"), row[name].get("precision")

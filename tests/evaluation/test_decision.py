@@ -47,7 +47,7 @@ def mean_iou_by_matrix(sample, bias):
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (sample.target, (sample.logits + bias).argmax(1)), sample.weights)
     tp, rows, columns = np.diag(counts), counts.sum(1), counts.sum(0)
-    return np.mean([tp[k] / (rows[k] + columns[k] - tp[k]) for k in range(num_classes) if rows[k]])
+    return np.mean([tp[k] / (rows[k] + columns[k] - tp[k]) for k in range(num_classes) if rows[k] + columns[k]])
 
 
 def test_the_objective_is_the_weighted_mean_iou():
@@ -61,8 +61,8 @@ def test_one_pass_gives_the_objective_of_every_candidate(k):
     sample = skewed_sample(num=500, weights=np.random.default_rng(1).uniform(0.5, 2, 500))
     shifts = np.linspace(-6, 6, 41).astype(np.float32)
     bias = np.array([0.3, -0.2, 0.1, 1.0, 0.0], np.float32)
-    present = np.ones(5, bool)
-    found = decision._objective_of_candidates(sample, sample.logits + bias, k, shifts, present)
+    sample.target[sample.target == 4] = 3  # without target pixels a class counts where it is predicted
+    found = decision._objective_of_candidates(sample, sample.logits + bias, k, shifts)
     for shift, value in zip(shifts, found, strict=True):
         assert value == pytest.approx(mean_iou_by_matrix(sample, bias + shift * (np.arange(5) == k)), abs=1e-9)
 
@@ -86,12 +86,18 @@ def test_nothing_is_changed_where_nothing_can_be_gained():
     assert (result.bias == 0).all()
 
 
-def test_classes_without_target_pixels_keep_the_bias_zero():
+@pytest.mark.parametrize("shift", [2, 4, 12])
+def test_classes_without_target_pixels_keep_the_bias_zero_and_take_no_pixel_from_others(shift):
     sample = skewed_sample()
     kept = sample.target != 4
     sample = LogitSample(sample.logits[kept], sample.target[kept], sample.weights[kept], 3)
-    sample.logits[:, 4] += 4  # predicted in place of others
-    assert tune_bias(sample).bias[4] == 0
+    sample.logits[:, 4] += shift
+    result = tune_bias(sample)
+    before, after = ((sample.logits + bias).argmax(1) == 4 for bias in (0, result.bias))
+    assert result.bias[4] == 0
+    assert not (after & ~before).any()
+    assert result.mean_iou_after == pytest.approx(mean_iou_by_matrix(sample, result.bias))
+    assert result.mean_iou_after > result.mean_iou_before
 
 
 class Fixed(nn.Module):

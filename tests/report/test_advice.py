@@ -42,6 +42,11 @@ def test_a_class_that_is_never_predicted_is_missed():
     assert "below precision for 1 of the 2 rarest classes (pole)" in advice(never)
 
 
+def test_a_class_without_labels_is_not_rare_but_absent():
+    absent = [[900, 0, 0, 0], [0, 500, 0, 0], [0, 0, 0, 0], [50, 0, 0, 25]]
+    assert "below precision for 1 of the 1 rarest classes (sign)" in advice(absent)
+
+
 def test_it_is_a_mean_over_runs():
     slightly_overdone = [[900, 0, 1, 1], [0, 500, 0, 0], [0, 0, 20, 0], [0, 0, 0, 15]]
     assert "below precision for 2 of the 2" in advice(MISSED, slightly_overdone)

@@ -53,13 +53,13 @@ def run(argv: Sequence[str]) -> None:
     device = resolve_device(arguments.device)
     images = find_images(arguments.input, output=arguments.output)
     first = load(arguments.run, arguments, device)
-    chosen = inference(arguments, first.window)
+    chosen = inference(arguments, first.dataset.crop)
     models = {title(arguments.run): first}
     if arguments.side_by_side:
         other = load(arguments.side_by_side, arguments, device)
         difference = differing_classes(other.classes, first.classes)
-        if difference or other.kind != first.kind:
-            difference = difference or f"of images of {other.kind} instead of {first.kind}"
+        if difference or other.dataset.kind != first.dataset.kind:
+            difference = difference or f"of images of {other.dataset.kind} instead of {first.dataset.kind}"
             raise InputError(
                 f"{arguments.side_by_side} predicts other classes than {arguments.run} ({difference}): name two runs "
                 "of one data set"
@@ -100,13 +100,14 @@ def labels(images: Iterable[Any], arguments: Namespace) -> list[np.ndarray]:
     from segkit.runtime import resolve_device
 
     model = load(arguments.run, arguments, resolve_device(arguments.device))
+    kind = model.dataset.kind
     if isinstance(images, list | tuple):
         for image in images:
-            _image_of(image, model.kind)
-    predictor = model.predictor(inference(arguments, model.window), arguments.precision)
+            _image_of(image, kind)
+    predictor = model.predictor(inference(arguments, model.dataset.crop), arguments.precision)
     return [
         predictor.labels(model.read(found) if isinstance(found, Path) else found)
-        for found in (_image_of(image, model.kind) for image in images)
+        for found in (_image_of(image, kind) for image in images)
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from segkit.commands.decision import decision_of, exported
 from segkit.commands.options import DECISIONS, PROGRAMS
-from segkit.config.dataset import RGB
+from segkit.config.dataset import DatasetConfig
 from segkit.config.schema import plain
 from segkit.data.bands import read_bands
 from segkit.data.labels import load_table
@@ -32,24 +32,21 @@ GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
 
 @dataclass(frozen=True)
 class Loaded:
-    """``score``: images (N, C, H, W) -> logits; ``window``: (height, width) of a bare ``--slide``.
+    """``score``: images (N, C, H, W) -> logits; ``dataset`` says what images, and at what size the run evaluates them.
 
-    ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`. ``resize``: that of
-    the run's evaluation. ``kind``: channels and type of its images.
+    ``decide``: the decision on probabilities, as in :class:`segkit.evaluation.inference.Inference`.
     """
 
     score: Any
     device: torch.device
-    window: list[int]
+    dataset: DatasetConfig
     classes: tuple[str, ...]
     palette: np.ndarray
     decide: Callable[[Any], Any] | None
-    resize: Mapping[str, Any]
-    kind: tuple[int, str]
 
     def read(self, path: Path) -> np.ndarray:
         """Return the image (H, W, C) in the file ``path``, as the data set of the run reads it."""
-        return read_bands(path, self.kind)
+        return read_bands(path, self.dataset.kind)
 
     def predictor(self, inference: Inference, precision: str) -> Predictor:
         """Return what predicts with ``inference``, at the size at which the run evaluates."""
@@ -57,16 +54,17 @@ class Loaded:
         return Predictor(self.score, inference, self._resized, self.device, DTYPES[precision])
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        return resize_image(image, target_size(image.shape[:2], self.resize))
+        return resize_image(image, target_size(image.shape[:2], plain(self.dataset.eval_resize)))
 
 
 def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loaded:
     """Return the model of the run folder or of the export ``path``, ready to score images on ``device``."""
     decide = None
     if path.suffix in GRAPHS:
-        score, facts = _open_graph(path, arguments)
+        score, facts, dataset = _open_graph(path, arguments)
     elif is_portable(path):
         facts, model = open_portable(path)
+        dataset = check_facts(facts, path)
         _check_options(path, facts, arguments)
         decision = exported(facts)
         score, decide = decision.around(model.to(device)), decision.decide
@@ -79,22 +77,11 @@ def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loa
         counts = saved.label_counts()
         palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
         facts = {"classes": counts["classes"], "palette": palette}
-        facts |= {"crop": dataset.crop, "resize": plain(dataset.eval_resize)}
-        facts |= dict(zip(("in_channels", "dtype"), dataset.kind, strict=True))
-    return Loaded(
-        score=score,
-        device=device,
-        window=facts["crop"],
-        classes=tuple(facts["classes"]),
-        palette=np.asarray(facts["palette"], np.uint8),
-        decide=decide,
-        resize=facts["resize"],
-        kind=(facts.get("in_channels", RGB[0]), facts.get("dtype", RGB[1])),
-    )
+    return Loaded(score, device, dataset, tuple(facts["classes"]), np.asarray(facts["palette"], np.uint8), decide)
 
 
-def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return score and facts of the ONNX file or program of torch.export ``path``, which computes on the CPU."""
+def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], DatasetConfig]:
+    """Return score, facts and kind of images of the ONNX file or program of torch.export ``path``, for the CPU."""
     from segkit.models.exported import read_metadata, runner
 
     if path.suffix == ".onnx":
@@ -105,7 +92,7 @@ def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[st
     if not path.is_file():
         raise InputError(f"there is no file {path}: write it with segkit export RUN --format {GRAPHS[path.suffix]}")
     facts = {"model": {}, "crop": [512, 512], "resize": {}, **read_metadata(path)}  # not in files of earlier versions
-    check_facts(facts, path)
+    dataset = check_facts(facts, path)
     _check_options(path, facts, arguments)
     if path.suffix == ".pt2" and PROGRAMS not in (arguments.trust or "").split(","):
         raise InputError(
@@ -133,7 +120,7 @@ def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[st
             )
         return found
 
-    return score, facts
+    return score, facts, dataset
 
 
 def _check_options(path: Path, facts: Mapping[str, Any], arguments: argparse.Namespace) -> None:

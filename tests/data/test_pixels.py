@@ -13,7 +13,7 @@ from PIL import Image
 
 from segkit.check.audit import _digest, look_at
 from segkit.commands import predict, scorers
-from segkit.config import dataset
+from segkit.config.dataset import DatasetConfig
 from segkit.data import Sample, SampleSet
 from segkit.data.bands import image_size
 from segkit.data.decode import orientation, read_index_png, read_rgb
@@ -185,8 +185,8 @@ def predicted_on(data, folder, monkeypatch):
         return images.float()
 
     model = scorers.Loaded(
-        score=scorer, device=torch.device("cpu"), window=[*SIZE], classes=("a", "b", "c"),
-        palette=np.zeros((3, 3), np.uint8), decide=None, resize={}, kind=dataset.RGB,
+        score=scorer, device=torch.device("cpu"), dataset=DatasetConfig(name="toy", reader={}, crop=[*SIZE]),
+        classes=("a", "b", "c"), palette=np.zeros((3, 3), np.uint8), decide=None,
     )  # fmt: skip
     monkeypatch.setattr(scorers, "load", lambda *_: model)
     arguments = ["RUN", "--input", f"{data.samples[0].image}", "--output", f"{folder}", "--device", "cpu"]

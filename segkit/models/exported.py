@@ -19,6 +19,7 @@ import torch
 
 from segkit.errors import InputError, first_line
 
+OPSET = 18
 INPUT = "images"
 """Name of what goes into a graph"""
 METADATA_KEY = "segkit"
@@ -32,7 +33,7 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 """images (N, C, H, W) float32 in 0..divisor -> logits (N, K, H, W), or scores, or classes (N, H, W)"""
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str, opset: int) -> None:
+def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str) -> None:
     """Translate ``program`` to ONNX and write it with the metadata ``text``."""
     try:
         import onnx
@@ -50,7 +51,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the translator, about its own internals
             translated = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[output], verbose=False
+                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output], verbose=False
             )
     except Exception as error:  # the translator's errors share no base class
         raise InputError(

@@ -41,7 +41,6 @@ class RunRecord:
 
     path: Path
     phase: str
-    is_last: bool
     config: dict[str, Any]
     results: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +199,6 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
     record = RunRecord(
         path=path,
         phase=phase,
-        is_last=phase == names[-1],
         config=config,
         results=results,
         provenance=read(top / "provenance.json", _read_json, "origin") or {},

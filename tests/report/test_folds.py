@@ -174,7 +174,7 @@ def test_published_folds_are_pooled_too():
 
     def run(**reader):
         config = {"dataset": {"reader": reader}, "schedule": {"train": {}}}
-        return RunRecord(path=None, phase="train", is_last=True, config=config, results={})
+        return RunRecord(path=None, phase="train", config=config, results={})
 
     assert fold_of(run(splits="sequence", fold=3)) == (3, 4)
     assert fold_of(run(splits="paper", fold=0)) is None

@@ -68,29 +68,17 @@ def bootstrap_mean_iou(
     return MeanIoUInterval(mean_iou, low, high, runs[0].num_images)
 
 
-def compare_runs(
-    first: PerImageCounts, second: PerImageCounts, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> PairedComparison:
-    """Return whether the second run is better than the first, beyond what the choice of images explains.
-
-    The p-value is that of the paired randomisation test: under the null hypothesis the two predictions of an image are
-    exchangeable, so they are swapped at random for each image, ``num_samples`` times; p is the share of the swaps (with
-    the observed order as one of them) whose difference is at least the observed one in absolute value.
-
-    Raises `InputError` unless both runs have the same images, classes and labels.
-    """
-    both = stacked([first, second])
-    return compare_totals(both[:1], both[1:], num_samples=num_samples, confidence=confidence, seed=seed)
-
-
 def compare_totals(
     a: Floats, b: Floats, *, num_samples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> PairedComparison:
-    """Return whether the runs ``b`` are better than ``a``, (seeds, images, 2 K) each: TP, then T + P, of every class.
+    """Return whether the runs ``b`` are better than ``a``, beyond what the choice of images explains.
 
-    The figures are means over the seeds. The bootstrap is hierarchical: it draws seeds, then images, the same ones for
-    all seeds and both sides. The randomisation test swaps an image for all seeds at once. An image may be a block of
-    dependent ones, such as frames of a video, added up.
+    Both are of :func:`stacked`, (seeds, images, 2 K), and the figures means over the seeds. The bootstrap is
+    hierarchical: it draws seeds, then images, the same ones for all seeds and both sides. The p-value is that of the
+    paired randomisation test: under the null hypothesis the two predictions of an image are exchangeable, so they are
+    swapped at random for each image, for all seeds at once, ``num_samples`` times; p is the share of the swaps (with
+    the observed order as one of them) whose difference is at least the observed one in absolute value. An image may be
+    a block of dependent ones, such as frames of a video, added up.
     """
     _check(num_samples, confidence)
     num_seeds, num_images = a.shape[:2]

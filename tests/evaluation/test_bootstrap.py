@@ -12,7 +12,7 @@ import pytest
 
 from segkit.errors import InputError
 from segkit.evaluation import bootstrap, metrics
-from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_runs, compare_totals
+from segkit.evaluation.bootstrap import bootstrap_mean_iou, compare_totals
 from segkit.evaluation.per_image import PerImageCounts, sparse
 
 
@@ -29,6 +29,11 @@ def make_run(num_images=30, num_classes=4, *, accuracy=0.7, seed=0, label_seed=0
         matrices.append(np.stack([rng.multinomial(pixels[k], share[k]) for k in range(num_classes)]))
     names = [f"image{i}" for i in range(num_images)] if names is None else names
     return PerImageCounts.from_sparse([sparse(matrix) for matrix in matrices], names, num_classes=num_classes)
+
+
+def compare_runs(first, second, **options):
+    both = bootstrap.stacked([first, second])
+    return compare_totals(both[:1], both[1:], **options)
 
 
 def interval_by_loop(run, *, chunks, seed):

@@ -10,8 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from segkit.evaluation.bootstrap import bootstrap_mean_iou as bootstrap_mean_iou
-    from segkit.evaluation.bootstrap import compare_runs as compare_runs
     from segkit.evaluation.boundary import BoundaryCounts as BoundaryCounts
     from segkit.evaluation.confusion import ConfusionMatrix as ConfusionMatrix
     from segkit.evaluation.confusion import count_pixels as count_pixels
@@ -22,16 +20,14 @@ if TYPE_CHECKING:
     from segkit.evaluation.loop import to_results as to_results
     from segkit.evaluation.per_image import PerImageCounts as PerImageCounts
     from segkit.evaluation.protocols import benchmark_scores as benchmark_scores
-    from segkit.evaluation.protocols import merge_by_name as merge_by_name
 
 _NAMES = {
-    "bootstrap": ("bootstrap_mean_iou", "compare_runs"),
     "boundary": ("BoundaryCounts",),
     "confusion": ("ConfusionMatrix", "count_pixels"),
     "inference": ("Inference", "whole_image"),
     "loop": ("Evaluation", "evaluate", "to_results"),
     "per_image": ("PerImageCounts",),
-    "protocols": ("benchmark_scores", "merge_by_name"),
+    "protocols": ("benchmark_scores",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -108,7 +108,7 @@ def frequency_weighted_iou(counts: ArrayLike) -> float:
     return float(divide((target[present] * (tp[present] / union)).sum(), target.sum()))
 
 
-def merge_classes(counts: ArrayLike, groups: Sequence[int], num_groups: int | None = None) -> Ints:
+def merge_classes(counts: ArrayLike, groups: Sequence[int]) -> Ints:
     """Return the counts of groups of classes, (G, G + 1): a coarser view of the same pixels.
 
     ``groups[k]`` is the group of class k, or -1 for a class that is not evaluated: pixels with such a target are
@@ -119,9 +119,8 @@ def merge_classes(counts: ArrayLike, groups: Sequence[int], num_groups: int | No
     if len(groups) != num_classes:
         raise InputError(f"{len(groups)} groups were given for {num_classes} classes; give one per class")
     group = np.asarray(groups, np.int64)
-    size = int(group.max(initial=-1)) + 1 if num_groups is None else num_groups
-    if group.min(initial=0) < -1 or group.max(initial=-1) >= size:
-        raise InputError(f"group numbers must lie in -1..{size - 1}, got {sorted(set(group.tolist()))}")
+    size = int(group.max(initial=-1)) + 1
+    assert group.min(initial=0) >= -1, groups
     column = np.full(matrix.shape[1], size)
     column[:num_classes] = np.where(group < 0, size, group)
     merged = np.zeros((size, size + 1), np.int64)

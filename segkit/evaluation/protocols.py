@@ -29,25 +29,6 @@ CITYSCAPES_CATEGORIES: Mapping[str, tuple[str, ...]] = {
 """Categories of the 19 evaluated Cityscapes classes."""
 
 
-def merge_by_name(
-    counts: ArrayLike, class_names: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> tuple[list[str], metrics.Ints]:
-    """Return names and counts (G, G + 1) of groups of named classes; classes in no group are not evaluated."""
-    group_of: dict[str, int] = {}
-    for g, (group, members) in enumerate(groups.items()):
-        for name in members:
-            if name not in class_names:
-                raise InputError(
-                    f"group {group!r} names the class {name!r}, which is none of {', '.join(class_names)}: "
-                    "give --protocol standard, or the benchmark that has these classes"
-                )
-            if name in group_of:
-                raise InputError(f"class {name!r} is in two groups; put it into one")
-            group_of[name] = g
-    numbers = [group_of.get(name, -1) for name in class_names]
-    return list(groups), metrics.merge_classes(counts, numbers, len(groups))
-
-
 def benchmark_scores(protocol: str, counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
     """Return the figures of a named protocol: ``score`` (which ranks), its parts, and the policy on absent classes."""
     if protocol not in PROTOCOLS:
@@ -66,12 +47,20 @@ def _standard(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _cityscapes(counts: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
-    names, merged = merge_by_name(counts, class_names, CITYSCAPES_CATEGORIES)
-    categories = {name: number(value) for name, value in zip(names, metrics.iou(merged), strict=True)}
+    group_of: dict[str, int] = {}
+    for g, (group, members) in enumerate(CITYSCAPES_CATEGORIES.items()):
+        for name in members:
+            if name not in class_names:
+                raise InputError(
+                    f"group {group!r} names the class {name!r}, which is none of {', '.join(class_names)}: "
+                    "give --protocol standard, or the benchmark that has these classes"
+                )
+            group_of[name] = g
+    merged = metrics.merge_classes(counts, [group_of.get(name, -1) for name in class_names])
     return {
         **_standard(counts, class_names),
         "category_mean_iou": number(metrics.mean_iou(merged)),
-        "categories": categories,
+        "categories": dict(zip(CITYSCAPES_CATEGORIES, map(number, metrics.iou(merged)), strict=True)),
     }
 
 

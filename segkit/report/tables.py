@@ -12,7 +12,7 @@ from typing import Any
 
 from segkit.evaluation.bootstrap import MeanIoUInterval
 from segkit.progress import shortened
-from segkit.report.groups import Group, score
+from segkit.report.groups import Group, differing_protocols, score
 from segkit.report.text import for_csv, for_latex, for_markdown, for_terminal
 from segkit.report.uncertainty import best_rows, intervals
 
@@ -135,11 +135,14 @@ class ScoreTable:
 
     @property
     def caption(self) -> str:
-        """What was measured, and on how many images."""
-        run = self.groups[0].runs[0]
-        measured = " ".join(str(run.protocol[key]) for key in ("dataset", "split") if key in run.protocol)
+        """What was measured, on how many images, and whether that is one thing in all rows."""
+        runs = [run for group in self.groups for run in group.runs]
+        protocol, images = runs[0].protocol, runs[0].results["num_images"]
+        measured = " ".join(str(protocol[key]) for key in ("dataset", "split") if key in protocol)
         spread = ", mean ± standard deviation over runs" if self.has_seeds else ""
-        text = f"{measured}, {run.results['num_images']} images; in percent{spread}.".lstrip(", ")
+        text = f"{measured}, {images} images; in percent{spread}.".lstrip(", ")
+        if phrases := differing_protocols(runs):
+            text = f"Not evaluated alike: {'; '.join(phrases)}. In percent{spread}."
         return text + (f" {MARKED}" if len(self.groups) > 1 else "")
 
 

@@ -47,6 +47,7 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
     until = list(config.schedule)[: list(config.schedule).index(saved.phase_name) + 1]
     kept = ("batch_size", "limit_steps", "seed", "precision", "ema_decay", "clip_norm", "encoder_lr_factor", "freeze",
             "lr_factors")  # fmt: skip
+    of_phases = ("epochs", "steps", "lr", "lr_schedule", "warmup_steps")
     return {
         "model": without_sources(config).model,
         "classes": list(counts["classes"]),
@@ -71,9 +72,10 @@ def facts_of(saved: SavedRun, *, checkpoint: str, decision: Mapping[str, Any]) -
             "augment": list(config.augment),
             "phases": [
                 {
-                    **{key: plain(getattr(config.schedule[name], key)) for key in ("epochs", "steps", "lr")},
+                    **{key: plain(getattr(config.schedule[name], key)) for key in of_phases},
                     "name": name,
                     "loss": config.phase_loss(name),
+                    "dataset": config.phase_dataset(name).name,
                     "split": config.phase_dataset(name).train_split,
                 }
                 for name in until

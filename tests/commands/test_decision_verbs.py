@@ -15,6 +15,7 @@ from segkit.commands import evaluate, export, predict, submit
 from segkit.commands.decision import checksum
 from segkit.config.compose import compose
 from segkit.errors import InputError
+from segkit.report.card import card as render
 from segkit.run.portable import scores_of
 from segkit.run.saved import open_run
 from segkit.run.splits import is_held_out, open_phases
@@ -222,7 +223,9 @@ def test_a_folder_of_weights_predicts_as_its_run_does(run, finished, call, tmp_p
     assert str(finished) not in json.dumps(facts)
     card = (folder / "README.md").read_text()
     assert f"| {100 * score['mean_iou']:.2f} | {100 * low:.2f} to {100 * high:.2f} |" in card
-    assert "epochs, at most 6 steps, loss cross\\_entropy" in card
+    assert "epochs, at most 6 steps, learning rate by poly, loss cross\\_entropy" in card
+    facts["training"]["phases"][0] |= {"dataset": "coarse", "lr": 0.5}
+    assert re.search(r"on the split \w+ of coarse: .*, learning rate 0\.5 by poly, loss", render(facts))
     assert ("Fitted on" in card) == (decision != "argmax")
     assert predict_arrays([np.zeros((33, 50, 3), np.uint8)], folder, device="cpu")[0].shape == (33, 50)
     arguments = (predict, folder, "--input", tmp_path / "pictures", "--output", place / "no")

@@ -346,7 +346,7 @@ def test_other_data_sets(make_run):
     mixed = compare([one, other], allow_mixed_protocols=True)
     assert len(mixed.mixed) == 2
     assert mixed.table.titles == ("pixel acc.", "mIoU", *mixed.runs[0].classes, "Sky", "Road")
-    assert mixed.table.caption.startswith(f"Not evaluated alike: {mixed.mixed[0]}; {mixed.mixed[1]}. In percent. Marked")
+    assert mixed.table.caption.startswith(f"Not evaluated alike: {mixed.mixed[0]}; {mixed.mixed[1]}. In percent.")
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
         )
     try:
         if name == "bias":
-            return Decision(name, bias=bias_from_json({"bias": values}, classes), fitted_on=fitted_on)
+            return Decision(name, bias=bias_from_json(values, classes), fitted_on=fitted_on)
         return Decision(name, rule=rule_from_json(rule, classes), fitted_on=fitted_on)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

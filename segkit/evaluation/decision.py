@@ -59,9 +59,8 @@ class FittedBias:
         }
 
 
-def bias_from_json(content: Mapping[str, Any], class_names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the bias (K,) in the order of ``class_names`` from the result of `FittedBias.to_json`."""
-    bias = content.get("bias")
+def bias_from_json(bias: Any, class_names: Sequence[str]) -> NDArray[np.float32]:
+    """Return the bias (K,) in the order of ``class_names`` from the one by class name of `FittedBias.to_json`."""
     if not isinstance(bias, Mapping) or set(bias) != set(class_names):
         raise InputError(f"the stored bias is none of this run's classes: {_AGAIN}")
     values = [bias[name] for name in class_names]

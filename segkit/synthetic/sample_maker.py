@@ -21,6 +21,7 @@ from scipy.io import savemat
 from segkit.data.labels import VOID, load_table, table_file
 from segkit.data.readers.robotic_instrument import PAPER_FRAMES
 from segkit.errors import InputError
+from segkit.evaluation.overlay import palette_image
 from segkit.synthetic.canvas import Canvas, box, ellipse
 from segkit.synthetic.scenes import Scene, paint_classes
 
@@ -153,9 +154,7 @@ def _palette(item: Item, pixels: NDArray[np.uint8]) -> Content:
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette
     colours[VOID] = (224, 224, 192) if item.data == "voc" else (0, 0, 0)
-    picture = Image.fromarray(pixels)
-    picture.putpalette(colours.tobytes())
-    return picture
+    return palette_image(pixels, colours)
 
 
 def _objects(item: Item) -> NDArray[np.uint8]:

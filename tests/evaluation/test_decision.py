@@ -158,13 +158,13 @@ def test_a_tuned_model_scores_higher_on_its_images():
     assert after > before + 0.05
 
     stored = json.loads(json.dumps(result.to_json(["rest", "thing"])))
-    np.testing.assert_array_equal(bias_from_json(stored, ["rest", "thing"]), result.bias)
-    np.testing.assert_array_equal(bias_from_json(stored, ["thing", "rest"]), result.bias[::-1])
+    np.testing.assert_array_equal(bias_from_json(stored["bias"], ["rest", "thing"]), result.bias)
+    np.testing.assert_array_equal(bias_from_json(stored["bias"], ["thing", "rest"]), result.bias[::-1])
     with pytest.raises(InputError, match="the stored bias is none of this run's classes: fit it again"):
-        bias_from_json(stored, ["rest", "other"])
+        bias_from_json(stored["bias"], ["rest", "other"])
     for value in ("a", "1", float("nan"), None, True, [1], 1e300):
         with pytest.raises(InputError, match="the stored bias holds no numbers: fit it again"):
-            bias_from_json({"bias": {"rest": value, "thing": 1}}, ["rest", "thing"])
+            bias_from_json({"rest": value, "thing": 1}, ["rest", "thing"])
     with pytest.raises(InputError, match="the bias has 3 classes and the model 2"):
         evaluate(BiasedModel(model, np.zeros(3)), [batch], num_classes=2)
 

@@ -161,12 +161,12 @@ def more_than_plain(text: str) -> str | None:
     return None
 
 
-def read_config_text(path: Path, *, cure: str = FOREIGN, whole: bool = True) -> dict[str, Any]:
+def read_config_text(path: Path, *, cure: str = FOREIGN) -> dict[str, Any]:
     """The mapping in the saved configuration ``path`` (YAML or JSON), as plain values that nothing has resolved.
 
     A stranger may have written it: InputError, which ends with ``cure``, for a file of more than :data:`MOST_BYTES`,
-    and for what is :func:`more_than_plain`; with ``${...}`` OmegaConf would read the environment. So is a ``whole`` one
-    that lacks one of :data:`PARTS`.
+    for what is :func:`more_than_plain` (with ``${...}`` OmegaConf would read the environment), and for one that lacks
+    one of :data:`PARTS`.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -185,7 +185,7 @@ def read_config_text(path: Path, *, cure: str = FOREIGN, whole: bool = True) -> 
         raise InputError(f"{path} cannot be read ({first_line(error)}): {cure}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no configuration: {cure}")
-    if missing := [key for key in PARTS if whole and key not in content]:
+    if missing := [key for key in PARTS if key not in content]:
         raise InputError(f"{path} has no {missing[0]}, as if it were cut off: {cure}")
     return {str(key): value for key, value in content.items()}
 

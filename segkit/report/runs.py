@@ -20,7 +20,6 @@ from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
 CLASS_KEYS = {"iou", "precision", "recall", "target_pixels"}
-CONFIG_KEYS = ("dataset", "model", "loss", "schedule", "seed")
 
 OLD = "it was written by another version of segkit"
 DAMAGED = "give the command that trained the run again, which mends the file or says how, or leave the run out"
@@ -241,10 +240,7 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_config_text(path, whole=False)
-    missing = [key for key in CONFIG_KEYS if key not in config]
-    if missing:
-        raise InputError(f"{path} has no {' and no '.join(missing)}, {OLD}: run it again")
+    config = read_config_text(path)
     schedule = config["schedule"]
     if not isinstance(schedule, dict) or not schedule or not all(isinstance(item, dict) for item in schedule.values()):
         raise InputError(f"{path} has no phases in schedule, {OLD}: run it again")
@@ -253,8 +249,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for node, name in nodes:
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise InputError(f"{path} has no {name}._target_, {OLD}: run it again")
-    if type(config["seed"]) is not int:
-        raise InputError(f"{path} has the seed {config['seed']!r}, but must have a whole number: {CONFIG}")
+    if type(seed := config.get("seed")) is not int:
+        raise InputError(f"{path} has the seed {seed!r}, but must have a whole number: {CONFIG}")
     return config
 
 

@@ -246,10 +246,10 @@ def test_a_protocol_without_keys(make_run):
     ("content", "message"),
     [
         ("loss: [", r"config.yaml cannot be read \(.*\): copy the config.yaml that segkit wrote"),
-        ("seed: 0\nmodel: {}\ndataset: {}", r"config.yaml has no loss and no schedule, it was written by another"),
+        ("seed: 0\nmodel: {}\ndataset: {}", r"config.yaml has no loss, as if it were cut off: copy the config.yaml"),
         ("- 1", r"config.yaml holds no configuration: copy the config.yaml that segkit wrote"),
-        ("{seed: 0, model: {}, dataset: {}, loss: {}, schedule: {}}", r"has no phases in schedule"),
-        ("{seed: 0, model: {}, dataset: {}, loss: {}, schedule: {train: {}}}", r"has no loss._target_, it was written"),
+        ("{seed: 0, model: {}, dataset: {}, loss: {}, optimizer: {}, schedule: {}}", r"has no phases in schedule"),
+        ("{model: {}, dataset: {}, loss: {}, optimizer: {}, schedule: {train: {}}}", r"has no loss._target_, it was"),
     ],
 )
 def test_a_configuration_of_another_version(make_run, content, message):

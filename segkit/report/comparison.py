@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from segkit.errors import InputError
 from segkit.report.folds import pool_folds
-from segkit.report.groups import Group, check_comparable, differing_protocols, group_runs
+from segkit.report.groups import Group, differing_protocols, group_runs
 from segkit.report.runs import RunRecord, find_runs
 from segkit.report.tables import ScoreTable, score_table
 from segkit.report.uncertainty import LEVEL
@@ -112,11 +113,13 @@ def compare(
     runs, notes = find_runs(named, evaluation=evaluation)
     runs, missing = pool_folds(runs)
     notes += missing
-    mixed: list[str] = []
-    if allow_mixed_protocols:
-        mixed = differing_protocols(runs)
-    else:
-        check_comparable(runs, missing)
+    mixed = differing_protocols(runs)
+    if mixed and not allow_mixed_protocols:
+        raise InputError(
+            f"these runs were not evaluated alike: {'; '.join([*mixed, *missing])}. Compare runs of one protocol, "
+            "evaluate them alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side "
+            "all the same"
+        )
     groups = tuple(group_runs(runs))
     if num_samples + 1 < (needed := round((len(groups) - 1) / LEVEL)):
         notes.append(

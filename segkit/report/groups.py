@@ -10,7 +10,6 @@ from typing import Any
 
 from segkit.config.schema import FREE_KEYS, is_free
 from segkit.config.targets import fits
-from segkit.errors import InputError
 from segkit.report.runs import RunRecord
 
 SYMBOLS = {"tau": "τ", "upsilon": "υ", "mean_margin": "mean margin"}
@@ -30,6 +29,11 @@ class Group:
     def settings(self) -> dict[str, Any]:
         """Every setting that took part, by dotted key; see :func:`settings`."""
         return settings(self.runs[0])
+
+    @property
+    def counted(self) -> list[RunRecord]:
+        """The runs that have a mean IoU, and counts of single images to test it by."""
+        return [run for run in self.runs if run.per_image is not None and run.results["mean_iou"] is not None]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,17 +140,6 @@ def differing_protocols(runs: Sequence[RunRecord]) -> list[str]:
     if not phrases and other is not None:
         phrases.append(f"the images of {images[0][0]} and of {other} have different names")
     return phrases
-
-
-def check_comparable(runs: Sequence[RunRecord], notes: Sequence[str] = ()) -> None:
-    """Raise InputError, which names what differs and then the ``notes``, if the runs were not evaluated alike."""
-    phrases = differing_protocols(runs)
-    if phrases:
-        raise InputError(
-            f"these runs were not evaluated alike: {'; '.join([*phrases, *notes])}. Compare runs of one protocol, "
-            "evaluate them alike with `segkit evaluate`, or give --allow-mixed-protocols to show them side by side "
-            "all the same"
-        )
 
 
 def comparable(one: RunRecord, other: RunRecord) -> bool:

@@ -63,7 +63,7 @@ def intervals(groups: Sequence[Group], *, num_samples: int) -> list[tuple[int, M
     """Return (number of the group, interval of its mean IoU) for groups with counts of at least two images."""
     found = []
     for index, group in enumerate(groups):
-        runs = [run for run in group.runs if run.per_image is not None and run.results["mean_iou"] is not None]
+        runs = group.counted
         known = [run.per_image for run in runs if run is runs[0] or comparable(runs[0], run)]
         if runs and runs[0].results["num_images"] > 1:
             found.append((index, bootstrap_mean_iou(*filter(None, known), num_samples=num_samples)))
@@ -81,19 +81,13 @@ def paired_tests(groups: Sequence[Group], baseline: Group, *, num_samples: int) 
 
 def _pairs(baseline: Group, group: Group) -> list[tuple[RunRecord, RunRecord]]:
     """Return pairs of runs with the same seed (else in their order) that share images, classes and protocol."""
-    ours, theirs = (
-        [run for run in one.runs if run.per_image is not None and run.results["mean_iou"] is not None]
-        for one in (baseline, group)
-    )
+    ours, theirs = baseline.counted, group.counted
     by_seed = {run.seed: run for run in ours}
     pairs = [(by_seed[run.seed], run) for run in theirs if run.seed in by_seed]
     if not pairs:
         pairs = list(zip(ours, theirs, strict=False))
-    reference = ours[0] if ours else None
     return [
-        (one, other)
-        for one, other in pairs
-        if reference is not None and comparable(one, other) and (one is reference or comparable(reference, one))
+        (one, other) for one, other in pairs if comparable(one, other) and (one is ours[0] or comparable(ours[0], one))
     ]
 
 

@@ -40,10 +40,10 @@ LINKED = (
 
 
 class RunFolder:
-    """The files of one run; ``writes`` is False for the ranks that only compute."""
+    """The files of one run, which its main process writes."""
 
-    def __init__(self, path: Path, config: Config, *, writes: bool = True) -> None:
-        self.path, self.config, self.writes = path, config, writes
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
 
     @property
     def metrics(self) -> Path:
@@ -200,7 +200,7 @@ class RunFolder:
 
         It does where later phases have begun, or where the file of the phase was cut off since.
         """
-        if self.writes:
+        if distributed.is_main():
             joined = self.earlier_metrics(name) + (self.phase(name) / "metrics.jsonl").read_bytes()
             if not (self.metrics.is_file() and self.metrics.read_bytes().startswith(joined)):
                 write_atomically(self.metrics, joined)
@@ -225,12 +225,12 @@ class RunFolder:
                 f"phase {name} of {self.path} has trained {trained} steps already, more than the {num_steps} it has "
                 f"now: give schedule.{name} at least that length, or set another hydra.run.dir"
             )
-        if num_steps > trained and self.writes:
+        if num_steps > trained:
             (self.phase(name) / "results.json").unlink()
 
     def link_last_phase(self) -> None:
         """Make what the last phase has so far appear at the top."""
-        if not self.writes:
+        if not distributed.is_main():
             return
         last = list(self.config.schedule)[-1]
         (self.path / last / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -58,11 +58,6 @@ class Phase:
         """True for the phase whose results are those of the run."""
         return self.name == list(self.config.schedule)[-1]
 
-    @property
-    def loss_node(self) -> dict[str, Any]:
-        """The loss as it stands in the configuration."""
-        return self.config.phase_loss(self.name)
-
     def validation(self, tracker: Tracker, stop: Callable[[], bool]) -> Validation:
         """The evaluation of the phase, which writes to ``tracker``."""
         return Validation(
@@ -243,7 +238,7 @@ def _write_facts(phase: Phase, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     palette = phase.batches.splits.train.palette.tolist()
     write_json(folder / "label_counts.json", {**json.loads(phase.counts.to_json()), "palette": palette})
-    write_margins(folder, phase.loss, phase.loss_node, phase.counts.classes)
+    write_margins(folder, phase.loss, phase.config.phase_loss(phase.name), phase.counts.classes)
 
 
 def write_margins(folder: Path, loss: Any, node: dict[str, Any], classes: Sequence[str]) -> None:
@@ -278,7 +273,7 @@ def _training_facts(phase: Phase, trainer: Trainer) -> dict[str, Any]:
         "step": progress.step,
         "best": {"mean_iou": progress.best_score, "step": progress.best_step},
         "training": {
-            "loss": phase.loss_node,
+            "loss": config.phase_loss(phase.name),
             "model": config.model,
             "seed": config.seed,
             "batch_size": config.batch_size,

@@ -35,6 +35,7 @@ from segkit.run.start import REPORT, early_margins, initial_model, report_lines
 from segkit.run.validation import interrupted_by
 from segkit.training import checkpoint, distributed, sinks
 from segkit.training.distributed import print_main
+from segkit.training.profile import check_enough, profile_steps
 from segkit.training.tracking import Tracker
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,7 +55,7 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
     with distributed.process_group(device), _stopping(stop) as stopping:
-        folder = RunFolder(Path(distributed.agree(str(path))), config, writes=distributed.is_main())
+        folder = RunFolder(Path(distributed.agree(str(path))), config)
         with folder.held():
             phases, facts = _prepare(folder, splits, device, stopping)
             if config.profile_steps:
@@ -62,8 +63,9 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
             cache = PhaseCache(cache_dir_of(config))
             for name in config.schedule:
                 phase = phases.pop(name)  # with it goes the state of its optimizer
-                with _last(folder) if phase.is_last else _shared(phase, folder, cache, facts, stopping):
+                with contextlib.nullcontext() if phase.is_last else _shared(phase, folder, cache, facts, stopping):
                     results = train_phase(phase, folder, stopping)
+            folder.link_last_phase()
             distributed.on_main(folder.check_whole)
         print_main(class_table(results))  # within the group: after it every process is a main one
         print_main(f"run folder: {folder.path}")
@@ -125,8 +127,6 @@ def _prepare(
             )
         distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
     if config.profile_steps:
-        from segkit.training.profile import check_enough
-
         first = next(iter(phases.values()))
         check_enough(config.profile_steps, phase=first.name, num_steps=first.plan.num_steps)
     if origin:
@@ -183,13 +183,6 @@ def _facts(config: Config, splits: dict[str, Splits], device: torch.device) -> d
     data = {name: {"train": fingerprint(pair.train), "val": fingerprint(pair.val)} for name, pair in splits.items()}
     origin = runtime.provenance(device=device, seed=config.seed)
     return {**origin, "data": data, "world_size": distributed.world_size()}
-
-
-@contextmanager
-def _last(folder: RunFolder) -> Iterator[None]:
-    """Show the files of the last phase at the top at its end; :func:`train_phase` shows those that training has."""
-    yield
-    folder.link_last_phase()
 
 
 @contextmanager
@@ -251,8 +244,6 @@ def _locked(cache: PhaseCache, key: str, name: str, stopped: Callable[[], bool])
 
 
 def _profile(phase: Phase, path: Path) -> float:
-    from segkit.training.profile import profile_steps
-
     tracker = Tracker(None, phase=phase.name, num_steps=phase.plan.num_steps)
     trainer = make_trainer(phase, path / phase.name, tracker=tracker, validate=lambda *_: {}, stop=lambda: False)
     batches = phase.batches.training(0)

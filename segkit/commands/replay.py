@@ -74,8 +74,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
         raise InputError(f"{bundle / 'error.json'} names phase {failed['phase']!r}, which config.json lacks: {CURE}")
     batch = stored_batch(bundle, config.images) if (bundle / "batch.pt").is_file() else read_again(config, failed)
     kept = read_counts(bundle / failure.COUNTS, cure=CURE)
-    content = kept | {"ignored_pixels": 0, "num_images": 1, "fingerprint": ""}
-    counts = LabelCounts.from_json(json.dumps(content))
+    counts = LabelCounts.from_dict(kept | {"ignored_pixels": 0, "num_images": 1, "fingerprint": ""})
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
     source, num_classes = bundle / "state.pt", len(counts.classes)

@@ -51,24 +51,22 @@ class LabelCounts:
             assert array.shape == (len(self.classes),), array.shape
             assert array.dtype == np.int64, array.dtype
 
-    def to_json(self) -> str:
-        """Return JSON text with one row per class."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values with one row per class."""
         rows = {
             name: {"pixels": int(pixels), "images": int(images)}
             for name, pixels, images in zip(self.classes, self.class_pixels, self.class_images, strict=True)
         }
-        content = {
+        return {
             "num_images": self.num_images,
             "ignored_pixels": self.ignored_pixels,
             "fingerprint": self.fingerprint,
             "classes": rows,
         }
-        return json.dumps(content, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> LabelCounts:
-        """Read what :meth:`to_json` writes; raises ValueError, KeyError or TypeError for other text."""
-        content = json.loads(text)
+    def from_dict(cls, content: dict[str, Any]) -> LabelCounts:
+        """Read what :meth:`as_dict` returns; raises ValueError, KeyError or TypeError for something else."""
         rows = content["classes"]
         pixels, images = ([row[key] for row in rows.values()] for key in ("pixels", "images"))
         ignored, num_images = content["ignored_pixels"], content["num_images"]
@@ -185,7 +183,7 @@ def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts,
     """What :func:`_store` has kept; None where it is missing, damaged or not ours, so that it is written anew."""
     try:
         with np.load(io.BytesIO(read_bytes(path, role="cache")), allow_pickle=False) as kept:  # by their checksums
-            counts, has_class = LabelCounts.from_json(str(kept["counts"])), kept["has_class"]
+            counts, has_class = LabelCounts.from_dict(json.loads(str(kept["counts"]))), kept["has_class"]
     except Exception:  # json and numpy raise what they like for a file that is none
         return None
     ours = counts.fingerprint == mark and counts.classes == dataset.classes and counts.num_images == len(dataset)
@@ -195,7 +193,7 @@ def _from_cache(path: Path, dataset: SampleSet, mark: str) -> tuple[LabelCounts,
 
 def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
     content = io.BytesIO()
-    np.savez(content, counts=counts.to_json(), has_class=has_class)
+    np.savez(content, counts=json.dumps(counts.as_dict()), has_class=has_class)
     write_atomically(path, content.getvalue())
 
 

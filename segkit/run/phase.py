@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +77,7 @@ def prepare_phase(
     """Count the labels of phase ``name``, and build its loss and its optimizer. Raises what they refuse."""
     for split in (splits.train, splits.val):
         split[0]  # a first image shows what is wrong with all
-
-    def count() -> str:
-        return count_labels(splits.train, workers=config.workers, cache_dir=cache_dir).to_json()
-
-    counts = LabelCounts.from_json(distributed.on_main(count))
+    counts = distributed.on_main(lambda: count_labels(splits.train, workers=config.workers, cache_dir=cache_dir))
     plan = plan_phase(config, name, len(splits.train))
     loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
     absent = [label for label, pixels in zip(counts.classes, counts.class_pixels, strict=True) if not pixels]
@@ -237,7 +232,7 @@ def _write_facts(phase: Phase, folder: Path) -> None:
     """Write what the phase trains with: label counts, with the palette so that a prediction needs no data, margins."""
     folder.mkdir(parents=True, exist_ok=True)
     palette = phase.batches.splits.train.palette.tolist()
-    write_json(folder / "label_counts.json", {**json.loads(phase.counts.to_json()), "palette": palette})
+    write_json(folder / "label_counts.json", {**phase.counts.as_dict(), "palette": palette})
     write_margins(folder, phase.loss, phase.config.phase_loss(phase.name), phase.counts.classes)
 
 

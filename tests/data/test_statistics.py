@@ -118,14 +118,14 @@ def test_unlabelled_split():
         count_labels(data, workers=0)
 
 
-def test_json_round_trip(tmp_path):
+def test_dictionary_round_trip(tmp_path):
     counts = count_labels(written(tmp_path / "data"), workers=0)
-    again = LabelCounts.from_json(counts.to_json())
+    again = LabelCounts.from_dict(counts.as_dict())
     np.testing.assert_array_equal(again.class_pixels, counts.class_pixels)
     np.testing.assert_array_equal(again.class_images, counts.class_images)
     assert again.class_pixels.dtype == np.int64
-    assert again.to_json() == counts.to_json()
-    assert json.loads(counts.to_json())["classes"]["c"] == {"pixels": 0, "images": 0}
+    assert again.as_dict() == counts.as_dict()
+    assert counts.as_dict()["classes"]["c"] == {"pixels": 0, "images": 0}
 
 
 def forbid_counting(monkeypatch):
@@ -140,7 +140,7 @@ def test_the_second_call_answers_from_the_cache(tmp_path, monkeypatch):
     first = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
     forbid_counting(monkeypatch)
     again = count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "cache")
-    assert again.to_json() == first.to_json()
+    assert again.as_dict() == first.as_dict()
 
 
 def test_a_changed_file_is_counted_again(tmp_path):
@@ -181,10 +181,10 @@ def test_a_torn_cache_file_is_replaced(tmp_path):
     ):
         path.write_bytes(damaged)
         again = count_labels(data, workers=0, cache_dir=tmp_path / "cache")
-        assert again.to_json() == first.to_json()
+        assert again.as_dict() == first.as_dict()
     path.unlink()
     os.mkfifo(path)  # to open it would wait
-    assert count_labels(data, workers=0, cache_dir=tmp_path / "cache").to_json() == first.to_json()
+    assert count_labels(data, workers=0, cache_dir=tmp_path / "cache").as_dict() == first.as_dict()
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_counting(tmp_path, monkeypatch):
@@ -245,7 +245,7 @@ def test_camvid_equals_the_published_counts(shared_data, split, tmp_path, monkey
     assert counts.class_pixels.tolist() == published[:11]
     assert counts.ignored_pixels == published[11]
     forbid_counting(monkeypatch)
-    assert count_labels(data, workers=2, cache_dir=tmp_path).to_json() == counts.to_json()
+    assert count_labels(data, workers=2, cache_dir=tmp_path).as_dict() == counts.as_dict()
 
 
 def dying_label(sample):

@@ -145,7 +145,7 @@ def make_run_at() -> MakeRun:
             (path / phase / "per_image.npz").write_bytes(per_image.to_bytes())
             pixels = (np.resize(SHARES, len(classes)) * 10**7).astype(np.int64)
             counts = LabelCounts(pixels, np.full(len(classes), 400), 5, 400, tuple(classes), "f00d")
-            (path / phase / "label_counts.json").write_text(counts.to_json())
+            (path / phase / "label_counts.json").write_text(json.dumps(counts.as_dict()))
             if margins:
                 rho = torch.arange(1, len(classes) + 1) * node.get("tau", 10.0) * 1e-3
                 write_margins(path / phase, MarginCalibrationLoss(rho_0k=rho, rho_k0=rho * 1e-6), node, classes)

@@ -30,7 +30,7 @@ from segkit.files import read_json, without_nan, write_json
 from segkit.progress import show, track
 from segkit.run.build import eval_transform
 from segkit.run.saved import SavedRun, check_classes
-from segkit.run.splits import open_holdout, open_split
+from segkit.run.splits import HOLDOUT, open_split
 
 FILE = "decision.json"
 MAX_IMAGES = 500
@@ -145,7 +145,7 @@ def to_fit_on(dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
     Up to :data:`MAX_IMAGES`, evenly chosen from those held out of training (``dataset.holdout``), or from the training
     images where none were held out.
     """
-    split = open_holdout(dataset) if dataset.holdout else open_split(dataset, dataset.train_split)
+    split = open_split(dataset, HOLDOUT if dataset.holdout else dataset.train_split)
     num_images = min(MAX_IMAGES, len(split))
     split = split.subset([number * len(split) // num_images for number in range(num_images)])
     return split, {

@@ -6,13 +6,13 @@ resolution, never from crops, and are added up in int64.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import io
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) 
     found = None if cached is None else _from_cache(cached, dataset, mark)
     if found is None:
         if cached is not None:
-            _make_writable(cached.parent)
+            make_writable(cached.parent)
         found = _count(dataset, mark, workers=workers)
         if cached is not None:
             _store(cached, *found)
@@ -197,16 +197,17 @@ def _store(path: Path, counts: LabelCounts, has_class: np.ndarray) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _make_writable(folder: Path) -> None:
-    """Make ``folder``; InputError if nothing can be kept there, before minutes of counting."""
+def make_writable(folder: Path) -> None:
+    """Make ``folder``, one in ``cache_dir``; InputError if nothing can be written there, before hours of work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(
-            f"label counts cannot be kept in {folder} ({error.strerror}); set cache_dir to a folder that may be written"
-        ) from error
+            f"cache_dir is {folder.parent}, where nothing can be written ({error.strerror}): set cache_dir=DIR, a "
+            "folder for finished phases and label counts"
+        ) from None
 
 
 def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts, np.ndarray]:

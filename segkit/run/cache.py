@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from segkit.config.schema import FREE_KEYS, Config, plain
-from segkit.errors import InputError
+from segkit.data.statistics import make_writable
 from segkit.files import digest_of
 
 CODE = (
@@ -93,15 +92,7 @@ class PhaseCache:
 
     def check(self) -> None:
         """Raise InputError if nothing can be written here."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"cache_dir is {self.folder.parent}, where nothing can be written ({error.strerror}): set "
-                "cache_dir=DIR, a folder for finished phases and label counts"
-            ) from None
+        make_writable(self.folder)
 
     def lock(self, key: str) -> FileLock:
         """The lock of ``key``, not held yet. The operating system takes it back from a process that dies."""

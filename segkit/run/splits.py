@@ -30,11 +30,8 @@ def open_split(dataset: DatasetConfig, split: str) -> SampleSet:
     The training split comes without the images that ``dataset.holdout`` keeps out of it; those are the split
     :data:`HOLDOUT`, unless nothing is held out and the data set itself has a split of that name.
     """
-    if dataset.holdout:
-        if split == HOLDOUT:
-            return open_holdout(dataset)
-        if split == dataset.train_split:
-            return _part(dataset, held_out=False)
+    if dataset.holdout and split in (HOLDOUT, dataset.train_split):
+        return _part(dataset, held_out=split == HOLDOUT)
     try:
         return _read(dataset, split)
     except InputError as error:
@@ -43,13 +40,6 @@ def open_split(dataset: DatasetConfig, split: str) -> SampleSet:
         raise InputError(
             f"no training images were held out, dataset.holdout is 0: train with dataset.holdout=0.1 ({error})"
         ) from None
-
-
-def open_holdout(dataset: DatasetConfig) -> SampleSet:
-    """The images of the training split that ``dataset.holdout`` keeps out of training; InputError if it is 0."""
-    if not dataset.holdout:
-        raise InputError("no training images were held out, dataset.holdout is 0: train with dataset.holdout=0.1")
-    return _part(dataset, held_out=True)
 
 
 def is_held_out(name: str, share: float) -> bool:

@@ -190,7 +190,7 @@ def test_a_torn_cache_file_is_replaced(tmp_path):
 def test_a_cache_that_cannot_be_written_is_refused_before_counting(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(statistics, "_count", None)
-    with pytest.raises(InputError, match=r"label counts cannot be kept in .*; set cache_dir to a folder"):
+    with pytest.raises(InputError, match=r"cache_dir is .*file, where nothing can be written .*set cache_dir=DIR"):
         count_labels(written(tmp_path / "data"), workers=0, cache_dir=tmp_path / "file")
 
 

@@ -7,7 +7,7 @@ import pytest
 from segkit.config.compose import compose
 from segkit.data.statistics import count_labels, fingerprint
 from segkit.errors import InputError
-from segkit.run.splits import is_held_out, open_holdout, open_phases, open_split
+from segkit.run.splits import is_held_out, open_phases, open_split
 
 
 def dataset(num_images=40, holdout=0.25, **options):
@@ -23,21 +23,20 @@ def names(split):
 def test_disjoint_and_complete_and_in_order():
     train, held, whole = (
         open_split(dataset(), "train"),
-        open_holdout(dataset()),
+        open_split(dataset(), "holdout"),
         open_split(dataset(holdout=0), "train"),
     )
     assert sorted(names(train) + names(held)) == names(whole)
     assert names(train) == sorted(names(train))
     assert 4 <= len(held) <= 16
     assert (train.split, held.split) == ("train", "holdout")
-    assert names(open_split(dataset(), "holdout")) == names(held)
     assert len(open_split(dataset(), "val")) == 40
 
 
 def test_other_images_change_nothing():
-    few, many = open_holdout(dataset(num_images=40)), open_holdout(dataset(num_images=90))
+    few, many = open_split(dataset(num_images=40), "holdout"), open_split(dataset(num_images=90), "holdout")
     assert names(few) == [name for name in names(many) if name in names(open_split(dataset(holdout=0), "train"))]
-    assert set(names(few)) <= set(names(open_holdout(dataset(holdout=0.5))))
+    assert set(names(few)) <= set(names(open_split(dataset(holdout=0.5), "holdout")))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
@@ -49,7 +48,7 @@ def test_the_share_is_about_right(share):
 def test_counts_and_fingerprints_follow():
     train, held, whole = (
         open_split(dataset(), "train"),
-        open_holdout(dataset()),
+        open_split(dataset(), "holdout"),
         open_split(dataset(holdout=0), "train"),
     )
     counts = [count_labels(split, workers=0) for split in (train, held, whole)]
@@ -71,7 +70,7 @@ def test_refusals():
         dataset(holdout=0.6)
     with pytest.raises(InputError, match=r"keeps none of the 2 images of train out of training, .*another share"):
         open_split(dataset(num_images=2, holdout=0.001), "train")
-    with pytest.raises(InputError, match=r"no training images were held out, dataset\.holdout is 0: train with"):
-        open_holdout(dataset(holdout=0))
-    with pytest.raises(InputError, match=r"no training images were held out.*has no split 'holdout'"):
+    with pytest.raises(
+        InputError, match=r"no training images were held out, dataset\.holdout is 0: train with.*has no split 'holdout'"
+    ):
         open_split(dataset(holdout=0), "holdout")

@@ -39,28 +39,20 @@ SHARE = 0.85
 def choose_batch(
     config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
 ) -> tuple[Config, dict[str, Any] | None]:
-    """With ``auto_batch`` :func:`with_largest_batch`, and a line on the screen; else ``config`` as it is."""
+    """With ``auto_batch``, ``config`` with the largest ``batch_size`` that fits, and the measurements behind it.
+
+    A line on the screen says so. A run that goes on (``saved``, its config.yaml, is there) keeps its batch size, and
+    None is returned for the rest. The learning rate and the number of epochs stay as they are. OutOfMemory if not even
+    the probes fit; InputError, before anything is measured, for a model or loss that fails.
+    """
     if not config.auto_batch:
         return config, None
-    config, chosen = with_largest_batch(config, saved=saved, phases=phases, device=device)
-    distributed.print_main(sentence(chosen) if chosen else f"auto_batch: batch_size={config.batch_size}, as before")
-    return config, chosen
-
-
-def with_largest_batch(
-    config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
-) -> tuple[Config, dict[str, Any] | None]:
-    """``config`` with the largest ``batch_size`` that fits, and the measurements behind it.
-
-    A run that goes on (``saved``, its config.yaml, is there) keeps its batch size, and None is returned for the rest.
-    The learning rate and the number of epochs stay as they are. OutOfMemory if not even the probes fit; InputError,
-    before anything is measured, for a model or loss that fails.
-    """
     if saved.is_file():
         kept = read_config_text(saved, cure=CONFIG_CURE)
         if kept.get("auto_batch"):
             if type(size := kept.get("batch_size")) is not int:
                 raise InputError(f"{saved} has batch_size {size!r}, but must have the number that was chosen: write it")
+            distributed.print_main(f"auto_batch: batch_size={size}, as before")
             return dataclasses.replace(config, batch_size=size), None
     model = build_model(without_sources(config), next(iter(phases.values())).train.num_classes).to(device)
     for name, splits in phases.items():
@@ -82,6 +74,7 @@ def with_largest_batch(
     report["batch_size"] = most * parts
     if most < images_at_once(config) <= min(len(splits.train) for splits in phases.values()):
         report["policy"] = cheapest_policy(config, phases, device)
+    distributed.print_main(sentence(report))
     return dataclasses.replace(config, batch_size=most * parts), report
 
 

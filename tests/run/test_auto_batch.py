@@ -108,7 +108,7 @@ def test_a_model_or_a_loss_that_fails_is_refused_before_anything_is_measured(tmp
     monkeypatch.setattr(auto_batch, "measure_alone", lambda *_: pytest.fail("measured"))
     config = compose([*SMALL[:-2], "model=deeplabv3plus_tiny"])
     with pytest.raises(errors.InputError, match=message):
-        auto_batch.with_largest_batch(
+        auto_batch.choose_batch(
             config, saved=tmp_path / "config.yaml", phases=open_phases(config), device=torch.device("cpu")
         )
 

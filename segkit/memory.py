@@ -44,12 +44,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_of_library and any(text in str(error) for text in CPU_MESSAGES)
 
 
+def _cuda(device: torch.device | None) -> Any:
+    """The module torch.cuda for a ``device`` of it, whose memory it knows; else None."""
+    return sys.modules["torch"].cuda if device is not None and device.type == "cuda" else None
+
+
 def peak(device: torch.device | None = None) -> int:
     """The most bytes that this process has held at once: of the GPU's memory, or in RAM."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_reserved(device)
+    if cuda := _cuda(device):
+        return cuda.max_memory_reserved(device)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -57,20 +60,16 @@ def peak(device: torch.device | None = None) -> int:
 
 def total(device: torch.device | None = None) -> int:
     """Bytes that the GPU has, or the machine, or the container if that is less."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_properties(device).total_memory
+    if cuda := _cuda(device):
+        return cuda.get_device_properties(device).total_memory
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _containers())])
 
 
 def available(device: torch.device | None = None) -> int:
     """Bytes that this process can still take: free on the GPU, or in RAM within the container's limit."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        reserved_but_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved_but_unused
+    if cuda := _cuda(device):
+        reserved_but_unused = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        return cuda.mem_get_info(device)[0] + reserved_but_unused
     free = _field(Path("/proc/meminfo"), "MemAvailable")
     if free is None:  # not Linux: what this process has not taken
         free = total() - peak()
@@ -79,10 +78,8 @@ def available(device: torch.device | None = None) -> int:
 
 def held(device: torch.device | None = None) -> int:
     """Bytes that tensors of this process take on the GPU, or that the process has in RAM now (Linux)."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated(device)
+    if cuda := _cuda(device):
+        return cuda.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -151,12 +148,10 @@ def can_measure(device: torch.device) -> bool:
 def measuring(device: torch.device) -> Iterator[Measured]:
     """Measure the peak within the context: the allocator's own figure on a GPU, a sample every 2 ms on a CPU."""
     result = Measured()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
+    if cuda := _cuda(device):
+        cuda.reset_peak_memory_stats(device)
         yield result
-        result.bytes = torch.cuda.max_memory_allocated(device)
+        result.bytes = cuda.max_memory_allocated(device)
         return
     if not can_measure(device):
         raise InputError("auto_batch measures memory on a GPU or under Linux only: set auto_batch=false")
@@ -214,7 +209,7 @@ def evaluation_levers(config: dict[str, Any]) -> str:
 
 def out_of_memory(error: BaseException, *, where: str, levers: str, device: torch.device | None = None) -> OutOfMemory:
     """The exception that says in one sentence what ran out, how much was taken, and what would help."""
-    kind = "GPU memory" if device is not None and device.type == "cuda" else "RAM"
+    kind = "GPU memory" if _cuda(device) else "RAM"
     return OutOfMemory(
         f"out of memory {where}: at most {peak(device) / GIB:.2f} GiB of {kind} were in use and "
         f"{available(device) / GIB:.2f} GiB are free ({first_line(error)}): set {levers}"

@@ -48,9 +48,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def at_least(key: str, value: float | None, least: float) -> None:
-    """Raise InputError if ``value`` of ``key`` is below ``least``; None passes."""
+def within(key: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raise InputError if ``value`` of ``key`` is below ``least`` or above ``most``; None passes."""
     require(value is None or value >= least, f"{key} is {value}, but must be at least {least}: set {key}=...")
+    require(value is None or value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
+
+
+def is_share(key: str, value: float, what: str, *, most: float = 1, example: str = "...") -> None:
+    """Raise InputError unless ``value`` of ``key``, which is ``what``, is from 0 to ``most``."""
+    require(0 <= value <= most, f"{key} is {value}, but is {what} from 0 to {most}: set {key}={example}")
 
 
 @dataclass(kw_only=True)
@@ -72,7 +78,7 @@ class ResizeConfig:
                 len(self.size) == 2 and min(self.size) > 0,
                 f"{key}.size is {self.size}, but must be [height, width]: set {key}.size=[720,1280]",
             )
-        at_least(f"{key}.short_side", self.short_side, 1)
+        within(f"{key}.short_side", self.short_side, 1)
 
 
 @dataclass(kw_only=True)
@@ -103,11 +109,7 @@ class JitterConfig:
 
     def __post_init__(self) -> None:
         for key, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-            value = getattr(self, key)
-            require(
-                0 <= value <= most,
-                f"dataset.jitter.{key} is {value}, but is a strength from 0 to {most}: set dataset.jitter.{key}=...",
-            )
+            is_share(f"dataset.jitter.{key}", getattr(self, key), "a strength", most=most)
 
 
 @dataclass(kw_only=True)
@@ -158,16 +160,9 @@ class DatasetConfig:
         for key in ("resize", "eval_resize"):
             getattr(self, key).check(f"dataset.{key}")
         self._check_images()
-        require(
-            0 <= self.holdout <= 0.5,
-            f"dataset.holdout is {self.holdout}, but is a share of the training images from 0 to 0.5: "
-            "set dataset.holdout=0.1",
-        )
+        is_share("dataset.holdout", self.holdout, "a share of the training images", most=0.5, example="0.1")
         for key in ("flip", "color_jitter", "rare_crop"):
-            value = getattr(self, key)
-            require(
-                0 <= value <= 1, f"dataset.{key} is {value}, but is a probability from 0 to 1: set dataset.{key}=..."
-            )
+            is_share(f"dataset.{key}", getattr(self, key), "a probability")
 
     @property
     def kind(self) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from segkit.config.dataset import RGB, DatasetConfig, at_least, require
+from segkit.config.dataset import RGB, DatasetConfig, require, within
 from segkit.config.targets import GROUPS, check_node, group_name
 from segkit.errors import MOST_NUMBER, check_normalisation
 
@@ -125,14 +125,9 @@ class PhaseConfig:
             self.epochs is None or 0 < self.epochs <= MOST_STEPS,
             f"{key}.epochs is {self.epochs}, but must be positive and at most {MOST_STEPS}: set {key}.epochs=...",
         )
-        at_least(f"{key}.steps", self.steps, 1)
-        require(
-            self.steps is None or self.steps <= MOST_STEPS,
-            f"{key}.steps is {self.steps}, but must be at most {MOST_STEPS}: set {key}.steps=...",
-        )
-        at_least(f"{key}.lr", self.lr, 0)
-        at_least(f"{key}.warmup_steps", self.warmup_steps, 0)
-        at_least(f"{key}.poly_power", self.poly_power, 0)
+        within(f"{key}.steps", self.steps, 1, MOST_STEPS)
+        for number in ("lr", "warmup_steps", "poly_power"):
+            within(f"{key}.{number}", getattr(self, number), 0)
         require(
             self.lr_schedule is not LrSchedule.one_cycle or not self.warmup_steps,
             f"{key}.warmup_steps is {self.warmup_steps}, but one_cycle has a rise of its own: set {key}.warmup_steps=0",
@@ -151,7 +146,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for key, least in {"every_steps": 1, "batch_size": 1, "max_images": 1, "pictures": 0}.items():
-            at_least(f"evaluation.{key}", getattr(self, key), least)
+            within(f"evaluation.{key}", getattr(self, key), least)
         require(
             self.every_epochs is None or 0 < self.every_epochs <= MOST_STEPS,
             f"evaluation.every_epochs is {self.every_epochs}, but must be positive, at most {MOST_STEPS}, or null: "
@@ -180,7 +175,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for key in ("jobs", "trials", "prune_after"):
-            at_least(f"sweep.{key}", getattr(self, key), 1)
+            within(f"sweep.{key}", getattr(self, key), 1)
         require(
             self.hours is None or self.hours > 0,
             f"sweep.hours is {self.hours}, but must be positive or null: set sweep.hours=8",
@@ -263,14 +258,12 @@ class Config:
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
                 f"freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
-        positive = ("batch_size", "accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps")
-        for key in (*positive, "max_pixels"):
-            at_least(key, getattr(self, key), 1)
-        for key in ("workers", "profile_steps", "seed"):
-            at_least(key, getattr(self, key), 0)
-        for key, most in {"batch_size": 2**16, "workers": 1000}.items():
-            value = getattr(self, key)
-            require(value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
+        within("batch_size", self.batch_size, 1, 2**16)
+        within("workers", self.workers, 0, 1000)
+        for key in ("accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps", "max_pixels"):
+            within(key, getattr(self, key), 1)
+        for key in ("profile_steps", "seed"):
+            within(key, getattr(self, key), 0)
         require(
             self.channels_last in (True, False, "auto"),
             f"channels_last is {self.channels_last!r}, but must be auto, true or false: set channels_last=auto",
@@ -384,7 +377,7 @@ def check_targets(config: Config) -> None:
 def _check_optimizer(node: dict[str, Any]) -> None:
     """Raise InputError for numbers that any optimizer of torch refuses, before torch is imported."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        at_least(f"optimizer.{name}", node.get(name), 0)
+        within(f"optimizer.{name}", node.get(name), 0)
     require(
         all(0 <= value < 1 for value in node.get("betas", ())),
         f"optimizer.betas is {node.get('betas')}, but each must be from 0 to below 1: set optimizer.betas=[0.9,0.999]",

@@ -138,19 +138,13 @@ def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | No
     is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
     ``cache_dir`` that cannot be written.
     """
-    counts, _ = _counted(dataset, workers=workers, cache_dir=cache_dir)
-    if sentence := one_class(counts.class_pixels, counts.ignored_pixels, dataset):
-        raise InputError(sentence)
-    return counts
+    return counts_and_classes(dataset, workers=workers, cache_dir=cache_dir)[0]
 
 
-def classes_of_images(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> np.ndarray:
-    """Return which sample has a pixel of which class, bool (N, K), from the same count and kept beside it."""
-    return _counted(dataset, workers=workers, cache_dir=cache_dir)[1]
-
-
-def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) -> tuple[LabelCounts, np.ndarray]:
-    """The counts and the classes of each sample, from the cache where they are kept."""
+def counts_and_classes(
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None
+) -> tuple[LabelCounts, np.ndarray]:
+    """:func:`count_labels`, and which sample has a pixel of which class, bool (N, K), kept beside it."""
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.npz"
     found = None if cached is None else _from_cache(cached, dataset, mark)
@@ -160,6 +154,8 @@ def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) 
         found = _count(dataset, mark, workers=workers)
         if cached is not None:
             _store(cached, *found)
+    if sentence := one_class(found[0].class_pixels, found[0].ignored_pixels, dataset):
+        raise InputError(sentence)
     return found
 
 

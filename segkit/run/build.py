@@ -20,7 +20,7 @@ from segkit.config.schema import Config, DatasetConfig, plain
 from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
 from segkit.data.sampling import Sampler, make_sampler
-from segkit.data.statistics import LabelCounts, classes_of_images, count_labels
+from segkit.data.statistics import LabelCounts, counts_and_classes
 from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
@@ -254,8 +254,7 @@ def build_sampler(config: Config, phase: str, split: SampleSet, *, cache_dir: Pa
     dataset = config.phase_dataset(phase)
     if dataset.sampler is SamplerKind.uniform:
         return None
-    counts = count_labels(split, workers=config.workers, cache_dir=cache_dir)
-    has_class = classes_of_images(split, workers=config.workers, cache_dir=cache_dir)
+    counts, has_class = counts_and_classes(split, workers=config.workers, cache_dir=cache_dir)
     return make_sampler(dataset.sampler.value, has_class, counts.class_pixels, chance=dataset.rare_crop)
 
 

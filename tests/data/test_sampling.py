@@ -12,7 +12,7 @@ from segkit.data import Sample, SampleSet
 from segkit.data.labels import load_table
 from segkit.data.loader import train_batches
 from segkit.data.sampling import make_sampler
-from segkit.data.statistics import classes_of_images, count_labels
+from segkit.data.statistics import count_labels, counts_and_classes
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 
@@ -59,15 +59,15 @@ def test_classes_of_images_are_counted_and_kept(tmp_path, monkeypatch):
     data = made()
     data.labelled = True
     monkeypatch.setattr("segkit.data.statistics.fingerprint", lambda data: "f" * 32)
-    found = classes_of_images(data, workers=0, cache_dir=tmp_path)
+    found = counts_and_classes(data, workers=0, cache_dir=tmp_path)[1]
     np.testing.assert_array_equal(found, HAS)
     (kept,) = (tmp_path / "label_counts").glob("*.npz")
     monkeypatch.setattr(data, "load_label", None)  # whoever counts again fails
-    np.testing.assert_array_equal(classes_of_images(data, workers=0, cache_dir=tmp_path), HAS)
+    np.testing.assert_array_equal(counts_and_classes(data, workers=0, cache_dir=tmp_path)[1], HAS)
     assert count_labels(data, workers=0, cache_dir=tmp_path).class_images.tolist() == HAS.sum(0).tolist()
     kept.write_bytes(kept.read_bytes()[:-3])
     with pytest.raises(InputError, match="load_label fails"):
-        classes_of_images(data, workers=0, cache_dir=tmp_path)
+        counts_and_classes(data, workers=0, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["class_balanced", "rare_crop"])

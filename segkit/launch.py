@@ -94,7 +94,7 @@ def check_job(config: Any, folder: Path | None = None) -> None:
         run = RunFolder(folder, config)
         run.check_places(splits)
         if run.has_begun() and not config.auto_batch:  # whose batches are not known yet
-            run.config, _ = hardware.choose(config, begun=pipeline.begun_config(run), device=device)
+            run.config, _ = hardware.choose(config, begun=run.begun_config(), device=device)
             run.check(splits)
     pipeline.check_parts(config, splits)
     pipeline.check_machine(config, device)

@@ -67,6 +67,11 @@ class RunFolder:
         """True once a phase, of whatever schedule, has a checkpoint or results: before that nothing would be lost."""
         return any(any(self.path.glob(pattern)) for pattern in ("*/results.json", "*/checkpoints/*.pt"))
 
+    def begun_config(self) -> Path | None:
+        """The config.yaml of a run that goes on; None for one that begins."""
+        saved = self.path / "config.yaml"
+        return saved if self.has_begun() and saved.is_file() else None
+
     def results(self, name: str) -> dict[str, Any]:
         """The results of a finished phase."""
         path = self.phase(name) / "results.json"
@@ -89,8 +94,8 @@ class RunFolder:
     def check(self, splits: dict[str, Splits]) -> dict[str, tuple[Any, Any]]:
         """The keys that changed since the run began; InputError if they may not, or if the data changed."""
         self.check_places(splits)
-        saved = self.path / "config.yaml"
-        if not saved.is_file() or not self.has_begun():
+        saved = self.begun_config()
+        if saved is None:
             return {}
         if not self.config.resume:
             raise InputError(f"{self.path} holds a run already: set resume=true to go on, or another hydra.run.dir")

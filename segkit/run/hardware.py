@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from segkit import runtime
 from segkit.config.schema import Config, Precision, TrackerKind, plain
@@ -67,17 +66,9 @@ def native_precision(device: torch.device) -> tuple[str, str]:
     return ("bf16", f"a CPU with {found[0]}") if found else ("fp32", "a CPU without instructions for bf16")
 
 
-def head(
-    config: Config,
-    reasons: dict[str, str],
-    *,
-    path: Path,
-    phases: Iterable[Any],
-    model: nn.Module,
-    device: torch.device,
-) -> str:
+def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequence[Any]) -> str:
     """The first lines of a run: what it computes with, how much, and where it writes."""
-    phases = list(phases)
+    model, device = phases[0].model, phases[0].device
     cores, load = runtime.num_cores(), os.getloadavg()[0]
     fused = all(group.get("fused") for phase in phases for group in phase.optimizer.param_groups)
     name = runtime.processor() if device.type == "cpu" else runtime.device_name(device)

@@ -60,7 +60,6 @@ class Phase:
     def validation(self, tracker: Tracker, stop: Callable[[], bool]) -> Validation:
         """The evaluation of the phase, which writes to ``tracker``."""
         return Validation(
-            config=self.config,
             batches=self.batches,
             counts=self.counts,
             loss=self.loss,

@@ -97,12 +97,6 @@ def check_machine(config: Config, device: torch.device) -> None:
     distributed.on_main(PhaseCache(cache_dir_of(config)).check)
 
 
-def begun_config(folder: RunFolder) -> Path | None:
-    """The config.yaml of a run that goes on; None for one that begins."""
-    saved = folder.path / "config.yaml"
-    return saved if folder.has_begun() and saved.is_file() else None
-
-
 def _prepare(
     folder: RunFolder, splits: dict[str, Splits], device: torch.device, stop: Callable[[], bool]
 ) -> tuple[dict[str, Phase], dict[str, Any]]:
@@ -111,7 +105,7 @@ def _prepare(
     check_machine(config, device)
     cache_dir = cache_dir_of(config)
     saved = folder.path / "config.yaml"
-    config, reasons = hardware.choose(config, begun=begun_config(folder), device=device)
+    config, reasons = hardware.choose(config, begun=folder.begun_config(), device=device)
     config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
@@ -142,7 +136,7 @@ def _prepare(
     for text in dict.fromkeys([*found, early_margins(config)]):
         if text:
             print_main(f"warning: {text}")
-    print_main(hardware.head(config, reasons, path=folder.path, phases=phases.values(), model=model, device=device))
+    print_main(hardware.head(config, reasons, path=folder.path, phases=list(phases.values())))
     return phases, facts
 
 

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segkit.config.schema import Config
 from segkit.data import SampleSet
 from segkit.data.statistics import LabelCounts
 from segkit.errors import Interrupted, NonFiniteLogits
@@ -40,7 +39,6 @@ GRACE = 0.5
 class Validation:
     """Evaluates a model on the validation split of a phase; ``last`` is the latest evaluation."""
 
-    config: Config
     batches: PhaseBatches
     counts: LabelCounts
     loss: nn.Module
@@ -59,7 +57,7 @@ class Validation:
         """Results of ``model`` in the form of results.json, and the sums of an observed loss (else empty)."""
         observed = None if self.observer is None else charts.ObservedEvaluation(self.observer)
         batches = self._until_stopped(self.batches.evaluation())
-        config = self.config
+        config = self.batches.config
         self.last = evaluate(
             model,
             batches if observed is None else observed.batches(batches),

@@ -13,13 +13,14 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # A link leads to the environment of another checkout, whose segkit an installation from here would replace.
+# --no-compile: Python compiles a module when it is first imported, and most of the 13,000 never are.
 $(STAMP): pyproject.toml
 ifneq ($(shell test -L $(VENV) && echo link),)
 	@echo "note: $(VENV) is a link to $$(readlink -f $(VENV)): it is used as it is, and nothing is installed into it"
 else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev,export,search,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev,export,search,docs]'
 	touch $@
 endif
 

@@ -36,7 +36,7 @@ def check_make(command: str) -> None:
     assert program == "make"
     for target in targets:
         assert re.search(rf"^{target}: \$\(STAMP\)", MAKEFILE, re.MULTILINE)
-    extras = re.search(r"pip install --quiet -e '\.\[([\w,]+)\]'", MAKEFILE)
+    extras = re.search(r"pip install --quiet --no-compile -e '\.\[([\w,]+)\]'", MAKEFILE)
     assert extras
     assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
 

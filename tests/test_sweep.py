@@ -234,7 +234,8 @@ def test_a_signal_to_the_sweep_alone_stops_it_with_its_jobs(monkeypatch, tmp_pat
     monkeypatch.setattr(LocalSweep, "_watch", lambda self: signal.raise_signal(number))
     before = signal.getsignal(number)
     request.addfinalizer(lambda: signal.signal(number, before))
-    signal.signal(number, signal.SIG_DFL)  # tests that run under nohup ignore it, and so would the sweep
+    # tests that run under nohup ignore it, and so would the sweep
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sweep = shell_jobs(monkeypatch, tmp_path, "exec sleep 60")
     sweep._waiting.append((["never"], tmp_path / "1"))
     with tidied_up_when_ended():

@@ -95,12 +95,17 @@ class PhaseBatches:
             world_size=distributed.world_size(),
         )
 
+    @property
+    def num_images(self) -> tuple[int, int]:
+        """The number of images that are trained on, and of those of an evaluation."""
+        if self.fixed is not None:
+            return (sum(len(batch.names) for batch in self.fixed) * distributed.world_size(),) * 2
+        num_val = len(self.splits.val)
+        return len(self.splits.train), min(num_val, self.config.evaluation.max_images or num_val)
+
     def spread(self, wanted: int) -> set[int]:
         """Numbers of up to ``wanted`` images of an evaluation, from all over the split: neighbours are often alike."""
-        if self.fixed is not None:
-            count = sum(len(batch.names) for batch in self.fixed) * distributed.world_size()
-        else:
-            count = min(len(self.splits.val), self.config.evaluation.max_images or len(self.splits.val))
+        count = self.num_images[1]
         return {number * count // wanted for number in range(wanted)}
 
 

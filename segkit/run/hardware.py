@@ -66,6 +66,11 @@ def native_precision(device: torch.device) -> tuple[str, str]:
     return ("bf16", f"a CPU with {found[0]}") if found else ("fp32", "a CPU without instructions for bf16")
 
 
+def typed(path: Path) -> str:
+    """``path`` as one types it in the current folder."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
 def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequence[Any]) -> str:
     """The first lines of a run: what it computes with, how much, and where it writes."""
     model, device = phases[0].model, phases[0].device
@@ -75,7 +80,6 @@ def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequenc
     layout = "channels last" if config.channels_last else "contiguous"
     threads, processes = torch.get_num_threads(), distributed.world_size()
     size = sum(parameter.numel() for parameter in model.parameters())
-    curves = f" (tensorboard --logdir {shlex.quote(str(path))})" if config.tracker is TrackerKind.tensorboard else ""
     table = [
         ("device", f"{device} ({name}), {cores} cores, {processes} process{'es' if processes > 1 else ''}"),
         ("threads", f"{threads} to compute, and {config.workers} workers to load"),
@@ -86,13 +90,15 @@ def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequenc
         *(
             (
                 f"{phase.name}",
-                f"{phase.plan.num_steps} steps of {config.batch_size} images; {len(phase.batches.splits.train)} images "
-                f"to train on, {len(phase.batches.splits.val)} to validate; evaluations: {phase.plan.num_evaluations}",
+                f"{phase.plan.num_steps} steps of {config.batch_size}; evaluations: {phase.plan.num_evaluations}; "
+                "images: {:,} to train on, {:,} to validate".format(*phase.batches.num_images),
             )
             for phase in phases
         ),
-        ("folder", f"{path}{curves}"),
+        ("folder", str(path)),
     ]
+    if config.tracker is TrackerKind.tensorboard:
+        table.append(("curves", f"tensorboard --logdir {typed(path)}"))
     if load > cores:
         table.append(
             ("advice", f"the load is {load:.1f} on {cores} cores: others compute here too, and both go slower for it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -69,12 +68,16 @@ def run(config: Config, path: Path, splits: dict[str, Splits], *, stop: Callable
             distributed.on_main(folder.check_whole)
         print_main(class_table(results))  # within the group: after it every process is a main one
         print_main(f"run folder: {folder.path}")
-        place = shlex.quote(str(folder.path))
-        print_main(
-            f"next: segkit evaluate {place} --tta flip,ms | segkit predict {place} --input IMAGES --output DIR |"
-        )
-        curves = f" | tensorboard --logdir {place}" if config.tracker is TrackerKind.tensorboard else ""
-        print_main(f"      segkit compare {place} ANOTHER_RUN{curves}")
+        place = hardware.typed(folder.path)
+        print_main("next:")
+        for options in (
+            "evaluate {} --tta flip,ms",
+            "predict {} --input IMAGES --output DIR",
+            "compare {} ANOTHER_RUN",
+        ):
+            print_main(f"  segkit {options.format(place)}")
+        if config.tracker is TrackerKind.tensorboard:
+            print_main(f"  tensorboard --logdir {place}")
     return math.nan if results["mean_iou"] is None else float(results["mean_iou"])
 
 

@@ -200,11 +200,12 @@ class Tracker:
         if self._bar is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(20),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),  # where there is no room, the bar is shorter
                 TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = Progress(*columns, console=Console(file=sys.stderr))

@@ -89,17 +89,19 @@ def test_strict_determinism_and_the_users_own_values_win(config, features):
     assert reason == "as configured, but this CPU only imitates it, several times slower than fp32"
 
 
-def test_a_run_says_what_it_chose_before_its_first_step_and_keeps_it_elsewhere(tmp_path, features, capsys):
+def test_a_run_says_what_it_chose_before_its_first_step_and_keeps_it_elsewhere(tmp_path, features, capsys, monkeypatch):
     features()
+    monkeypatch.chdir(tmp_path)
     config = compose([*SMALL, f"cache_dir={tmp_path}/cache"])
     pipeline.run(config, tmp_path / "run", open_phases(config), stop=lambda: False)
     said = capsys.readouterr().out
     head = said[: said.index("train step")]
     for text in ("precision  fp32 (a CPU without instructions for bf16)", "memory     channels last", "AdamW, fused"):
         assert text in head
-    assert f"tensorboard --logdir {tmp_path}/run" in head
-    assert "train      2 steps of 2 images; 6 images to train on, " in head
-    assert " to validate; evaluations: 1\n" in head
+    assert "train      2 steps of 2; evaluations: 1; images: 6 to train on, 2 to validate\n" in head
+    assert f"folder     {tmp_path}/run\n" in head
+    assert "curves     tensorboard --logdir run\n" in head  # as it is typed here
+    assert "next:\n  segkit evaluate run --tta flip,ms\n" in said
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["precision"], saved["channels_last"]) == ("fp32", True)
     kernels = [item for item in open_run(tmp_path / "run").model().parameters() if item.ndim == 4]

@@ -115,6 +115,7 @@ def call(*, verb: str = "train") -> Iterator[None]:
 
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     limit, most, trusted = decode.pixel_limit(), Image.MAX_IMAGE_PIXELS, set(targets._trusted)
+    known = set(sys.path)
     decode.set_pixel_limit(limit)  # also that of Pillow
     try:
         with usual_torch(), kept_random(), sentences(verb=verb):
@@ -126,6 +127,7 @@ def call(*, verb: str = "train") -> Iterator[None]:
         decode.set_pixel_limit(limit)
         Image.MAX_IMAGE_PIXELS = most
         targets._trusted.intersection_update(trusted)
+        sys.path[:] = [place for place in sys.path if place in known or place not in targets.places]
 
 
 def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, int]:

@@ -260,6 +260,7 @@ def test_a_call_leaves_the_settings_of_the_process_as_they_were(trained, tmp_pat
     assert before == settings()
     torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
     assert "door_trusted" not in targets._trusted
+    assert str(tmp_path) not in sys.path
     with pytest.raises(InputError, match=r"run/inner, within the run .*run: name a folder outside of it"):
         segkit.train(SMALL, folder="run/inner")
     images = "hydra.run.dir is {}, where its pictures would be taken for images of the data, as .*images/train/.*jpg is"

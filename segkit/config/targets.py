@@ -112,6 +112,8 @@ GROUPS: dict[str, Group] = {
 }
 
 _trusted: set[str] = set()
+places: set[str] = set()
+"""Folders that were added to ``sys.path``, as trusted packages usually lie there"""
 
 
 def trust(packages: Sequence[str]) -> None:
@@ -119,8 +121,9 @@ def trust(packages: Sequence[str]) -> None:
     for name in packages:
         if not name.isidentifier():
             raise InputError(f"trust has {name!r}, but takes names of packages: set trust=[mypackage]")
-    if packages and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # where such a package usually lies
+    if packages and (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+        places.add(here)
     for name in packages:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise InputError(

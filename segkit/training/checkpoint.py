@@ -151,21 +151,21 @@ def read_archive(path: Path, file: IO[bytes] | None = None) -> Any:
     ``file``: the open file, where it must be this one.
     """
     try:
-        check_archive(path, cure="it is not one of segkit; name another file", stored=True)
+        check_archive(path, cure=f"it is not one of segkit; {_ANOTHER}", stored=True)
         state = torch.load(file or path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch's own text advises to load whatever the file holds, which nobody should
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; name "
-            "another file"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn, or not one of segkit; "
+            f"{_ANOTHER}"
         ) from None
     if not (path.parent / CHECKSUMS).exists() and not _is_whole(path):
         raise InputError(f"{path} is damaged, its content does not match the checksums within it: copy it again")
     return state
 
 
-_ANOTHER = "name another file"
+_ANOTHER = "copy it again, or name another file"
 
 
 def check_digest(path: Path, digest: str) -> None:

@@ -29,6 +29,7 @@ def test_lists_all_arguments(path) -> None:
     node = yaml.safe_load(path.read_text(encoding="utf-8"))
     parameters = set(inspect.signature(locate(node.pop("_target_"), key="model")).parameters)
     assert set(node) == parameters - {"num_classes", "in_channels"}
+    assert node.get("mean") is node.get("std") is None, "model.encoder=... would keep the values of another encoder"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

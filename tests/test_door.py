@@ -321,8 +321,12 @@ def test_a_mistake_is_an_exception(tmp_path):
 
 
 def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypatch):
-    """A loss and a model from a folder that is not segkit's; a saved run cannot bring its own trust."""
-    from segkit.commands import evaluate
+    """A loss and a model from a folder that is not segkit's; a saved run cannot bring its own trust.
+
+    The model is exported as a graph that gives classes.
+    """
+    from segkit.commands import evaluate, export
+    from segkit.models.exported import read_metadata
     from segkit.run.saved import open_run
 
     monkeypatch.chdir(tmp_path)
@@ -353,5 +357,11 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
         with pytest.raises(InputError, match=r"_target_ is 'own_\w+\.\w+', but must be one of"):
             call("run")
     assert segkit.evaluate("run", trust=["own_losses", "own_nets"], workers=0)["num_classes_averaged"] > 0
+    images = [np.random.default_rng(0).integers(0, 256, (height, 35, 3), np.uint8) for height in (1, 52)]
+    export.run(["run", "--trust", "own_losses,own_nets", "--format", "torch_export", "--classes"])
+    assert read_metadata("run/model.pt2")["output"] == "classes"
+    classes = segkit.predict(images, "run/model.pt2", trust="torch_export")
+    for found, wanted in zip(classes, segkit.predict(images, "run", trust="own_losses,own_nets"), strict=True):
+        np.testing.assert_array_equal(found, wanted)
     with pytest.raises(InputError, match=r"trust has 'own/losses', but takes names of packages"):
         evaluate.parser().parse_args(["run", "--trust", "own/losses"])

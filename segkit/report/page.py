@@ -234,10 +234,12 @@ def shown_runs(c: Comparison) -> list[tuple[Group, RunRecord]]:
 
 
 def chosen_names(runs: Sequence[RunRecord], ranked: Sequence[str], most: int) -> list[str]:
-    """Return at most ``most`` images that all ``runs`` stored, half from the front of ``ranked``, half from its end."""
+    """Return at most ``most`` images that all ``runs`` stored, half from the front of ``ranked``, half from its end.
+
+    Those without a rank, as they have no label, are shown where none has one.
+    """
     common = [name for name in runs[0].pictures if all(name in run.pictures for run in runs)]
-    ordered = [name for name in ranked if name in common] + [name for name in common if name not in ranked]
-    return extremes(ordered, most)
+    return extremes([name for name in ranked if name in common] or common, most)
 
 
 def images(c: Comparison, *, most: int) -> Part:

@@ -171,6 +171,7 @@ def test_best_and_worst_stored_images_are_chosen(make_run):
     ranked = ["val_0005", "val_0029", "val_0003", "val_0000", "val_0001", "val_0002", "val_0004"]
     assert page.chosen_names([run], ranked, 3) == ["val_0005", "val_0003", "val_0004"]
     assert page.chosen_names([run], ranked, 1) == ["val_0005"]
+    assert page.chosen_names([run], ranked[:3], 3) == ["val_0005", "val_0003"]  # the others have no labelled pixel
     assert len(page.chosen_names([run], [], 10)) == 6
 
 

@@ -363,5 +363,8 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
     classes = segkit.predict(images, "run/model.pt2", trust="torch_export")
     for found, wanted in zip(classes, segkit.predict(images, "run", trust="own_losses,own_nets"), strict=True):
         np.testing.assert_array_equal(found, wanted)
+    monkeypatch.setattr("segkit.models.exported.runner", lambda path: lambda images: images[:, :, 32:].argmax())
+    with pytest.raises(InputError, match=r"compute images of \(1, 3, 1, 35\) .* segkit export --format hub, which"):
+        segkit.predict(images, "run/model.pt2", trust="torch_export")
     with pytest.raises(InputError, match=r"trust has 'own/losses', but takes names of packages"):
         evaluate.parser().parse_args(["run", "--trust", "own/losses"])

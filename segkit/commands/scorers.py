@@ -109,9 +109,10 @@ def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[st
         except Exception as error:  # the runtimes' errors share no base class
             if is_out_of_memory(error):
                 raise
+            any_size = " --format hub, which takes images of any size" if path.suffix == ".pt2" else ""
             raise InputError(
                 f"{path} cannot compute images of {tuple(images.shape)} ({first_line(error)}): write it again with "
-                "segkit export"
+                f"segkit export{any_size}"
             ) from None
         if found.dim() != 4 or found.shape[1] != num_classes:
             raise InputError(

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def native_precision(device: torch.device) -> tuple[str, str]:
 
 def typed(path: Path) -> str:
     """``path`` as one types it in the current folder."""
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    with suppress(OSError, ValueError):  # the current folder is gone, or another one
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))
 
 
 def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequence[Any]) -> str:

@@ -149,3 +149,13 @@ def test_the_fused_form_is_chosen_for_every_group_and_survives_a_checkpoint(over
     other.load_state_dict({"state": optimizer.state_dict()["state"], "param_groups": groups})
     assert [group.get("fused") for group in other.param_groups] == [fused, fused]
     other.step()
+
+
+def test_a_folder_is_named_as_it_is_typed_here(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert hardware.typed(here / "my runs" / "one") == "'my runs/one'"
+    assert hardware.typed(tmp_path / "one") == f"{tmp_path}/one"
+    here.rmdir()  # a run elsewhere ends all the same
+    assert hardware.typed(tmp_path / "one") == f"{tmp_path}/one"

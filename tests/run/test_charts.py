@@ -146,7 +146,7 @@ def test_pictures_come_from_all_over_the_split():
     def spread(wanted, *, images, most=None, fixed=None):
         config = SimpleNamespace(evaluation=SimpleNamespace(max_images=most))
         batches = PhaseBatches.__new__(PhaseBatches)
-        vars(batches).update(config=config, splits=SimpleNamespace(val=range(images)), fixed=fixed)
+        vars(batches).update(config=config, splits=SimpleNamespace(train=range(7), val=range(images)), fixed=fixed)
         return sorted(batches.spread(wanted))
 
     assert spread(4, images=100) == [0, 25, 50, 75]

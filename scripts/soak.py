@@ -71,25 +71,60 @@ PRELOADED = [
     "hydra",
     "torch.utils.tensorboard",
     "timm",
+    "torch.distributed.run",
 ]
 
 
-def _train(overrides: Sequence[str], log: str) -> None:
-    """In the new process: what ``python train.py OVERRIDES`` does."""
+def _train(overrides: Sequence[str], log: str, torchrun: Sequence[str], folder: str | None) -> None:
+    """In the new process: what ``python train.py OVERRIDES`` does, or ``torchrun TORCHRUN train.py OVERRIDES``."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
-    sys.argv = ["train.py", *overrides]
-    from segkit.launch import main
+    if folder is not None:
+        os.chdir(folder)
+    if not torchrun:
+        _rank(("train.py", *overrides), {})
+        return
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    subprocess_handler.SubprocessHandler._popen = _fork  # type: ignore[method-assign, assignment]
+    run.main([*torchrun, "train.py", *overrides])
+
+
+def _fork(handler: object, command: Sequence[str], environment: dict[str, str]) -> object:
+    """In the process of torchrun: fork the rank that runs ``command`` instead of starting it anew."""
+    process = multiprocessing.get_context("fork").Process(target=_rank, args=(command, environment, True))
+    process.start()
+    return process._popen  # type: ignore[attr-defined]  # has what torchrun uses of subprocess.Popen
+
+
+def _rank(command: Sequence[str], environment: dict[str, str], is_forked: bool = False) -> None:
+    """Train as ``command`` says, which ends with ``train.py OVERRIDES``."""
+    if is_forked:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which torchrun handles
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in its background
+    os.environ.update(environment)
+    sys.argv = [*command[list(command).index("train.py") :]]
+    from segkit.launch import main
+    from segkit.training import ranks
+
+    ranks.PARENT = os.getppid()  # which it took of the process that imported it
     main()
 
 
-def start(overrides: Sequence[str], log: Path) -> multiprocessing.process.BaseProcess:
-    """Start a run; its output goes to ``log``, its process group has its own id."""
-    process = _context().Process(target=_train, args=(list(overrides), str(log)))
+def start(
+    overrides: Sequence[str], log: Path, *, torchrun: Sequence[str] = (), folder: Path | None = None
+) -> multiprocessing.process.BaseProcess:
+    """Start a run, in the working directory ``folder``, by torchrun if it has options for that.
+
+    Its output goes to ``log``, its process group has its own id, and every rank of torchrun has one too.
+    """
+    arguments = (list(overrides), str(log), list(torchrun), None if folder is None else str(folder))
+    process = _context().Process(target=_train, args=arguments)
     process.start()
     return process
 
@@ -130,7 +165,8 @@ def _digest(value: object) -> str:
             + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
     elif isinstance(value, dict):
-        text = "".join(f"{key}={_digest(item)};" for key, item in sorted(value.items(), key=str)).encode()
+        items = sorted(value.items(), key=lambda item: str(item[0]))
+        text = "".join(f"{key}={_digest(item)};" for key, item in items).encode()
     elif isinstance(value, list | tuple):
         text = "".join(_digest(item) for item in value).encode()
     else:

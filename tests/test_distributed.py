@@ -1,4 +1,7 @@
-"""Two processes of torchrun against one: the same numbers, one folder, one voice, and an end when one dies."""
+"""Two processes of torchrun against one: the same numbers, one folder, one voice, and an end when one dies.
+
+The processes, those of torchrun and its ranks too, fork from one that has the imports behind it (see scripts/soak.py).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from segkit.training import checkpoint
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import soak  # noqa: E402
+
+from segkit.training import checkpoint  # noqa: E402
+
 SMALL = (
     "dataset.reader.num_images=8",
     "dataset.reader.size=[64,64]",
@@ -35,20 +42,17 @@ SMALL = (
     "model.num_groups=2",
     "model.dropout=[0,0,0,0,0]",
 )
-STARTED: list[subprocess.Popen] = []
+TORCHRUN = ("--standalone", "--nproc-per-node=2")
+STARTED: list = []
 pytestmark = pytest.mark.slow
 
 
-def start(folder: Path, *overrides: str, ranks: int = 2, torchrun: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start ``train.py`` in ``folder`` under torchrun (or, with one rank, without it)."""
-    launch = (
-        ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun) if ranks > 1 else ()
-    )
-    command = [sys.executable, *launch, str(ROOT / "train.py"), *SMALL, f"cache_dir={folder}/cache", *overrides]
+def start(folder: Path, *overrides: str, ranks: int = 2, torchrun: tuple[str, ...] = ()):
+    """Start what ``train.py`` does in ``folder``, under torchrun (or, with one rank, without it), as a process."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / "log", "a") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+    options = (*TORCHRUN, *torchrun) if ranks > 1 else ()
+    arguments = [*SMALL, f"cache_dir={folder}/cache", *overrides]
+    process = soak.start(arguments, folder / "log", torchrun=options, folder=folder)
     STARTED.append(process)
     return process
 
@@ -59,14 +63,21 @@ def _nothing_stays_behind():
     yield
     while STARTED:
         process = STARTED.pop()
-        if process.poll() is None:
+        if process.is_alive():
             process.terminate()  # torchrun then ends its ranks
-            process.wait(timeout=60)
+            process.join(60)
+
+
+def ended(process, seconds: float) -> int:
+    """The exit code of a process that ends within ``seconds``."""
+    process.join(seconds)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def finish(folder: Path, *overrides: str, **options) -> str:
     process = start(folder, *overrides, **options)
-    assert process.wait(timeout=240) == 0, (folder / "log").read_text()
+    assert ended(process, 240) == 0, (folder / "log").read_text()
     return (folder / "log").read_text()
 
 
@@ -105,21 +116,24 @@ def test_one_folder_one_voice_and_every_image_once(tmp_path):
 
 
 def test_a_mistake_is_said_once(tmp_path):
-    process = start(tmp_path / "a", "batch_size=3", "schedule.train.steps=2", "hydra.run.dir=run")
-    assert process.wait(timeout=240) != 0
-    log = (tmp_path / "a" / "log").read_text()
+    """By the command itself, which no test forks."""
+    command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, str(ROOT / "train.py"), *SMALL]
+    options = ("batch_size=3", "schedule.train.steps=2", f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache")
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode != 0
+    log = done.stdout + done.stderr
     assert log.count("error: a batch of 3 images cannot be shared out equally to 2 processes") == 1, log
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children]
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen, number: int) -> None:
+def wait_for_steps(folder: Path, process, number: int) -> None:
     metrics = folder / "run" / "train" / "metrics.jsonl"
     end = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < end:
+    while process.is_alive() and time.monotonic() < end:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= number:
             return
         time.sleep(0.01)
@@ -133,7 +147,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute(tmp_path):
     ranks = ranks_of(process)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    assert ended(process, 60) != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert "SIGKILL" in (tmp_path / "a" / "log").read_text()
 
@@ -146,7 +160,7 @@ def test_a_restarted_group_goes_on_from_its_checkpoint(tmp_path):
     wait_for_steps(tmp_path / "a", process, 5)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     log = tmp_path / "a" / "log"
-    assert process.wait(timeout=240) == 0, log.read_text()
+    assert ended(process, 240) == 0, log.read_text()
     assert "phase train: going on from step" in log.read_text()
     assert [record["step"] for record in records(tmp_path / "a" / "run") if record["split"] == "train"] == [
         *range(1, 61)
@@ -183,7 +197,7 @@ def test_a_signal_to_torchrun_saves_once_and_says_so_once(tmp_path):
     process = start(tmp_path / "a", *options, "schedule.train.steps=100000")
     wait_for_steps(tmp_path / "a", process, 3)
     process.terminate()
-    assert process.wait(timeout=60) != 0
+    assert ended(process, 60) != 0
     log = (tmp_path / "a" / "log").read_text()
     assert log.count("stopped at step") == 1, log
     step = checkpoint.load_last(tmp_path / "a" / "run" / "train" / "checkpoints")["progress"]["step"]

@@ -42,6 +42,8 @@ SMALL = [
     "workers=0",
     "device=cpu",
     "determinism=strict",
+    "model.encoder=tu-test_resnet",
+    "model.decoder_channels=16",
 ]
 
 
@@ -346,7 +348,7 @@ def test_code_of_ones_own_is_trusted_on_the_command_line_only(tmp_path, monkeypa
         (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / "model" / "own.yaml").write_text("_target_: own_nets.net\n")
     (tmp_path / "mine" / "loss" / "own.yaml").write_text("_target_: own_losses.Own\nstrength: 1.0\n")
-    own = [item for item in SMALL if not item.startswith(("loss=", "model="))]
+    own = [item for item in SMALL if not item.startswith(("loss=", "model"))]
     own += ["loss=own", "model=own", f"cache_dir={tmp_path}/cache"]
     with pytest.raises(InputError, match=r"_target_ is 'own_\w+\.\w+', but must be one of"):
         segkit.train(own, folder="run", config_dirs=["mine"])

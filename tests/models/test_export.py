@@ -33,11 +33,15 @@ def tiny() -> nn.Module:
     return deeplabv3plus("tu-regnetx_002", 4, encoder_weights="none", output_stride=16, decoder_channels=16)
 
 
+def small() -> nn.Module:
+    return deeplabv3plus("tu-test_resnet", 4, encoder_weights="none", output_stride=16, decoder_channels=16)
+
+
 def lite() -> nn.Module:
     return deeplabv3plus("tu-tf_efficientnet_lite0", 4, output_stride=16, decoder_channels=32)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"coplenet": coplenet, "tiny": tiny, "lite": lite}
+MODELS: dict[str, Callable[[], nn.Module]] = {"coplenet": coplenet, "tiny": tiny, "small": small, "lite": lite}
 SIZES = [(1, 64, 96), (3, 65, 97), (1, 81, 50), (2, 128, 64)]
 
 
@@ -104,8 +108,7 @@ def test_odd_sizes_are_aligned_with_evaluation() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["tiny", pytest.param("coplenet", marks=pytest.mark.nightly), pytest.param("lite", marks=pytest.mark.nightly)],
+    "name", ["small", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("tiny", "coplenet", "lite"))]
 )
 def test_onnx(tmp_path: Path, name: str) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

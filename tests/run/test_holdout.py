@@ -35,7 +35,8 @@ def test_disjoint_and_complete_and_in_order():
 
 def test_other_images_change_nothing():
     few, many = open_split(dataset(num_images=40), "holdout"), open_split(dataset(num_images=90), "holdout")
-    assert names(few) == [name for name in names(many) if name in names(open_split(dataset(holdout=0), "train"))]
+    whole = names(open_split(dataset(holdout=0), "train"))
+    assert names(few) == [name for name in names(many) if name in whole]
     assert set(names(few)) <= set(names(open_split(dataset(holdout=0.5), "holdout")))
 
 

@@ -65,7 +65,7 @@ def in_order(config: Any, phase: str, split: Any, wanted: int | list[int]) -> li
     from segkit.run.build import build_sampler
 
     sampler = build_sampler(config, phase, split, cache_dir=cache_dir_of(config))
-    draws = draws_of(range(len(split)), split, sampler, seed=config.seed, phase=phase, epoch=0)
+    draws = draws_of(0, split, sampler, batch_size=len(split), seed=config.seed, phase=phase)
     if isinstance(wanted, int):
         return draws[:wanted]
     first = {draw.sample: draw for draw in reversed(draws)}

@@ -55,19 +55,19 @@ class Draw(NamedTuple):
 
 
 def draws_of(
-    places: Sequence[int], dataset: SampleSet, sampler: Sampler | None, *, seed: int, phase: str, epoch: int
+    step: int, dataset: SampleSet, sampler: Sampler | None, *, batch_size: int, seed: int, phase: str
 ) -> list[Draw]:
-    """Return what stands at ``places`` in the order of an epoch; places beyond its end are left out.
+    """Return what makes the batch of ``step``, over all ranks: all samples where there are fewer than ``batch_size``.
 
     A sampler may draw a sample twice in an epoch, so its crops are seeded by their place as well.
     """
+    epoch, number = divmod(step, steps_per_epoch(len(dataset), batch_size))
     drawn = epoch_draws(sampler, len(dataset), seed=seed, phase=phase, epoch=epoch)
     found = []
-    for place in places:
-        if place < len(dataset):
-            index = int(drawn.indices[place])
-            key = ("augment", seed, phase, epoch, index) + (() if sampler is None else (place,))
-            found.append(Draw(index, int(drawn.classes[place]), key))
+    for place in range(number * batch_size, min((number + 1) * batch_size, len(dataset))):
+        index = int(drawn.indices[place])
+        key = ("augment", seed, phase, epoch, index) + (() if sampler is None else (place,))
+        found.append(Draw(index, int(drawn.classes[place]), key))
     return found
 
 
@@ -112,10 +112,8 @@ class _TrainSteps(Dataset[Batch | InputError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        epoch, number = divmod(step, steps_per_epoch(len(self.dataset), self.batch_size))
-        places = range(number * self.batch_size, (number + 1) * self.batch_size)
-        draws = draws_of(places, self.dataset, self.sampler, seed=self.seed, phase=self.phase, epoch=epoch)
-        draws = draws[self.rank :: self.world_size]  # this rank's
+        where = {"batch_size": self.batch_size, "seed": self.seed, "phase": self.phase}
+        draws = draws_of(step, self.dataset, self.sampler, **where)[self.rank :: self.world_size]  # this rank's
         indices = [draw.sample for draw in draws]
         height, width = self.transform.crop
         channels, dtype = self.dataset.kind

@@ -67,18 +67,16 @@ class PhaseBatches:
         split, phase, seed = self.splits.train, self.plan.name, self.config.seed
         augment = self.config.overfit_batches is None
         transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)
-        draws = draws_of(range(num), split, self.sampler, seed=seed, phase=phase, epoch=0)
+        draws = draws_of(0, split, self.sampler, batch_size=num, seed=seed, phase=phase)
         return [crop_of(split, transform, draw) for draw in draws]
 
     def names(self, step: int) -> list[str]:
         """The samples of ``step``, in the order of the batch over all ranks."""
         if self.fixed is not None:
             return list(self.fixed[step % len(self.fixed)].names)
-        split, size = self.splits.train, self.config.batch_size
-        epoch, number = divmod(step, self.plan.steps_per_epoch)
-        places = range(number * size, (number + 1) * size)
-        draws = draws_of(places, split, self.sampler, seed=self.config.seed, phase=self.plan.name, epoch=epoch)
-        return [split.samples[draw.sample].name for draw in draws]
+        where = {"batch_size": self.config.batch_size, "seed": self.config.seed, "phase": self.plan.name}
+        draws = draws_of(step, self.splits.train, self.sampler, **where)
+        return [self.splits.train.samples[draw.sample].name for draw in draws]
 
     def evaluation(self) -> Iterable[Any]:
         """The images of an evaluation, each with its number in the split."""

@@ -16,7 +16,6 @@ class PhasePlan:
 
     name: str
     num_steps: int
-    steps_per_epoch: int
     evaluate_every: int | None
 
     @property
@@ -40,9 +39,4 @@ def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
     every = evaluation.every_steps
     if evaluation.every_epochs is not None:
         every = max(1, round(evaluation.every_epochs * per_epoch))
-    return PhasePlan(
-        name=name,
-        num_steps=min(steps, config.limit_steps or steps),
-        steps_per_epoch=per_epoch,
-        evaluate_every=every,
-    )
+    return PhasePlan(name=name, num_steps=min(steps, config.limit_steps or steps), evaluate_every=every)

@@ -16,7 +16,8 @@ from segkit.check import check, rehearsal
 from segkit.check.findings import Report
 from segkit.check.report import as_text, to_json
 from segkit.config.compose import compose
-from segkit.run import auto_batch
+from segkit.errors import InputError
+from segkit.run import auto_batch, pipeline
 from segkit.run.batches import PhaseBatches
 from segkit.run.plan import plan_phase
 from segkit.run.splits import open_phases
@@ -55,6 +56,15 @@ def test_what_a_gpu_lacks_is_its_own_memory(monkeypatch, arguments):
     monkeypatch.setattr(auto_batch, "cheapest_policy", lambda *_: "light")
     text = check._failure(OUT_OF_MEMORY[0], compose([*arguments, "device=cuda"]), {})
     assert text.startswith("the run would fail: this GPU has 80 GiB of memory, too little: set grad_checkpointing=")
+
+
+def test_what_keeps_a_run_from_its_first_step_is_said(arguments, monkeypatch):
+    def refuse(*args, **options):
+        raise InputError("the labels have one class")
+
+    monkeypatch.setattr(pipeline, "prepare_phase", refuse)
+    report = check.check(compose([*arguments, "loss=cross_entropy"]))
+    assert "the run would fail: the labels have one class" in [finding.text for finding in report.findings]
 
 
 def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_path):

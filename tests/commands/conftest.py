@@ -1,9 +1,12 @@
-"""A small data set and the arguments of a run on it, for the tests of ``segkit check``."""
+"""A small data set and the arguments of a run on it, and the command line of a verb."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
+from segkit.guard import guarded
 from segkit.synthetic.sample_maker import make_sample
 
 TINY = [
@@ -27,3 +30,21 @@ def root(tmp_path):
 @pytest.fixture
 def arguments(root, tmp_path):
     return ["dataset=camvid", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}", *TINY]
+
+
+@pytest.fixture
+def call(request, capsys):
+    """The verb that the module of the test imports as ``command``: arguments to (exit code, stdout, stderr)."""
+
+    def called(*arguments):
+        code = 0
+        with warnings.catch_warnings():
+            for message in ("very few training pixels", "no training pixel"):  # in five small images
+                warnings.filterwarnings("ignore", message=message)
+            try:
+                guarded(lambda: request.module.command.run([*map(str, arguments)]))
+            except SystemExit as end:
+                code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return called

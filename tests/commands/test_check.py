@@ -10,23 +10,9 @@ from PIL import Image
 
 from segkit.check import check, rehearsal
 from segkit.check.report import MOST_ROWS, as_text, shown_bytes, shown_time, to_json
-from segkit.commands import check as command
 from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.guard import guarded
 from segkit.synthetic.sample_maker import make_sample
-
-
-def call(monkeypatch, capsys, *arguments):
-    """The command line: (exit code, stdout, stderr)."""
-    argv = [*map(str, arguments)]
-    code = 0
-    try:
-        guarded(lambda: command.run(argv))
-    except SystemExit as end:
-        code = end.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def damage(root):
@@ -41,8 +27,8 @@ def damage(root):
     (root / "train" / "train_00003.png").write_bytes((root / "val" / "val_00000.png").read_bytes())
 
 
-def test_whole_data_and_a_rehearsal_end_with_0(monkeypatch, capsys, arguments, tmp_path):
-    code, out, _ = call(monkeypatch, capsys, *arguments, "--json", tmp_path / "report.json", "loss=cross_entropy")
+def test_whole_data_and_a_rehearsal_end_with_0(call, arguments, tmp_path):
+    code, out, _ = call(*arguments, "--json", tmp_path / "report.json", "loss=cross_entropy")
     assert code == 0
     assert out.rstrip().splitlines()[-1] == "verdict: 2 warnings"
     assert "split train of camvid has only 4 images, but 367 are published" in out
@@ -65,9 +51,9 @@ def test_whole_data_and_a_rehearsal_end_with_0(monkeypatch, capsys, arguments, t
     assert measured["estimated_seconds"] == phase["seconds"]
 
 
-def test_all_problems_are_collected_and_the_rest_is_rehearsed(monkeypatch, capsys, arguments, root, tmp_path):
+def test_all_problems_are_collected_and_the_rest_is_rehearsed(call, arguments, root, tmp_path):
     damage(root)
-    code, out, _ = call(monkeypatch, capsys, *arguments, "--json", tmp_path / "report.json")
+    code, out, _ = call(*arguments, "--json", tmp_path / "report.json")
     assert code == 1
     content = json.loads((tmp_path / "report.json").read_text())
     errors = [item["text"] for item in content["findings"] if item["level"] == "error"]
@@ -89,19 +75,19 @@ def test_all_problems_are_collected_and_the_rest_is_rehearsed(monkeypatch, capsy
     assert "verdict: 5 errors" in out
 
 
-def test_a_missing_split_is_one_of_the_findings(monkeypatch, capsys, arguments, root):
+def test_a_missing_split_is_one_of_the_findings(call, arguments, root):
     (root / "val.txt").unlink()
-    code, out, _ = call(monkeypatch, capsys, *arguments)
+    code, out, _ = call(*arguments)
     assert code == 1
     assert f"error: camvid lacks its list file {root / 'val.txt'}" in out
     assert "note: no step was tried, because a split could not be opened" in out
     assert "4 images, but 367" in out  # the training split was looked at all the same
 
 
-def test_nothing_usable(monkeypatch, capsys, arguments, root):
+def test_nothing_usable(call, arguments, root):
     for path in (root / "valannot").iterdir():
         path.write_bytes(b"")
-    code, out, _ = call(monkeypatch, capsys, *arguments)
+    code, out, _ = call(*arguments)
     assert code == 1
     assert "note: no step was tried, because a split has no usable pair of image and label" in out
 
@@ -115,16 +101,14 @@ def test_nothing_usable(monkeypatch, capsys, arguments, root):
         (["loss.tau=1", "+loss.typo=2"], "loss.typo is not an argument of segkit.losses.margin_calibration"),
     ],
 )
-def test_mistakes_in_the_command_end_with_2(monkeypatch, capsys, arguments, extra, sentence):
-    code, out, err = call(monkeypatch, capsys, *arguments, "--skip-step", *extra)
+def test_mistakes_in_the_command_end_with_2(call, arguments, extra, sentence):
+    code, out, err = call(*arguments, "--skip-step", *extra)
     assert (code, out) == (2, "")
     assert sentence in err
 
 
-def test_sample_and_options_between_overrides(monkeypatch, capsys, arguments, root, tmp_path):
-    code, out, _ = call(
-        monkeypatch, capsys, arguments[0], "--sample", 2, "--skip-step", *arguments[1:], "--json", tmp_path / "r.json"
-    )
+def test_sample_and_options_between_overrides(call, arguments, root, tmp_path):
+    code, out, _ = call(arguments[0], "--sample", 2, "--skip-step", *arguments[1:], "--json", tmp_path / "r.json")
     assert code == 0
     content = json.loads((tmp_path / "r.json").read_text())
     assert [split["num_checked"] for split in content["splits"]] == [2, 2]
@@ -133,19 +117,19 @@ def test_sample_and_options_between_overrides(monkeypatch, capsys, arguments, ro
     assert "note: no step was tried, because of --skip-step" in out
 
 
-def test_a_run_that_would_fail_is_a_finding(monkeypatch, capsys, arguments):
-    code, out, _ = call(monkeypatch, capsys, *arguments, "model.num_groups=3")
+def test_a_run_that_would_fail_is_a_finding(call, arguments):
+    code, out, _ = call(*arguments, "model.num_groups=3")
     assert code == 1
     assert "error: the run would fail: model.num_groups is 3, but must divide 2" in out
     assert "11 of 11" in out
 
 
-def test_a_defect_is_a_finding_with_its_traceback(monkeypatch, capsys, arguments):
+def test_a_defect_is_a_finding_with_its_traceback(monkeypatch, call, arguments):
     def fail(*args, **options):
         raise ZeroDivisionError("by zero\nand more")
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
-    code, out, err = call(monkeypatch, capsys, *arguments)
+    code, out, err = call(*arguments)
     assert code == 1
     assert "error: the run would fail with ZeroDivisionError (by zero)" in out
     assert "Traceback" in err

@@ -6,14 +6,12 @@ import csv
 import json
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from segkit.commands import stats as command
-from segkit.guard import guarded
 from segkit.synthetic.sample_maker import make_sample
 
 NAMES = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist"]
@@ -38,26 +36,11 @@ def plain(root):
     return pixels, images
 
 
-def call(monkeypatch, capsys, *arguments):
-    """The command line: (exit code, stdout, stderr)."""
-    argv = [*map(str, arguments)]
-    code = 0
-    with warnings.catch_warnings():
-        for message in ("very few training pixels", "no training pixel"):  # in five small images
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            guarded(lambda: command.run(argv))
-        except SystemExit as end:
-            code = end.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_rows_in_every_form(monkeypatch, capsys, arguments, plain, tmp_path):
+def test_rows_in_every_form(call, arguments, plain, tmp_path):
     pixels, images = plain
     files = [tmp_path / name for name in ("stats.csv", "stats.json", "stats.png")]
     options = ["--csv", files[0], "--json", files[1], "--plot", files[2]]
-    code, out, err = call(monkeypatch, capsys, *arguments, "loss.tau=5", "loss.rho_max=1e9", *options)
+    code, out, err = call(*arguments, "loss.tau=5", "loss.rho_max=1e9", *options)
     assert code == 0
     content = json.loads(files[1].read_text())
     rows = content["classes"]
@@ -89,21 +72,21 @@ def test_rows_in_every_form(monkeypatch, capsys, arguments, plain, tmp_path):
     assert err.count("written: ") == 3
 
 
-def test_another_split(monkeypatch, capsys, arguments, tmp_path):
-    code, out, _ = call(monkeypatch, capsys, "--split", "val", *arguments, "--json", tmp_path / "stats.json")
+def test_another_split(call, arguments, tmp_path):
+    code, out, _ = call("--split", "val", *arguments, "--json", tmp_path / "stats.json")
     assert code == 0
     assert "camvid val, 2 images" in out
     assert json.loads((tmp_path / "stats.json").read_text())["split"] == "val"
 
 
-def test_another_loss_shows_the_default_margins(monkeypatch, capsys, arguments):
-    code, out, _ = call(monkeypatch, capsys, *arguments, "loss=cross_entropy")
+def test_another_loss_shows_the_default_margins(call, arguments):
+    code, out, _ = call(*arguments, "loss=cross_entropy")
     assert code == 0
     assert "margins in logits: tau=10.0, upsilon=1.0, scale=tau, absent=max" in out
 
 
 def test_the_second_call_reads_no_label_and_a_changed_file_is_counted_again(
-    monkeypatch, capsys, arguments, root, tmp_path
+    monkeypatch, call, arguments, root, tmp_path
 ):
     from segkit.data import statistics
 
@@ -113,19 +96,19 @@ def test_the_second_call_reads_no_label_and_a_changed_file_is_counted_again(
         statistics, "label_histogram", lambda dataset, index: read.append(index) or original(dataset, index)
     )
     report = tmp_path / "stats.json"
-    call(monkeypatch, capsys, *arguments, "--json", report)
+    call(*arguments, "--json", report)
     first, read[:] = json.loads(report.read_text()), []
-    call(monkeypatch, capsys, *arguments, "--json", report)
+    call(*arguments, "--json", report)
     assert read == []
     assert json.loads(report.read_text()) == first
     Image.fromarray(np.full((36, 48), 3, np.uint8)).save(root / "trainannot" / "train_00000.png")
-    call(monkeypatch, capsys, *arguments, "--json", report)
+    call(*arguments, "--json", report)
     assert read == [0, 1, 2, 3, 4]
     assert json.loads(report.read_text())["classes"][3]["pixels"] > first["classes"][3]["pixels"]
 
 
-def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments):
-    call(monkeypatch, capsys, *arguments)
+def test_the_answer_from_the_cache_needs_no_torch(call, arguments):
+    call(*arguments)
     code = (
         "import sys; from segkit.commands import stats; stats.run(sys.argv[1:]); "
         "print(sorted({'torch', 'matplotlib', 'albumentations', 'scipy'} & set(sys.modules)))"
@@ -146,8 +129,8 @@ def test_the_answer_from_the_cache_needs_no_torch(monkeypatch, capsys, arguments
         (["loss.upsilon=-1"], "upsilon must be a finite number greater than 0, got -1; set loss.upsilon"),
     ],
 )
-def test_mistakes_end_with_2(monkeypatch, capsys, arguments, extra, sentence):
-    code, out, err = call(monkeypatch, capsys, *arguments, *extra)
+def test_mistakes_end_with_2(call, arguments, extra, sentence):
+    code, out, err = call(*arguments, *extra)
     assert (code, out) == (2, "")
     assert sentence in err
 

@@ -294,8 +294,12 @@ def _explain_hydra(error: BaseException) -> str:
     if in_option := re.match(r"In '([^']+)': \w+ raised while composing", text):
         place = next((f"{line.removeprefix('full_key: ')}: " for line in lines if line.startswith("full_key: ")), "")
         return f"the option {in_option[1]} cannot be used ({place}{lines[min(1, len(lines) - 1)]}): mend its YAML file"
+    if text.startswith("Additional config directory"):
+        return f"--config-dir names {text.split(chr(39))[1]}, which is no folder: mend the path"
     if text.startswith("Error merging override") and cause is not None:
         reason = first_line(cause)
+        if "is not a ListConfig" in reason:
+            reason = "write a list in brackets, as KEY=[VALUE,VALUE]"
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"
     return ("; ".join(lines[:2]) or first_line(error)) + " (`python train.py --cfg job` shows the configuration)"
 

@@ -282,6 +282,8 @@ def timed(*arguments: str) -> tuple[int, str, float]:
         ("dataset=cityscape", "error: dataset=cityscape is not an option: did you mean dataset=cityscapes?"),
         ("precision=fp8", "error: precision=fp8 is not allowed: invalid value 'fp8', expected one of"),
         ("dataset.eval_labels=both", "error: dataset.eval_labels=both is not allowed: invalid value 'both', expected"),
+        ("dataset.crop=512", "error: dataset.crop=512 is not allowed: write a list in brackets, as KEY=[VALUE,VALUE]"),
+        ("--config-dir=nowhere", "error: --config-dir names "),
         ("dataset.crop=[3,4]", "error: dataset.crop is [3, 4]"),
         ("seed", "error: the override 'seed' cannot be read: write KEY=VALUE, for example seed=1"),
     ],

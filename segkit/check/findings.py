@@ -223,13 +223,14 @@ def _absent_classes(audit: SplitAudit, *, validates: bool) -> Iterator[Finding]:
         text = f"the {len(audit.indices)} samples of {split} show no pixel of {names}: leave out --sample to know"
     elif validates:
         text = (
-            f"split {split} has no pixel of {names}, so the mean IoU will be that of {len(classes) - len(absent)} "
-            f"classes: compare it only with scores on the same split, or add images of {pronoun}"
+            f"split {split} has no pixel of {names}, so the mean IoU is over the other classes "
+            f"({len(classes) - len(absent)}) and over those of {pronoun} that are predicted, which count as 0: compare "
+            f"it only with scores on the same split, or add images of {pronoun}"
         )
     else:
         text = (
-            f"split {split} has no pixel of {names}, so {pronoun} cannot be learnt, and the loss gives "
-            f"{pronoun} the margin of loss.absent: add images, or correct the label table"
+            f"split {split} has no pixel of {names}, which cannot be learnt, and a loss with margins gives {pronoun} "
+            "that of loss.absent: add images, or correct the label table"
         )
     yield Finding(WARNING if audit.is_complete else NOTE, text)
 

@@ -107,7 +107,11 @@ class LabelTable:
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
         cure = "wrong file, or the table lacks them"
         if self.source == (self.name,):  # a file of classes
-            cure = f"give {self.name} the value of each class, as `ids: [0, 128, 255]`, and of void, as `ignore: []`"
+            void = {value for value, train in self.raw_to_train.items() if train == self.ignore_index}
+            cure = (
+                f"give {self.name} the value of each class, as `ids: [0, 128, 255]` and `ignore: []`, or, if these are "
+                f"void, `ignore: {sorted(void.union(found[:5].tolist()))}`"
+            )
         return InputError(
             f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
             f"{ranges(sorted(self.raw_to_train))}: {cure}"

@@ -208,11 +208,12 @@ class Layout:
             if lonely:
                 path = Path(wanted.replace("{id}", lonely[0]).replace("{city}", lonely[0].split("_")[0]))
                 empty = ", write an empty file where nothing is on it," if path.suffix == ".txt" else ""  # of YOLO
-                refuse(
-                    f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing"
-                    f"{near_miss(path, but=found[lonely[0]])}){and_more(lonely)}; unpack the {other}s again{empty} or "
-                    f"remove the {kind}"
-                )
+                near = near_miss(path, but=found[lonely[0]])
+                cure = f"unpack the {other}s again{empty} or remove the {kind}"
+                if other == "label" and re.search(r"\.jpe?g is there, whose name differs in its extension", near):
+                    cure = "write the labels as PNG from what they were made of, since JPEG changes their values"
+                lacks = f"{kind} {found[lonely[0]]} of {self.dataset} has no {other} ({path} is missing{near})"
+                refuse(f"{lacks}{and_more(lonely)}; {cure}")
         return [Sample(key, file, (labels[key],)) for key, file in images.items() if key in labels]
 
     def pairs(self, images: Path, labels: Path, *, suffix: str = ".png") -> list[Sample]:

@@ -156,6 +156,13 @@ def test_near_misses_stand_in_the_sentences(root, listed):
         open_dataset("folder", root=listed, split="Val")
 
 
+def test_labels_in_jpeg_are_to_be_written_anew(root):
+    for path in (root / "labels" / "train").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    with pytest.raises(InputError, match=r"0000.jpg is there, .* 2 more like it; write the labels as PNG from"):
+        open_dataset("folder", root=root, split="train")
+
+
 def test_a_photo_in_a_form_that_is_not_read_is_a_near_miss(root):
     (root / "images" / "train" / "0000.jpg").rename(root / "images" / "train" / "0000.heic")
     with pytest.raises(
@@ -262,7 +269,11 @@ def test_the_two_lines_for_masks_of_0_and_255_are_the_cure(root):
             [0, 128, 255],
             r"128 \(1 pixels\); allowed are 0\.\.2, 255: give .*classes.yaml the value of",
         ),
-        ("[a, b, c]", [1, 2, 3], r"3 \(1 pixels\); allowed are 0\.\.2, 255: give .* as `ids: \[0, 128, 255\]`"),
+        (
+            "[a, b, c]",
+            [1, 2, 3],
+            r"are 0\.\.2, 255: give .*`ids: .* if these are void, `ignore: \[3, 255\]`",
+        ),
     ],
 )
 def test_masks_of_other_values_than_their_places_get_the_cure(tmp_path, names, values, message):

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from segkit.commands import compare as command
-from segkit.guard import guarded
-
 _SPEC = importlib.util.spec_from_file_location("run_folders", Path(__file__).parents[1] / "report" / "conftest.py")
 assert _SPEC is not None
 _RUN_FOLDERS = importlib.util.module_from_spec(_SPEC)
@@ -21,21 +18,10 @@ make_run, make_run_at = _RUN_FOLDERS.make_run, _RUN_FOLDERS.make_run_at
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Run the verb in an empty folder; returns (exit code, what it printed, what it complained)."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        argv = [*map(str, arguments)]
-        try:
-            guarded(lambda: command.run(argv))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+def call(call, monkeypatch, tmp_path):
+    """The verb, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return call
 
 
 def test_a_report_is_written(call, make_run, tmp_path):

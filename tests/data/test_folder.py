@@ -77,7 +77,8 @@ def test_an_unknown_split_names_those_that_are_there(root, listed):
     for place in (root, listed):
         (place / "classes.txt").write_text("names of classes, of YOLO's tools")
     with pytest.raises(
-        InputError, match=r"split 'valid' of .* does not exist: .*set dataset.train_split .*to train, val$"
+        InputError,
+        match=r"'valid' of .* does not exist: .*; add one of the two, or set dataset.train_split .*to train, val$",
     ):
         open_dataset("folder", root=root, split="valid")
     with pytest.raises(InputError, match=r"to day, night, train, val$"):

@@ -194,11 +194,12 @@ class _Place:
                 f"{self.top / self.labels}{f'/{split}' if split else ''}.json, or set dataset.reader.labels"
             )
         if split is not None and not listed and not self._has_folder(split):
+            cut = "set dataset.reader.val_fraction=0.2 to cut val out of all images, "
             raise InputError(
                 f"split {split!r} of {self.top} does not exist: there is neither a folder "
                 f"{self.top / self.images / split} nor a list file {list_file}{near_miss(list_file)}; add one of the "
-                "two, set dataset.reader.val_fraction=0.2 to cut val out of all images, or set dataset.train_split and "
-                f"dataset.val_split to {_splits(self.top, self.images)}"
+                f"two, {cut if split in ('train', 'val') else ''}or set dataset.train_split and dataset.val_split to "
+                f"{_splits(self.top, self.images)}"
             )
         images = self._image_files(sub)
         found = self._label_files(sub, images)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from segkit.cli import verb_function
 from segkit.guard import guarded
 from segkit.synthetic.sample_maker import make_sample
 
@@ -34,7 +35,8 @@ def arguments(root, tmp_path):
 
 @pytest.fixture
 def call(request, capsys):
-    """The verb that the module of the test imports as ``command``: arguments to (exit code, stdout, stderr)."""
+    """The verb that the module of the test is named after: arguments to (exit code, stdout, stderr)."""
+    verb = verb_function(request.module.__name__.rpartition("test_")[2])
 
     def called(*arguments):
         code = 0
@@ -42,7 +44,7 @@ def call(request, capsys):
             for message in ("very few training pixels", "no training pixel"):  # in five small images
                 warnings.filterwarnings("ignore", message=message)
             try:
-                guarded(lambda: request.module.command.run([*map(str, arguments)]))
+                guarded(lambda: verb([*map(str, arguments)]))
             except SystemExit as end:
                 code = end.code or 0
         return code, *capsys.readouterr()

@@ -112,7 +112,7 @@ class _TrainSteps(Dataset[Batch | InputError]):
             return error
 
     def _batch(self, step: int) -> Batch:
-        where = {"batch_size": self.batch_size, "seed": self.seed, "phase": self.phase}
+        where: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "phase": self.phase}
         draws = draws_of(step, self.dataset, self.sampler, **where)[self.rank :: self.world_size]  # this rank's
         indices = [draw.sample for draw in draws]
         height, width = self.transform.crop

@@ -67,16 +67,18 @@ class PhaseBatches:
         split, phase, seed = self.splits.train, self.plan.name, self.config.seed
         augment = self.config.overfit_batches is None
         transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)
-        draws = draws_of(0, split, self.sampler, batch_size=num, seed=seed, phase=phase)
+        draws = draws_of(0, split, self.sampler, batch_size=max(1, num), seed=seed, phase=phase)[:num]
         return [crop_of(split, transform, draw) for draw in draws]
 
     def names(self, step: int) -> list[str]:
         """The samples of ``step``, in the order of the batch over all ranks."""
         if self.fixed is not None:
             return list(self.fixed[step % len(self.fixed)].names)
-        where = {"batch_size": self.config.batch_size, "seed": self.config.seed, "phase": self.plan.name}
-        draws = draws_of(step, self.splits.train, self.sampler, **where)
-        return [self.splits.train.samples[draw.sample].name for draw in draws]
+        split, config = self.splits.train, self.config
+        draws = draws_of(
+            step, split, self.sampler, batch_size=config.batch_size, seed=config.seed, phase=self.plan.name
+        )
+        return [split.samples[draw.sample].name for draw in draws]
 
     def evaluation(self) -> Iterable[Any]:
         """The images of an evaluation, each with its number in the split."""

@@ -60,17 +60,14 @@ class Comparison:
             if recall is not None:  # a class that is never predicted is missed, at whatever precision
                 lean[name] += recall - (1.0 if precision is None else precision)
         missed, overdone = ([name for name in rare if sign * lean[name] > 0] for sign in (-1, 1))
+        more = max(missed, overdone, key=len)
+        of = f"{len(more)} of the {len(rare)} rarest classes" if len(rare) > 1 else "the rarest class"
+        what = f"precision for {of} ({', '.join(more)})"
         start = f"advice: the baseline, {self.baseline.name}, has recall"
         if len(missed) > len(overdone):
-            return (
-                f"{start} below precision for {len(missed)} of the {len(rare)} rarest classes ({', '.join(missed)}): "
-                "larger margins rho_0k are the wrong direction; try --decision miou"
-            )
+            return f"{start} below {what}: larger margins rho_0k are the wrong direction; try --decision miou"
         if len(overdone) > len(missed):
-            return (
-                f"{start} above precision for {len(overdone)} of the {len(rare)} rarest classes "
-                f"({', '.join(overdone)}): they are predicted too often, and larger margins rho_0k may pay"
-            )
+            return f"{start} above {what}: predicted too often, and larger margins rho_0k may pay"
         return None
 
     def mean_iou(self, group: Group) -> float:

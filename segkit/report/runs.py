@@ -15,7 +15,7 @@ from segkit.config.targets import fits
 from segkit.errors import InputError
 from segkit.evaluation import metrics
 from segkit.evaluation.per_image import PerImageCounts
-from segkit.files import MOST_JSON_BYTES, digest_of, read_config_text, read_counts, read_json, read_text
+from segkit.files import MOST_JSON_BYTES, digest_of, read_config_text, read_json, read_text
 from segkit.report.pictures import StoredPicture, read_pictures
 
 RESULT_KEYS = ("mean_iou", "pixel_accuracy", "classes", "num_classes_averaged", "num_images", "protocol")
@@ -201,7 +201,7 @@ def read_run(path: Path, *, evaluation: str | None = None) -> RunRecord:
         config=config,
         results=results,
         provenance=read(top / "provenance.json", _read_json, "origin") or {},
-        counts=read(path / "label_counts.json", _pixels, "label distribution"),
+        counts=read(path / "label_counts.json", _read_counts, "label distribution"),
         margins=_read_margins(path / "margins.json") if (path / "margins.json").is_file() else None,
         metrics=tuple(curves or ()),
         per_image=read(counts_file, PerImageCounts.load, "intervals, tests and confusion matrix"),
@@ -288,8 +288,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, cure=DAMAGED)
 
 
-def _pixels(path: Path) -> dict[str, int]:
-    return {name: row["pixels"] for name, row in read_counts(path, cure=DAMAGED)["classes"].items()}
+def _read_counts(path: Path) -> dict[str, int]:
+    rows = _read_json(path).get("classes")
+    try:
+        counts = {str(name): int(row["pixels"]) for name, row in rows.items()}  # type: ignore[union-attr]
+        if not counts or min(counts.values()) < 0 or sum(counts.values()) >= 2**63:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise InputError(f"{path} has not a number of pixels per class: {DAMAGED}") from None
+    return counts
 
 
 def _read_margins(path: Path) -> dict[str, Any]:

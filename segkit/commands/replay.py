@@ -64,9 +64,8 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     """
     from segkit import memory, runtime
     from segkit.data.statistics import LabelCounts
-    from segkit.files import read_counts
     from segkit.run.build import build_loss, build_model
-    from segkit.run.saved import model_with, read_config, without_sources
+    from segkit.run.saved import model_with, read_config, read_counts, without_sources
     from segkit.training import checkpoint, failure
     from segkit.training.precision import Mixed
 

@@ -22,8 +22,8 @@ from segkit.config.dataset import DatasetConfig, ImageType, ResizeConfig
 from segkit.config.schema import plain
 from segkit.config.targets import fits
 from segkit.errors import InputError
-from segkit.files import MOST_BYTES, are_counts, read_json, write_atomically, written_beside
-from segkit.run.saved import SavedRun, filled, without_sources
+from segkit.files import MOST_BYTES, read_json, write_atomically, written_beside
+from segkit.run.saved import SavedRun, are_counts, filled, without_sources
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CURE = "copy it again, or write it again with segkit export"

@@ -17,7 +17,7 @@ from segkit.config.compose import reason_of, to_config
 from segkit.config.schema import Config, check_targets
 from segkit.config.targets import is_trusted
 from segkit.errors import InputError
-from segkit.files import FOREIGN, read_config_text, read_counts
+from segkit.files import FOREIGN, read_config_text, read_json
 from segkit.runtime import drawing, without_memory
 
 CHECKPOINTS = ("last", "best")
@@ -94,6 +94,41 @@ def filled(make: Callable[[], Any], node: dict[str, Any], weights: Any, *, sourc
         model = make()
     checkpoint.load_weights(model, weights, source=source)
     return model
+
+
+COUNTS_CURE = "copy the file again, or run the command that trained the run once more, which writes it anew"
+
+
+def read_counts(path: Path, *, cure: str = COUNTS_CURE) -> dict[str, Any]:
+    """The label counts in ``path``; InputError, which ends with ``cure``, if the file does not hold such."""
+    content = read_json(path, cure=cure)
+    if not are_counts(content):
+        raise InputError(
+            f"{path} has not a number of pixels and images for each of up to 255 classes, and a palette of as many "
+            f"colours: {cure}"
+        )
+    return content
+
+
+def are_counts(content: dict[str, Any]) -> bool:
+    """True for the content of a label_counts.json; ``palette`` may be missing."""
+    classes, palette = content.get("classes"), content.get("palette")
+    if not isinstance(classes, dict) or not 1 <= len(classes) <= 255:
+        return False
+    if any(name != name.encode(errors="ignore").decode() for name in classes):  # half a letter, which nothing can draw
+        return False
+    rows = [row for row in classes.values() if isinstance(row, dict)]
+    counts: list[Any] = [row.get(key) for row in rows for key in ("pixels", "images")]
+    colours = [] if palette is None else palette
+    return (
+        len(rows) == len(classes)
+        and all(type(value) is int and value >= 0 for value in counts)
+        and sum(counts) < 2**63
+        and isinstance(colours, list)
+        and (palette is None or len(colours) == len(classes))
+        and all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
+        and all(type(value) is int and 0 <= value <= 255 for colour in colours for value in colour)
+    )
 
 
 def open_run(path: Path | str, *, phase: str | None = None) -> SavedRun:

@@ -10,11 +10,11 @@ import torch
 
 from segkit.config.schema import Config, Head
 from segkit.errors import InputError
-from segkit.files import digest_of, read_counts
+from segkit.files import digest_of
 from segkit.models import Segmenter
 from segkit.models.weights import read_state, strip_wrappers
 from segkit.run.build import build_model
-from segkit.run.saved import differing_classes, outline, without_sources
+from segkit.run.saved import differing_classes, outline, read_counts, without_sources
 from segkit.training import checkpoint
 from segkit.training.optim import lr_factors_of
 

@@ -52,6 +52,11 @@ def image_of(sample: Sample, *, kind: tuple[int, str] = RGB) -> np.ndarray:
     return bands.read_bands(sample.image, kind)
 
 
+def _function(load: Callable[..., Any]) -> Any:
+    """What is called in the end by ``load``, which may have bound options."""
+    return load.func if isinstance(load, functools.partial) else load
+
+
 @dataclass(eq=False, repr=False)
 class SampleSet(Sequence[Item]):
     """The samples of one split, read on access; cheap to build, picklable, without state.
@@ -196,8 +201,7 @@ class SampleSet(Sequence[Item]):
         try:
             value: Any = load(sample)
         except Exception as error:
-            inner = load.func if isinstance(load, functools.partial) else load
-            ours = getattr(inner, "__module__", "").startswith("segkit.")
+            ours = getattr(_function(load), "__module__", "").startswith("segkit.")
             if ours or isinstance(error, InputError) or memory.is_out_of_memory(error):
                 raise
             raise InputError(
@@ -239,6 +243,11 @@ class SampleSet(Sequence[Item]):
             f"image {sample.image} is {image_w}x{image_h} but its label {label_file} is {label_w}x{label_h}; "
             f"both must have the same size: {cure} or remove it from the split"
         )
+
+    def check_file_size(self, index: int, label_size: tuple[int, ...]) -> None:
+        """:meth:`check_sizes` by the header of the image's file, unless a reader of one's own reads it."""
+        if _function(self.load_image) is image_of:
+            self.check_sizes(index, bands.image_size(self.samples[index].image), label_size)
 
     def subset(self, indices: Sequence[int]) -> SampleSet:
         """Return the same set with these samples only."""

@@ -135,8 +135,8 @@ def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | No
     """Count the labels of every sample, in ``workers`` processes (0 and 1: in this one).
 
     The result is kept as JSON under ``cache_dir``/label_counts and taken from there as long as the :func:`fingerprint`
-    is the same. Raises InputError for an unlabelled split, for any label that the reader refuses, and for a
-    ``cache_dir`` that cannot be written.
+    is the same. Raises InputError for an unlabelled split, for any label that the reader refuses or that is of another
+    size than its image, and for a ``cache_dir`` that cannot be written.
     """
     return counts_and_classes(dataset, workers=workers, cache_dir=cache_dir)[0]
 
@@ -145,6 +145,20 @@ def counts_and_classes(
     dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None
 ) -> tuple[LabelCounts, np.ndarray]:
     """:func:`count_labels`, and which sample has a pixel of which class, bool (N, K), kept beside it."""
+    found = _counted(dataset, workers=workers, cache_dir=cache_dir)
+    if sentence := one_class(found[0].class_pixels, found[0].ignored_pixels, dataset):
+        raise InputError(sentence)
+    return found
+
+
+def check_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> None:
+    """Raise InputError as :func:`count_labels` does for a label, so that no evaluation meets it after hours."""
+    _counted(dataset, workers=workers, cache_dir=cache_dir)
+
+
+def _counted(
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None
+) -> tuple[LabelCounts, np.ndarray]:
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.npz"
     found = None if cached is None else _from_cache(cached, dataset, mark)
@@ -154,8 +168,6 @@ def counts_and_classes(
         found = _count(dataset, mark, workers=workers)
         if cached is not None:
             _store(cached, *found)
-    if sentence := one_class(found[0].class_pixels, found[0].ignored_pixels, dataset):
-        raise InputError(sentence)
     return found
 
 
@@ -227,8 +239,9 @@ def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts,
 
 
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
-    """Count the pixels of each train id 0..255 in one label: int64 (256,)."""
+    """Count the pixels of each train id 0..255 in one label: int64 (256,). InputError as :func:`count_labels`."""
     raw, train_of = dataset.raw_label(index), dataset.table.raw_to_train
+    dataset.check_file_size(index, raw.shape)
     found = raw_histogram(raw)
     if not found.keys() <= train_of.keys():
         dataset.to_train(index, raw)  # which refuses unknown values

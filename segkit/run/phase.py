@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from segkit import memory
 from segkit.config.schema import Config, plain
 from segkit.config.targets import LOSS_OPTIONS
-from segkit.data.statistics import LabelCounts, count_labels
+from segkit.data.statistics import LabelCounts, check_labels, count_labels
 from segkit.errors import InputError, first_line
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.files import write_json
@@ -73,10 +73,13 @@ class Phase:
 def prepare_phase(
     config: Config, name: str, *, splits: Splits, model: Segmenter, device: torch.device, cache_dir: Path
 ) -> Phase:
-    """Count the labels of phase ``name``, and build its loss and its optimizer. Raises what they refuse."""
+    """Count and check the labels of phase ``name``, and build its loss and its optimizer. Raises what they refuse."""
     for split in (splits.train, splits.val):
         split[0]  # a first image shows what is wrong with all
     counts = distributed.on_main(lambda: count_labels(splits.train, workers=config.workers, cache_dir=cache_dir))
+    if config.overfit_batches is None:
+        evaluated = splits.val[: config.evaluation.max_images]
+        distributed.on_main(lambda: check_labels(evaluated, workers=config.workers, cache_dir=cache_dir))
     plan = plan_phase(config, name, len(splits.train))
     loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
     absent = [label for label, pixels in zip(counts.classes, counts.class_pixels, strict=True) if not pixels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from segkit.run import hardware, pipeline
 from segkit.run.build import build_optimizer
 from segkit.run.saved import open_run, read_config
 from segkit.run.splits import open_phases
+from segkit.runtime import let_waiting_threads_sleep
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = (
@@ -159,3 +161,14 @@ def test_a_folder_is_named_as_it_is_typed_here(tmp_path, monkeypatch):
     assert hardware.typed(tmp_path / "one") == f"{tmp_path}/one"
     here.rmdir()  # a run elsewhere ends all the same
     assert hardware.typed(tmp_path / "one") == f"{tmp_path}/one"
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_that_wait_spin_for_as_long_as_was_measured_or_as_the_user_says(own, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    let_waiting_threads_sleep()
+    found = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert found == (own or {"GOMP_SPINCOUNT": "30000"})

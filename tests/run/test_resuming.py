@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from segkit.cli import verb_function
 from segkit.config.compose import compose
@@ -199,6 +201,26 @@ def test_a_validation_split_without_labels_is_refused_and_images_of_both_splits_
     assert said in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match=r"split 'test' of folder has no labels"):
         verb_function("evaluate")([str(run), "--split", "test", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (np.full((38, 51), 77, np.uint8), r"label .*\.png has values .*: 77 \(1938 pixels\); allowed are"),
+        (np.zeros((51, 38), np.uint8), r"image .* is 51x38 but its label .* is 38x51; both must have the same size"),
+    ],
+)
+def test_a_bad_label_is_refused_before_the_first_step(split, mask, sentence, tmp_path, train):
+    root = make_sample("folder", tmp_path / "data", num_images=6, scale=0.1)
+    last = sorted((root / "labels" / split).iterdir())[-1]
+    Image.fromarray(mask).save(last)
+    data = ("dataset=folder", f"dataset.root={root}")
+    with pytest.raises(InputError, match=sentence):
+        train("run", "evaluation.max_images=null", data=data)
+    assert not list((tmp_path / "run").rglob("*.pt"))
+    if split == "val":
+        train("run", data=data)  # which evaluates on the two before it
 
 
 def test_copied_data_are_said(train, tmp_path, capsys):

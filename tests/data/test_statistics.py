@@ -75,7 +75,8 @@ def test_counts_equal_a_loop_over_pixels(tmp_path, workers):
 
 
 def test_labels_of_other_types(tmp_path):
-    sample = Sample(name="0", image=Path("0"), labels=(Path("0"),))
+    Image.new("RGB", (3, 2)).save(tmp_path / "0.png")
+    sample = Sample(name="0", image=tmp_path / "0.png", labels=(Path("0"),))
     data = SampleSet([sample], table=TABLE, name="toy", split="train", load_label=wide_label)
     pixels = sum(statistics.label_histogram(data, 0))
     assert pixels == 6
@@ -102,10 +103,15 @@ def test_byte_histogram_is_exact_beyond_float32():
 def test_unknown_value_names_file_value_and_count(tmp_path, workers):
     data = written(tmp_path / "data")
     path = data.samples[4].labels[0]
-    Image.fromarray(np.array([[5, 99], [99, 0]], np.uint8)).save(path)
+    label = np.full((11, 17), 5, np.uint8)
+    label[3, 4:6] = 99
+    Image.fromarray(label).save(path)
     with pytest.raises(
         InputError, match=r"^label .*/4\.png has values .*: 99 \(2 pixels\); allowed are 0, 5\.\.8, 300"
     ):
+        count_labels(data, workers=workers)
+    Image.fromarray(label.T).save(path)
+    with pytest.raises(InputError, match=r"^image .*/4\.jpg is 17x11 but its label .*/4\.png is 11x17; both must have"):
         count_labels(data, workers=workers)
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"^label .*/4\.png is empty \(0 bytes\)"):

@@ -34,6 +34,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bench_checkpointing import status
 from torch import Tensor
 
 import segkit.losses as losses
@@ -173,15 +174,9 @@ def memory_worker(case: str, name: str, arguments: argparse.Namespace) -> None:
     step(loss, *example(case, 0.0, tiny=True))
     logits, target = example(case, arguments.trained)
     target.clone()  # touches the pages
-    before = memory_status("VmRSS")
+    before = status("VmRSS")
     step(loss, logits, target)
-    print(json.dumps({"mb": max(0.0, (memory_status("VmHWM") - before) / 1e6)}))
-
-
-def memory_status(key: str) -> int:
-    """Bytes of this process: VmRSS, resident now, or VmHWM, the most that was resident since it started."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+    print(json.dumps({"mb": max(0.0, (status("VmHWM") - before) / 1e6)}))
 
 
 def memory_row(case: str, name: str, arguments: argparse.Namespace) -> float:

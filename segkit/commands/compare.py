@@ -70,6 +70,8 @@ def run(argv: Sequence[str]) -> None:
         )
     if arguments.predict and arguments.evaluation:
         raise InputError("--predict shows what was scored after training, which --evaluation is not: leave one out")
+    asked = [kind for kind in EXPORTS if getattr(arguments, kind)]
+    arguments.output = arguments.output or (None if asked else Path("report.html"))
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)
     comparison = compare(
         arguments.runs,
@@ -85,20 +87,18 @@ def run(argv: Sequence[str]) -> None:
     print(screen(comparison.table))
     if comparison.advice:
         show(comparison.advice)
-    asked = {kind: getattr(arguments, kind) for kind in EXPORTS if getattr(arguments, kind)}
-    for kind, path in asked.items():
-        write(path, EXPORTS[kind](comparison.table))
-    if arguments.output or not asked:
+    for kind in asked:
+        write(getattr(arguments, kind), EXPORTS[kind](comparison.table))
+    if arguments.output:
         from segkit.report.page import extremes, image_ranking, page, shown_runs
 
-        names = [one.name for one in extremes(image_ranking(*comparison.ranked_runs), arguments.pictures)]
-        for _, record in shown_runs(comparison) if arguments.predict else ():
-            for one in record.folders:
-                record.pictures.update(
-                    predicted(one, [name for name in names if name not in record.pictures], arguments)
-                )
-        text = page(comparison, pictures=arguments.pictures)
-        write(arguments.output or Path("report.html"), text)
+        if arguments.predict:
+            names = [one.name for one in extremes(image_ranking(*comparison.ranked_runs), arguments.pictures)]
+            for _, record in shown_runs(comparison):
+                missing = [name for name in names if name not in record.pictures]
+                for one in record.folders:
+                    record.pictures.update(predicted(one, missing, arguments))
+        write(arguments.output, page(comparison, pictures=arguments.pictures))
 
 
 def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, StoredPicture]:

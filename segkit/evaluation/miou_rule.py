@@ -156,13 +156,13 @@ def fixed_point(probabilities: Floats, joint: Floats) -> tuple[Floats, Floats, f
     those of each new decision, and returns the iterate whose decision has the largest mean IoU; I is at least `FLOOR`.
     """
     joint = joint / joint.sum()
-    counts = _counts(probabilities.argmax(1), joint)
+    largest = probabilities.argmax(1)
+    counts = _counts(largest, joint)
     present = joint.sum(0) > 0
     iou, union = _iou_and_union(counts)
     best = np.zeros_like(iou), np.ones_like(union), _mean_iou(counts)
     for _ in range(NUM_ROUNDS):
         scores = np.where(present, ((1 + iou) * probabilities - iou) / union, -np.inf)
-        largest = probabilities.argmax(1)
         decision = np.where(present[largest], scores.argmax(1), largest)
         counts = _counts(decision, joint)
         score = _mean_iou(counts)

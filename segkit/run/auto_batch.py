@@ -37,21 +37,21 @@ SHARE = 0.85
 
 
 def choose_batch(
-    config: Config, *, saved: Path, phases: dict[str, Splits], device: torch.device
+    config: Config, *, begun: Path | None, phases: dict[str, Splits], device: torch.device
 ) -> tuple[Config, dict[str, Any] | None]:
     """With ``auto_batch``, ``config`` with the largest ``batch_size`` that fits, and the measurements behind it.
 
-    A line on the screen says so. A run that goes on (``saved``, its config.yaml, is there) keeps its batch size, and
-    None is returned for the rest. The learning rate and the number of epochs stay as they are. OutOfMemory if not even
+    A line on the screen says so. A run that goes on (``begun`` is its config.yaml) keeps its batch size, and None is
+    returned for the rest. The learning rate and the number of epochs stay as they are. OutOfMemory if not even
     the probes fit; InputError, before anything is measured, for a model or loss that fails.
     """
     if not config.auto_batch:
         return config, None
-    if saved.is_file():
-        kept = read_config_text(saved, cure=CONFIG_CURE)
+    if begun is not None:
+        kept = read_config_text(begun, cure=CONFIG_CURE)
         if kept.get("auto_batch"):
             if type(size := kept.get("batch_size")) is not int:
-                raise InputError(f"{saved} has batch_size {size!r}, but must have the number that was chosen: write it")
+                raise InputError(f"{begun} has batch_size {size!r}, but must have the number that was chosen: write it")
             distributed.print_main(f"auto_batch: batch_size={size}, as before")
             return dataclasses.replace(config, batch_size=size), None
     model = build_model(without_sources(config), next(iter(phases.values())).train.num_classes).to(device)

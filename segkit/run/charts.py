@@ -19,6 +19,7 @@ from segkit.evaluation import metrics, whole_image
 from segkit.evaluation.overlay import visible
 from segkit.losses import LAMBDA_EDGES, add_sums, margin_sums, summarise
 from segkit.report import pictures
+from segkit.report.groups import loss_name
 from segkit.report.text import for_markdown
 from segkit.training.step import followers_of
 from segkit.training.tracking import Tracker
@@ -45,28 +46,22 @@ def hparams(config: Config, phase: str, *, lr: float, num_steps: int) -> dict[st
     """The hyper-parameters of phase ``phase`` that are set, by their names in :data:`HPARAMS`."""
     loss = config.phase_loss(phase)
     parts = (short_name(config.model), config.model.get("arch"), config.model.get("encoder"))
-    values = {
+    values: dict[str, Any] = {
+        **{key: value for key, value in loss.items() if key in HPARAMS},
         "dataset": config.phase_dataset(phase).name,
-        "model": " ".join(part for part in parts if part),
-        "loss": described(loss),
+        "model": " ".join(part for part in parts if isinstance(part, str)),
+        "loss": loss_name(loss),
         "schedule": " ".join(config.schedule),
         "optimizer": short_name(config.optimizer),
         "precision": config.precision.value,
         "lr": lr,
         "steps": num_steps,
         **{key: getattr(config, key) for key in ("batch_size", "seed", "ema_decay", "clip_norm", "encoder_lr_factor")},
-        **{key: value for key, value in loss.items() if key in HPARAMS},
     }
     if values.get("rho_max") == "none":
-        values["rho_max"] = math.inf  # a column holds numbers or texts, not both
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def described(loss: dict[str, Any]) -> str:
-    """A loss node in a word, or as the weighted sum that it is."""
-    if "terms" in loss:
-        return " + ".join(f"{term['weight']:g} {described(term['loss'])}" for term in loss["terms"].values())
-    return short_name(loss)
+        values["rho_max"] = math.inf
+    # A column holds numbers or texts, not both; an argument of the user's own of such a name may be anything.
+    return {key: one for key, one in values.items() if isinstance(one, str if HPARAMS[key] == TEXT else int | float)}
 
 
 def _with_margins(loss: nn.Module) -> Any:

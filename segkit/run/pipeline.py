@@ -107,9 +107,9 @@ def _prepare(
     config = folder.config
     check_machine(config, device)
     cache_dir = cache_dir_of(config)
-    saved = folder.path / "config.yaml"
-    config, reasons = hardware.choose(config, begun=folder.begun_config(), device=device)
-    config, chosen = auto_batch.choose_batch(config, saved=saved, phases=splits, device=device)
+    begun = folder.begun_config()
+    config, reasons = hardware.choose(config, begun=begun, device=device)
+    config, chosen = auto_batch.choose_batch(config, begun=begun, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
     model, origin = initial_model(config, next(iter(splits.values())).train.classes, device)

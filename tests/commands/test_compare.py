@@ -95,6 +95,8 @@ def test_places_that_cannot_be_written_are_refused_before_the_runs_are_read(call
         assert code == 2
         assert err.startswith("error: --csv is ")
         assert message in err
+    (tmp_path / "report.html").mkdir()  # where the report goes without --output
+    assert "which is a folder: give the name" in call("gone")[2]
 
 
 def test_the_verb_is_known(make_run, tmp_path):

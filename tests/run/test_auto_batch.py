@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch
     (tmp_path / "run" / "train" / "results.json").unlink()
     run(tmp_path / "run", "accumulate=2")
     assert "auto_batch: batch_size=12, as before" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "train")  # a start that came to nothing: its config.yaml alone is left
+    run(tmp_path / "run", "accumulate=2")
+    assert "auto_batch: batch_size=4 instead of 8" in capsys.readouterr().out
 
 
 def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
@@ -108,9 +112,7 @@ def test_a_model_or_a_loss_that_fails_is_refused_before_anything_is_measured(tmp
     monkeypatch.setattr(auto_batch, "measure_alone", lambda *_: pytest.fail("measured"))
     config = compose([*SMALL[:-2], "model=deeplabv3plus_tiny"])
     with pytest.raises(errors.InputError, match=message):
-        auto_batch.choose_batch(
-            config, saved=tmp_path / "config.yaml", phases=open_phases(config), device=torch.device("cpu")
-        )
+        auto_batch.choose_batch(config, begun=None, phases=open_phases(config), device=torch.device("cpu"))
 
 
 def test_probes_that_do_not_fit_say_what_helps(monkeypatch):

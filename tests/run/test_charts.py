@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ def test_every_argument_of_a_loss_is_a_hyper_parameter(path):
 def test_hyper_parameters_of_a_run():
     config = compose(["loss.tau=3", "model.encoder=tu-regnetx_002", "seed=7", "schedule=pretrain_finetune"])
     found = charts.hparams(config, "finetune", lr=0.5, num_steps=20)
-    expected = {"loss": "margin_calibration", "tau": 3.0, "upsilon": 1.0, "seed": 7, "lr": 0.5, "steps": 20}
+    expected = {"loss": "margin calibration (paper)", "tau": 3.0, "upsilon": 1.0, "seed": 7, "lr": 0.5, "steps": 20}
     assert expected.items() <= found.items()
     assert found["model"] == "deeplabv3plus tu-regnetx_002"
     assert found["optimizer"] == "AdamW"
@@ -50,7 +51,12 @@ def test_hyper_parameters_of_a_run():
     uncapped = compose(["loss=margin_calibration_uncapped", "schedule=single"])
     assert charts.hparams(uncapped, "train", lr=0.5, num_steps=20)["rho_max"] == math.inf
     config = compose(["loss=cross_entropy_dice", "schedule=single"])
-    assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "1 cross_entropy + 1 DiceLoss"
+    assert charts.hparams(config, "train", lr=0.5, num_steps=20)["loss"] == "cross-entropy + dice"
+    own = {"_target_": "mine.Focal", "alpha": [0.2, 0.8], "scale": 2.0, "gamma": 2, "steps": 3, "terms": 2}
+    config = dataclasses.replace(config, loss=own, model={"_target_": "mine.net", "encoder": 50})
+    found = charts.hparams(config, "train", lr=0.5, num_steps=20)
+    assert (found["model"], found["loss"], found["gamma"], found["steps"]) == ("net", "focal", 2, 20)
+    assert not found.keys() & {"alpha", "scale"}  # whose columns hold one number, and a text
 
 
 def test_a_running_iou_is_shown_with_its_margins():

@@ -96,17 +96,21 @@ def _checksums(folder: Path) -> dict[str, str]:
 def save_last(folder: Path, state: dict[str, Any]) -> None:
     """Make ``state`` the ``last.pt`` of ``folder`` and keep the one before as ``previous.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    incoming = folder / INCOMING
-    digest = write(incoming, state)
+    digest = write(folder / INCOMING, state)
     known = _checksums(folder)
     write_atomically(folder / CHECKSUMS, json.dumps({**known, LAST: digest, PREVIOUS: known.get(LAST, "")}))
+    _take_incoming(folder)
+
+
+def _take_incoming(folder: Path) -> None:
+    """Rename ``last.pt`` to ``previous.pt`` and ``incoming.pt``, whose checksum is listed, to ``last.pt``."""
     if (folder / LAST).exists():
         try:  # a second name of the file: whoever reads last.pt meanwhile finds it at every moment
             (folder / PREVIOUS).unlink(missing_ok=True)
             os.link((folder / LAST).resolve(), folder / PREVIOUS)
         except OSError:  # a file system without such links
             (folder / LAST).replace(folder / PREVIOUS)
-    incoming.replace(folder / LAST)
+    (folder / INCOMING).replace(folder / LAST)
     _sync_folder(folder)
 
 
@@ -199,8 +203,8 @@ def find_last(folder: Path) -> Path | None:
     """
     known = set(_checksums(folder).values())
     incoming = folder / INCOMING
-    if incoming.exists() and not (folder / LAST).exists() and digest_of(incoming) in known:
-        incoming.replace(folder / LAST)  # the process died between the two renames of save_last
+    if incoming.exists() and digest_of(incoming) in known:
+        _take_incoming(folder)  # the process died in save_last
     candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).is_file()]
     if candidates and not known:
         known = _write_checksums_anew(folder)

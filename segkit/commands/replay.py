@@ -68,6 +68,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     from segkit.run.saved import model_with, read_config, read_counts, without_sources
     from segkit.training import checkpoint, failure
     from segkit.training.precision import Mixed
+    from segkit.training.step import restore_followers
 
     config = read_config(bundle / "config.json", cure=CURE)
     if failed["phase"] not in config.schedule:
@@ -78,14 +79,19 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
     source, num_classes = bundle / "state.pt", len(counts.classes)
+    loss = build_loss(config.phase_loss(failed["phase"]), counts, ignore_index=255)
     if source.exists():
-        model = model_with(checkpoint.load(source)["model"], config, num_classes, source=source)
+        state = checkpoint.load(source)
+        model = model_with(state["model"], config, num_classes, source=source)
+        try:
+            restore_followers(loss, state["loss"])
+        except (LookupError, TypeError, RuntimeError):
+            raise InputError(f"{source} lacks what the loss had followed: {CURE}") from None
     else:
         show("note: no batch could be read, so no weights were kept: those of a new model are used", error=True)
         with memory.bounded():
             model = build_model(without_sources(config), num_classes)
-    model = model.to(chosen)
-    loss = build_loss(config.phase_loss(failed["phase"]), counts, ignore_index=255).to(chosen)
+    model, loss = model.to(chosen), loss.to(chosen)
     where = failure.Where(phase=failed["phase"], step=failed["step"], rank=failed["rank"])
     mixed = Mixed(config.precision.value, chosen)
     return failure.examine(model, loss, batch, mixed=mixed, seed=where.seed(config.seed))

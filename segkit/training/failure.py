@@ -129,6 +129,6 @@ def _first_non_finite(model: nn.Module) -> Iterator[list[str]]:
 
 def _terms(loss: Any, logits: Tensor, target: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of each term of a weighted sum, without its weight; of the loss itself if it is no sum."""
-    terms = getattr(loss, "losses", None) or {type(loss).__name__: loss}
-    for name, term in terms.items():
+    terms = getattr(loss, "losses", None)
+    for name, term in terms.items() if isinstance(terms, nn.ModuleDict) else [(type(loss).__name__, loss)]:
         yield name, term(logits, target)

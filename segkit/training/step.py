@@ -9,7 +9,7 @@ they update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +173,12 @@ def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 def followers_of(loss: nn.Module) -> dict[str, Any]:
     """The parts of ``loss`` that follow the training, by name: with ``counts_of``, ``follow`` and ``running``."""
     return {name: part for name, part in loss.named_modules() if hasattr(part, "follow")}
+
+
+def restore_followers(loss: nn.Module, running: Mapping[str, Tensor]) -> None:
+    """Put back what a checkpoint holds of :func:`followers_of` ``loss``: ``running``, by name."""
+    for name, part in followers_of(loss).items():
+        part.running.copy_(running[name])
 
 
 def _no_sync(model: nn.Module, active: bool) -> AbstractContextManager[Any]:

@@ -30,7 +30,7 @@ from segkit.training import checkpoint, distributed, failure
 from segkit.training.optim import set_lr
 from segkit.training.precision import Mixed
 from segkit.training.schedules import lr_factor
-from segkit.training.step import Outcome, copies_of, followers_of, split, train_step
+from segkit.training.step import Outcome, copies_of, followers_of, restore_followers, split, train_step
 from segkit.training.tracking import MUCH_WAITING, Clock, Tracker, loading_lever
 
 
@@ -146,8 +146,7 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
-        for name, part in followers_of(self.loss).items():
-            part.running.copy_(state["loss"][name])
+        restore_followers(self.loss, state["loss"])
         self.progress = Progress(**state["progress"])
         self.tracker.truncate(state["metrics_size"], step=self.progress.step, earlier=earlier)
 
@@ -310,7 +309,7 @@ class Trainer:
         try:
             seed = self._where().seed(self.settings.seed)
             findings = failure.examine(self.model, self.loss, batch, mixed=self.mixed, seed=seed)
-        except (RuntimeError, MemoryError) as second:
+        except Exception as second:  # also of a loss of the user's own
             findings = {"error": str(second)}
         bundle = self._bundle(error, batch.names, findings=findings)
         raise NonFiniteLoss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +16,8 @@ from segkit.errors import InputError, NonFiniteLoss
 from segkit.run import pipeline
 from segkit.run.splits import open_phases
 from segkit.synthetic.sample_maker import make_sample
+from segkit.training import trainer
+from segkit.training.step import train_step
 
 SMALL = (
     "dataset.crop=[32,32]",
@@ -29,6 +32,7 @@ SMALL = (
     "model.feature_channels=[4,8,16,32,64]",
     "model.num_groups=2",
 )
+SYNTHETIC = ("dataset.reader.num_images=6", "dataset.reader.size=[64,64]")
 
 
 def train(folder: Path, *overrides: str) -> None:
@@ -48,9 +52,8 @@ def replayed(monkeypatch, capsys):
 
 
 def test_a_diverged_run(tmp_path, replayed):
-    synthetic = ("dataset.reader.num_images=6", "dataset.reader.size=[64,64]", "optimizer=sgd", "optimizer.lr=1e30")
     with pytest.raises(NonFiniteLoss, match=r"segkit replay"):
-        train(tmp_path / "run", *synthetic)
+        train(tmp_path / "run", *SYNTHETIC, "optimizer=sgd", "optimizer.lr=1e30")
     (bundle,) = (tmp_path / "run" / "train").glob("failure-*")
     noted = json.loads((bundle / "error.json").read_text())
     found = json.loads(replayed(bundle, "--json"))
@@ -78,6 +81,24 @@ def test_a_diverged_run(tmp_path, replayed):
         (bundle / name).unlink()
         with pytest.raises(InputError, match=rf"has no {name}: the bundle is damaged; copy it again"):
             replayed(bundle)
+
+
+def test_a_loss_that_follows_the_training_is_as_it_was(tmp_path, replayed, monkeypatch):
+    def failing(*arguments, **options):
+        if next(steps) == 3:
+            raise NonFiniteLoss("the loss is nan")
+        return train_step(*arguments, **options)
+
+    steps = itertools.count()
+    monkeypatch.setattr(trainer, "train_step", failing)
+    with pytest.raises(NonFiniteLoss):
+        train(tmp_path / "run", *SYNTHETIC, "loss=iou_margin", "loss.momentum=0.5")
+    (bundle,) = (tmp_path / "run" / "train").glob("failure-*")
+    assert json.loads(replayed(bundle, "--json")) == json.loads((bundle / "error.json").read_text())["findings"]
+    state = torch.load(bundle / "state.pt")
+    torch.save({**state, "loss": {}}, bundle / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt lacks what the loss had followed: the bundle is damaged"):
+        replayed(bundle)
 
 
 def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed, monkeypatch):

@@ -88,7 +88,10 @@ def test_a_finite_step_against_plain_autograd():
 
 
 def test_the_first_module_that_breaks_is_named():
-    found = examine(Model(math.inf), CrossEntropy(), BATCH, mixed=MIXED, seed=0)
+    loss = CrossEntropy()
+    loss.losses = ["a name", "that a loss of one's own may use"]
+    found = examine(Model(math.inf), loss, BATCH, mixed=MIXED, seed=0)
+    assert found["terms"].keys() == {"CrossEntropy"}
     assert found["first_non_finite_module"] == "net.2"
     assert found["first_non_finite_gradient"] == "net.1.weight"
     assert found["logits"]["not_finite"] == 2 * 2 * 4 * 4

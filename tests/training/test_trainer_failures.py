@@ -21,6 +21,8 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
 
         def forward(self, logits, target, *, denominator=None):
             self.calls += 1
+            if self.calls > 3:
+                raise KeyError("the look at the failed step")
             return super().forward(logits, target, denominator=denominator) * (math.nan if self.calls == 3 else 1)
 
     trainer = build(tmp_path / "a", loss=Poisoned())
@@ -29,7 +31,9 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
         trainer.fit(make_batches)
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
     bundle = tmp_path / "a" / "failure-0000002"
-    assert json.loads((bundle / "error.json").read_text())["names"] == [f"image2-{i}" for i in range(4)]
+    noted = json.loads((bundle / "error.json").read_text())
+    assert noted["names"] == [f"image2-{i}" for i in range(4)]
+    assert noted["findings"] == {"error": "'the look at the failed step'"}
     batch = torch.load(bundle / "batch.pt", weights_only=True)
     assert torch.equal(batch["images"], next(make_batches(2)).images)
     saved = torch.load(bundle / "state.pt", weights_only=True)

@@ -107,7 +107,8 @@ def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int, most: float = 1.0) -> None:
     """Raise InputError unless every channel has one mean, of at most ``most``, and one positive deviation."""
-    if len(mean) != num_channels or len(std) != num_channels or min(std) <= 0 or max(mean) > most:
+    finite = all(-math.inf < value <= most for value in mean) and all(0 < value < math.inf for value in std)
+    if len(mean) != num_channels or len(std) != num_channels or not finite:
         raise InputError(
             f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "
             "for colours from 0 to 1, and positive deviations: set model.mean=null model.std=null"

@@ -115,10 +115,18 @@ def _search(config: Any, overrides: list[str], folder: Path | None) -> None:
 
 
 def passed_on() -> list[str]:
-    """What the command line says of where configurations lie, which every job of a sweep must be told as well."""
+    """What the command line says of where configurations lie, which every job of a sweep must be told as well.
+
+    InputError for another configuration than train.yaml, on which the jobs would not stand.
+    """
     from hydra._internal.utils import get_args_parser
 
     given = get_args_parser().parse_args()
+    if given.config_name or given.config_path:
+        raise InputError(
+            "--config-name and --config-path are of one run, not of the jobs of a sweep: put what that configuration "
+            "sets into an option below --config-dir, as experiment=NAME"
+        )
     options = [f"--config-dir={given.config_dir}"] if given.config_dir else []
     return options + [text for text in given.overrides if text.startswith("hydra.searchpath=")]
 

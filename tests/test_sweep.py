@@ -85,6 +85,9 @@ def test_jobs_are_told_where_options_lie(monkeypatch):
     assert command[3:] == ["--config-dir=mine", "hydra.searchpath=[file:///there]", "seed=1", 'hydra.run.dir="there"']
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=1,2"])
     assert passed_on() == []
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "--config-name", "mine", "seed=1,2"])
+    with pytest.raises(InputError, match=r"--config-name and .* are of one run, .* below --config-dir"):
+        passed_on()
 
 
 def test_one_sweep_at_a_time_runs_in_a_folder(tmp_path, monkeypatch):

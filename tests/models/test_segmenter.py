@@ -48,7 +48,14 @@ def test_keeps_the_memory_format() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [((0.5,), (0.5, 0.5, 0.5)), ((0.5,) * 3, (0.5, 0.5, 0.0)), ((123.0, 116.0, 103.0), (0.2,) * 3)]
+    ("mean", "std"),
+    [
+        ((0.5,), (0.5, 0.5, 0.5)),
+        ((0.5,) * 3, (0.5, 0.5, 0.0)),
+        ((0.5,) * 3, (0.5, 0.5, float("inf"))),
+        ((0.5, 0.5, float("nan")), (0.2,) * 3),
+        ((123.0, 116.0, 103.0), (0.2,) * 3),
+    ],
 )
 def test_bad_values(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"model\.mean is .* the model wants 3 values each, for colours from 0 to 1"):

@@ -76,7 +76,7 @@ def guard(*, passes: bool = False, verb: str = "train") -> Iterator[None]:
 
 
 def _ended_amid(error: BaseException) -> Any:
-    """The exit code of a signal, if ``error`` comes of what it left in the middle of something, a library's; or 0."""
+    """The exit code of a signal that came amid the work of a library, if ``error`` is what became of that; else 0."""
     while error.__context__ is not None:
         error = error.__context__
         if isinstance(error, KeyboardInterrupt | SystemExit):

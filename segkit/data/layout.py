@@ -253,7 +253,8 @@ def near_miss(path: Path, *, but: Path | None = None) -> str:
     """Return which file its user probably meant by a missing ``path``, for a sentence; "" if there is none.
 
     That is a file beside it, or in a folder whose name differs in case, with the same name but for upper and lower
-    case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png). ``but`` is none.
+    case, Unicode form, the extension, or something before or after it (photo_mask.png for photo.png). ``but``: a file
+    that is not meant.
     """
     if os.path.isdir(path):
         return ", but must be a file and is a folder"

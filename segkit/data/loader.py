@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from segkit.data.decode import pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.data.sampling import Sampler, epoch_draws, generator
 from segkit.data.transforms import EvalTransform, TrainTransform
-from segkit.data.workers import signals_later, start_worker
+from segkit.data.workers import START, forking, signals_later, start_worker
 from segkit.errors import InputError
 from segkit.runtime import drawing
 
@@ -246,13 +245,9 @@ def _grouped(single: Iterator[Batch], batch_size: int, *, pin_memory: bool) -> I
 def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Yield ``items[i] for i in todo`` in this order, computed by ``workers`` processes (0: by this one)."""
     workers = min(workers, len(todo))
-    context = ("fork" if sys.platform == "linux" else "spawn") if workers else None
     with warnings.catch_warnings():
         # How many workers pay depends on the files and the disk; the user's number stands.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        # Python 3.12 and later warn of any fork beside threads; the workers never touch CUDA, and use neither OpenCV's
-        # nor OpenMP's threads, which a fork would leave broken.
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         loader = DataLoader(
             items,
             batch_size=None,
@@ -260,11 +255,11 @@ def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: in
             num_workers=workers,
             pin_memory=pin_memory and torch.cuda.is_available(),
             prefetch_factor=PREFETCH if workers else None,
-            multiprocessing_context=context,
+            multiprocessing_context=START if workers else None,
             worker_init_fn=functools.partial(start_worker, limit=pixel_limit()),
             generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global generator
         )
-        with signals_later(), drawing:
+        with forking(), drawing:
             iterator = iter(loader)
     try:
         for batch in iterator:

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from segkit.data.decode import MAX_PIXELS, pixel_limit, set_pixel_limit
+from segkit.data.decode import pixel_limit, set_pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError, first_line
 from segkit.progress import show
@@ -24,7 +24,8 @@ from segkit.runtime import die_with_parent
 Result = TypeVar("Result")
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
-HANGUP = getattr(signal, "SIGHUP", signal.SIGINT)  # which Windows lacks
+START = "fork" if sys.platform == "linux" else "spawn"
+"""How workers start: forked ones in milliseconds, and they share the list of samples."""
 KEEP_BYTES = 2**30
 """Freed memory below this size is kept by a worker."""
 
@@ -43,15 +44,11 @@ def map_samples(
     if workers <= 1:
         yield from (function(dataset, index) for index in indices)
         return
-    # Forked processes start in milliseconds and share the list of samples.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(START)
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, dataset, pixel_limit()))
     try:
-        with warnings.catch_warnings():
-            # Python 3.12 and later warn of any fork beside threads; decoding uses none (as in the loader).
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            with signals_later():
-                results = pool.map(_call, indices, chunksize=max(1, min(16, len(indices) // (4 * workers))))
+        with forking():
+            results = pool.map(_call, indices, chunksize=max(1, min(16, len(indices) // (4 * workers))))
         yield from results
     except BrokenProcessPool as error:
         raise InputError(
@@ -64,6 +61,16 @@ def map_samples(
 
 
 @contextmanager
+def forking() -> Iterator[None]:
+    """Hold back signals (:func:`signals_later`) and Python's warning of forks while worker processes start."""
+    with warnings.catch_warnings(), signals_later():
+        # Python 3.12 and later warn of any fork beside threads; the workers never touch CUDA, and use neither OpenCV's
+        # nor OpenMP's threads, which a fork would leave broken.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        yield
+
+
+@contextmanager
 def signals_later() -> Iterator[None]:
     """Hold back signals while processes are forked: Python loses an exception that a handler raises in a fork.
 
@@ -73,7 +80,8 @@ def signals_later() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, HANGUP)}
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in ours}
     before = {number: handler for number, handler in before.items() if handler is not None}  # None: not Python's
     for number in before:
         signal.signal(number, lambda number, frame: came.append(number))
@@ -98,7 +106,7 @@ def _call(index: int) -> Any:
     return function(dataset, index)
 
 
-def start_worker(number: int = 0, *, limit: int = MAX_PIXELS) -> None:
+def start_worker(number: int = 0, *, limit: int) -> None:
     """Set up a forked or spawned worker: one thread, kept memory, and no part in the main process's signals.
 
     ``limit`` is the main process's :func:`segkit.data.decode.pixel_limit`, which a spawned worker would not know. The
@@ -106,7 +114,7 @@ def start_worker(number: int = 0, *, limit: int = MAX_PIXELS) -> None:
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(HANGUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
     set_pixel_limit(limit)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.errors import InputError
 
@@ -102,6 +102,12 @@ def lift_binary(logits: Tensor) -> Tensor:
     if logits.dim() != 4 or logits.shape[1] != 1:
         raise InputError(f"lift_binary takes logits of shape (N, 1, H, W), got {shape(logits)}")
     return torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+def settings(loss: nn.Module) -> str:
+    """The settings of ``loss`` as text: the ``extra_repr`` of all losses."""
+    own = {name: value for name, value in vars(loss).items() if not name.startswith("_") and name != "training"}
+    return ", ".join(f"{name}={value!r}" for name, value in own.items())
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:

@@ -112,9 +112,6 @@ class IouMarginLoss(PixelLoss):
         found = torch.stack([hits, union]) / counts.sum().clamp(min=1)
         self.running.copy_(torch.where(union > 0, found, 1 / len(hits)))
 
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, a={self.a}, form={self.form!r}, ignore_index={self.ignore_index}"
-
 
 def shifted_cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace, margins: Tensor) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of the cross-entropy of s - margins, of s (K,P), y (P,), margins (K,)."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import check_choice
-from segkit.losses.checks import check_inputs
+from segkit.losses.checks import check_inputs, settings
 from segkit.losses.pixel_loss import KeptGradient, at_label_size, divides_early
 from segkit.losses.tiles import compute_dtype, fill_columns, read_labels
 
@@ -36,6 +36,7 @@ class LovaszSoftmaxLoss(nn.Module):
     """
 
     pixel_decomposable = False
+    extra_repr = settings
 
     def __init__(
         self, *, classes: Literal["present", "all"] = "present", per_image: bool = False, ignore_index: int = 255
@@ -71,9 +72,6 @@ class LovaszSoftmaxLoss(nn.Module):
                 slope.sub_(part.p.mul_(slope.sum(1, keepdim=True))).mul_(factor / len(groups))
                 gradient[group] = slope.view(gradient[group].shape)
         return value, gradient
-
-    def extra_repr(self) -> str:
-        return f"classes={self.classes!r}, per_image={self.per_image}, ignore_index={self.ignore_index}"
 
 
 class _LovaszGradient(KeptGradient):

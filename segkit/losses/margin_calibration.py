@@ -98,9 +98,6 @@ class MarginCalibrationLoss(PixelLoss):
         margins = {"rho_k0": c * self.rho_k0.to(dtype), "rho_0k": c * self.rho_0k.to(dtype)}
         return TileRule(margin_tile, margin_dense, {**margins, "c": c, "w_pos": float(w_pos)}, scale=1 / divisor)
 
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, form={self.form!r}, ignore_index={self.ignore_index}"
-
 
 def margin_calibration(
     class_pixels: Any,

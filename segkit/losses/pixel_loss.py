@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segkit.losses import tiles
-from segkit.losses.checks import check_inputs
+from segkit.losses.checks import check_inputs, settings
 from segkit.losses.compiling import TileRule, wants_compiler
 from segkit.losses.tiles import Block, GradientSum, Labels, compute_dtype, sum_dtype
 
@@ -33,6 +33,7 @@ class PixelLoss(nn.Module):
     """
 
     pixel_decomposable = True
+    extra_repr = settings
 
     def __init__(
         self, *, ignore_index: int = 255, num_classes: int | None = None, compile_tiles: bool | None = False

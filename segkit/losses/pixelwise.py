@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import InputError, check_choice, check_number
-from segkit.losses.checks import check_inputs, check_labels
+from segkit.losses.checks import check_inputs, check_labels, settings
 from segkit.losses.compiling import TileRule
 from segkit.losses.pixel_loss import PixelLoss, at_label_size
 from segkit.losses.tiles import Workspace
@@ -139,12 +139,6 @@ class CrossEntropyLoss(PixelLoss):
         valid = target != self.ignore_index
         return torch.where(valid, self.weight[torch.where(valid, target, 0).long()], 0).sum()
 
-    def extra_repr(self) -> str:
-        return (
-            f"weighted={self.weight is not None}, label_smoothing={self.label_smoothing}, "
-            f"ignore_index={self.ignore_index}"
-        )
-
 
 def focal_tile(s: Tensor, y: Tensor, work: Workspace, gamma: float) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P) of -(1 - p_y)^gamma log p_y with p = softmax(s).
@@ -186,9 +180,6 @@ class FocalLoss(PixelLoss):
     def tile_rule(self, num_classes: int, dtype: torch.dtype) -> TileRule:
         return TileRule(focal_tile, focal_dense, {"gamma": self.gamma})
 
-    def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, ignore_index={self.ignore_index}"
-
 
 class OhemCrossEntropyLoss(nn.Module):
     """Mean cross-entropy over the hard pixels of the batch (online hard example mining, Shrivastava et al., 2016).
@@ -199,11 +190,14 @@ class OhemCrossEntropyLoss(nn.Module):
     """
 
     pixel_decomposable = False
+    extra_repr = settings
 
     def __init__(self, *, threshold: float = 0.7, min_kept: int = 100_000, ignore_index: int = 255) -> None:
         super().__init__()
         self.threshold = check_number(threshold, "threshold", low=0.0, high=1.0)
         self.min_kept = int(check_number(min_kept, "min_kept", low=0))
+        if self.min_kept != min_kept:
+            raise InputError(f"min_kept is {min_kept}, but counts pixels, so it is a whole number: set loss.min_kept")
         self.ignore_index = int(ignore_index)
         self.cross_entropy = CrossEntropyLoss(ignore_index=ignore_index)
 
@@ -220,9 +214,6 @@ class OhemCrossEntropyLoss(nn.Module):
             if int(hard.sum()) < wanted:
                 hard = ~(py > torch.kthvalue(py.flatten(), wanted).values)
         return torch.where(hard, losses, 0).sum() / hard.sum().clamp(min=1)
-
-    def extra_repr(self) -> str:
-        return f"threshold={self.threshold}, min_kept={self.min_kept}"
 
 
 def cross_entropy(

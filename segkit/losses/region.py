@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from segkit.errors import check_number
 from segkit.losses import tiles
-from segkit.losses.checks import check_inputs
+from segkit.losses.checks import check_inputs, settings
 from segkit.losses.pixelwise import CrossEntropyLoss
 from segkit.losses.tiles import Block, GradientSum, Labels, Workspace, compute_dtype, fill_columns, sum_dtype
 
@@ -33,13 +33,11 @@ def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]
     return p.gather(0, y[None])[0], p
 
 
-def soft_counts(logits: Tensor, target: Tensor, *, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hits, mass and size, (K,) each, of ``logits`` (N,K,h,w) at any stride; see the head of this file."""
-    return _SoftCounts.apply(logits, target, ignore_index)
-
-
 class _SoftCounts(torch.autograd.Function):
-    """Tile by tile in both directions: the probabilities are computed twice and never stored."""
+    """Hits, mass and size, (K,) each, of logits (N,K,h,w) at any stride: the head of this file.
+
+    Tile by tile in both directions: the probabilities are computed twice and never stored.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +85,7 @@ class RegionLoss(nn.Module):
     """A loss of (hits, mass, size); subclasses give ``of_counts``."""
 
     pixel_decomposable = False
+    extra_repr = settings
 
     def __init__(self, *, ignore_index: int = 255) -> None:
         super().__init__()
@@ -100,10 +99,7 @@ class RegionLoss(nn.Module):
         """() loss of ``logits`` (N,K,h,w) against ``target`` (N,H,W); 0 if every pixel is ignored."""
         assert denominator is None, "not a sum over pixels: there is nothing to divide by"
         check_inputs(logits, target, ignore_index=self.ignore_index)
-        return self.of_counts(*soft_counts(logits, target, ignore_index=self.ignore_index))
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not k.startswith("_") and k != "training")
+        return self.of_counts(*_SoftCounts.apply(logits, target, self.ignore_index))
 
 
 class TverskyLoss(RegionLoss):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segkit.errors import InputError, check_number
+from segkit.losses.checks import settings
 
 
 class SumLoss(nn.Module):
@@ -17,6 +18,8 @@ class SumLoss(nn.Module):
     Pixel-decomposable if every term is; ``denominator`` then holds one number per term, shape (T,): class
     weights may differ between the terms.
     """
+
+    extra_repr = settings
 
     def __init__(self, *, terms: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
@@ -55,6 +58,3 @@ class SumLoss(nn.Module):
             part = {} if denominator is None else {"denominator": denominator[i]}
             total = total + self.weights[name] * loss(logits, target, **part)
         return total
-
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}"

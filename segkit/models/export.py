@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from segkit.bilinear import resized_rows
 from segkit.errors import InputError, first_line
-from segkit.models.exported import INPUT, METADATA_KEY, Runner, root_cause, runner, write_onnx
+from segkit.models.exported import INPUT, METADATA_KEY, Runner, check_onnx, root_cause, runner, write_onnx
 from segkit.models.segmenter import Segmenter
 from segkit.models.whole_image import Head, WholeImage, fix_same_padding, size_multiple
 
@@ -82,6 +82,8 @@ def export(
         raise InputError(f"the format is {format!r}, but can be {' or '.join(FORMATS)}: give --format onnx")
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written, since there is no folder {path.parent}: create it first")
+    if format == "onnx":
+        check_onnx()
     plain = copy.deepcopy(segmenter).cpu()
     for parameter in plain.parameters():  # channels-last ones are no whole tensors for torch.export
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

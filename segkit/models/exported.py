@@ -12,12 +12,14 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segkit.errors import InputError, first_line
+from segkit.models.segmenter import timm_entry
 
 OPSET = 18
 INPUT = "images"
@@ -33,17 +35,22 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 """images (N, C, H, W) float32 in 0..divisor -> logits (N, K, H, W), or scores, or classes (N, H, W)"""
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str) -> None:
-    """Translate ``program`` to ONNX and write it with the metadata ``text``."""
+def check_onnx() -> None:
+    """Raise InputError if a package that :func:`write_onnx` and :func:`runner` need is not installed."""
     try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            import_module(package)
     except ImportError as error:
         raise InputError(
             f"ONNX needs the package {error.name}, which is not installed: pip install 'segkit[export]', or give "
             "--format torch_export"
         ) from None
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, text: str, *, output: str) -> None:
+    """Translate ``program`` to ONNX and write it with the metadata ``text``."""
+    import onnx
+
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -189,9 +196,5 @@ def _graph_checksum(graph: Any) -> str:
 
 def encoder_licence(name: str) -> str | None:
     """Return the licence that timm states for the published weights of the encoder ``name``; None for no statement."""
-    if not name.startswith("tu-"):
-        return None  # segmentation_models_pytorch states none
-    import timm
-
-    config = timm.get_pretrained_cfg(name.removeprefix("tu-"), allow_unregistered=True)
-    return None if config is None else config.license
+    entry = timm_entry(name)  # segmentation_models_pytorch states none
+    return None if entry is None else entry.license

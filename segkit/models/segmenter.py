@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,19 +98,24 @@ class Segmenter(nn.Module):
         return True
 
 
+def timm_entry(encoder: str) -> Any:
+    """Return what timm says of the published weights of ``encoder``; None for one of another package, or without."""
+    if not encoder.startswith("tu-"):
+        return None
+    import timm
+
+    return timm.get_pretrained_cfg(encoder.removeprefix("tu-"), allow_unregistered=True)
+
+
 def normalisation(encoder: str) -> tuple[PerChannel, PerChannel]:
     """Return mean and deviation, for colours from 0 to 1, that the ImageNet weights of ``encoder`` expect.
 
     They depend on the name alone, not on which weights are loaded, so a trained model that is built again without the
     ImageNet weights sees the same input.
     """
-    if encoder.startswith("tu-"):
-        import timm
-
-        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"), allow_unregistered=True)
-        if config is None or config.mean is None:
-            return IMAGENET_MEAN, IMAGENET_STD
-        return tuple(map(float, config.mean)), tuple(map(float, config.std))
+    entry = timm_entry(encoder)
+    if entry is not None and entry.mean is not None:
+        return tuple(map(float, entry.mean)), tuple(map(float, entry.std))
     if encoder in HALF_ENCODERS:
         return HALF, HALF
     if encoder.startswith("dpn"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from segkit.errors import InputError, first_line
 from segkit.models.any_size import Windowed, accept_any_size, mix_in
-from segkit.models.segmenter import normalisation, set_normalisation
+from segkit.models.segmenter import normalisation, set_normalisation, timm_entry
 from segkit.models.weights import LITE0, load_encoder_weights, load_model_weights, weights_origin
 
 SHIPPED = (LITE0, "tu-regnetx_002", "resnet34", "se_resnext50_32x4d", "mit_b2", "tu-vit_small_patch16_dinov3")
@@ -100,8 +100,8 @@ def _sizes(encoder: str) -> tuple[bool, int | None]:
     transformers = [item for item in classes if "img_size" in inspect.signature(item.__init__).parameters]
     if any("dynamic_img_size" in inspect.signature(item.__init__).parameters for item in transformers):
         return True, None
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return False, config.input_size[-1] if config is not None and config.fixed_input_size else None
+    entry = timm_entry(encoder)
+    return False, entry.input_size[-1] if entry is not None and entry.fixed_input_size else None
 
 
 def _build(cls: Any, encoder: str, num_classes: int, in_channels: int, arguments: dict[str, Any]) -> Any:

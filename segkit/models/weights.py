@@ -15,6 +15,7 @@ from torch import nn
 
 from segkit.errors import LITE0, InputError, check_archive, first_line, is_plain, not_fetched, unreachable
 from segkit.models.exported import read_safetensors
+from segkit.models.segmenter import timm_entry
 
 WRAPPERS = ("module.", "_orig_mod.", "net.", "model.")
 """Prefixes that wrappers (parallel training, compilation, :class:`~segkit.models.Segmenter`) put before every key."""
@@ -103,15 +104,15 @@ def describe(found: Mapping[str, list[str]]) -> str:
     return "; ".join(parts)
 
 
-def load_model_weights(net: nn.Module, path: str | Path, *, key: str = "model.weights") -> None:
+def load_model_weights(net: nn.Module, path: str | Path) -> None:
     """Load the whole state dict in ``path`` into ``net``; InputError lists the differences if it does not fit."""
     own = net.state_dict()
-    state = strip_wrappers(read_state(path, key=key), own)
+    state = strip_wrappers(read_state(path, key="model.weights"), own)
     found = differences(state, own)
     if any(found.values()):
         raise InputError(
-            f"{key} is {path}, whose weights are of another model: {describe(found)}; choose the model that they were "
-            f"trained with, and its dataset.in_channels, or remove {key}"
+            f"model.weights is {path}, whose weights are of another model: {describe(found)}; choose the model that "
+            "they were trained with, and its dataset.in_channels, or remove model.weights"
         )
     net.load_state_dict(state)
 
@@ -209,13 +210,11 @@ def weights_origin(name: str) -> tuple[str | None, bool]:
 def _published(name: str) -> tuple[str, list[str], str | None] | None:
     """Repository on the hub, its files in order of preference, and revision of an encoder's ImageNet weights."""
     if name.startswith("tu-"):
-        import timm
-
-        config = timm.get_pretrained_cfg(name.removeprefix("tu-"), allow_unregistered=True)
-        if config is None or not config.hf_hub_id:
+        entry = timm_entry(name)
+        if entry is None or not entry.hf_hub_id:
             return None
-        names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        return config.hf_hub_id, names, None
+        names = [entry.hf_hub_filename] if entry.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        return entry.hf_hub_id, names, None
     from segmentation_models_pytorch.encoders import encoders
 
     settings = encoders[name]["pretrained_settings"].get("imagenet")

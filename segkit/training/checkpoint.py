@@ -95,11 +95,16 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
     """Make ``state`` the ``last.pt`` of ``folder`` and keep the one before as ``previous.pt``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = write(folder / INCOMING, state)
-    known = _checksums(folder)
-    write_atomically(folder / CHECKSUMS, json.dumps({**known, LAST: digest, PREVIOUS: known.get(LAST, "")}))
+    _write_listed(folder, INCOMING, state, name=LAST, before=PREVIOUS)
     _take_incoming(folder)
+
+
+def _write_listed(folder: Path, incoming: str, state: dict[str, Any], *, name: str, before: str) -> None:
+    """Write ``state`` to ``incoming``; list it as the next ``name``, and what has that name still as ``before``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = write(folder / incoming, state)
+    known = _checksums(folder)
+    write_atomically(folder / CHECKSUMS, json.dumps({**known, name: digest, before: known.get(name, "")}))
 
 
 def _take_incoming(folder: Path) -> None:
@@ -116,12 +121,8 @@ def _take_incoming(folder: Path) -> None:
 
 def save_best(folder: Path, state: dict[str, Any]) -> None:
     """Make ``state`` the ``best.pt`` of ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    incoming = folder / INCOMING_BEST
-    digest = write(incoming, state)
-    known = _checksums(folder)
-    write_atomically(folder / CHECKSUMS, json.dumps({**known, BEST: digest, BEFORE_BEST: known.get(BEST, "")}))
-    incoming.replace(folder / BEST)
+    _write_listed(folder, INCOMING_BEST, state, name=BEST, before=BEFORE_BEST)
+    (folder / INCOMING_BEST).replace(folder / BEST)
     _sync_folder(folder)
 
 
@@ -150,8 +151,7 @@ def load(path: Path) -> dict[str, Any]:
 def read_archive(path: Path, file: IO[bytes] | None = None) -> Any:
     """What torch.save wrote into ``path``, on the CPU; tensors and plain values only. InputError for anything else.
 
-    So it is for flipped bits, by the checksums within (CRC-32), where no checksums.json beside it tells more.
-
+    Where no checksums.json is beside it, flipped bits are found by the checksums within the archive (CRC-32).
     ``file``: the open file, where it must be this one.
     """
     try:
@@ -175,7 +175,7 @@ _ANOTHER = "copy it again, or name another file"
 def check_digest(path: Path, digest: str) -> None:
     """Raise InputError if checksums.json is beside ``path`` and does not list ``digest``, that of its content.
 
-    What training has written since the content was read is listed beside it.
+    Where training has replaced the file since it was read, its digest is still listed, as that of the one before.
     """
     listing = path.parent / CHECKSUMS
     if not listing.exists():

@@ -321,6 +321,7 @@ def test_parts_with_the_common_denominator_add_up(loss):
         (lambda: DiceLoss(smooth=-1), "smooth must be a finite number at least 0"),
         (lambda: LovaszSoftmaxLoss(classes="some"), "classes must be one of present, all, got 'some'"),
         (lambda: OhemCrossEntropyLoss(threshold=2.0), "threshold must be .* at most 1"),
+        (lambda: OhemCrossEntropyLoss(min_kept=0.5), r"min_kept is 0\.5, but counts pixels, so it is a whole number"),
         (lambda: JaccardMetricLoss(ce_weight=-0.1), "ce_weight must be a finite number"),
         (lambda: SumLoss(terms={}), "needs at least one term"),
         (lambda: SumLoss(terms={"a": {"loss": FocalLoss()}}), "term a .* needs the keys loss and weight, got"),

@@ -392,7 +392,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before the graph is traced, which takes a while."""
     monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr("segkit.models.export._trace", None)
     with pytest.raises(InputError, match=r"ONNX needs the package onnx, .* pip install 'segkit\[export\]'"):
         export(Segmenter(nn.Conv2d(3, 2, 1)), tmp_path / "model.onnx")
 

@@ -118,9 +118,8 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_chan
 def check_archive(path: Path, *, cure: str, stored: bool = False) -> None:
     """Raise InputError for a zip archive whose content would fill the memory.
 
-    ``stored``: as torch.save writes it, which does not deflate. numpy does.
-
     It goes by the sizes that the archive states, before anything in it is read; zipfile reads no more than these.
+    ``stored``: the archive is to be as torch.save writes it, which does not deflate (numpy does).
     """
     import zipfile
 

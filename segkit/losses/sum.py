@@ -38,7 +38,10 @@ class SumLoss(nn.Module):
                     f"term {name} of a weighted sum is itself a weighted sum, but a term must be a single loss; "
                     "list its terms in loss.terms, with their weights multiplied out"
                 )
-            self.losses[name] = term["loss"]
+            try:
+                self.losses[name] = term["loss"]
+            except (KeyError, TypeError):  # torch keeps its own names, and dots
+                raise InputError(f"a term of a weighted sum cannot be named {name!r}: give it another name") from None
             self.weights[name] = check_number(term["weight"], f"terms.{name}.weight", low=0.0)
         first: Any = next(iter(self.losses.values()))
         self.ignore_index: int = getattr(first, "ignore_index", 255)

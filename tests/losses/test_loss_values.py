@@ -326,6 +326,8 @@ def test_parts_with_the_common_denominator_add_up(loss):
         (lambda: SumLoss(terms={}), "needs at least one term"),
         (lambda: SumLoss(terms={"a": {"loss": FocalLoss()}}), "term a .* needs the keys loss and weight, got"),
         (lambda: SumLoss(terms={"a": 3}), "term a .* got int"),
+        (lambda: SumLoss(terms={"train": TERM}), "a term of a weighted sum cannot be named 'train': give it another"),
+        (lambda: SumLoss(terms={"a.b": TERM}), "a term of a weighted sum cannot be named 'a.b': give it another"),
         (
             lambda: SumLoss(terms={"a": {"loss": SumLoss(terms={"b": TERM}), "weight": 1.0}}),
             "term a of a weighted sum is itself a weighted sum, .*list its terms in loss.terms",

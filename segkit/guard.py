@@ -282,8 +282,9 @@ def _explain_hydra(error: BaseException) -> str:
         return _explain_option(option.group(1), text)
     key = re.match(r"Could not override '([^']+)'", text)
     if key:
-        parent = getattr(cause, "parent_node", None)
-        return _explain_key(key.group(1), parent)
+        parent, inner = (getattr(cause, name, None) for name in ("parent_node", "full_key"))
+        within = str(inner).startswith(f"{key[1]}.")  # of a mapping that was given as the value
+        return _explain_key(str(inner) if within else key[1], parent)
     if text.startswith("Error parsing override") and "missing EQUAL" in text:
         return f"{lines[0].replace('Error parsing', 'the', 1)} cannot be read: write KEY=VALUE, for example seed=1"
     if text.startswith("BasicSweeper does not support"):

@@ -314,6 +314,7 @@ def test_a_mistake_is_an_exception(tmp_path):
         ("seed=-1", "seed is -1"),
         ("schedle=single", "there is no key schedle: did you mean schedule"),
         ("schedule.pretrain.batch_size=3", "there is no key schedule.pretrain.batch_size: did you mean batch_size or"),
+        ("optimizer={momentum:0.9}", "there is no key optimizer.momentum: optimizer has _target_, lr"),
         ("loss=cros_entropy", "loss=cros_entropy is not an option: did you mean loss=cross_entropy"),
         ("schedule.pretrain.lr_schedule=cosin", r"lr_schedule=cosin is not allowed: .*'cosin'.*one_cycle"),
     ):

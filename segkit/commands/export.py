@@ -141,7 +141,7 @@ def predictor(decision: Any, model: Any, precision: str) -> Any:
 def real_images(split: Any, resize: dict[str, Any]) -> Iterator[Any]:
     """Yield up to :data:`NUM_IMAGES` images (H, W, C) from all over the split, at the size of the evaluation.
 
-    Every second one is cut to odd sides, which no stride divides. None for a split that is not there.
+    Every second one is cut to odd sides, which no stride divides. Nothing comes of a split that is None.
     """
     from segkit.data.transforms import resize_image, target_size
 

@@ -28,7 +28,7 @@ _BLENDINGS = ("gaussian", "uniform")
 def whole_image(model: Scorer, images: Tensor, size: Size) -> Tensor:
     """Return the predictions (N, H, W) of one forward pass per batch: uint8, or int16 beyond 256 classes.
 
-    ``images`` (N, 3, h, w) as the model takes them, ``size`` = (H, W) of the labels.
+    ``images`` (N, C, h, w) as the model takes them, ``size`` = (H, W) of the labels.
     """
     return Inference()(model, images, size)
 
@@ -76,7 +76,7 @@ class Inference:
             )
 
     def __call__(self, model: Scorer, images: Tensor, size: Size) -> Tensor:
-        """Return predictions (N, H, W) on the device of ``images`` (N, 3, h, w): uint8, or int16 beyond 256 classes."""
+        """Return predictions (N, H, W) on the device of ``images`` (N, C, h, w): uint8, or int16 beyond 256 classes."""
         best: Tensor | None = None
         for rows, band in self._bands(model, images, size):
             if best is None:

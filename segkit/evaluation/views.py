@@ -18,7 +18,7 @@ from segkit.bilinear import Size, resized_rows, source_rows
 from segkit.errors import InputError, NonFiniteLogits
 
 Scorer = Callable[[Tensor], Tensor]
-"""images (N, 3, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""
+"""images (N, C, H, W) -> logits (N, K, h, w): a module, or a function around another runtime."""
 
 
 def forward(model: Scorer, images: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def starts(length: int, tile: int, *, overlap: float, multiple: int) -> list[int
 
 @dataclass(kw_only=True, eq=False)
 class View:
-    """Logits of one view of ``images`` (N, 3, h, w) at the label's ``size``, band by band from the top.
+    """Logits of one view of ``images`` (N, C, h, w) at the label's ``size``, band by band from the top.
 
     ``images`` of a ``flipped`` view are mirrored already. If the maps of ``num_views`` such views would exceed 1/8 of
     the memory of full-size scores, logits are held in half precision, less the largest one at every cell. That shifts

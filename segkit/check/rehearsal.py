@@ -107,7 +107,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
         measured = stack.enter_context(memory.measuring(device)) if memory.can_measure(device) else None
         name = stack.enter_context(tempfile.TemporaryDirectory(prefix="segkit-check-"))
         folder = Path(name) / "run"
-        short = shorten(config, device=device, cache_dir=cache_beside(config, Path(name)))
+        short = shorten(in_steps(config, sizes), device=device, cache_dir=cache_beside(config, Path(name)))
         first, quiet = next(iter(config.schedule)), io.StringIO()  # keeps the pipeline's lines out of the report
         saved = True
         if plan_phase(short, first, len(phases[first].train)).num_steps > 1:
@@ -143,6 +143,16 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
         evaluated_images_per_second=evaluating,
         phases=costs,
     )
+
+
+def in_steps(config: Config, sizes: dict[str, tuple[int, int]]) -> Config:
+    """Return ``config`` with the steps of each phase on all of its images, however few it is rehearsed on."""
+    whole = dataclasses.replace(config, limit_steps=None)
+    schedule = {
+        name: dataclasses.replace(phase, epochs=None, steps=plan_phase(whole, name, sizes[name][0]).num_steps)
+        for name, phase in config.schedule.items()
+    }
+    return dataclasses.replace(config, schedule=schedule)
 
 
 def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:

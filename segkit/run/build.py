@@ -25,6 +25,7 @@ from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
+from segkit.run.plan import plan_phase
 from segkit.run.splits import Splits
 from segkit.training.optim import freeze, lr_factors_of, parameter_groups
 
@@ -116,6 +117,8 @@ def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch
 def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     """Build losses and optimizers of all phases for nothing; InputError for what they refuse, and for lack of labels.
 
+    The same goes for the length of each phase, which with ``auto_batch`` is known later only.
+
     Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
     ones shows when a run is prepared. What is quick to find comes first: torch's optimizers import its compiler.
     """
@@ -123,6 +126,8 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     for pair in splits.values():
         pair.val.check_labelled()
     for name, table in tables.items():
+        if not config.auto_batch:
+            plan_phase(config, name, len(table))
         build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
     for name, table in tables.items():
         train_transform(config, name, augment=True, ignore_index=table.ignore_index)

@@ -29,6 +29,7 @@ from segkit.run.build import check_batch, check_parts, check_sizes
 from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
+from segkit.run.plan import plan_phase
 from segkit.run.splits import Splits, same_images
 from segkit.run.start import REPORT, early_margins, initial_model, report_lines
 from segkit.run.validation import interrupted_by
@@ -107,25 +108,28 @@ def _prepare(
     config = folder.config
     check_machine(config, device)
     cache_dir = cache_dir_of(config)
+    distributed.on_main(lambda: folder.check_places(splits))
     begun = folder.begun_config()
     config, reasons = hardware.choose(config, begun=begun, device=device)
     config, chosen = auto_batch.choose_batch(config, begun=begun, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
+    if config.profile_steps:
+        first = next(iter(config.schedule))
+        num_steps = plan_phase(config, first, len(splits[first].train)).num_steps
+        check_enough(config.profile_steps, phase=first, num_steps=num_steps)
     model, origin = initial_model(config, next(iter(splits.values())).train.classes, device)
     facts = _facts(config, splits, device)
     distributed.on_main(lambda: folder.check_space(model, has_average=config.ema_decay is not None))
-    phases = {}
     for name in config.schedule:
         check_batch(config, name, model, num_images=len(splits[name].train), world_size=distributed.world_size())
+    phases = {}
+    for name in config.schedule:
         with interrupted_by(stop, f"stopped while phase {name} was prepared"):
             phases[name] = prepare_phase(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
         distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
-    if config.profile_steps:
-        first = next(iter(phases.values()))
-        check_enough(config.profile_steps, phase=first.name, num_steps=first.plan.num_steps)
     if origin:
         distributed.on_main(lambda: write_json(folder.path / REPORT, origin))
         print_main("\n".join(report_lines(origin)))

@@ -113,6 +113,9 @@ def test_a_model_or_a_loss_that_fails_is_refused_before_anything_is_measured(tmp
     config = compose([*SMALL[:-2], "model=deeplabv3plus_tiny"])
     with pytest.raises(errors.InputError, match=message):
         auto_batch.choose_batch(config, begun=None, phases=open_phases(config), device=torch.device("cpu"))
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(errors.InputError, match="is no file"):
+        run(tmp_path / "run")
 
 
 def test_probes_that_do_not_fit_say_what_helps(monkeypatch):

@@ -68,6 +68,8 @@ PRELOADED = [
     "segkit.run.pipeline",
     "segkit.check.rehearsal",
     "segkit.launch",
+    "segkit.data.augment",
+    "segkit.synthetic.dataset",
     "hydra",
     "torch.utils.tensorboard",
     "timm",

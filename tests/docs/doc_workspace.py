@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import re
 import shutil
@@ -57,6 +58,7 @@ class Workspace:
         self.root = root
         self.configs = root / "configs"
         self.done: dict[tuple[str, ...], str] = {}
+        self.composed: dict[tuple[str, ...], Config] = {}
         for name in ("tmp", "photos", "weights"):
             (root / name).mkdir()
         (root / "weights" / "se_resnext50.pth").touch()
@@ -134,11 +136,14 @@ class Workspace:
     # -- training ------------------------------------------------------------------------------------------------
 
     def compose(self, overrides: list[str]) -> Config:
-        """The configuration, with the option files that a page adds."""
+        """The configuration, with the option files that a page adds; what was composed before is copied."""
+        key = tuple(overrides)
         before = compose_module.config_dir
         compose_module.config_dir = lambda: self.configs
         try:
-            return compose_module.compose(overrides)
+            if key not in self.composed or any(item.startswith("trust") for item in key):  # which acts on the process
+                self.composed[key] = compose_module.compose(overrides)
+            return copy.deepcopy(self.composed[key])
         finally:
             compose_module.config_dir = before
 
@@ -163,7 +168,7 @@ class Workspace:
     def small(self, overrides: list[str], *, steps: int = 1) -> list[str]:
         """``overrides`` with those that make a run tiny; a model that they name stays."""
         own = any(item.startswith("model=") for item in overrides)
-        dataset = self.compose(overrides).dataset
+        dataset = self.compose([item for item in overrides if item.startswith(("dataset", "experiment="))]).dataset
         resizes = [key for key in ("resize", "eval_resize") if any(plain(getattr(dataset, key)).values())]
         return [
             *overrides,
@@ -236,6 +241,7 @@ class Workspace:
         assert isinstance(yaml.safe_load(source), dict)
         if title and title.startswith("mine/configs/"):  # as `--config-dir mine/configs`
             (self.root / title.removeprefix("mine/")).write_text(source, encoding="utf-8")
+            self.composed.clear()
         elif title and title.endswith("classes.yaml"):
             file = self.root / "tmp" / "classes.yaml"
             file.write_text(source, encoding="utf-8")

@@ -20,7 +20,8 @@ from segkit.run.portable import scores_of
 from segkit.run.saved import open_run
 from segkit.run.splits import is_held_out, open_phases
 
-HELD = [f"train_{number:04d}" for number in range(16) if is_held_out(f"train_{number:04d}", 0.3)]
+NUM_IMAGES = 8
+HELD = [f"train_{number:04d}" for number in range(NUM_IMAGES) if is_held_out(f"train_{number:04d}", 0.3)]
 QUICK = ["--workers", "0", "--device", "cpu"]
 
 
@@ -32,7 +33,7 @@ def finished(tmp_path_factory):
     config = compose(
         [
             "dataset=synthetic",
-            "dataset.reader.num_images=16",
+            f"dataset.reader.num_images={NUM_IMAGES}",
             "dataset.reader.size=[67,75]",  # no stride divides them
             "dataset.holdout=0.3",
             "model=deeplabv3plus_tiny",
@@ -154,8 +155,8 @@ def test_training_images_where_none_were_held_out(run, call):
     text = (run / "config.yaml").read_text()
     assert "holdout: 0.3" in text
     (run / "config.yaml").write_text(text.replace("holdout: 0.3", "holdout: 0.0"))
-    assert "fitted on 16 images of the split train" in call(evaluate, run, *QUICK, "--decision", "bias")
-    with pytest.raises(InputError, match=r"16 of them are in the split train \(first: train_0000\)"):
+    assert f"fitted on {NUM_IMAGES} images of the split train" in call(evaluate, run, *QUICK, "--decision", "bias")
+    with pytest.raises(InputError, match=rf"{NUM_IMAGES} of them are in the split train \(first: train_0000\)"):
         call(evaluate, run, *QUICK, "--decision", "bias", "--split", "train")
     with pytest.raises(InputError, match=r"dataset\.holdout is 0: train with dataset\.holdout=0\.1"):
         call(evaluate, run, *QUICK, "--split", "holdout")
@@ -299,7 +300,7 @@ def test_evaluations_do_not_overwrite_each_other(run, call, tmp_path):
     assert (run / "results.json").read_text() == trained
     assert not (run / "checkpoints" / "results.json").exists()
     (full,) = (result for name, result in evaluations(run).items() if name.startswith("val-last-") and plain(result))
-    assert full["num_images"] == 16
+    assert full["num_images"] == NUM_IMAGES
     with pytest.raises(InputError, match=r"a file of the run .*, which stays as it is: name another file"):
         call(evaluate, run, *QUICK, "--output", run / "results.json")
 

@@ -99,7 +99,9 @@ def rehearse(report: Report) -> None:
         try:
             report.rehearsal = rehearsal.rehearse(config, phases, sizes=sizes)
         except Exception as error:
-            report.add("error", _failure(error, config, phases))
+            text = _failure(error, config, phases)
+            if not any(found.level == "error" and found.text in text for found in report.findings):  # of the audit
+                report.add("error", text)
     # Where only a part of the labels is counted, what the loss says of rare classes says little of the whole.
     level = "warning" if is_whole else "note"
     for text in dict.fromkeys(str(item.message) for item in caught if _is_ours(item)):

@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
 
     config = compose(arguments.overrides, config_dirs=arguments.config_dir)
     check_targets(config)
-    check_spares(arguments, map(config.phase_dataset, config.schedule), "output")
+    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "output")
     set_pixel_limit(config.max_pixels)
     phase = list(config.schedule)[-1]
     dataset = config.phase_dataset(phase)

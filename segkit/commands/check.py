@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.files import write_json
 
     config = compose(arguments.overrides, config_dirs=arguments.config_dir)
-    check_spares(arguments, map(config.phase_dataset, config.schedule), "json")
+    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "json")
     report = check(config, sample=arguments.sample, rehearses=not arguments.skip_step)
     content = to_json(report)
     print(as_text(content))

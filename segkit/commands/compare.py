@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segkit.commands.options import add_shared, check_writable, count, open_scored, verb_parser
+from segkit.commands.options import add_shared, check_spares, check_writable, count, open_scored, verb_parser
 from segkit.errors import InputError
 from segkit.files import write_atomically
 from segkit.progress import show
@@ -80,6 +80,8 @@ def run(argv: Sequence[str]) -> None:
         allow_mixed_protocols=arguments.allow_mixed_protocols,
         num_samples=arguments.samples,
     )
+    roots = [arguments.root, *(one.dataset.get("root") for one in comparison.folders)]
+    check_spares(arguments, [root for root in roots if isinstance(root, str)], "output", *EXPORTS)
     for note in comparison.notes:
         show(f"note: {note}")
     for phrase in comparison.mixed:

@@ -76,7 +76,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
-    check_spares(arguments, [dataset], "output")
+    check_spares(arguments, [dataset.root], "output")
     inference(arguments, dataset.crop)
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     split.check_labelled()

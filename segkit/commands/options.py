@@ -181,6 +181,10 @@ RUN_FILES = frozenset({
 
 PICTURES = (".png", ".svg", ".pdf")
 """Endings of the pictures that verbs draw."""
+PAGES = (".html", ".md", ".csv", ".tex", ".svg", ".pdf")
+"""Endings of what verbs write and no data set holds."""
+DRAWN = b"Matplotlib"
+"""What every picture that a verb has drawn says of itself"""
 
 
 def check_writable(
@@ -188,8 +192,8 @@ def check_writable(
 ) -> None:
     """Raise InputError if an option names a file that cannot be written, where the verb ``makes_folders`` or not.
 
-    So is an image that is there, unless the option is one of those that the verb ``draws``: it would be an input. What
-    is drawn is one of :data:`PICTURES`.
+    So is an image that is there, which may be an input, unless the option is one of those that the verb ``draws`` and a
+    verb has drawn it before. What is drawn is one of :data:`PICTURES`.
     """
     from segkit.data.files import IMAGE_SUFFIXES
 
@@ -209,7 +213,8 @@ def check_writable(
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise InputError(f"--{option} is {str(path)!r}, which is {kind}: give the name of a file")
-        if path.exists() and path.suffix.lower() in IMAGE_SUFFIXES and option not in draws:
+        is_drawn = option in draws and path.exists() and DRAWN in path.read_bytes()
+        if path.exists() and not is_drawn and (path.suffix.lower() in IMAGE_SUFFIXES or option in draws):
             raise InputError(f"--{option} is {str(path)!r}, an image, which stays as it is: name another file")
         run = next((above for above in list(path.resolve().parents)[:3] if (above / "config.yaml").is_file()), None)
         if path.exists() and run is not None and path.name in RUN_FILES and path.resolve().parent.name != "evaluations":
@@ -218,18 +223,17 @@ def check_writable(
             raise InputError(f"--{option} is {path}, but the folder {folder} cannot be written: give another one")
 
 
-def check_spares(arguments: argparse.Namespace, datasets: Iterable[DatasetConfig], *options: str) -> None:
-    """Raise InputError if an option names a file among those of ``datasets``, or an image that would be one of them.
+def check_spares(arguments: argparse.Namespace, roots: Iterable[str | None], *options: str) -> None:
+    """Raise InputError if an option names a file of the data below ``roots``, or an image that would be one of them.
 
-    A page, a table or a drawing, which no data set holds, may be written anew.
+    One of :data:`PAGES` may be written anew.
     """
     from segkit.data.files import IMAGE_SUFFIXES
 
-    roots = {dataset.root for dataset in datasets if dataset.root}
     named = {option: path for option in options if (path := getattr(arguments, option)) is not None}
-    for (option, path), root in itertools.product(named.items(), roots):
+    for (option, path), root in itertools.product(named.items(), {root for root in roots if root}):
         kind, inside = path.suffix.lower(), path.resolve().is_relative_to(Path(root).resolve())
-        if inside and (kind in IMAGE_SUFFIXES or (path.exists() and kind not in (".html", ".csv", ".svg", ".pdf"))):
+        if inside and (kind in IMAGE_SUFFIXES or (path.exists() and kind not in PAGES)):
             raise InputError(
                 f"--{option} is {path}, within the data in {root}, which stay as they are: name a file elsewhere"
             )

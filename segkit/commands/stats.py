@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
 
     config = compose(arguments.overrides, config_dirs=arguments.config_dir)
     check_targets(config)
-    check_spares(arguments, map(config.phase_dataset, config.schedule), "csv", "json", "plot")
+    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "csv", "json", "plot")
     set_pixel_limit(config.max_pixels)
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)

@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.runtime import resolve_device
 
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
-    check_spares(arguments, [dataset], "output")
+    check_spares(arguments, [dataset.root], "output")
     form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
     model = saved.model(arguments.checkpoint)
     decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)

@@ -171,12 +171,13 @@ class DatasetConfig:
 
     def _check_images(self) -> None:
         num, mean, std = self.in_channels, self.mean or [], self.std or []
-        most = 1 if self.dtype.divisor > 1 else math.inf
+        least, most = (0, 1) if self.dtype.divisor > 1 else (-math.inf, math.inf)
         require(
             1 <= num <= 1000, f"dataset.in_channels is {num}, but must be from 1 to 1000: set dataset.in_channels=3"
         )
         require(
-            self.mean is self.std is None or (len(mean) == len(std) == num and min(std) > 0 and max(mean) < most),
+            self.mean is self.std is None
+            or (len(mean) == len(std) == num and min(std) > 0 and least <= min(mean) and max(mean) < most),
             f"dataset.mean is {self.mean} and dataset.std {self.std}, but {num} values each are wanted "
             f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations: set both "
             "to what `segkit stats` prints, and leave a channel of one value out",

@@ -145,6 +145,12 @@ class _Writer:
     written_beside: Callable[[Path], AbstractContextManager[Path]]
 
     def make_folders(self, names: Iterable[str]) -> None:
+        others = [name for name in ("labels", "checkpoints") if (self.output / name).exists()]
+        if others and not (self.output / "overlays").exists():  # which come with every prediction
+            raise InputError(
+                f"{self.output} has {others[0]} that are not of predictions, but perhaps of a data set or of a run: "
+                f"give a folder of its own, such as {self.output / 'predictions'}"
+            )
         try:
             for folder in {Path(name).parent for name in names}:
                 for kind in self.kinds:

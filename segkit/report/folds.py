@@ -22,8 +22,7 @@ KEY = "dataset.reader.fold"
 
 
 def _reader(run: RunRecord) -> dict[str, Any]:
-    dataset = run.config["schedule"][run.phase].get("dataset") or run.config["dataset"]
-    reader = dataset.get("reader") if isinstance(dataset, dict) else None
+    reader = run.dataset.get("reader")
     return reader if isinstance(reader, dict) else {}
 
 

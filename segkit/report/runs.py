@@ -73,6 +73,12 @@ class RunRecord:
         return self.config["schedule"][self.phase].get("loss") or self.config["loss"]
 
     @property
+    def dataset(self) -> dict[str, Any]:
+        """The data set node of the phase; empty if a stranger's file has something else there."""
+        node = self.config["schedule"][self.phase].get("dataset") or self.config["dataset"]
+        return node if isinstance(node, dict) else {}
+
+    @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """Colours of the classes in the stored pictures; empty if there are none."""
         return next((picture.palette for picture in self.pictures.values()), ())

@@ -125,6 +125,12 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     tables = {name: pair.train for name, pair in splits.items()}
     for pair in splits.values():
         pair.val.check_labelled()
+    given = next((key for key in ("mean", "std") if config.model.get(key) is not None), None)
+    if given and config.images.mean is not None:
+        raise InputError(
+            f"model.{given} is {config.model[given]} and dataset.{given} {getattr(config.images, given)}, but images "
+            "are normalised once, with those of dataset: set model.mean=null model.std=null"
+        )
     for name, table in tables.items():
         if not config.auto_batch:
             plan_phase(config, name, len(table))

@@ -99,6 +99,13 @@ def test_places_that_cannot_be_written_are_refused_before_the_runs_are_read(call
     assert "which is a folder: give the name" in call("gone")[2]
 
 
+def test_no_table_replaces_a_file_of_the_data(call, make_run, tmp_path):
+    (tmp_path / "train.txt").write_text("kept")
+    code, _, err = call(make_run("a", f"dataset.root={tmp_path}"), "--markdown", "train.txt")
+    assert (code, (tmp_path / "train.txt").read_text()) == (2, "kept")
+    assert "--markdown is train.txt, within the data in" in err
+
+
 def test_the_verb_is_known(make_run, tmp_path):
     run = make_run("a")
     done = subprocess.run(

@@ -158,6 +158,9 @@ def test_files_need_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"--json is .*photo\.JPG', an image, which stays as it is: name another file"):
         options.check_writable(argparse.Namespace(json=tmp_path / "photo.JPG"), "json")
     (tmp_path / "plot.PNG").touch()
+    with pytest.raises(InputError, match=r"--plot is .*plot\.PNG', an image, which stays as it is"):
+        options.check_writable(argparse.Namespace(plot=tmp_path / "plot.PNG"), "plot", draws=("plot",))
+    (tmp_path / "plot.PNG").write_bytes(b"\x89PNG Software Matplotlib version")
     options.check_writable(argparse.Namespace(plot=tmp_path / "plot.PNG"), "plot", draws=("plot",))
     for place, kind in ((tmp_path, "a folder"), (Path("/dev/null"), "no regular file"), (Path(""), "a folder")):
         with pytest.raises(InputError, match=rf"--csv is '.*', which is {kind}: give the name of a file"):
@@ -208,9 +211,8 @@ def test_no_output_replaces_data_or_becomes_an_image_of_them(tmp_path, name, is_
         (tmp_path / there).touch()
     (tmp_path / "link").symlink_to(tmp_path / "data")
     arguments = argparse.Namespace(output=tmp_path / "data" / name, csv=None)
-    datasets = [argparse.Namespace(root=None), argparse.Namespace(root=str(tmp_path / "link"))]
     with pytest.raises(InputError, match=r"--output is .* which stay as they") if is_refused else nullcontext():
-        options.check_spares(arguments, datasets, "csv", "output")
+        options.check_spares(arguments, [None, str(tmp_path / "link")], "csv", "output")
 
 
 def test_a_shell_completes_verbs_and_options(capsys):

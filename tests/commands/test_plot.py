@@ -40,6 +40,8 @@ def call(monkeypatch, *arguments):
 def test_a_picture_is_written(monkeypatch, tmp_path, capsys, ending):
     file = tmp_path / "new" / f"losses.{ending}"
     call(monkeypatch, "losses", "--output", file)
+    capsys.readouterr()
+    call(monkeypatch, "losses", "--output", file)  # a verb's own picture is drawn anew
     assert capsys.readouterr().out == f"written: {file}\n"
     if ending == "png":
         assert np.asarray(Image.open(file)).std() > 5

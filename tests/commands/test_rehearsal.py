@@ -13,7 +13,7 @@ import torch
 
 from segkit import memory, runtime
 from segkit.check import check, rehearsal
-from segkit.check.findings import Report
+from segkit.check.findings import Finding, Report
 from segkit.check.report import as_text, to_json
 from segkit.config.compose import compose
 from segkit.errors import InputError
@@ -65,6 +65,9 @@ def test_what_keeps_a_run_from_its_first_step_is_said(arguments, monkeypatch):
     monkeypatch.setattr(pipeline, "prepare_phase", refuse)
     report = check.check(compose([*arguments, "loss=cross_entropy"]))
     assert "the run would fail: the labels have one class" in [finding.text for finding in report.findings]
+    report.findings[:] = [Finding("error", "the labels have one class")]  # of the audit: it is said once
+    check.rehearse(report)
+    assert len(report.findings) == 1
 
 
 def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_path):

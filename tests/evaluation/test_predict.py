@@ -162,6 +162,13 @@ def test_a_folder_that_cannot_be_written_and_classes_without_names(tmp_path):
     with pytest.raises(InputError, match=r"cannot write to .*a\.png/out \(.*\); give another output folder"):
         run(tmp_path / "a.png", tmp_path / "a.png" / "out")
 
+    for name in ("labels", "checkpoints"):  # of a data set, of a run
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(
+            InputError, match=rf"{name} has {name} that are not of predictions, but .* of a run: give a"
+        ):
+            run(tmp_path / "a.png", tmp_path / name)
+
     def five_classes(images):
         return torch.cat([images.float(), 300 + images[:, :2].float()], 1)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from segkit.config.compose import compose
 from segkit.errors import InputError
-from segkit.run.build import build_model, check_batch
+from segkit.run.build import build_model, check_batch, check_parts
 from segkit.run.splits import open_phases
 
 TINY = ("model=deeplabv3plus_tiny", "model.encoder_weights=none", "schedule=single", "dataset.crop=[32,32]")
@@ -51,6 +51,15 @@ def test_other_batches_are_not():
     check("batch_size=4", "accumulate=2")
     check("batch_size=2", "sync_batchnorm=true", world_size=2)
     check("batch_size=1", base=NO_BATCH_NORM)
+
+
+def test_images_are_normalised_once():
+    given = ("model.std=[1,1,1]", "dataset.mean=[0.5,0.5,0.5]", "dataset.std=[0.2,0.2,0.2]")
+    config = compose([*TINY, *given, "dataset.reader.num_images=2", "dataset.reader.size=[64,64]"])
+    with pytest.raises(
+        InputError, match=r"model.std is \[1.*\] and dataset.std \[0.2, 0.2, 0.2\], but images are norm"
+    ):
+        check_parts(config, open_phases(config))
 
 
 def test_one_class_is_no_segmentation(tmp_path):

@@ -378,6 +378,9 @@ def _check_optimizer(node: dict[str, Any]) -> None:
     """Raise InputError for numbers that any optimizer of torch refuses, before torch is imported."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
         within(f"optimizer.{name}", node.get(name), 0)
+    for name in ("capturable", "differentiable"):
+        text = f"optimizer.{name} is {node.get(name)}, but is for programs that record a step or differentiate it"
+        require(not node.get(name), f"{text}: leave it out")
     require(
         all(0 <= value < 1 for value in node.get("betas", ())),
         f"optimizer.betas is {node.get('betas')}, but each must be from 0 to below 1: set optimizer.betas=[0.9,0.999]",

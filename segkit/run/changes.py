@@ -44,7 +44,7 @@ EFFECTIVE = (
 CONFIG_CURE = "copy it again, or delete it to go on with the configuration of this command; the checkpoints stay"
 """What mends the config.yaml of a run that goes on."""
 
-FIXED = ("optimizer._target_", "loss._target_")
+FIXED = ("optimizer._target_", "optimizer.amsgrad", "optimizer.centered", "loss._target_")
 """Exceptions from :data:`EFFECTIVE`: their state would not fit."""
 
 

@@ -145,7 +145,8 @@ class Trainer:
         # lr, weight decay and the like are the configuration's, which may have changed; the rest is the checkpoint's
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty of a run that was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         restore_followers(self.loss, state["loss"])
         self.progress = Progress(**state["progress"])
         self.tracker.truncate(state["metrics_size"], step=self.progress.step, earlier=earlier)

@@ -106,6 +106,7 @@ def test_a_new_learning_rate_takes_effect(train):
         ("batch_size=3", "batch_size"),
         ("model.num_groups=4", r"model\.num_groups"),
         ("optimizer=sgd", r"optimizer\._target_"),
+        ("+optimizer.amsgrad=true", r"optimizer\.amsgrad"),
         ("ema_decay=0.9", "ema_decay"),
         ("dataset.crop=[40,40]", r"dataset\.crop"),
     ],
@@ -114,6 +115,13 @@ def test_keys_that_cannot_change_are_named(train, override, key):
     train("run")
     with pytest.raises(InputError, match=rf"these keys cannot change within a run: {key} \("):
         train("run", override, "ignore_config_change=true")
+
+
+def test_a_run_goes_on_in_fp16(train):
+    train("run", "determinism=none", "precision=fp32")
+    longer = ("schedule.train.steps=4", "ignore_config_change=true")
+    folder = train("run", "determinism=none", "precision=fp16", *longer)
+    assert checkpoint.load(folder / "checkpoints" / "last.pt")["scaler"]
 
 
 def test_which_keys_take_effect():

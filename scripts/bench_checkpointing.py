@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,7 +111,7 @@ def measure_time(
     }
 
 
-def in_process(task: dict[str, object], *, environment: dict[str, str]) -> object:
+def in_process(task: dict[str, object], *, environment: dict[str, str]) -> Any:
     """What this script prints when it does ``task`` in a process of its own."""
     command = [sys.executable, __file__, "--task", json.dumps(task)]
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -147,7 +148,7 @@ def main() -> None:
                 in_process(task | {"kind": "memory", "policy": policy}, environment=RETURN_AT_ONCE)
                 for policy in policies
             ]
-            taken = {}
+            taken: dict[str, Any] = {}
             if options.steps:
                 timing = {"kind": "time", "policies": policies, "num_steps": options.steps}
                 taken = in_process(task | timing, environment={})

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch
 from PIL import Image
 
 from segkit.data import Sample, SampleSet, load_table
-from segkit.data.decode import read_index_png, read_rgb
+from segkit.data.decode import pixel_limit, read_index_png, read_rgb
 from segkit.data.loader import train_batches
 from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
@@ -170,7 +171,8 @@ def decode_label(path: Path) -> int:
 
 
 def decode_labels(paths: list[Path], workers: int) -> None:
-    with ProcessPoolExecutor(workers, get_context("fork"), initializer=start_worker) as pool:
+    start = partial(start_worker, limit=pixel_limit())
+    with ProcessPoolExecutor(workers, get_context("fork"), initializer=start) as pool:
         for _ in pool.map(decode_label, paths, chunksize=16):
             pass
 

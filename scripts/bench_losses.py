@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def rows(num_classes: int, reference: str | None) -> dict[str, Loss]:
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(10**6, 10**8, (num_classes,), generator=generator)
     offsets = losses.margin_offsets(counts, scale="mean", mean_margin=0.5)
-    margins = {"rho_k0": offsets.rho_k0, "rho_0k": offsets.rho_0k}
+    margins: dict[str, Any] = {"rho_k0": offsets.rho_k0, "rho_0k": offsets.rho_0k}
     cross_entropy = functools.partial(F.cross_entropy, ignore_index=VOID)
     found: dict[str, Loss] = {
         BASE: upsampled_by_torch(cross_entropy),
@@ -250,7 +251,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.worker:
-        memory_worker(*arguments.worker, arguments)
+        case, name = arguments.worker
+        memory_worker(case, name, arguments)
         return
     for number, case in enumerate(CASES, start=1):
         if number in arguments.cases:

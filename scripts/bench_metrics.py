@@ -16,7 +16,7 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import cv2
 import torch
@@ -77,7 +77,7 @@ def ways(num_classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return found
 
 
-def medians_ms(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def medians_ms(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median wall time of each call in milliseconds; they take turns, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):

@@ -152,7 +152,7 @@ def decide(folder: Path, first: Path, study: dict[str, Any]) -> dict[str, Any]:
     model = open_run(folder).model()
     fitted, _ = images(first, study["fit"]["images"])
     val, split = images(first, None)
-    facts = {"num_classes": split.num_classes, "ignore_index": split.ignore_index}
+    facts: dict[str, Any] = {"num_classes": split.num_classes, "ignore_index": split.ignore_index}
     sample = collect_logits(model, fitted, **facts, pixels_per_image=study["fit"]["pixels"])
     bias, rule = tune_bias(sample), fit_miou_rule(sample)
     recorded = Recorded(model, val)

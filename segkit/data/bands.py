@@ -145,9 +145,10 @@ def image_size(path: Path) -> tuple[int, int]:
         return _size(_npy(path))
     check_readable(path, role="image")
     with path.open("rb") as file:
-        if file.read(2) in TIFF:  # of which Pillow does not open all
-            file.seek(0)
+        is_tiff = file.read(2) in TIFF  # of which Pillow does not open all
+        file.seek(0)
+        if is_tiff:
             height, width, _ = _pages(file, path, most=1)[0].shape
             return height, width
-    with decode.lazily_opened(path) as image:
-        return decode.stored_size(image)
+        with decode.pillow(file, path, role="image") as image:
+            return decode.stored_size(image)

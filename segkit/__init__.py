@@ -23,10 +23,10 @@ def train(
 ) -> dict[str, Any]:
     """Train as ``python train.py OVERRIDES`` does, with the same numbers; returns the content of results.json.
 
-    ``folder`` is the run folder (default: ``outputs/DATASET/MODEL-LOSS/TIME``, with the names of the functions); the
-    same one again goes on where the run stopped. ``config_dirs`` are further folders with groups of options. The
-    dictionary has ``folder`` in addition, and nothing else with ``profile_steps``, which gives no scores. Raises
-    :class:`segkit.errors.InputError` where the command would end with a sentence, and
+    ``folder`` is the run folder (default: ``outputs/DATASET/MODEL-LOSS/TIME``, by the names of the functions that make
+    the model and the loss); the same one again goes on where the run stopped. ``config_dirs`` are further folders with
+    groups of options. The dictionary has ``folder`` in addition, and nothing else with ``profile_steps``, which gives
+    no scores. Raises :class:`segkit.errors.InputError` where the command would end with a sentence, and
     :class:`segkit.errors.Interrupted` after Ctrl-C, with the state saved.
     """
     import os

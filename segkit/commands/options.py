@@ -184,7 +184,7 @@ PICTURES = (".png", ".svg", ".pdf")
 PAGES = (".html", ".md", ".csv", ".tex", ".svg", ".pdf")
 """Endings of what verbs write and no data set holds."""
 DRAWN = b"Matplotlib"
-"""What every picture that a verb has drawn says of itself"""
+"""What is in every picture that a verb has drawn: the name of the library."""
 
 
 def check_writable(

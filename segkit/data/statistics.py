@@ -142,7 +142,7 @@ def count_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | No
 
 
 def counts_and_classes(
-    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None
+    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None
 ) -> tuple[LabelCounts, np.ndarray]:
     """:func:`count_labels`, and which sample has a pixel of which class, bool (N, K), kept beside it."""
     found = _counted(dataset, workers=workers, cache_dir=cache_dir)
@@ -151,14 +151,12 @@ def counts_and_classes(
     return found
 
 
-def check_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None) -> None:
+def check_labels(dataset: SampleSet, *, workers: int, cache_dir: Path | str) -> None:
     """Raise InputError as :func:`count_labels` does for a label, so that no evaluation meets it after hours."""
     _counted(dataset, workers=workers, cache_dir=cache_dir)
 
 
-def _counted(
-    dataset: SampleSet, *, workers: int, cache_dir: Path | str | None = None
-) -> tuple[LabelCounts, np.ndarray]:
+def _counted(dataset: SampleSet, *, workers: int, cache_dir: Path | str | None) -> tuple[LabelCounts, np.ndarray]:
     mark = fingerprint(dataset)
     cached = None if cache_dir is None else Path(cache_dir) / "label_counts" / f"{mark}.npz"
     found = None if cached is None else _from_cache(cached, dataset, mark)

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from segkit import __version__
-from segkit.errors import InputError, did_you_mean
-from segkit.guard import guarded
-from segkit.progress import need_no_reader
-from segkit.runtime import let_waiting_threads_sleep, tidied_up_when_ended
+try:
+    from segkit import __version__
+    from segkit.errors import InputError, did_you_mean
+    from segkit.guard import guarded
+    from segkit.progress import need_no_reader
+    from segkit.runtime import let_waiting_threads_sleep, tidied_up_when_ended
+except KeyboardInterrupt:  # Ctrl-C so early that nothing is there to handle it
+    sys.exit(130)
 
 VERBS = {
     "train": "train a model (the same as python train.py)",

@@ -54,6 +54,15 @@ def written_beside(path: Path) -> Iterator[Path]:
         remove_if_possible(temporary)
 
 
+def check_place(folder: Path) -> None:
+    """Raise InputError if ``folder``, the output of a verb, cannot be made, or not be written."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise InputError(f"--output is {folder}, but {place} is no folder: give another one")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--output is {folder}, but the folder {place} cannot be written: give another one")
+
+
 def remove_if_possible(path: Path) -> None:
     """Remove the file ``path`` if it is there; an error, as of a disk that fails, does not hide the one before it."""
     with contextlib.suppress(OSError):

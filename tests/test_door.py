@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 
 import segkit
-from segkit import runtime
+from segkit import cli, runtime
 from segkit.commands import evaluate, predict
 from segkit.config import targets
 from segkit.data import decode
@@ -154,6 +156,18 @@ def test_a_profile_has_no_scores_to_return(tmp_path):
     overrides = [*SMALL, f"cache_dir={tmp_path}/cache", "debug=profile", "profile_steps=1", "limit_steps=3"]
     assert segkit.train(overrides, folder=tmp_path / "run") == {"folder": str(tmp_path / "run")}
     assert (tmp_path / "run" / "trace.json").is_file()
+
+
+@pytest.mark.parametrize(("command", "module"), [(cli.__file__, "segkit.guard"), (TRAIN, "segkit.launch")])
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(monkeypatch, command, module):
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, module, Interrupted(module))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(command))
+    assert stopped.value.code == 130
 
 
 def test_what_python_gets_wrong_is_an_exception(trained, tmp_path):

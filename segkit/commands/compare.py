@@ -13,6 +13,7 @@ from segkit.files import write_atomically
 from segkit.progress import show
 
 if TYPE_CHECKING:
+    from segkit.report.comparison import Comparison
     from segkit.report.pictures import StoredPicture
     from segkit.report.runs import RunRecord
 
@@ -61,7 +62,9 @@ def run(argv: Sequence[str]) -> None:
     """Read the runs, print the table and write the files that were asked for."""
     arguments = parser().parse_args(argv)
     from segkit.report.comparison import compare
+    from segkit.report.page import page
     from segkit.report.tables import EXPORTS, screen
+    from segkit.runtime import resolve_device
 
     if not 100 <= arguments.samples <= 10**6:
         raise InputError(
@@ -70,6 +73,8 @@ def run(argv: Sequence[str]) -> None:
         )
     if arguments.predict and arguments.evaluation:
         raise InputError("--predict shows what was scored after training, which --evaluation is not: leave one out")
+    if arguments.predict:
+        resolve_device(arguments.device)  # refused before the tests and the tables
     asked = [kind for kind in EXPORTS if getattr(arguments, kind)]
     arguments.output = arguments.output or (None if asked else Path("report.html"))
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)
@@ -89,18 +94,23 @@ def run(argv: Sequence[str]) -> None:
     print(screen(comparison.table))
     if comparison.advice:
         show(comparison.advice)
+    if arguments.output and arguments.predict:
+        predict_extremes(comparison, arguments)
     for kind in asked:
         write(getattr(arguments, kind), EXPORTS[kind](comparison.table))
     if arguments.output:
-        from segkit.report.page import extremes, image_ranking, page, shown_runs
-
-        if arguments.predict:
-            names = [one.name for one in extremes(image_ranking(*comparison.ranked_runs), arguments.pictures)]
-            for _, record in shown_runs(comparison):
-                missing = [name for name in names if name not in record.pictures]
-                for one in record.folders:
-                    record.pictures.update(predicted(one, missing, arguments))
         write(arguments.output, page(comparison, pictures=arguments.pictures))
+
+
+def predict_extremes(comparison: Comparison, arguments: argparse.Namespace) -> None:
+    """Predict the images with the largest gains and losses that the runs of the report have no pictures of."""
+    from segkit.report.page import extremes, image_ranking, shown_runs
+
+    names = [one.name for one in extremes(image_ranking(*comparison.ranked_runs), arguments.pictures)]
+    for _, record in shown_runs(comparison):
+        missing = [name for name in names if name not in record.pictures]
+        for one in record.folders:
+            record.pictures.update(predicted(one, missing, arguments))
 
 
 def predicted(record: RunRecord, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, StoredPicture]:

@@ -89,10 +89,17 @@ def check_unseen(fitted_on: Mapping[str, Any] | None, scored: SampleSet, dataset
         )
 
 
-def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> Decision:
+def model_and_decision(saved: SavedRun, name: str, *, checkpoint: str) -> tuple[Any, Decision]:
+    """Return the trained model and the stored decision ``name``, which is refused before the model is read."""
+    decision_of(saved, name, checkpoint=checkpoint, digest=None)
+    model = saved.model(checkpoint)
+    return model, decision_of(saved, name, checkpoint=checkpoint, digest=model.digest)
+
+
+def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str | None) -> Decision:
     """Return the stored decision ``name`` of the run; InputError if none was fitted for its classes and ``digest``.
 
-    ``digest``: that of the model which decides (:class:`segkit.models.Segmenter`).
+    ``digest``: that of the model which decides (:class:`segkit.models.Segmenter`); None for any.
     """
     if name == "argmax":
         return Decision()
@@ -119,7 +126,7 @@ def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str) -> 
             f"{path} was fitted for {len(content['classes'])} classes that are not those of the run, or not in their "
             f"order: fit it again with `{command} --refit`"
         )
-    if digest != fitted_for:
+    if digest not in (None, fitted_for):
         raise InputError(
             f"{path} was fitted for another checkpoint than {saved.checkpoint(checkpoint)}: fit it again with "
             f"`{command} --refit`"

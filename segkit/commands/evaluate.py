@@ -68,6 +68,8 @@ def run(argv: Sequence[str]) -> None:
 def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     """Evaluate and write the results; returns them, in the form of results.json, and the files."""
     check_writable(arguments, "output")
+    if arguments.refit and arguments.decision == "argmax":
+        raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
     import numpy as np
 
     from segkit.evaluation import benchmark_scores
@@ -116,8 +118,6 @@ def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: An
     from segkit.commands import decision
 
     if arguments.decision == "argmax":
-        if arguments.refit:
-            raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
         return decision.Decision()
     if arguments.refit or not (saved.folder / decision.FILE).exists():
         decision.fit(saved, model, dataset, scored=split, checkpoint=arguments.checkpoint, workers=arguments.workers)

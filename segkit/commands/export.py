@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     is_graph = arguments.format in ("onnx", "torch_export")
     if arguments.classes and not is_graph:
         raise InputError(f"--classes is for a graph, not for --format {arguments.format}: leave it out")
-    from segkit.commands.decision import add_bias, decision_of
+    from segkit.commands.decision import add_bias, model_and_decision
     from segkit.models.export import agreement, export
     from segkit.run.portable import check_folder, facts_of
     from segkit.run.saved import check_classes, open_run
@@ -62,9 +62,8 @@ def run(argv: Sequence[str]) -> None:
     split, unreachable = validation_split(dataset, given=arguments.root is not None)
     if split is not None:
         check_classes(saved, split.classes)
-    model = saved.model(arguments.checkpoint)
+    model, decision = model_and_decision(saved, arguments.decision, checkpoint=arguments.checkpoint)
     evaluated = copy.deepcopy(model)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     if decision.bias is not None:
         add_bias(saved, model, decision.bias)
     described = facts_of(saved, checkpoint=arguments.checkpoint, decision=decision.protocol())

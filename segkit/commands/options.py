@@ -130,6 +130,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}; `{self.prog} --help` explains the arguments")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse ``--``, which argparse takes for no value at all, as the value of an option."""
+        if action.option_strings and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "'--' is no value: give one, or leave the argument out")
+        return super()._get_values(action, arg_strings)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Refuse an empty value, which a variable of the shell that is not set leaves; expand ``~`` in paths."""
         if not arg_string.strip() and arg_string != action.default:

@@ -44,13 +44,15 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.decode import orientation
     from segkit.data.files import find_images, walk
     from segkit.data.layout import UNREAD
-    from segkit.evaluation.predict import predict_files
-    from segkit.files import written_beside
+    from segkit.evaluation.predict import check_output, predict_files
+    from segkit.files import check_place, written_beside
     from segkit.guard import with_options
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
 
     device = resolve_device(arguments.device)
+    check_place(arguments.output)
+    check_output(arguments.output)
     images = find_images(arguments.input, output=arguments.output)
     first = load(arguments.run, arguments, device)
     chosen = inference(arguments, first.dataset.crop)

@@ -36,8 +36,10 @@ def run(argv: Sequence[str]) -> None:
     if key != "dataset" or not name:
         raise InputError(f"the first argument is {arguments.dataset!r}, but must be dataset=NAME, as for train.py")
     from segkit.config.compose import quoted
+    from segkit.files import check_place
     from segkit.synthetic.sample_maker import make_sample
 
+    check_place(arguments.output)
     make_sample(name, arguments.output, num_images=arguments.n, seed=arguments.seed, scale=arguments.scale)
     show(f"written: {arguments.output}")
     is_plain = re.fullmatch(r"[\w./-]+", str(arguments.output), re.ASCII)

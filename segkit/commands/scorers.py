@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from segkit.commands.decision import decision_of, exported
-from segkit.commands.options import DECISIONS, PROGRAMS
+from segkit.commands.decision import exported, model_and_decision
+from segkit.commands.options import DECISIONS, PROGRAMS, inference
 from segkit.config.dataset import DatasetConfig
 from segkit.config.schema import plain
 from segkit.data.bands import read_bands
@@ -59,6 +59,7 @@ class Loaded:
 
 def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loaded:
     """Return the model of the run folder or of the export ``path``, ready to score images on ``device``."""
+    inference(arguments, [32, 32])  # what it refuses is refused before the model is read
     decide = None
     if path.suffix in GRAPHS:
         score, facts, dataset = _open_graph(path, arguments)
@@ -71,9 +72,8 @@ def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loa
     else:
         saved = open_run(path, phase=arguments.phase)
         dataset = saved.config.phase_dataset(saved.phase_name)
-        model = saved.model(arguments.checkpoint).to(device)
-        decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-        score, decide = decision.around(model), decision.decide
+        model, decision = model_and_decision(saved, arguments.decision, checkpoint=arguments.checkpoint)
+        score, decide = decision.around(model.to(device)), decision.decide
         counts = saved.label_counts()
         palette = counts["palette"] if "palette" in counts else load_table(dataset.name).palette
         facts = {"classes": counts["classes"], "palette": palette}

@@ -43,20 +43,21 @@ def run(argv: Sequence[str]) -> None:
     """Write the archive; on a labelled split, score what is in it."""
     arguments = parser().parse_args(argv)
     check_writable(arguments, "output")
-    from segkit.commands.decision import decision_of
+    from segkit.commands.decision import model_and_decision
     from segkit.data.bands import image_size
-    from segkit.evaluation.submission import Submission
+    from segkit.evaluation.submission import Submission, check_ending
     from segkit.runtime import resolve_device
 
+    check_ending(arguments.output)
     saved, dataset, split = open_scored(arguments.run, arguments, phase=arguments.phase, split=arguments.split)
     check_spares(arguments, [dataset.root], "output")
     form = Submission(dataset.name.removesuffix("_coarse"), split.table, arguments.split, arguments.competition)
-    model = saved.model(arguments.checkpoint)
-    decision = decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
+    chosen, device = inference(arguments, dataset.crop), resolve_device(arguments.device)
     sizes = {Path(sample.name).name: image_size(sample.image) for sample in split.samples}
-    device = resolve_device(arguments.device)
+    form.check_images(sizes)
+    model, decision = model_and_decision(saved, arguments.decision, checkpoint=arguments.checkpoint)
     model = decision.around(model.to(device))
-    predict = replace(inference(arguments, dataset.crop), decide=decision.decide)
+    predict = replace(chosen, decide=decision.decide)
     precision = arguments.precision or saved.config.precision.value
     files = predictions(predict, dataset, split, model, device, precision, workers=arguments.workers)
     number = form.write(arguments.output, files, sizes)

@@ -125,6 +125,16 @@ def predict_files(
     return num_written, failed
 
 
+def check_output(output: Path) -> None:
+    """Raise InputError if the folder ``output`` has labels or checkpoints that are not of predictions."""
+    others = [name for name in ("labels", "checkpoints") if (output / name).exists()]
+    if others and not (output / "overlays").exists():  # which come with every prediction
+        raise InputError(
+            f"{output} has {others[0]} that are not of predictions, but perhaps of a data set or of a run: "
+            f"give a folder of its own, such as {output / 'predictions'}"
+        )
+
+
 def _predict(predictors: Mapping[str, Predictor], name: str, image: Pixels, *, probabilities: bool) -> _Done:
     first, *others = predictors
     labels, scores = {}, None
@@ -145,12 +155,7 @@ class _Writer:
     written_beside: Callable[[Path], AbstractContextManager[Path]]
 
     def make_folders(self, names: Iterable[str]) -> None:
-        others = [name for name in ("labels", "checkpoints") if (self.output / name).exists()]
-        if others and not (self.output / "overlays").exists():  # which come with every prediction
-            raise InputError(
-                f"{self.output} has {others[0]} that are not of predictions, but perhaps of a data set or of a run: "
-                f"give a folder of its own, such as {self.output / 'predictions'}"
-            )
+        check_output(self.output)
         try:
             for folder in {Path(name).parent for name in names}:
                 for kind in self.kinds:

@@ -273,11 +273,16 @@ def _decoded(content: bytes, where: str, *, palette: bool) -> Labels:
     return labels
 
 
+def check_ending(path: Path) -> None:
+    """Raise InputError unless the name of ``path`` says which kind of archive it is."""
+    if path.suffix != ".zip" and path.suffix not in _TAR_MODES:
+        raise InputError(f"{path} must end in .zip, .tar, .tar.gz or .tgz; give --output such a name")
+
+
 @contextmanager
 def _archive(path: Path, temporary: Path) -> Iterator[Callable[[str, bytes], None]]:
     """Open ``temporary`` as an archive of the kind that ``path`` ends in; yields ``add(member, content)``."""
-    if path.suffix != ".zip" and path.suffix not in _TAR_MODES:
-        raise InputError(f"{path} must end in .zip, .tar, .tar.gz or .tgz; give --output such a name")
+    check_ending(path)
     try:
         archive: Any = (
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED)  # PNG is compressed already

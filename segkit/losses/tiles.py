@@ -22,7 +22,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -262,10 +262,16 @@ def run(
         thread()
         return results  # type: ignore[return-value]
     futures = [_pool(torch.get_num_threads()).submit(thread) for _ in range(threads)]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for _ in queue:  # where one has failed, the others begin no further tile, and are at their end, too
+            pass
+        wait(futures)
+        # a thread of the pool has set the number for itself and for threads yet to come; here it still stands
+        torch.set_num_threads(torch.get_num_threads())
     for future in futures:
         future.result()
-    # a thread of the pool has set the number for itself and for threads yet to come; here it still stands
-    torch.set_num_threads(torch.get_num_threads())
     return results  # type: ignore[return-value]
 
 

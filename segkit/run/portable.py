@@ -11,7 +11,6 @@ list of allowed targets, sizes, no resolver, nothing that it names is read or do
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from segkit.config.dataset import DatasetConfig, ImageType, ResizeConfig
 from segkit.config.schema import plain
 from segkit.config.targets import fits
 from segkit.errors import InputError
-from segkit.files import MOST_BYTES, read_json, write_atomically, written_beside
+from segkit.files import MOST_BYTES, check_place, read_json, write_atomically, written_beside
 from segkit.run.saved import SavedRun, are_counts, filled, without_sources
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -130,9 +129,7 @@ def check_folder(folder: Path) -> None:
     present = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     if (folder.exists() and not folder.is_dir()) or present - {CONFIG, WEIGHTS, CARD, *_unfinished(present)}:
         raise InputError(f"--output is {folder}, which holds something else than an export: give another folder")
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(place, os.W_OK):
-        raise InputError(f"--output is {folder}, but the folder {place} cannot be written: give another one")
+    check_place(folder)
 
 
 def _unfinished(names: Iterable[str]) -> list[str]:

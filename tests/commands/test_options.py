@@ -79,6 +79,9 @@ def test_an_empty_value_is_refused(arguments):
     with pytest.raises(InputError, match=r"argument (RUN|--output): the value is empty: give one, or leave the arg"):
         evaluate.parser().parse_args(arguments)
     assert evaluate.parser().parse_args(["run", "--tta="]).tta == ""  # which is its default
+    for option in ("output", "slide", "device"):
+        with pytest.raises(InputError, match=f"argument --{option}: '--' is no value: give one, or leave the arg"):
+            evaluate.parser().parse_args(["run", f"--{option}=--"])
 
 
 def test_a_home_is_no_folder_of_that_name(tmp_path, monkeypatch):

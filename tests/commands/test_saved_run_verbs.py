@@ -199,12 +199,6 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 3
 
 
-def test_a_submission_with_a_decision_that_is_not_fitted(finished, call, monkeypatch, tmp_path):
-    monkeypatch.setattr(decision, "FILE", "nothing.json")
-    with pytest.raises(InputError, match=r"nothing\.json is not there, so --decision bias has nothing to decide with"):
-        call(submit, finished, "--decision", "bias", "--output", tmp_path / "all.zip", "--split", "val")
-
-
 def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):
     out = call(submit, finished, "--split", "val", "--output", tmp_path / "val.zip", "--workers", "0")
     call(evaluate, finished, "--workers", "0", "--output", tmp_path / "val.json")
@@ -271,6 +265,37 @@ def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finish
 def test_bad_options(finished, call, options, message):
     with pytest.raises(InputError, match=message):
         call(evaluate, finished, *options)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "message"),
+    [
+        (evaluate, ["--refit"], "--refit is given without a decision to fit"),
+        (submit, ["--tta", "mirror"], "--tta is 'mirror', but takes flip, ms"),
+        (submit, ["--device", "cuda:99"], "device is 'cuda:99'"),
+        (submit, ["--split", "test"], "the test split of cityscapes wants 1024x2048"),
+        (submit, ["--output", "all.txt"], r"all\.txt must end in \.zip"),
+        (submit, ["--decision", "bias"], r"decision\.json is not there, so --decision bias has nothing"),
+        (export, ["--decision", "miou"], r"decision\.json is not there, so --decision miou has nothing to decide with"),
+        (export, ["--format", "hub", "--output", "file/hub"], "--output is file/hub, but .*/file is no folder: give"),
+        (predict, ["--decision", "bias"], r"decision\.json is not there, so --decision bias has nothing"),
+        (predict, ["--slide", "64"], "--slide is '64', but takes HxW"),
+        (predict, ["--output", "file"], "--output is file, but .*/file is no folder: give another one"),
+        (predict, ["--output", "link/x"], "--output is link/x, but .*/link is no folder: give another one"),
+        (compare, ["--predict", "--device", "cuda:99"], "device is 'cuda:99'"),
+    ],
+)
+def test_options_are_refused_before_a_model_is_read(finished, call, tmp_path, monkeypatch, verb, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saved_run.SavedRun, "model", None)
+    monkeypatch.setattr(decision, "FILE", "none/decision.json")
+    Path("file").write_text("kept")
+    Path("link").symlink_to("nowhere")
+    own = {submit: ["--split", "val", "--output", "x.zip"], compare: ["--markdown", "x.md", "--output", "x.html"]}
+    own[predict] = ["--input", finished.parent / "data", "--output", "out"]
+    with pytest.raises(InputError, match=message):
+        call(verb, finished, *own.get(verb, []), *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_before_the_work(finished, call, monkeypatch):

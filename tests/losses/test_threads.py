@@ -66,11 +66,19 @@ def test_without_splitting_the_calling_thread_works_alone(threads, monkeypatch):
 def test_an_error_reaches_the_caller(threads, monkeypatch):
     threads(2)
 
+    begun, ended = [], []
+
     def rule(s, label, work):
-        raise KeyError("tile")
+        begun.append(s)
+        if len(begun) == 1:
+            raise KeyError("tile")
+        time.sleep(0.01)
+        ended.append(s)
+        return torch.ones(1), torch.ones(3, 1)
 
     with pytest.raises(KeyError, match="tile"):
         tiles.run(fifty_blocks(monkeypatch), rule, lambda *_: None, ignore_index=255)
+    assert len(ended) == len(begun) - 1 < 49  # no thread goes on
     assert torch.get_num_threads() == 2
 
 

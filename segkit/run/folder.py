@@ -209,27 +209,30 @@ class RunFolder:
             if not (self.metrics.is_file() and self.metrics.read_bytes().startswith(joined)):
                 write_atomically(self.metrics, joined)
 
-    def extend(self, name: str, num_steps: int) -> None:
-        """Open the finished phase ``name`` again if the configuration gives it more steps than it has trained.
+    def extend(self, lengths: dict[str, int]) -> None:
+        """Open every finished phase again that has more steps in ``lengths`` than it has trained.
 
-        InputError if it gives fewer, or if a later phase has started from its weights.
+        InputError if one has fewer, or if a phase after it has started from its weights: then none is opened.
         """
-        if not self.is_finished(name):
-            return
-        trained = self.results(name)["step"]
-        later = list(self.config.schedule)[list(self.config.schedule).index(name) + 1 :]
-        begun = [other for other in later if (self.phase(other) / "checkpoints").is_dir()]
-        if num_steps > trained and begun:
-            raise InputError(
-                f"phase {name} of {self.path} has trained its {trained} steps, and phase {begun[0]} has started from "
-                f"its weights: give schedule.{name} the length it had, or set another hydra.run.dir"
-            )
-        if num_steps < trained:
-            raise InputError(
-                f"phase {name} of {self.path} has trained {trained} steps already, more than the {num_steps} it has "
-                f"now: give schedule.{name} at least that length, or set another hydra.run.dir"
-            )
-        if num_steps > trained:
+        longer, names = [], list(lengths)
+        for at, (name, num_steps) in enumerate(lengths.items()):
+            if not self.is_finished(name):
+                continue
+            trained = self.results(name)["step"]
+            begun = [other for other in names[at + 1 :] if (self.phase(other) / "checkpoints").is_dir()]
+            if num_steps > trained and begun:
+                raise InputError(
+                    f"phase {name} of {self.path} has trained its {trained} steps, and phase {begun[0]} has started "
+                    f"from its weights: give schedule.{name} the length it had, or set another hydra.run.dir"
+                )
+            if num_steps < trained:
+                raise InputError(
+                    f"phase {name} of {self.path} has trained {trained} steps already, more than the {num_steps} it "
+                    f"has now: give schedule.{name} at least that length, or set another hydra.run.dir"
+                )
+            if num_steps > trained:
+                longer.append(name)
+        for name in longer:
             (self.phase(name) / "results.json").unlink()
 
     def link_last_phase(self) -> None:

@@ -129,7 +129,8 @@ def _prepare(
             phases[name] = prepare_phase(
                 config, name, splits=splits[name], model=model, device=device, cache_dir=cache_dir
             )
-        distributed.on_main(lambda name=name: folder.extend(name, phases[name].plan.num_steps))  # type: ignore[misc]
+    lengths = {name: phase.plan.num_steps for name, phase in phases.items()}
+    distributed.on_main(lambda: folder.extend(lengths))
     if origin:
         distributed.on_main(lambda: write_json(folder.path / REPORT, origin))
         print_main("\n".join(report_lines(origin)))

@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +21,14 @@ from PIL import Image
 
 from segkit.cli import verb_function
 from segkit.config.compose import compose
-from segkit.config.schema import plain
+from segkit.config.schema import Config, plain
 from segkit.data import open_dataset
 from segkit.errors import InputError
 from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss
 from segkit.run import pipeline
 from segkit.run.changes import check_changes, differing_keys, takes_effect
 from segkit.run.folder import RunFolder
-from segkit.run.phase import write_margins
+from segkit.run.phase import Phase, prepare_phase, write_margins
 from segkit.run.splits import open_phases
 from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
@@ -324,8 +327,8 @@ def test_a_flipped_bit_is_noticed_wherever_a_checkpoint_is_loaded(train):
         checkpoint.load(folder / "checkpoints" / "last.pt")
 
 
-def test_weights_of_a_phase_are_needed_until_the_next_one_has_its_own(tmp_path):
-    """Who needs room deletes the checkpoints of the phases before."""
+def test_weights_of_a_phase_are_needed_until_the_next_one_has_its_own(tmp_path, monkeypatch):
+    """Who needs room deletes the checkpoints of the phases before. What is refused opens no finished phase again."""
     steps = [f"schedule.{name}.{key}" for name in ("pretrain", "finetune") for key in ("epochs=null", "steps=1")]
     two = ["schedule=pretrain_finetune", *steps, *(item for item in SMALL if not item.startswith("schedule"))]
     config = compose([*two, *PAINTED, f"cache_dir={tmp_path}/cache"])
@@ -342,6 +345,23 @@ def test_weights_of_a_phase_are_needed_until_the_next_one_has_its_own(tmp_path):
     shutil.rmtree(tmp_path / "run/finetune")
     with pytest.raises(InputError, match=r"last\.pt, from which the next phase starts, is gone: copy it back, or"):
         train()
+    monkeypatch.setattr(pipeline, "prepare_phase", prepared_but("finetune"))
+    config = replace(config, ignore_config_change=True)
+    config.schedule["pretrain"].steps = 2
+    with pytest.raises(InputError, match="finetune is refused"):
+        train()
+    assert (tmp_path / "run/pretrain/results.json").is_file()
+
+
+def prepared_but(refused: str) -> Callable[..., Phase]:
+    """prepare_phase, which refuses the phase ``refused``."""
+
+    def prepare(config: Config, name: str, **others: Any) -> Phase:
+        if name == refused:
+            raise InputError(f"{name} is refused")
+        return prepare_phase(config, name, **others)
+
+    return prepare
 
 
 def test_links_at_the_top_lead_to_the_last_phase_that_there_is_now(tmp_path):

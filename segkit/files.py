@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -146,6 +148,7 @@ def read_text(path: Path, *, most: int, cure: str) -> str:
         raise InputError(f"{path} cannot be read ({error}): {cure}") from None
 
 
+@functools.lru_cache(maxsize=8)  # evaluating, predicting and resuming read a configuration several times
 def more_than_plain(text: str) -> str | None:
     """What the YAML ``text`` has that is more than plain values, with its line; None if nothing.
 
@@ -178,16 +181,13 @@ def read_config_text(path: Path, *, cure: str = FOREIGN) -> dict[str, Any]:
     one of :data:`PARTS`.
     """
     import yaml
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         text = read_text(path, most=MOST_BYTES, cure=cure)
         if reason := more_than_plain(text):
             raise InputError(f"{path} {reason}, but a saved configuration has plain values only: {cure}")
-        first = next(itertools.islice(yaml.parse(text, Loader=yaml.SafeLoader), 2, None), None)  # of the document
-        is_mapping = isinstance(first, yaml.MappingStartEvent)  # OmegaConf fails on a number
-        content = OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None
+        content = copy.deepcopy(_mapping(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -197,6 +197,17 @@ def read_config_text(path: Path, *, cure: str = FOREIGN) -> dict[str, Any]:
     if missing := [key for key in PARTS if key not in content]:
         raise InputError(f"{path} has no {missing[0]}, as if it were cut off: {cure}")
     return {str(key): value for key, value in content.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _mapping(text: str) -> Any:
+    """The mapping in the YAML ``text``, None if it holds something else; callers take a copy."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    first = next(itertools.islice(yaml.parse(text, Loader=yaml.SafeLoader), 2, None), None)  # of the document
+    is_mapping = isinstance(first, yaml.MappingStartEvent)  # OmegaConf fails on a number
+    return OmegaConf.to_container(OmegaConf.create(text)) if is_mapping else None
 
 
 def remove_if_empty(path: Path, *, lock: str = "") -> None:

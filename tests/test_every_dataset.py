@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,10 +33,17 @@ SMALL = [
 ]
 
 
-@pytest.fixture(params=sorted(WRITERS))
-def config(request, tmp_path):
+@pytest.fixture(scope="module", params=sorted(WRITERS))
+def sample(request, tmp_path_factory):
     """The configuration of a run on a sample of one data set, with the phases that the data set's recipe has."""
-    return small_config(request.param, make_sample(request.param, tmp_path / "data", num_images=4, scale=0.1), tmp_path)
+    folder = tmp_path_factory.mktemp("sample")
+    return small_config(request.param, make_sample(request.param, folder / "data", num_images=4, scale=0.1), folder)
+
+
+@pytest.fixture
+def config(sample, tmp_path):
+    """A copy of it with a cache of its own."""
+    return replace(copy.deepcopy(sample), cache_dir=str(tmp_path / "cache"))
 
 
 def small_config(name, root, tmp_path):

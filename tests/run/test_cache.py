@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 
 from segkit.config.compose import compose
-from segkit.config.schema import cache_dir_of
+from segkit.config.schema import Config, cache_dir_of
 from segkit.errors import InputError
 from segkit.run.cache import PhaseCache, code_version, phase_key
 
@@ -17,8 +18,12 @@ MACHINE = {"threads": 2}
 
 
 def key(*overrides: str, phase: str = "pretrain", prints=PRINTS, machine=MACHINE) -> str:
-    config = compose(["schedule=pretrain_finetune", "model=deeplabv3plus_tiny", *overrides])
-    return phase_key(config, phase, fingerprints=prints, machine=machine)
+    return phase_key(composed(*overrides), phase, fingerprints=prints, machine=machine)
+
+
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return compose(["schedule=pretrain_finetune", "model=deeplabv3plus_tiny", *overrides])
 
 
 @pytest.mark.parametrize(

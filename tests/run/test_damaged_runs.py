@@ -18,6 +18,7 @@ import torch
 from segkit.commands import compare, evaluate
 from segkit.config.compose import compose as compose_config
 from segkit.errors import InputError
+from segkit.files import read_config_text
 from segkit.report.runs import find_runs
 from segkit.run import pipeline
 from segkit.run.saved import open_run
@@ -120,6 +121,12 @@ def test_a_state_of_another_type_is_named(run, entry):
         InputError, match=r"last\.pt holds weights, but no state to go on from .* init_from=.*last\.pt$"
     ):
         train(run)
+
+
+def test_a_configuration_that_is_parsed_once_is_each_readers_own(run):
+    first, again = (read_config_text(run / "config.yaml") for _ in range(2))
+    first["model"].clear()
+    assert again["model"] == read_config_text(run / "config.yaml")["model"] != {}
 
 
 def test_a_configuration_that_was_cut_off_is_no_other_configuration(run):

@@ -386,6 +386,7 @@ def test_a_quoted_value_is_read_as_it_was(text):
         ),
         ("trust=[nowhere_at_all]", "trust has 'nowhere_at_all', but there is no such package here, nor in PYTHONPATH"),
         ("dataset.root=", "dataset.root is empty: set dataset.root=DIR"),
+        ("dataset.val_split=", "dataset.val_split is empty: set dataset.val_split=NAME"),
         ("=3", "the override '=3' has no key"),
         (
             f"+lr_factors.encoder={10**400}",

@@ -96,10 +96,11 @@ def run(argv: Sequence[str]) -> None:
         show(comparison.advice)
     if arguments.output and arguments.predict:
         predict_extremes(comparison, arguments)
-    for kind in asked:
-        write(getattr(arguments, kind), EXPORTS[kind](comparison.table))
+    texts = {kind: EXPORTS[kind](comparison.table) for kind in asked}
     if arguments.output:
-        write(arguments.output, page(comparison, pictures=arguments.pictures))
+        texts["output"] = page(comparison, pictures=arguments.pictures)
+    for kind, text in texts.items():  # once nothing can be refused any more
+        write(getattr(arguments, kind), text)
 
 
 def predict_extremes(comparison: Comparison, arguments: argparse.Namespace) -> None:

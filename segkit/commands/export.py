@@ -52,10 +52,12 @@ def run(argv: Sequence[str]) -> None:
 
     saved = open_run(arguments.run, phase=arguments.phase)
     arguments.output = output = arguments.output or saved.folder / FORMATS[arguments.format]
+    endings = {name: Path(place).suffix for name, place in FORMATS.items()}
+    if output.suffix != (ending := endings[arguments.format]) and (ending or output.suffix in endings.values()):
+        wanted = f"end with {ending}" if ending else "not end as a file of another format"
+        raise InputError(f"--output is {output}, but must {wanted} for --format {arguments.format}")
     if arguments.format == "hub":
         check_folder(output)
-    elif output.suffix != (ending := Path(FORMATS[arguments.format]).suffix):
-        raise InputError(f"--output is {output}, but must end with {ending} for --format {arguments.format}")
     else:
         check_writable(arguments, "output")
     dataset = dataset_of(saved, arguments)

@@ -157,6 +157,8 @@ class DatasetConfig:
             "set dataset.scale=[0.5,2.0]",
         )
         require(self.root != "", f"dataset.root is empty: set dataset.root=DIR, the folder of {self.name}")
+        for key in ("train_split", "val_split"):  # an empty one would be the images of all splits
+            require(getattr(self, key) != "", f"dataset.{key} is empty: set dataset.{key}=NAME")
         for key in ("resize", "eval_resize"):
             getattr(self, key).check(f"dataset.{key}")
         self._check_images()

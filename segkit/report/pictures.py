@@ -110,6 +110,8 @@ class StoredPicture:
         arrays = []
         for path in (self.image, self.label, self.prediction):
             try:
+                if not path.is_file():  # to open a pipe would wait for ever
+                    raise ValueError("it is no file")
                 with Image.open(path, formats=("JPEG",) if path == self.image else ("PNG",)) as file:
                     if max(file.size) > LONGEST:  # of a stranger: a few bytes may stand for gigabytes
                         raise ValueError(f"it has {file.size[0]}x{file.size[1]} pixels, more than were stored")

@@ -127,9 +127,16 @@ def _read_current(path: Path, evaluation: str | None) -> RunRecord:
     if run.is_outdated():
         raise InputError(
             f"the evaluation {evaluation!r} of {run.path} is of weights that it has not any more, since its training "
-            f"went on: evaluate it again with `segkit evaluate {shlex.quote(str(run.path))}`"
+            f"went on: evaluate it again with `{_evaluate(run.path)}`"
         )
     return run
+
+
+def _evaluate(path: Path) -> str:
+    """The command that evaluates the run folder ``path``, or the run of the phase whose folder it is."""
+    if (path / "config.yaml").is_file():
+        return f"segkit evaluate {shlex.quote(str(path))}"
+    return f"segkit evaluate {shlex.quote(str(path.resolve().parent))} --phase {shlex.quote(path.resolve().name)}"
 
 
 def _read_sweep(path: Path, evaluation: str | None) -> tuple[list[RunRecord], list[str]]:
@@ -239,9 +246,7 @@ def _result_files(path: Path, evaluation: str | None) -> tuple[Path, Path]:
         evaluation = matching[0] if matching else evaluation
     if evaluation not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise InputError(
-            f"{path} has no evaluation {evaluation!r}, {has}: make it with `segkit evaluate {shlex.quote(str(path))}`"
-        )
+        raise InputError(f"{path} has no evaluation {evaluation!r}, {has}: make it with `{_evaluate(path)}`")
     return folder / f"{evaluation}.json", folder / f"{evaluation}.npz"
 
 

@@ -99,7 +99,7 @@ def _check_weights(config: Config) -> None:
         source = config.model.get(key)
         if source not in (None, "none", "imagenet") and not Path(source).is_file():
             raise InputError(
-                f"model.{key} is {source}, but there is no such file: give the path of a file with weights"
+                f"model.{key} is {source!r}, but there is no such file: give the path of a file with weights"
             )
 
 

@@ -106,6 +106,15 @@ def test_no_table_replaces_a_file_of_the_data(call, make_run, tmp_path):
     assert "--markdown is train.txt, within the data in" in err
 
 
+def test_a_report_that_cannot_be_made_leaves_no_table(call, make_run, tmp_path):
+    run = make_run("a", num_pictures=1)
+    next((run / "pictures").glob("*_label.png")).write_bytes(b"")
+    code, _, err = call(run, "--markdown", "t.md", "--output", "r.html", "--samples", 100)
+    assert code == 2
+    assert "_label.png cannot be read" in err
+    assert not (tmp_path / "t.md").exists()
+
+
 def test_the_verb_is_known(make_run, tmp_path):
     run = make_run("a")
     done = subprocess.run(

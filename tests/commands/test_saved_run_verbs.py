@@ -278,6 +278,7 @@ def test_bad_options(finished, call, options, message):
         (submit, ["--decision", "bias"], r"decision\.json is not there, so --decision bias has nothing"),
         (export, ["--decision", "miou"], r"decision\.json is not there, so --decision miou has nothing to decide with"),
         (export, ["--format", "hub", "--output", "file/hub"], "--output is file/hub, but .*/file is no folder: give"),
+        (export, ["--format", "hub", "--output", "x.onnx"], "--output is x.onnx, but must not end as a file"),
         (predict, ["--decision", "bias"], r"decision\.json is not there, so --decision bias has nothing"),
         (predict, ["--slide", "64"], "--slide is '64', but takes HxW"),
         (predict, ["--output", "file"], "--output is file, but .*/file is no folder: give another one"),

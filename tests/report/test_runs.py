@@ -138,6 +138,8 @@ def test_another_evaluation_of_a_run(make_run):
         find_runs([flipped], evaluation="x")
     with pytest.raises(InputError, match=r"has no evaluation '../results'"):
         find_runs([run], evaluation="../results")
+    with pytest.raises(InputError, match=rf"make it with `segkit evaluate .*/a --phase {record.phase}`"):
+        find_runs([run / record.phase], evaluation="x")
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -251,6 +252,17 @@ def test_a_broken_picture_is_named(make_run, part, content):
     getattr(record.pictures["val_0000"], part).write_bytes(content)
     with pytest.raises(InputError, match=rf"0000_{part}\.\w+ cannot be read .*: delete the folder"):
         record.pictures["val_0000"].read()
+
+
+def test_a_pipe_in_place_of_a_picture_is_not_waited_for(make_run):
+    from segkit.errors import InputError
+
+    (record,) = compare([make_run("a", num_pictures=1)]).runs
+    picture = record.pictures["val_0000"]
+    picture.label.unlink()
+    os.mkfifo(picture.label)
+    with pytest.raises(InputError, match=r"0000_label\.png cannot be read \(it is no file\): delete the folder"):
+        picture.read()
 
 
 def test_pictures_of_two_sizes_are_named(make_run):

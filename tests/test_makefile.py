@@ -29,5 +29,6 @@ def test_an_environment_of_another_checkout_is_never_installed_into(tmp_path, li
     done = subprocess.run(["make", "types", "train"], cwd=clone, capture_output=True, text=True)
     calls = (clone / ".venv" / "bin" / "calls").read_text() if (clone / ".venv" / "bin" / "calls").exists() else ""
     assert ("pip install" in calls) is not linked
+    assert ("compileall -qq -j 0 .venv/lib segkit" in calls) is not linked
     assert (f"is a link to {other / '.venv'}" in done.stdout) is linked
     assert (other / ".venv" / ".installed").exists() is False

@@ -43,6 +43,7 @@ def finished(tmp_path_factory):
             "limit_steps=6",
             "dataset.crop=[64,64]",
             "device=cpu",
+            "precision=fp32",  # also where the default is another one
             "optimizer.lr=3e-3",
             "loss=cross_entropy",
             f"cache_dir={folder / 'cache'}",

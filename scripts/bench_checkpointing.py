@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from segkit.memory import keep_freed
 from segkit.models import COPLENet, deeplabv3plus, enable_grad_checkpointing
 
 NUM_CLASSES = 19
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed()  # as every command of segkit does, unless the variables of RETURN_AT_ONCE are set
     if options.task:
         print(json.dumps(run_task(json.loads(options.task))))
         return

@@ -1,6 +1,6 @@
 """What threads that wait cost a training that shares its cores, and what each way of waiting costs it alone.
 
-    python scripts/bench_contention.py [--spin 1000 30000 100000] [--steps 12] [--repeats 3]
+    python scripts/bench_contention.py [--spin 1000 10000 30000] [--steps 12] [--repeats 3]
 
 A thread of OpenMP that waits for the others spins on its core first, and sleeps later: how long it spins is what
 OMP_WAIT_POLICY and GOMP_SPINCOUNT set. For each setting, in turns: milliseconds of a training step alone, with loading
@@ -28,6 +28,7 @@ def train(*, model: str, steps: int, workers: int) -> float:
 
     from segkit.config.compose import compose
     from segkit.losses import CrossEntropyLoss
+    from segkit.memory import keep_freed
     from segkit.run import build
     from segkit.run.batches import PhaseBatches
     from segkit.run.plan import plan_phase
@@ -35,6 +36,7 @@ def train(*, model: str, steps: int, workers: int) -> float:
     from segkit.training.precision import Mixed
     from segkit.training.step import split, train_step
 
+    keep_freed()  # as every command of segkit does
     config = compose(
         [
             f"model={model}",
@@ -87,7 +89,7 @@ def measure(scene: str, setting: dict[str, str], *, model: str, steps: int) -> f
 def main() -> None:
     """Print one row of the table for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spin", type=int, nargs="*", default=[1000, 30_000, 100_000], help="values of GOMP_SPINCOUNT")
+    parser.add_argument("--spin", type=int, nargs="*", default=[1000, 10_000, 30_000], help="values of GOMP_SPINCOUNT")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="deeplabv3plus_lite")

@@ -35,7 +35,8 @@ from segkit.data.decode import pixel_limit, read_index_png, read_rgb
 from segkit.data.loader import train_batches
 from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
-from segkit.data.workers import keep_memory, one_thread, start_worker
+from segkit.data.workers import one_thread, start_worker
+from segkit.memory import keep_freed
 from segkit.synthetic.scenes import paint_street
 
 CROP = 800
@@ -209,7 +210,7 @@ def main() -> None:
     if options.images < BATCH or options.images % BATCH:
         parser.error(f"--images must be a multiple of {BATCH}")
     one_thread()
-    keep_memory()  # for all ways alike: as in the workers
+    keep_freed()  # for all ways alike: as in the workers
     with tempfile.TemporaryDirectory() as folder:
         data = make_files(Path(folder) / "png", options.images, (1024, 2048), ".png")
         sizes = [

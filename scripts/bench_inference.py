@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from segkit.evaluation import Inference
 from segkit.evaluation.inference import ADE20K_SCALES
+from segkit.memory import keep_freed
 from segkit.models import Segmenter, deeplabv3plus
 
 
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    keep_freed()  # as every command of segkit does
     if args.task:
         print(json.dumps(measure(**json.loads(args.task))))
         return

@@ -39,6 +39,7 @@ from bench_checkpointing import status
 from torch import Tensor
 
 import segkit.losses as losses
+from segkit.memory import keep_freed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 VOID = 255
@@ -254,6 +255,7 @@ def main() -> None:
         case, name = arguments.worker
         memory_worker(case, name, arguments)
         return
+    keep_freed()  # as every command of segkit does
     for number, case in enumerate(CASES, start=1):
         if number in arguments.cases:
             show(case, bench(case, arguments), arguments)

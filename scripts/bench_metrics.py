@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from segkit.data.loader import Batch
 from segkit.evaluation import ConfusionMatrix, evaluate
+from segkit.memory import keep_freed
 from segkit.models import Segmenter, deeplabv3plus
 
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--loop", type=int, metavar="N", help="compare whole evaluations of N images")
     args = parser.parse_args()
+    keep_freed()  # as every command of segkit does
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from segkit.config.compose import compose
 from segkit.data.loader import Batch
 from segkit.losses import CrossEntropyLoss, MarginCalibrationLoss
+from segkit.memory import keep_freed
 from segkit.run import build
 from segkit.run.charts import LossObserver
 from segkit.training.optim import parameter_groups
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=int, metavar="INTERVAL", help="measure the writing of checkpoints instead")
     parser.add_argument("--diagnostics", type=int, metavar="EVERY", help="measure the margin diagnostics instead")
     arguments = parser.parse_args()
+    keep_freed()  # as every command of segkit does
     torch.set_num_threads(arguments.threads)
     config = compose([f"model={arguments.model}", "model.encoder_weights=none"])
     device = torch.device(arguments.device)

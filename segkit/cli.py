@@ -10,6 +10,7 @@ try:
     from segkit import __version__
     from segkit.errors import InputError, did_you_mean
     from segkit.guard import guarded
+    from segkit.memory import keep_freed
     from segkit.progress import need_no_reader
     from segkit.runtime import let_waiting_threads_sleep, tidied_up_when_ended
 except KeyboardInterrupt:  # Ctrl-C so early that nothing is there to handle it
@@ -49,6 +50,7 @@ def verb_function(verb: str) -> Callable[[Sequence[str]], None]:
 def main() -> None:
     """Entry point of the command ``segkit``."""
     let_waiting_threads_sleep()
+    keep_freed()
     need_no_reader()
     verb, *argv = sys.argv[1:] or ["--help"]
     with tidied_up_when_ended():

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from segkit.errors import InputError
 from segkit.files import held, remove_if_empty
 from segkit.guard import guard, guarded, sentences
+from segkit.memory import keep_freed
 from segkit.progress import need_no_reader
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidied_up_when_ended
 from segkit.sweeps.jobs import CHILD
@@ -220,6 +221,7 @@ def run(argv: Sequence[str]) -> None:
 def main() -> None:
     """Entry point of ``train.py``; ends the process with 0, an exception's ``exit_code``, or 1 for a defect."""
     let_waiting_threads_sleep()
+    keep_freed()
     need_no_reader()
     with tidied_up_when_ended():
         if ranks.has_agent() or CHILD in os.environ:

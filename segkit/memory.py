@@ -32,6 +32,35 @@ CGROUPS = (
 )
 """(limit, use) of the container that this process runs in, in bytes: version 2 and version 1 of control groups."""
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
+KEEP_BYTES, OLD_KEEP_BYTES = 2**30, 2**25
+"""Freed blocks below this size are kept; older versions of glibc refuse more than the second."""
+
+
+def keep_freed() -> None:
+    """Let glibc keep what this process frees instead of returning it; does nothing with other C libraries.
+
+    Activations and images are fresh allocations of megabytes, whose pages are otherwise mapped and cleared anew in each
+    step: 5 to 21 % of the time of one on a CPU. A choice of the user's stays.
+    """
+    chosen = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if not chosen and (mallopt := _of_glibc("mallopt")):
+        mallopt(MMAP_THRESHOLD, KEEP_BYTES) or mallopt(MMAP_THRESHOLD, OLD_KEEP_BYTES)
+        mallopt(TRIM_THRESHOLD, -1)
+
+
+def give_back() -> None:
+    """Return what :func:`keep_freed` has kept so far to the system."""
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """The function ``name`` of the C library; None where that is not glibc."""
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for a failed allocation on a GPU, by torch or C++ on a CPU, or by Python."""
@@ -155,6 +184,7 @@ def measuring(device: torch.device) -> Iterator[Measured]:
         return
     if not can_measure(device):
         raise InputError("auto_batch measures memory on a GPU or under Linux only: set auto_batch=false")
+    give_back()
     done = Event()
 
     def sample() -> None:

@@ -181,11 +181,11 @@ def num_cores() -> int:
 def let_waiting_threads_sleep() -> None:
     """Let torch's threads give up their core soon while they wait. To be called before torch is imported.
 
-    GNU OpenMP spins ten times as long by default, on cores that another process could use; not to spin at all costs
+    GNU OpenMP spins far longer by default, on cores that another process could use; not to spin at all costs
     speed where a thread is slow to wake, as on virtual machines. A choice of the user's stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "30000"
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def provenance(*, device: torch.device, seed: int) -> dict[str, Any]:

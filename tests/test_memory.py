@@ -100,6 +100,7 @@ def test_gpu_failures_are_recognised_and_others_are_not():
 
 
 def test_the_peak_is_measured_though_the_memory_is_given_back():
+    memory.give_back()  # as measuring does: what is kept of earlier work is none of it
     before = memory.held()
     with memory.measuring(CPU) as measured:
         block = torch.ones(64 * MIB, dtype=torch.uint8)
@@ -108,6 +109,13 @@ def test_the_peak_is_measured_though_the_memory_is_given_back():
         del block
     assert measured.bytes >= before + 60 * MIB
     assert memory.peak(CPU) >= measured.bytes - 8 * MIB
+
+
+def test_what_was_kept_is_given_back_before_a_peak_is_measured(monkeypatch):
+    given = []
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    with memory.measuring(CPU):
+        assert given == [True]
 
 
 def test_available_memory_shrinks_with_what_is_taken():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing.queues
 import os
 import signal
@@ -18,16 +17,14 @@ from typing import Any, TypeVar
 from segkit.data.decode import pixel_limit, set_pixel_limit
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError, first_line
+from segkit.memory import keep_freed
 from segkit.progress import show
 from segkit.runtime import die_with_parent
 
 Result = TypeVar("Result")
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers of glibc's mallopt
 START = "fork" if sys.platform == "linux" else "spawn"
 """How workers start: forked ones in milliseconds, and they share the list of samples."""
-KEEP_BYTES = 2**30
-"""Freed memory below this size is kept by a worker."""
 
 _work: tuple[Callable[..., Any], SampleSet] | None = None  # of a worker process
 
@@ -119,7 +116,7 @@ def start_worker(number: int = 0, *, limit: int) -> None:
     die_with_parent(signal.SIGKILL)
     set_pixel_limit(limit)
     one_thread()
-    keep_memory()
+    keep_freed()
 
 
 def _not_sent(error: Exception, item: object) -> None:
@@ -137,17 +134,3 @@ def one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed image buffers instead of returning them to the system; does nothing with other C libraries.
-
-    Every image is a fresh allocation of megabytes; mapping and clearing its pages anew costs as much time as the crop
-    and its colour jitter.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, KEEP_BYTES)
-        mallopt(TRIM_THRESHOLD, KEEP_BYTES)

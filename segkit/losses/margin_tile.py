@@ -13,16 +13,13 @@ runner-ups each pays g_m1 / r. That is a sub-gradient, sums to zero and does not
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from segkit.losses.elementary import LOG2_E, log1p, softplus
 from segkit.losses.tiles import Workspace
 
 BIG = 1e30
-LOG2_E = math.log2(math.e)
 PRODUCT_LIMIT = 10.0
 """Up to this x a product of eight 1 + exp(x) cannot overflow in float32."""
 
@@ -105,11 +102,6 @@ def tied_margin_tile(
     return loss / c, g
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), x itself where float64 could not tell the two apart."""
-    return F.softplus(x, threshold=60.0)
-
-
 def softplus_sum(x: Tensor, work: Workspace, *, limit: float) -> tuple[Tensor, Tensor]:
     """(P,) sum over classes of softplus(z), and (K,P) sigmoid(z); z is at most ``limit``, x = z log2(e) is overwritten.
 
@@ -133,7 +125,7 @@ def softplus_sum(x: Tensor, work: Workspace, *, limit: float) -> tuple[Tensor, T
             if len(odd):
                 q[:1].addcmul_(q[:1], odd).add_(odd)
             factor = torch.add(q[half // 2 :], 1, out=factor[: half - half // 2])
-    return torch.log1p(q).sum(0), g
+    return log1p(q).sum(0), g
 
 
 def margin_dense(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float, w_pos: float) -> tuple[Tensor, Tensor]:
@@ -151,7 +143,7 @@ def margin_dense(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float,
     e = torch.exp(-x.abs())
     g = torch.where(x >= 0, 1, e) / (1 + e)
     weight = torch.where(is_label, w_pos, 1.0)
-    loss = (weight * (torch.relu(x) + torch.log1p(e))).sum(-2)
+    loss = (weight * (x.relu() + log1p(e))).sum(-2)
 
     g = torch.where(is_label, -w_pos, 1.0) * g
     at_top = torch.where(is_top, g, 0.0)

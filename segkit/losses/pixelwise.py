@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from segkit.errors import InputError, check_choice, check_number
 from segkit.losses.checks import check_inputs, check_labels, settings
 from segkit.losses.compiling import TileRule
+from segkit.losses.elementary import expm1
 from segkit.losses.pixel_loss import PixelLoss, at_label_size
 from segkit.losses.tiles import Workspace
 from segkit.margins import checked_counts
@@ -53,7 +54,7 @@ def cross_entropy_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, T
     """Loss (P,) and gradient (K,P) of -log p_y with p = softmax(s); the gradient is p_k - [k = y]."""
     exps, total, log_py = softmax_parts(s, y, work)
     gradient = exps.mul_(1 / total)
-    return -log_py, gradient.scatter_(0, y.unsqueeze(0), torch.expm1(log_py)[None])
+    return -log_py, gradient.scatter_(0, y.unsqueeze(0), expm1(log_py)[None])
 
 
 def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +63,7 @@ def softmax_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     s = s - s.amax(-2, keepdim=True)
     log_p = s - s.exp().sum(-2, keepdim=True).log()
     log_py = torch.where(is_label, log_p, 0.0).sum(-2, keepdim=True)
-    return is_label, log_p, log_py, torch.expm1(log_py)
+    return is_label, log_p, log_py, expm1(log_py)
 
 
 def cross_entropy_dense(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +155,7 @@ def focal_tile(s: Tensor, y: Tensor, work: Workspace, gamma: float) -> tuple[Ten
 
 def focal_slope(log_py: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """q = 1 - p_y, q^gamma and q^gamma (gamma p_y r - 1), see ``focal_tile``, in the shape of ``log_py``."""
-    q = -torch.expm1(log_py)
+    q = -expm1(log_py)
     r = torch.where(q > 0, log_py / torch.where(q > 0, q, 1), -1)
     scale = q**gamma
     return q, scale, scale * (gamma * (1 - q) * r - 1)

@@ -156,6 +156,7 @@ def measure_alone(config: Config, name: str, table: Any, device: torch.device) -
 
 def _measure_bounded(config: Config, *arguments: Any) -> dict[int, int]:
     trust(config.trust)
+    memory.keep_freed()  # as the training does
     with memory.bounded():
         return measure(config, *arguments)
 

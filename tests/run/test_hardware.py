@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,4 +174,35 @@ def test_threads_that_wait_spin_for_as_long_as_was_measured_or_as_the_user_says(
         monkeypatch.setenv(name, value)
     let_waiting_threads_sleep()
     found = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
-    assert found == (own or {"GOMP_SPINCOUNT": "30000"})
+    assert found == (own or {"GOMP_SPINCOUNT": "10000"})
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from segkit import memory, {module}
+{module}.guarded = lambda *_, **__: None
+sys.argv = ["segkit", "--help"]
+{module}.main()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)
+faults, held = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, memory.held()
+memory.give_back()
+print(faults, held - memory.held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize(
+    ("module", "own", "kept"), [("launch", None, True), ("cli", None, True), ("cli", "MALLOC_MMAP_THRESHOLD_", False)]
+)
+def test_freed_memory_is_kept_unless_the_user_says_else(module, own, kept, monkeypatch):
+    """Page faults of an array of 64 MiB where one was freed before; a page has at least 4 KiB, or is a huge one."""
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, str(2**17))
+    done = subprocess.run([sys.executable, "-c", FAULTS.format(module=module)], capture_output=True, text=True)
+    faults, given_back = map(int, done.stdout.split())
+    assert (faults < 16) is (given_back > 2**25) is kept

@@ -88,6 +88,11 @@ def raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ") + place
 
 
+def is_positive(value: float) -> bool:
+    """True for a positive number that float32 holds, and whose reciprocal it holds as well."""
+    return 1 / MOST_NUMBER <= value <= MOST_NUMBER
+
+
 def check_number(value: object, name: str, *, low: float, high: float = MOST_NUMBER, open_low: bool = False) -> float:
     """Return ``value`` as a finite float in [low, high] (``open_low``: (low, high]); InputError names ``name``."""
     good = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
@@ -107,11 +112,11 @@ def check_choice(value: object, name: str, choices: tuple[object, ...]) -> None:
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], *, num_channels: int, most: float = 1.0) -> None:
     """Raise InputError unless every channel has one mean, of at most ``most``, and one positive deviation."""
-    finite = all(-math.inf < value <= most for value in mean) and all(0 < value < math.inf for value in std)
+    finite = all(-math.inf < value <= most for value in mean) and all(map(is_positive, std))
     if len(mean) != num_channels or len(std) != num_channels or not finite:
         raise InputError(
             f"model.mean is {list(mean)} and model.std {list(std)}, but the model wants {num_channels} values each, "
-            "for colours from 0 to 1, and positive deviations: set model.mean=null model.std=null"
+            "for colours from 0 to 1, and positive deviations (1e-30 or more): set model.mean=null model.std=null"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from segkit.errors import InputError
+from segkit.errors import InputError, is_positive
 
 
 class LabelSize(Enum):
@@ -179,7 +179,9 @@ class DatasetConfig:
         )
         require(
             self.mean is self.std is None
-            or (len(mean) == len(std) == num and min(std) > 0 and least <= min(mean) and max(mean) < most),
+            or (
+                len(mean) == len(std) == num and all(map(is_positive, std)) and least <= min(mean) and max(mean) < most
+            ),
             f"dataset.mean is {self.mean} and dataset.std {self.std}, but {num} values each are wanted "
             f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations: set both "
             "to what `segkit stats` prints, and leave a channel of one value out",

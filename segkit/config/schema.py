@@ -20,7 +20,7 @@ from typing import Any
 
 from segkit.config.dataset import RGB, DatasetConfig, require, within
 from segkit.config.targets import GROUPS, check_node, group_name
-from segkit.errors import MOST_NUMBER, check_normalisation
+from segkit.errors import MOST_NUMBER, check_normalisation, is_positive
 
 MOST_STEPS = 10**9
 """Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
@@ -127,7 +127,7 @@ class PhaseConfig:
         )
         within(f"{key}.steps", self.steps, 1, MOST_STEPS)
         for number in ("lr", "warmup_steps", "poly_power"):
-            within(f"{key}.{number}", getattr(self, number), 0)
+            within(f"{key}.{number}", getattr(self, number), 0, MOST_NUMBER)
         require(
             self.lr_schedule is not LrSchedule.one_cycle or not self.warmup_steps,
             f"{key}.warmup_steps is {self.warmup_steps}, but one_cycle has a rise of its own: set {key}.warmup_steps=0",
@@ -254,7 +254,7 @@ class Config:
         )
         for pattern, factor in self.lr_factors.items():
             require(
-                bool(PART(str(pattern))) and type(factor) in (int, float) and 0 < factor <= MOST_NUMBER,
+                bool(PART(str(pattern))) and type(factor) in (int, float) and is_positive(factor),
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
                 f"freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
@@ -288,8 +288,8 @@ class Config:
             f"equal parts: set batch_size={math.ceil(self.batch_size / self.accumulate) * self.accumulate}",
         )
         require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"clip_norm is {self.clip_norm}, but must be positive or null: set clip_norm=1.0",
+            self.clip_norm is None or is_positive(self.clip_norm),
+            f"clip_norm is {self.clip_norm}, but must be positive or null (1e-30 to 1e30): set clip_norm=1.0",
         )
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
@@ -309,8 +309,9 @@ class Config:
             "head=reset replaces the last layer of init_from, but that is null: set init_from=PATH, or head=keep",
         )
         require(
-            self.encoder_lr_factor > 0,
-            f"encoder_lr_factor is {self.encoder_lr_factor}, but must be positive: set encoder_lr_factor=1.0",
+            is_positive(self.encoder_lr_factor),
+            f"encoder_lr_factor is {self.encoder_lr_factor}, but must be positive (1e-30 to 1e30): set "
+            "encoder_lr_factor=1.0",
         )
 
     @property
@@ -377,7 +378,7 @@ def check_targets(config: Config) -> None:
 def _check_optimizer(node: dict[str, Any]) -> None:
     """Raise InputError for numbers that any optimizer of torch refuses, before torch is imported."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        within(f"optimizer.{name}", node.get(name), 0)
+        within(f"optimizer.{name}", node.get(name), 0, MOST_NUMBER)
     for name in ("capturable", "differentiable"):
         text = f"optimizer.{name} is {node.get(name)}, but is for programs that record a step or differentiate it"
         require(not node.get(name), f"{text}: leave it out")

@@ -140,7 +140,7 @@ def margin_dense(s: Tensor, y: Tensor, rho_k0: Tensor, rho_0k: Tensor, c: float,
     gap = torch.where(alone, top - second, 0.0)
     scaled = c * torch.where(is_top, gap, s - top)
     x = torch.where(is_label, rho_k0[:, None] - scaled, rho_0k[:, None] + scaled)
-    e = torch.exp(-x.abs())
+    e = torch.exp2(-LOG2_E * x.abs())
     g = torch.where(x >= 0, 1, e) / (1 + e)
     weight = torch.where(is_label, w_pos, 1.0)
     loss = (weight * (x.relu() + log1p(e))).sum(-2)

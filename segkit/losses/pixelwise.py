@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from segkit.errors import InputError, check_choice, check_number
 from segkit.losses.checks import check_inputs, check_labels, settings
 from segkit.losses.compiling import TileRule
-from segkit.losses.elementary import expm1
+from segkit.losses.elementary import LOG2_E, expm1
 from segkit.losses.pixel_loss import PixelLoss, at_label_size
 from segkit.losses.tiles import Workspace
 from segkit.margins import checked_counts
@@ -46,7 +46,7 @@ def softmax_parts(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor
     """Return exp(s - max s) (K,P), its sum over classes (P,) and log p_y (P,), p = softmax(s), of s (K,P), y (P,)."""
     s = torch.sub(s, s.amax(0), out=work.buffer("exponentials", s))
     label_s = s.gather(0, y.unsqueeze(0))[0]
-    total = s.exp_().sum(0)
+    total = s.mul_(LOG2_E).exp2_().sum(0)
     return s, total, label_s - total.log()
 
 

@@ -26,12 +26,15 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as every command of segkit does
 
 import torch
 import torch.nn.functional as F

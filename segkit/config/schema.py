@@ -378,7 +378,7 @@ def check_targets(config: Config) -> None:
 def _check_optimizer(node: dict[str, Any]) -> None:
     """Raise InputError for numbers that any optimizer of torch refuses, before torch is imported."""
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        within(f"optimizer.{name}", node.get(name), 0, MOST_NUMBER)
+        within(f"optimizer.{name}", node.get(name), 0)
     for name in ("capturable", "differentiable"):
         text = f"optimizer.{name} is {node.get(name)}, but is for programs that record a step or differentiate it"
         require(not node.get(name), f"{text}: leave it out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.schema import Config, is_free, plain
+from segkit.config.targets import short_name
 from segkit.data import SampleSet
 from segkit.data.files import read_bytes
 from segkit.data.statistics import file_state, meaning
@@ -71,6 +72,8 @@ def check_changes(path: Path, before: dict[str, Any], config: Config) -> dict[st
             "or another hydra.run.dir, or ignore_config_change=true to go on with the new values where that is possible"
         )
     fixed = {key: values for key, values in found.items() if not takes_effect(key)}
+    if short_name(config.optimizer) == "RMSprop" and not found.get("optimizer.momentum", (1,))[0]:
+        fixed["optimizer.momentum"] = found["optimizer.momentum"]  # of which it has kept no average
     if fixed:
         raise InputError(
             f"{path} holds a run of another configuration, and these keys cannot change within a run: "

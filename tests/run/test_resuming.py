@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -132,6 +133,18 @@ def test_which_keys_take_effect():
     assert takes_effect("schedule.finetune.loss.tau")
     assert not takes_effect("schedule.finetune.dataset.crop")
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == {"a.c": (2, None), "a.d": (None, 3)}
+
+
+@pytest.mark.parametrize(("kind", "effective"), [("RMSprop", False), ("SGD", True)])
+def test_a_momentum_from_nothing_needs_an_optimizer_that_begins_one(tmp_path, kind, effective):
+    own = ["optimizer=sgd", f"optimizer._target_=torch.optim.{kind}", "ignore_config_change=true"]
+    before = plain(compose([*own, "optimizer.momentum=0"]))
+    with (
+        contextlib.nullcontext() if effective else pytest.raises(InputError, match=r"optimizer.momentum \(0 there, 0.9")
+    ):
+        assert check_changes(tmp_path, before, compose([*own, "optimizer.momentum=0.9"])) == {
+            "optimizer.momentum": (0, 0.9)
+        }
 
 
 def test_a_key_of_a_recipe_is_no_change(tmp_path):

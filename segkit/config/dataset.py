@@ -183,8 +183,8 @@ class DatasetConfig:
                 len(mean) == len(std) == num and all(map(is_positive, std)) and least <= min(mean) and max(mean) < most
             ),
             f"dataset.mean is {self.mean} and dataset.std {self.std}, but {num} values each are wanted "
-            f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations: set both "
-            "to what `segkit stats` prints, and leave a channel of one value out",
+            f"(dataset.in_channels), of values divided by {self.dtype.divisor:.0f}, and positive deviations (1e-30 or "
+            "more): set both to what `segkit stats` prints, and leave a channel of one value out",
         )
 
     def check_statistics(self) -> None:

@@ -255,8 +255,8 @@ class Config:
         for pattern, factor in self.lr_factors.items():
             require(
                 bool(PART(str(pattern))) and type(factor) in (int, float) and is_positive(factor),
-                f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number: set "
-                f"freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
+                f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number "
+                f"(1e-30 to 1e30): set freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
         within("batch_size", self.batch_size, 1, 2**16)
         within("workers", self.workers, 0, 1000)

@@ -147,7 +147,7 @@ BLUR = "+augment.x={_target_:albumentations.GaussNoise,p:1.0}"
         (["dataset.in_channels=0"], r"dataset\.in_channels is 0, but must be from 1 to 1000"),
         ([*FIVE, "dataset.std=[1,1,1]"], r"dataset\.mean is .* but 5 values each are wanted"),
         ([*FIVE, "dataset.mean=[0,-0.1,0,0,0]"], r"of values divided by 255, and positive deviations"),
-        ([*FIVE, "dataset.std=[1,1,1,1,0]"], r"positive deviations: set both to what `segkit stats` prints"),
+        ([*FIVE, "dataset.std=[1,1,1,1,0]"], r"positive deviations \(1e-30 or more\): set both to what"),
         ([*FIVE, "dataset.mean=[2,1,1,1,1]"], r"of values divided by 255"),
         (["dataset.mean=[0,0,0]"], r"dataset\.mean is \[0\.0, 0\.0, 0\.0\] and dataset\.std None, but 3 values each"),
     ],

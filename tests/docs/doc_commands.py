@@ -88,7 +88,7 @@ class Runner:
     def train(self, words: list[str]) -> None:
         """``python train.py WORDS``: composed, checked, data opened; carried out only if ``trains``."""
         if words in (["--help"], ["--cfg", "job"]):
-            return  # tests/test_config.py runs both
+            return  # tests/test_overrides.py runs both
         words = without_config_dir(words)
         if words[:1] in (["-m"], ["--multirun"]):
             self.sweep(corners(words[1:]), value_of("hydra.sweep.dir", words))

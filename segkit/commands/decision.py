@@ -91,12 +91,12 @@ def check_unseen(fitted_on: Mapping[str, Any] | None, scored: SampleSet, dataset
 
 def model_and_decision(saved: SavedRun, name: str, *, checkpoint: str) -> tuple[Any, Decision]:
     """Return the trained model and the stored decision ``name``, which is refused before the model is read."""
-    decision_of(saved, name, checkpoint=checkpoint, digest=None)
+    decision_of(saved, name, checkpoint=checkpoint)
     model = saved.model(checkpoint)
     return model, decision_of(saved, name, checkpoint=checkpoint, digest=model.digest)
 
 
-def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str | None) -> Decision:
+def decision_of(saved: SavedRun, name: str, *, checkpoint: str, digest: str | None = None) -> Decision:
     """Return the stored decision ``name`` of the run; InputError if none was fitted for its classes and ``digest``.
 
     ``digest``: that of the model which decides (:class:`segkit.models.Segmenter`); None for any.
@@ -146,13 +146,16 @@ def exported(facts: Mapping[str, Any]) -> Decision:
     return Decision("miou", rule=rule_from_json(facts.get("rule"), facts["classes"]))
 
 
-def to_fit_on(dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
+def to_fit_on(saved: SavedRun, dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
     """Return the images that a decision is fitted on, and what ``fitted_on`` says of them.
 
     Up to :data:`MAX_IMAGES`, evenly chosen from those held out of training (``dataset.holdout``), or from the training
-    images where none were held out.
+    images where none were held out. InputError for classes that are not those of ``saved``, or if nothing can be kept.
     """
+    if (path := saved.folder / FILE).is_dir():
+        raise InputError(f"{path} is a folder, in the way of the decision, which is kept in a file: remove it")
     split = open_split(dataset, HOLDOUT if dataset.holdout else dataset.train_split)
+    check_classes(saved, split.classes)
     num_images = min(MAX_IMAGES, len(split))
     split = split.subset([number * len(split) // num_images for number in range(num_images)])
     return split, {
@@ -164,15 +167,9 @@ def to_fit_on(dataset: DatasetConfig) -> tuple[SampleSet, dict[str, Any]]:
     }
 
 
-def fit(
-    saved: SavedRun, model: Any, dataset: DatasetConfig, *, scored: SampleSet, checkpoint: str, workers: int
-) -> None:
-    """Fit bias and rule together, and write :data:`FILE`; InputError if an image of the split ``scored`` is used."""
-    if (path := saved.folder / FILE).is_dir():
-        raise InputError(f"{path} is a folder, in the way of the decision, which is kept in a file: remove it")
-    split, fitted_on = to_fit_on(dataset)
-    check_classes(saved, split.classes)
-    check_unseen(fitted_on, scored, dataset)
+def fit(saved: SavedRun, model: Any, dataset: DatasetConfig, *, checkpoint: str, workers: int) -> None:
+    """Fit bias and rule together, and write :data:`FILE`."""
+    split, fitted_on = to_fit_on(saved, dataset)
     sample = collect_logits(
         model,
         eval_batches(split, transform=eval_transform(dataset), workers=workers),
@@ -194,6 +191,7 @@ def fit(
             "mean_iou_after": miou.mean_iou_after,
         },
     }
+    path = saved.folder / FILE
     write_json(path, content | {"sha256": checksum(content)})
     before, by_bias, by_rule = (
         100 * value for value in (bias.mean_iou_before, bias.mean_iou_after, miou.mean_iou_after)

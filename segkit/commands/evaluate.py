@@ -72,6 +72,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
         raise InputError("--refit is given without a decision to fit: add --decision miou or --decision bias")
     import numpy as np
 
+    from segkit.commands import decision
     from segkit.evaluation import benchmark_scores
     from segkit.files import write_atomically, write_json
     from segkit.run.changes import trained_on
@@ -83,6 +84,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     split.check_labelled()
     folder = folder_of(saved)
+    fits = check_decision(arguments, saved, dataset, split)
     if split.split != dataset.train_split and (seen := trained_on(saved.path, split)):
         show(
             f"warning: {len(seen)} of the {len(split)} images, {seen[0]} for one, were trained on, as the splits "
@@ -91,7 +93,9 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
         )
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
-    chosen = decide(arguments, saved, dataset, split, model)
+    if fits:
+        decision.fit(saved, model, dataset, checkpoint=arguments.checkpoint, workers=arguments.workers)
+    chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     results, evaluation = evaluate_split(arguments, saved, dataset, split, model, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": model.digest}
     folder.mkdir(exist_ok=True)
@@ -113,17 +117,20 @@ def folder_of(saved: Any) -> Path:
     return folder
 
 
-def decide(arguments: Namespace, saved: Any, dataset: Any, split: Any, model: Any) -> Any:
-    """Return the decision of ``--decision``, fitted before if it is not stored or ``--refit`` is given."""
+def check_decision(arguments: Namespace, saved: Any, dataset: Any, split: Any) -> bool:
+    """Return whether ``--decision`` is to be fitted, as none is stored or ``--refit`` is given.
+
+    InputError, before the model is read, for one whose images are in ``split``, or that is stored and damaged.
+    """
     from segkit.commands import decision
 
     if arguments.decision == "argmax":
-        return decision.Decision()
-    if arguments.refit or not (saved.folder / decision.FILE).exists():
-        decision.fit(saved, model, dataset, scored=split, checkpoint=arguments.checkpoint, workers=arguments.workers)
-    chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
-    decision.check_unseen(chosen.fitted_on, split, dataset)
-    return chosen
+        return False
+    stored = None
+    if not arguments.refit and (saved.folder / decision.FILE).exists():
+        stored = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
+    decision.check_unseen(stored.fitted_on if stored else decision.to_fit_on(saved, dataset)[1], split, dataset)
+    return stored is None
 
 
 def other_root(saved: Any, root: str | None) -> Path | None:

@@ -17,7 +17,7 @@ from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.report.card import card as render
 from segkit.run.portable import scores_of
-from segkit.run.saved import open_run
+from segkit.run.saved import SavedRun, open_run
 from segkit.run.splits import is_held_out, open_phases
 
 NUM_IMAGES = 8
@@ -95,7 +95,7 @@ def evaluations(run):
     return {path.stem: json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")}
 
 
-def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
+def test_fitted_once_on_what_is_never_scored(run, call, tmp_path, monkeypatch):
     for verb, options in (
         (predict, ["--input", tmp_path, "--output", tmp_path / "out"]),
         (export, []),
@@ -123,9 +123,13 @@ def test_fitted_once_on_what_is_never_scored(run, call, tmp_path):
     assert "images" not in on
     assert found["miou"]["classes"] != found["argmax"]["classes"]
     assert "fitted on" in call(evaluate, run, *QUICK, "--decision", "miou", "--refit", "--split", "train")
-    for refit in ([], ["--refit"]):
-        with pytest.raises(InputError, match=r"are in the split holdout \(first: train_\d+\), .*score another --split"):
-            call(evaluate, run, *QUICK, "--decision", "miou", "--split", "holdout", *refit)
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedRun, "model", lambda *_: pytest.fail("the model is read before"))
+        for refit in ([], ["--refit"]):
+            with pytest.raises(
+                InputError, match=r"are in the split holdout \(first: train_\d+\), .*score another --spl"
+            ):
+                call(evaluate, run, *QUICK, "--decision", "miou", "--split", "holdout", *refit)
     call(evaluate, run, *QUICK, "--split", "holdout")
     with pytest.raises(InputError, match="--refit is given without a decision to fit: add --decision"):
         call(evaluate, run, *QUICK, "--refit")
@@ -273,8 +277,8 @@ def test_a_program_is_run_for_who_trusts_it(run, finished, call, tmp_path):
         (["--slide", "0x32", "--decision", "miou"], r"window is \[0, 32\]"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_first_forward_pass(run, call, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate, "decide", None)
+def test_what_does_not_fit_is_refused_before_the_model_is_read(run, call, monkeypatch, options, message):
+    monkeypatch.setattr(SavedRun, "model", None)
     with pytest.raises(InputError, match=message):
         call(evaluate, run, *QUICK, *options)
 

@@ -91,9 +91,23 @@ def crop_of(dataset: SampleSet, transform: TrainTransform, draw: Draw) -> tuple[
     return transform.finish(window.cut(image, shrink), label_cut, window)
 
 
+class _Items(Dataset[Batch | InputError]):
+    """What :meth:`batch` makes of a number; an InputError is handed over as a value (see :func:`_run`)."""
+
+    def __getitem__(self, index: int) -> Batch | InputError:
+        try:
+            return self.batch(index)
+        except InputError as error:
+            return error
+
+    def batch(self, index: int) -> Batch:
+        """Return batch ``index``; raises InputError."""
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
-class _TrainSteps(Dataset[Batch | InputError]):
-    """Item ``s`` is the batch of step ``s``; an InputError is handed over as a value (see :func:`_run`)."""
+class _TrainSteps(_Items):
+    """Item ``s`` is the batch of step ``s``."""
 
     dataset: SampleSet
     transform: TrainTransform
@@ -104,15 +118,9 @@ class _TrainSteps(Dataset[Batch | InputError]):
     world_size: int
     sampler: Sampler | None
 
-    def __getitem__(self, step: int) -> Batch | InputError:
-        try:
-            return self._batch(step)
-        except InputError as error:
-            return error
-
-    def _batch(self, step: int) -> Batch:
+    def batch(self, index: int) -> Batch:
         where: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "phase": self.phase}
-        draws = draws_of(step, self.dataset, self.sampler, **where)[self.rank :: self.world_size]  # this rank's
+        draws = draws_of(index, self.dataset, self.sampler, **where)[self.rank :: self.world_size]  # this rank's
         indices = [draw.sample for draw in draws]
         height, width = self.transform.crop
         channels, dtype = self.dataset.kind
@@ -126,17 +134,14 @@ class _TrainSteps(Dataset[Batch | InputError]):
 
 
 @dataclass(eq=False)
-class _EvalItems(Dataset[Batch | InputError]):
+class _EvalItems(_Items):
     """Item ``i`` is sample ``i`` as a batch of one."""
 
     dataset: SampleSet
     transform: EvalTransform
 
-    def __getitem__(self, index: int) -> Batch | InputError:
-        try:
-            item = self.dataset[index]
-        except InputError as error:
-            return error
+    def batch(self, index: int) -> Batch:
+        item = self.dataset[index]
         image, label = self.transform(item.image, item.label)
         channels, dtype = self.dataset.kind
         images = torch.empty((1, channels, *image.shape[:2]), dtype=getattr(torch, dtype))
@@ -242,7 +247,7 @@ def _grouped(single: Iterator[Batch], batch_size: int, *, pin_memory: bool) -> I
             yield Batch(images, labels, [n for b in held for n in b.names], [i for b in held for i in b.indices])
 
 
-def _run(items: Dataset[Batch | InputError], todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _run(items: _Items, todo: Sequence[int], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Yield ``items[i] for i in todo`` in this order, computed by ``workers`` processes (0: by this one)."""
     workers = min(workers, len(todo))
     with warnings.catch_warnings():

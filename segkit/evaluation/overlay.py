@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.integer]
 
 _MARGIN = 6
-_WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX  # of OpenCV 5, which has letters of all scripts; Pillow's own has English ones
+_SCALE = 1 / 25
+"""Of the font, for letters of one pixel."""
 
 
 def visible(image: NDArray[Any]) -> Bytes:
@@ -58,22 +61,26 @@ def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: in
     pixels = np.bincount(labels.reshape(-1), minlength=len(classes))
     order = [int(k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
     size = int(np.clip(height / 30, 10, 28))
-    font = ImageFont.load_default(size)
     num_lines = max(1, (height - _MARGIN) // (size + _MARGIN))
     named = order if len(order) <= num_lines else order[: num_lines - 1]
     lines = [(k, f"{classes[k]}  {100 * pixels[k] / labels.size:.1f} %") for k in named]
     more = len(order) - len(named)
     texts = [text for _, text in lines] + ([f"and {more} more"] if more else [])
-    width = max(int(font.getlength(text)) for text in texts) + size + 3 * _MARGIN
-    column = Image.new("RGB", (width, height), _WHITE)
-    draw = ImageDraw.Draw(column)
+    width = max(cv2.getTextSize(text, _FONT, size * _SCALE, 1)[0][0] for text in texts) + size + 3 * _MARGIN
+    column = np.full((height, width, 3), 255, np.uint8)
     for row, text in enumerate(texts):
         top = _MARGIN + row * (size + _MARGIN)
         if row < len(lines):
-            colour = tuple(int(v) for v in palette[lines[row][0]])
-            draw.rectangle((_MARGIN, top, _MARGIN + size, top + size), fill=colour, outline=_BLACK)
-        draw.text((size + 2 * _MARGIN, top), text, fill=_BLACK, font=font)
-    return np.asarray(column)
+            corners, colour = ((_MARGIN, top), (_MARGIN + size, top + size)), palette[lines[row][0]].tolist()
+            cv2.rectangle(column, *corners, colour, cv2.FILLED)
+            cv2.rectangle(column, *corners, _BLACK)
+        _write(column, text, (size + 2 * _MARGIN, top), size)
+    return column
+
+
+def _write(picture: Bytes, text: str, place: tuple[int, int], size: int) -> None:
+    """Write ``text`` in black letters of ``size`` pixels, whose upper left corner lies at ``place`` (x, y)."""
+    cv2.putText(picture, text, (place[0], place[1] + size), _FONT, size * _SCALE, _BLACK, 1, cv2.LINE_AA)
 
 
 def overlay_with_legend(image: Bytes, labels: Labels, classes: Sequence[str], palette: Bytes) -> Bytes:
@@ -96,6 +103,6 @@ def side_by_side(
 
 
 def _titled(image: Bytes, title: str, size: int) -> Bytes:
-    strip = Image.new("RGB", (image.shape[1], size + 2 * _MARGIN), _WHITE)
-    ImageDraw.Draw(strip).text((_MARGIN, _MARGIN), title, fill=_BLACK, font=ImageFont.load_default(size))
-    return np.concatenate([np.asarray(strip), image])
+    strip = np.full((size + 2 * _MARGIN, image.shape[1], 3), 255, np.uint8)
+    _write(strip, title, (_MARGIN, _MARGIN), size)
+    return np.concatenate([strip, image])

@@ -61,6 +61,12 @@ def test_legend_of_a_low_image_says_how_many_found_no_room():
     assert legend(labels, CLASSES, PALETTE, height=3).shape[0] == 3
 
 
+def test_a_legend_has_the_letters_of_other_languages_than_english():
+    labels = np.zeros((40, 40), np.uint8)
+    columns = [legend(labels, [name], PALETTE, height=40)[:, :60] for name in ("ß", "é", "路", "я")]
+    assert len({column.tobytes() for column in columns}) == len(columns)
+
+
 def test_side_by_side_holds_image_and_each_prediction():
     image = np.full((60, 80, 3), 100, np.uint8)
     other = np.full((60, 80), 3, np.uint8)

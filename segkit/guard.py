@@ -178,8 +178,9 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return f"the option {option} cannot be read ({first_line(error)}): mend its YAML file", InputError.exit_code
     if override := getattr(_local_in(error, "_apply_overrides_to_config", "override"), "input_line", None):
         return (
-            f"the override {override!r} cannot be applied: something before its last dot is null, a list or one "
-            "value; set that as a whole, or choose one of a group's options, as +loss@schedule.PHASE.loss=NAME"
+            f"the override {override!r} cannot be applied: something in its key is null, a list or one value, and so "
+            "has no keys; give a list as a whole, and to a phase an option, as +loss@schedule.PHASE.loss=NAME, whose "
+            "keys can then be set"
         ), InputError.exit_code
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         text = "a group takes the name of one of its options: `python train.py --help` lists the groups"
@@ -272,14 +273,20 @@ def _explain_os_error(error: OSError) -> str:
 
 def _explain_hydra(error: BaseException) -> str:
     """Hydra's and OmegaConf's messages as one sentence that names the key and what is allowed."""
+    from omegaconf.errors import MissingMandatoryValue
+
+    from segkit.config.compose import reason_of
+
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     cause = error.__cause__ or error.__context__
     if text.startswith(ours := "InputError raised while resolving interpolation: "):
         return lines[0].removeprefix(ours)
-    option = re.search(r"Could not find '([^']+)'", text)
+    option = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if option:
         return _explain_option(option.group(1), text)
+    if advice := _explain_prefix(text):
+        return advice
     key = re.match(r"Could not override '([^']+)'", text)
     if key:
         parent, inner = (getattr(cause, name, None) for name in ("parent_node", "full_key"))
@@ -294,15 +301,39 @@ def _explain_hydra(error: BaseException) -> str:
         )
     if in_option := re.match(r"In '([^']+)': \w+ raised while composing", text):
         place = next((f"{line.removeprefix('full_key: ')}: " for line in lines if line.startswith("full_key: ")), "")
-        return f"the option {in_option[1]} cannot be used ({place}{lines[min(1, len(lines) - 1)]}): mend its YAML file"
+        reason = f"{place}{lines[min(1, len(lines) - 1)]}"
+        return f"the option {in_option[1]} cannot be used ({reason}): mend its YAML file, or the place behind @"
     if text.startswith("Additional config directory"):
         return f"--config-dir names {text.split(chr(39))[1]}, which is no folder: mend the path"
     if text.startswith("Error merging override") and cause is not None:
         reason = first_line(cause)
         if "is not a ListConfig" in reason:
             reason = "write a list in brackets, as KEY=[VALUE,VALUE]"
+        elif "is not a subclass of PhaseConfig" in reason:
+            reason = "set the keys of a phase that is there, and put a further phase into an option of schedule"
+        elif "does not support deletion" in reason:
+            reason = "every run has this key: set it to another value"
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"
-    return ("; ".join(lines[:2]) or first_line(error)) + " (`python train.py --cfg job` shows the configuration)"
+    if isinstance(error, MissingMandatoryValue):
+        return reason_of(error)
+    reason = "; ".join(lines[:2]) or first_line(cause or error)
+    return f"{reason} (`python train.py --cfg job` shows the configuration)"
+
+
+def _explain_prefix(text: str) -> str | None:
+    """Hydra's ``text`` about a + that is missing or too much, as a sentence; None for another text."""
+    if there := re.match(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"there is a key {there[1]} already: write {there[1]}=VALUE, without +"
+    if group := re.match(r"Multiple values for (\S+)\. .*'override \S+: (\S+)'", text):
+        return (
+            f"{group[1]} is chosen already: write {group[1]}={group[2]} without +, or in a list of defaults 'override "
+            f"/{group[1]}: {group[2]}'"
+        )
+    if forced := re.match(r"force-add of config groups is not supported: '\++(.+)'", text):
+        return f"an option of a group is chosen without ++: write {forced[1]}"
+    if missing := re.search(r"To append to your default list use (\+\S+@(\S*)=\S+)", text):
+        return f"no option is chosen for {missing[2]} yet: write {missing[1]}"
+    return None
 
 
 def _explain_key(key: str, parent: Any) -> str:
@@ -340,4 +371,5 @@ def _explain_option(name: str, text: str) -> str:
     options = [line.strip() for line in text.splitlines() if line.startswith("\t")]
     options = [item for item in options if not item.startswith("provider=")]
     hint = did_you_mean(option, options, before=f"{group}=")
-    return f"{group}={option} is not an option: {hint}the options are {', '.join(options)}"
+    listed = f"the options are {', '.join(options)}" if options else "`python train.py --help` lists the options"
+    return f"{group}={option} is not an option: {hint}{listed}"

@@ -124,6 +124,7 @@ def test_a_quoted_value_is_read_as_it_was(text):
         ("dataset.root=(1)", r"the override 'dataset.root=\(1\)' cannot be read"),
         ("dataset.root=/dätä", "the override 'dataset.root=/dätä' cannot be read"),
         ("dataset.root=/a#b", "the override 'dataset.root=/a#b' cannot be read"),
+        ("dataset.crop[0]=8", r"the key of the override 'dataset.crop\[0\]=8' cannot be read: .* is set as a whole"),
         (
             "dataset.root=/a,b",
             "gives several values: add -m for a sweep over them, or put one value with a comma",
@@ -132,6 +133,14 @@ def test_a_quoted_value_is_read_as_it_was(text):
             "hydra.run.dir=",
             "the override 'hydra.run.dir=' is empty, and so would fill this folder: set hydra.run.dir=DIR",
         ),
+        ("~hydra.run.dir", "so would fill this folder: set hydra.run.dir=DIR"),
+        ("augment={}", "'augment={}' changes nothing, as a mapping is added to what is there: choose an option, augm"),
+        ("loss=3", "the override 'loss=3' gives no name, but loss takes the name of one of its options"),
+        ("compile=2", "the override 'compile=2' is neither true nor false: set compile=true or compile=false"),
+        ("accumulate=2147483648", "accumulate is 2147483648, but must be at most 65536"),
+        ("~loss", "the configuration is not valid: loss has no value: set loss=..."),
+        ("seed='???'", "the configuration is not valid: seed has no value: set seed=..."),
+        ("evaluation.pictures=2147483648", "evaluation.pictures is 2147483648, but must be at most 1000"),
         ("trust=[nowhere_at_all]", "trust has 'nowhere_at_all', but there is no such package here, nor in PYTHONPATH"),
         ("dataset.root=", "dataset.root is empty: set dataset.root=DIR"),
         ("dataset.val_split=", "dataset.val_split is empty: set dataset.val_split=NAME"),
@@ -168,8 +177,33 @@ def test_an_override_within_null_or_a_list_is_named(override):
         compose(["schedule=pretrain_finetune", override])
     sentence, code = explain(failed.value)
     assert code == 2
-    assert f"the override {override!r} cannot be applied: something" in sentence
-    assert "+loss@schedule.PHASE.loss=NAME" in sentence
+    assert f"the override {override!r} cannot be applied: something in its key is null, a list or one" in sentence
+    assert "+loss@schedule.PHASE.loss=NAME, whose keys can then be set" in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+seed=1", "there is a key seed already: write seed=VALUE, without +"),
+        ("+loss=dice", "loss is chosen already: write loss=dice without +, or in a list of defaults 'override /loss: "),
+        ("++loss=dice", "an option of a group is chosen without ++: write loss=dice"),
+        ("loss@schedule.train.loss=dice", "for schedule.train.loss yet: write +loss@schedule.train.loss=dice"),
+        (
+            "+loss@x=dice",
+            "the option loss/dice cannot be used (x: Key 'x' not in 'Config'): mend its YAML file, or the ",
+        ),
+        ("+schedule.more={epochs:1}", "put a further phase into an option of schedule"),
+        ("~dataset.crop", "~dataset.crop is not allowed: every run has this key: set it to another value"),
+        ("loss=[dice,nowhere]", "loss=nowhere is not an option: `python train.py --help` lists the options"),
+        ("loss=${.}", "extraneous input '}'"),
+    ],
+)
+def test_what_hydra_refuses_names_a_cure(override, message):
+    with pytest.raises(Exception) as failed:
+        compose(["schedule=single", override])
+    sentence, code = explain(failed.value)
+    assert code == 2
+    assert message in sentence
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99999999999999999999", "cpu:-1", "gpu"])

@@ -63,7 +63,6 @@ def quoted(value: object) -> str:
 def check_overrides(arguments: Sequence[str]) -> None:
     """Raise InputError for an override among ``arguments`` (of the command line) that Hydra cannot read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     sweeps = bool({"-m", "--multirun"} & set(arguments))
@@ -72,7 +71,6 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if text.startswith("-") or ("=" not in text and text[:1] not in "+~"):
             continue
         key, _, value = text.partition("=")
-        in_quotes = shlex.quote(f"{key}={quoted(value)}")
         if (plain := value.strip("'\"")).startswith("~/"):
             place = shlex.quote(f"{key}={quoted(os.path.expanduser(plain))}")
             raise InputError(f"the override {text!r} has a ~ that no shell replaces there: write {place}")
@@ -80,29 +78,17 @@ def check_overrides(arguments: Sequence[str]) -> None:
             raise InputError(
                 f"the override {text!r} is an address, but a folder of this machine is needed: set {key}=DIR"
             )
-        try:
-            override = parser.parse_override(text)
-        except (HydraException, ValueError, AttributeError):
-            if sys.flags.optimize:  # Hydra's parser works within its assertions
-                raise InputError(
-                    f"the override {text!r} cannot be read without assertions: call python without -O, and unset "
-                    "PYTHONOPTIMIZE"
-                ) from None
-            raise InputError(
-                f"the override {text!r} cannot be read: it is KEY=VALUE, and a value with signs such as = ( [ {{ # ~ "
-                f"or letters beyond ASCII stands in quotes, {in_quotes}"
-            ) from None
+        override = _read_override(parser, text)
         if not key.strip("+~ "):
             raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
         if key.strip("+~ ") in ("hydra.run.dir", "hydra.sweep.dir") and override.value() in (None, ""):
-            raise InputError(f"the override {text!r} is empty, and so would fill this folder: set {key}=DIR")
-        given = override.value() if (config_dir() / key.strip("+~ ")).is_dir() else None
-        if isinstance(given, list) and not all(isinstance(name, str) for name in given):
-            raise InputError(f"the override {text!r} gives a list, but {key} takes the name of one of its options")
+            place = key.strip("+~ ")
+            raise InputError(f"the override {text!r} is empty, and so would fill this folder: set {place}=DIR")
+        _check_given(override, text, key)
         if override.is_sweep_override() and not sweeps:
             raise InputError(
                 f"the override {text!r} gives several values: add -m for a sweep over them, or put one value with a "
-                f"comma in quotes, {in_quotes}"
+                f"comma in quotes, {_in_quotes(text)}"
             )
         if override.is_discrete_sweep():
             num_jobs *= _num_values(override, text, any(item.startswith("--config-dir") for item in arguments))
@@ -110,6 +96,61 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise InputError(
             f"the sweep has {num_jobs} jobs or more, but at most {MOST_JOBS}: give fewer values, or search, "
             "-m sweep=search"
+        )
+
+
+def _in_quotes(text: str) -> str:
+    """The override ``text`` with its value in quotes, for a shell."""
+    key, _, value = text.partition("=")
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def _read_override(parser: Any, text: str) -> Any:
+    """What Hydra's ``parser`` makes of the override ``text``; InputError if it cannot read the key, or the value."""
+    from hydra.errors import HydraException
+
+    try:
+        return parser.parse_override(text)
+    except (HydraException, ValueError, AttributeError):
+        if sys.flags.optimize:  # Hydra's parser works within its assertions
+            raise InputError(
+                f"the override {text!r} cannot be read without assertions: call python without -O, and unset "
+                "PYTHONOPTIMIZE"
+            ) from None
+    try:
+        parser.parse_override(f"{text.partition('=')[0]}=1")
+    except (HydraException, ValueError, AttributeError):
+        raise InputError(
+            f"the key of the override {text!r} cannot be read: it is names with dots between them, as loss.tau=3, and "
+            "a list is set as a whole, as dataset.crop=[512,512]"
+        ) from None
+    raise InputError(
+        f"the override {text!r} cannot be read: it is KEY=VALUE, and a value with signs such as = ( [ {{ # ~ "
+        f"or letters beyond ASCII stands in quotes, {_in_quotes(text)}"
+    )
+
+
+def _check_given(override: Any, text: str, key: str) -> None:
+    """Raise InputError if the value of ``override`` is none that a group takes, would change nothing, or is a number
+    for what is true or false: any number but 0 would be true."""
+    if override.is_sweep_override() or override.is_delete():
+        return
+    given, place = override.value(), key.strip("+ ")
+    if type(given) is int and given not in (0, 1) and typing.get_type_hints(Config).get(place) is bool:
+        raise InputError(f"the override {text!r} is neither true nor false: set {place}=true or {place}=false")
+    if not (config_dir() / place).is_dir():
+        return
+    if given == {} and not override.is_add():
+        raise InputError(
+            f"the override {text!r} changes nothing, as a mapping is added to what is there: choose an option, "
+            f"{place}=NAME, or take out a key, ~{place}.NAME"
+        )
+    names = given if isinstance(given, list) else [given]
+    if not isinstance(given, dict) and not (names and all(isinstance(item, str) and item != "???" for item in names)):
+        kind = "a list" if isinstance(given, list) else "no name"
+        raise InputError(
+            f"the override {text!r} gives {kind}, but {key} takes the name of one of its options: `python train.py "
+            "--help` lists them"
         )
 
 
@@ -162,7 +203,11 @@ def to_config(node: Any) -> Config:
 
 def reason_of(error: Exception) -> str:
     """What is wrong in one line, with the key that OmegaConf names apart from it."""
+    from omegaconf.errors import MissingMandatoryValue
+
     key = getattr(error, "full_key", None)
+    if key and isinstance(error, MissingMandatoryValue):  # ??? or ~KEY
+        return f"{key} has no value: set {key}=..."
     return f"{key}: {first_line(error)}" if key else first_line(error)
 
 

@@ -24,6 +24,10 @@ from segkit.errors import MOST_NUMBER, check_normalisation, is_positive
 
 MOST_STEPS = 10**9
 """Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
+MOST_IMAGES = 2**16
+"""Images of a batch, and parts into which it is cut"""
+MOST_PICTURES = 1000
+"""Images of an evaluation that are shown: all stand in one picture, in memory."""
 PART = re.compile(r"[\w.*?!\[\]-]+").fullmatch  # a part of a dotted name, or a pattern of some
 
 FREE_KEYS = (
@@ -114,7 +118,7 @@ class PhaseConfig:
         key = f"schedule.{name}"
         require(
             self.epochs is not None or self.steps is not None,
-            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=...",
+            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=..., or correct its name",
         )
         require(
             self.epochs is None or self.steps is None,
@@ -145,8 +149,9 @@ class EvaluationConfig:
     pictures: int = 4
 
     def __post_init__(self) -> None:
-        for key, least in {"every_steps": 1, "batch_size": 1, "max_images": 1, "pictures": 0}.items():
-            within(f"evaluation.{key}", getattr(self, key), least)
+        for key in ("every_steps", "batch_size", "max_images"):
+            within(f"evaluation.{key}", getattr(self, key), 1)
+        within("evaluation.pictures", self.pictures, 0, MOST_PICTURES)
         require(
             self.every_epochs is None or 0 < self.every_epochs <= MOST_STEPS,
             f"evaluation.every_epochs is {self.every_epochs}, but must be positive, at most {MOST_STEPS}, or null: "
@@ -258,9 +263,10 @@ class Config:
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number "
                 f"(1e-30 to 1e30): set freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
-        within("batch_size", self.batch_size, 1, 2**16)
+        within("batch_size", self.batch_size, 1, MOST_IMAGES)
+        within("accumulate", self.accumulate, 1, MOST_IMAGES)
         within("workers", self.workers, 0, 1000)
-        for key in ("accumulate", "log_every", "checkpoint_every", "overfit_batches", "limit_steps", "max_pixels"):
+        for key in ("log_every", "checkpoint_every", "overfit_batches", "limit_steps", "max_pixels"):
             within(key, getattr(self, key), 1)
         for key in ("profile_steps", "seed"):
             within(key, getattr(self, key), 0)

@@ -180,7 +180,7 @@ def measure(
     model = build_model(config, len(classes)).to(device)
     average = copy.deepcopy(model) if config.ema_decay is not None else None
     loss = build_loss(config.phase_loss(name), even_counts(classes), ignore_index=ignore_index).to(device)
-    optimizer = build_optimizer(config, model, config.schedule[name].lr)
+    optimizer = build_optimizer(config, model, name)
     mixed = Mixed(config.precision.value, device)
     scaler = mixed.scaler()
     crop = config.phase_dataset(name).crop

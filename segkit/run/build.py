@@ -85,23 +85,26 @@ def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) 
     return instantiate(node, facts, key="loss")
 
 
-def build_optimizer(config: Config, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over the parameter groups of ``model``; ``lr`` replaces its learning rate.
+def build_optimizer(config: Config, model: nn.Module, phase: str | None) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over the parameter groups of ``model``, with the learning rate of ``phase`` if it
+    has one.
 
     One of :data:`FUSED` is so on a CPU and with CUDA unless the configuration names a form, or is strict: the last bits
     differ.
     """
     node = dict(config.optimizer)
+    lr = None if phase is None else config.schedule[phase].lr
+    keys = {name: f"optimizer.{name}" for name in node}
     if lr is not None:
-        node["lr"] = lr
+        node["lr"], keys["lr"] = lr, f"schedule.{phase}.lr"
     if "lr" not in node:
         raise InputError("optimizer.lr is needed: set optimizer.lr=...")
     for name, value in ((name, value) for name, value in node.items() if type(value) in (int, float)):
         single = float(torch.tensor(float(value), dtype=torch.float64).float().abs())
         if not math.isfinite(single) or (single == 0 and (value or name == "eps")):
             raise InputError(
-                f"optimizer.{name} is {value}, which as a number of 32 bits is {single}, so steps would give NaN or "
-                f"nothing: set another optimizer.{name}"
+                f"{keys[name]} is {value}, which as a number of 32 bits is {single}, so steps would give NaN or "
+                f"nothing: set another {keys[name]}"
             )
     groups = parameter_groups(
         model, lr=node["lr"], encoder_lr_factor=config.encoder_lr_factor, lr_factors=config.lr_factors
@@ -139,7 +142,7 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
         train_transform(config, name, augment=True, ignore_index=table.ignore_index)
     alone = dataclasses.replace(config, lr_factors={})
     for name in tables:
-        build_optimizer(alone, nn.Linear(1, 1), config.schedule[name].lr)
+        build_optimizer(alone, nn.Linear(1, 1), name)
 
 
 def check_sizes(config: Config, device: torch.device) -> None:

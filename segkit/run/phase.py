@@ -106,7 +106,7 @@ def prepare_phase(
         model=model,
         loss=loss,
         observer=charts.LossObserver(loss, every=config.log_every * config.accumulate) if observed else None,
-        optimizer=build_optimizer(config, model, config.schedule[name].lr),
+        optimizer=build_optimizer(config, model, name),
         device=device,
     )
 

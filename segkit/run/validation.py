@@ -86,8 +86,9 @@ class Validation:
             results, sums = self.evaluate(model)
         except NonFiniteLogits:
             raise NonFiniteLogits(
-                f"after step {step} of phase {self.batches.plan.name} the logits of the model are not finite (inf or "
-                "nan): lower optimizer.lr, or set clip_norm=1.0 or precision=fp32"
+                f"after step {step} of phase {(phase := self.batches.plan.name)} the logits of the model are not "
+                f"finite (inf or nan): lower optimizer.lr (schedule.{phase}.lr where that is set), or set "
+                "clip_norm=1.0 or precision=fp32"
             ) from None
         assert self.last is not None
         classes = {name: {score: values[score] for score in SCORES} for name, values in results["classes"].items()}

@@ -315,8 +315,8 @@ class Trainer:
         bundle = self._bundle(error, batch.names, findings=findings)
         raise NonFiniteLoss(
             f"{error} {where} for the images {', '.join(batch.names)}; the batch and the state before it are in "
-            f"{bundle} (`segkit replay` repeats the step): lower optimizer.lr, set clip_norm=1.0 or precision=bf16, or "
-            "look at these images"
+            f"{bundle} (`segkit replay` repeats the step): lower optimizer.lr (schedule.{self.settings.phase}.lr "
+            "where that is set), set clip_norm=1.0 or precision=bf16, or look at these images"
         ) from None
 
     def _loading_failed(self, error: Exception) -> NoReturn:

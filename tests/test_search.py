@@ -157,7 +157,8 @@ def test_no_trial_starts_after_the_hours(tmp_path):
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):
-    fake(tmp_path, "sweep.trials=1")
+    fake(tmp_path, "sweep.space.loss.tau.high=3")  # one that was refused before it began is none
+    fake(tmp_path, "sweep.trials=1").finish()
     with pytest.raises(
         InputError, match=r"holds a search with other space .* give the same ones, or another hydra.sweep"
     ):
@@ -286,6 +287,8 @@ def test_distributions():
     assert distribution("k", {"low": 1, "high": 9}, 4) == kinds.IntDistribution(1, 9)
     assert distribution("k", {"low": 1, "high": 9, "log": True}, 4.0) == kinds.FloatDistribution(1.0, 9.0, log=True)
     assert distribution("k", {"choices": ["a", None]}, "a") == kinds.CategoricalDistribution(["a", None])
+    trial = optuna.trial.FixedTrial({"k": 0.99996})
+    assert search.suggest(trial, "k", kinds.FloatDistribution(0.9, 0.99998)) == 0.99998  # not 1
     assert leaves({"a": {"b": {"low": 1}}, "c": {"choices": [1]}}) == {"a.b": {"low": 1}, "c": {"choices": [1]}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import multiprocessing
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -141,7 +142,8 @@ def measure_alone(config: Config, name: str, table: Any, device: torch.device) -
     arguments = (config, name, tuple(table.classes), table.ignore_index, device)
     if device.type != "cpu":
         return measure(*arguments)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn, ends_at_once = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=signal.signal, initargs=ends_at_once) as pool:
         # the process imports the main module, which is a script, and may call segkit.train as soon as it is imported
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:

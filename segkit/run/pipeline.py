@@ -111,7 +111,8 @@ def _prepare(
     distributed.on_main(lambda: folder.check_places(splits))
     begun = folder.begun_config()
     config, reasons = hardware.choose(config, begun=begun, device=device)
-    config, chosen = auto_batch.choose_batch(config, begun=begun, phases=splits, device=device)
+    with interrupted_by(stop, "stopped while auto_batch measured memory"):
+        config, chosen = auto_batch.choose_batch(config, begun=begun, phases=splits, device=device)
     folder.config = config
     changes = distributed.on_main(lambda: folder.check(splits))
     if config.profile_steps:

@@ -131,17 +131,17 @@ class Search(LocalSweep):
         if self.budget.trials is None and self.budget.hours is None:
             raise InputError("sweep.trials and sweep.hours are null, but a search needs an end: set sweep.trials=20")
         self.space = {key: distribution(key, spec, current_value(plain(config), key)) for key, spec in specs.items()}
-        self.study = self._open(specs)
+        self._asked = {"overrides": self.overrides, "space": specs}
+        self.study = self._open(self._asked)
         self._trials: dict[int, Any] = {}
         self._steps: dict[int, set[int]] = {}
         self._stopped: set[int] = set()
         self._looked = 0.0
         self._end = None if self.budget.hours is None else time.monotonic() + 3600 * self.budget.hours
 
-    def _open(self, specs: dict[str, Any]) -> Any:
-        """The study in the folder, or a new one."""
+    def _open(self, mine: dict[str, Any]) -> Any:
+        """The study in the folder, which must be of the command ``mine``, or a new one."""
         optuna = import_optuna()
-        mine = {"overrides": self.overrides, "space": specs}
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / STUDY).exists() and not (self.folder / STUDY).is_file():  # to open a pipe would wait for ever
             raise InputError(f"{self.folder / STUDY} is no file: remove it, or set another hydra.sweep.dir")
@@ -172,7 +172,6 @@ class Search(LocalSweep):
                 f"{self.folder} holds a search with other {different} ({theirs[different]} there, {mine[different]} "
                 "now): give the same ones, or another hydra.sweep.dir"
             )
-        study.set_user_attr("command", mine)
         return study
 
     def extremes(self) -> Iterator[list[str]]:
@@ -184,6 +183,7 @@ class Search(LocalSweep):
     def _run(self) -> None:
         """Start all trials that are still to be run."""
         self.share(self.budget.trials)
+        self.study.set_user_attr("command", self._asked)  # not before: a search that is refused leaves its folder free
         optuna = import_optuna()
         unfinished = []
         for frozen in self.study.get_trials(deepcopy=False):
@@ -322,7 +322,8 @@ def suggest(trial: Any, key: str, found: Any) -> Any:
         return trial.suggest_categorical(key, found.choices)
     if isinstance(found, distributions.IntDistribution):
         return trial.suggest_int(key, found.low, found.high, log=found.log)
-    return float(f"{trial.suggest_float(key, found.low, found.high, log=found.log):.4g}")
+    short = float(f"{trial.suggest_float(key, found.low, found.high, log=found.log):.4g}")
+    return min(max(short, found.low), found.high)
 
 
 def written(item: tuple[str, Any]) -> str:

@@ -70,9 +70,9 @@ def test_a_step_is_measured_as_it_is(tmp_path, monkeypatch):
     assert peaks[4] - peaks[2] > 4 * one_level
 
 
-def run(folder: Path, *overrides: str) -> None:
+def run(folder: Path, *overrides: str, stop=None) -> None:
     config = compose([*SMALL, f"cache_dir={folder.parent}/cache", *overrides])
-    pipeline.run(config, folder, open_phases(config))
+    pipeline.run(config, folder, open_phases(config), stop=stop)
 
 
 def test_a_run_takes_the_largest_batch_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
@@ -97,6 +97,15 @@ def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(auto_batch, "measure_alone", lambda *arguments: {2: 300, 4: 301})
     run(tmp_path / "run")
     assert "batch_size=23 instead of 8" in capsys.readouterr().out
+
+
+def test_a_signal_that_ends_the_measuring_process_as_well_is_no_lack_of_memory(tmp_path, monkeypatch):
+    def ended(config, name, table, device):
+        raise auto_batch._does_not_fit(config, name, device, MemoryError("the system ended the process that tried"))
+
+    monkeypatch.setattr(auto_batch, "measure_alone", ended)
+    with pytest.raises(errors.Interrupted, match="stopped while auto_batch measured memory"):
+        run(tmp_path / "run", stop=lambda: True)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ class LabelledBatch(Protocol):
 Predict = Callable[[nn.Module, Tensor, tuple[int, int]], Tensor]
 """(model, images on the device, (H, W)) -> predictions (N, H, W)."""
 
-Reduce = Callable[[Tensor, Any], tuple[Tensor, list[Any]]]
-"""(counts, local) -> (counts summed over all ranks, the picklable ``local`` of every rank)."""
+Gather = Callable[[Any], list[Any]]
+"""The picklable value of this rank -> the values of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,19 @@ def evaluate(
     predict: Predict = whole_image,
     pictures: Container[int] = (),
     boundary_ratio: float | None = None,
-    reduce: Reduce | None = None,
+    gather: Gather | None = None,
     progress: Callable[[Iterable[LabelledBatch]], Iterable[LabelledBatch]] | None = None,
 ) -> Evaluation:
     """Predict every batch and count it against its labels.
 
     ``dtype``: of autocast; None for none. ``predict`` turns images into predictions of the labels' size. ``pictures``:
     numbers in the data set of the images to keep. ``boundary_ratio`` (such as 0.02, a share of the
-    diagonal): also count `BoundaryCounts`. ``reduce`` sums the counts and gathers the rest over the ranks,
-    each of which holds a part of the data set (no image twice). ``progress`` wraps the iterable of batches. The
-    model's train/eval mode is restored.
+    diagonal): also count `BoundaryCounts`. ``gather`` puts the ranks together, each of which holds a part of the data
+    set (no image twice). ``progress`` wraps the iterable of batches. The model's train/eval mode is restored.
 
     Raises `InputError` if there is no image, or as `count_images` and ``predict`` do.
     """
     device = torch.device(device)
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     boundary = None
     if boundary_ratio is not None:
         boundary = BoundaryCounts(num_classes, ignore_index=ignore_index, ratio=boundary_ratio)
@@ -124,7 +122,6 @@ def evaluate(
             found = count_images(
                 predictions, labels, num_classes=num_classes, ignore_index=ignore_index, names=batch.names
             )
-            counts += found.sum(0)
             if boundary is not None or any(index in pictures for index in batch.indices):
                 predictions = predictions.cpu()
             for i, (index, name) in enumerate(zip(batch.indices, batch.names, strict=True)):
@@ -134,10 +131,7 @@ def evaluate(
                 local.images[index] = _Image(name, sparse(found[i].numpy()), picture)
                 if add_boundary is not None:
                     add_boundary(predictions[i].numpy(), batch.labels[i].cpu().numpy().copy())
-    parts = [local]
-    if reduce is not None:
-        counts, parts = reduce(counts.to(device), local)
-    return _merge(counts, parts, ignore_index)
+    return _merge([local] if gather is None else gather(local), num_classes, ignore_index)
 
 
 @contextmanager
@@ -166,8 +160,8 @@ def _picture(batch: LabelledBatch, i: int, prediction: Tensor) -> Picture:
     return Picture(batch.names[i], image, label, prediction.numpy().copy())
 
 
-def _merge(counts: Tensor, parts: Sequence[_Local], ignore_index: int) -> Evaluation:
-    """Put together what the ranks gathered; ``counts`` is the sum over all of them."""
+def _merge(parts: Sequence[_Local], num_classes: int, ignore_index: int) -> Evaluation:
+    """Put together what the ranks gathered."""
     images: dict[int, _Image] = {}
     boundary = parts[0].boundary
     for part in parts:
@@ -179,12 +173,10 @@ def _merge(counts: Tensor, parts: Sequence[_Local], ignore_index: int) -> Evalua
         raise InputError("there is no image to evaluate; check dataset.root and dataset.val_split")
     ordered = [images[index] for index in sorted(images)]
     per_image = PerImageCounts.from_sparse(
-        [image.counts for image in ordered], [image.name for image in ordered], num_classes=len(counts)
+        [image.counts for image in ordered], [image.name for image in ordered], num_classes=num_classes
     )
-    summed = counts.cpu().numpy()
-    assert np.array_equal(per_image.total(), summed), "per-image counts and their sum differ"
     pictures = [image.picture for image in ordered if image.picture is not None]
-    return Evaluation(summed, per_image, ignore_index, pictures, boundary)
+    return Evaluation(per_image.total(), per_image, ignore_index, pictures, boundary)
 
 
 def to_results(

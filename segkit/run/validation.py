@@ -66,7 +66,7 @@ class Validation:
             device=self.device,
             dtype=DTYPES[config.precision.value],
             pictures=self.batches.spread(config.evaluation.pictures),
-            reduce=self._sum_and_gather if distributed.world_size() > 1 else None,
+            gather=self._gather if distributed.world_size() > 1 else None,
             predict=whole_image if observed is None else observed.predict,
         )
         dataset = config.phase_dataset(self.batches.plan.name)
@@ -151,11 +151,11 @@ class Validation:
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"stopped in an evaluation of phase {self.batches.plan.name}")
 
-    def _sum_and_gather(self, counts: torch.Tensor, local: Any) -> tuple[torch.Tensor, list[Any]]:
-        """The reduction of :func:`segkit.evaluation.evaluate` over the ranks."""
+    def _gather(self, local: Any) -> list[Any]:
+        """What every rank has counted, for :func:`segkit.evaluation.evaluate`."""
         if distributed.any_rank(self.stop(), self.device):
             raise self._interrupted()
-        return distributed.sum_over_ranks(counts), distributed.gather_objects(local)
+        return distributed.gather_objects(local)
 
 
 @contextmanager

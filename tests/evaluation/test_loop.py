@@ -120,22 +120,21 @@ def test_labels_may_have_another_size_than_the_images():
 
 def test_ranks_together_equal_one_process():
     whole = evaluate(RedIsTheClass(4), make_batches(6, batch_size=1), num_classes=4, pictures=range(2))
-    shards, parts = [], []
+    parts = []
 
-    def collect(counts, local):
-        shards.append(counts)
+    def collect(local):
         parts.append(local)
-        return counts, [local]
+        return [local]
 
     batches = list(make_batches(6, batch_size=1))
     for rank in (1, 0):
-        evaluate(RedIsTheClass(4), batches[rank::2], num_classes=4, pictures=range(2), reduce=collect)
+        evaluate(RedIsTheClass(4), batches[rank::2], num_classes=4, pictures=range(2), gather=collect)
     joined = evaluate(
         RedIsTheClass(4),
         batches[0::2],
         num_classes=4,
         pictures=range(2),
-        reduce=lambda counts, local: (shards[0] + counts, [parts[0], local]),
+        gather=lambda local: [parts[0], local],
     )
     np.testing.assert_array_equal(joined.counts, whole.counts)
     assert joined.per_image.names == whole.per_image.names
@@ -273,16 +272,16 @@ def test_boundary_scores_are_counted_on_request_and_over_ranks():
 
     parts = []
 
-    def collect(counts, local):
-        parts.append((counts, local))
-        return counts, [local]
+    def collect(local):
+        parts.append(local)
+        return [local]
 
-    evaluate(RedIsTheClass(4), batches[1:], num_classes=4, boundary_ratio=0.05, reduce=collect)
+    evaluate(RedIsTheClass(4), batches[1:], num_classes=4, boundary_ratio=0.05, gather=collect)
     joined = evaluate(
         RedIsTheClass(4),
         batches[:1],
         num_classes=4,
         boundary_ratio=0.05,
-        reduce=lambda counts, local: (counts + parts[0][0], [local, parts[0][1]]),
+        gather=lambda local: [local, parts[0]],
     )
     np.testing.assert_array_equal(joined.boundary.iou(), expected.iou())

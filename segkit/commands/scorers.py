@@ -45,8 +45,13 @@ class Loaded:
     decide: Callable[[Any], Any] | None
 
     def read(self, path: Path) -> np.ndarray:
-        """Return the image (H, W, C) in the file ``path``, as the data set of the run reads it."""
-        return read_bands(path, self.dataset.kind)
+        """Return the image (H, W, C) in the file ``path``, as the data set of the run reads it.
+
+        Raises InputError also for one that cannot be resized as the run evaluates.
+        """
+        image = read_bands(path, self.dataset.kind)
+        self._size(image, f"image {path}")
+        return image
 
     def predictor(self, inference: Inference, precision: str) -> Predictor:
         """Return what predicts with ``inference``, at the size at which the run evaluates."""
@@ -54,7 +59,10 @@ class Loaded:
         return Predictor(self.score, inference, self._resized, self.device, DTYPES[precision])
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        return resize_image(image, target_size(image.shape[:2], plain(self.dataset.eval_resize)))
+        return resize_image(image, self._size(image))
+
+    def _size(self, image: np.ndarray, name: str = "an image") -> tuple[int, int]:
+        return target_size((image.shape[0], image.shape[1]), plain(self.dataset.eval_resize), name=name)
 
 
 def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loaded:

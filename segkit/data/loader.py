@@ -82,7 +82,8 @@ def crop_of(dataset: SampleSet, transform: TrainTransform, draw: Draw) -> tuple[
         pixels = np.flatnonzero(dataset.to_train(index, raw) == draw.held)
         if pixels.size:  # else the label has changed since it was counted
             hold = divmod(int(pixels[generator("hold", *draw.key).integers(pixels.size)]), raw.shape[1])
-    window = transform.draw((raw.shape[0], raw.shape[1]), generator(*draw.key), hold=hold)
+    name = f"image {dataset.samples[index].image}"
+    window = transform.draw((raw.shape[0], raw.shape[1]), generator(*draw.key), hold=hold, name=name)
     shrink = window.shrink if dataset.shrinkable(index) else 1
     image = dataset.image(index, shrink=shrink)
     dataset.check_sizes(index, image.shape[:2], raw.shape, shrink=shrink)
@@ -142,7 +143,8 @@ class _EvalItems(_Items):
 
     def batch(self, index: int) -> Batch:
         item = self.dataset[index]
-        image, label = self.transform(item.image, item.label)
+        name = f"image {self.dataset.samples[index].image}"
+        image, label = self.transform(item.image, item.label, name=name)
         channels, dtype = self.dataset.kind
         images = torch.empty((1, channels, *image.shape[:2]), dtype=getattr(torch, dtype))
         _planes(image, images[0])

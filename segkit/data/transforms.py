@@ -35,11 +35,12 @@ Size = tuple[int, int]
 Resize = Mapping[str, Any] | None
 
 
-def target_size(size: Size, resize: Resize) -> Size:
+def target_size(size: Size, resize: Resize, *, name: str = "an image") -> Size:
     """Return (height, width) of an image of ``size`` after ``resize``.
 
     ``resize`` is None, {"short_side": pixels} (aspect kept, rounded to whole pixels) or {"size": [height, width]}; a
-    key whose value is None counts as absent. InputError for more pixels than an image may have.
+    key whose value is None counts as absent. InputError, which begins with ``name``, for more pixels than an image may
+    have.
     """
     given = resize or {}
     height, width = given.get("size") or size
@@ -49,7 +50,7 @@ def target_size(size: Size, resize: Resize) -> Size:
         height, width = (short, width) if size[0] <= size[1] else (height, short)
     if (height, width) != tuple(size) and height * width > pixel_limit():
         raise InputError(
-            f"an image of {size[0]}x{size[1]} is resized to {height}x{width}, more than {pixel_limit()} pixels: "
+            f"{name} of {size[0]}x{size[1]} is resized to {height}x{width}, more than {pixel_limit()} pixels: "
             "set a smaller dataset.resize or dataset.eval_resize, or max_pixels to more"
         )
     return height, width
@@ -111,10 +112,11 @@ class TrainTransform:
         if self.color_jitter:
             import segkit.data.augment  # noqa: F401 (once here, and not in each process that loads)
 
-    def draw(self, size: Size, rng: np.random.Generator, *, hold: Size | None = None) -> Window:
+    def draw(self, size: Size, rng: np.random.Generator, *, hold: Size | None = None, name: str = "an image") -> Window:
         """Draw the window for a pair of ``size`` (height, width); always the same number of draws from ``rng``.
 
-        With ``hold``, a (row, column) of the pair, it is one of those that have this pixel.
+        With ``hold``, a (row, column) of the pair, it is one of those that have this pixel. ``name`` as in
+        :func:`target_size`.
         """
         scale = rng.uniform(*self.scale)
         place = rng.random(4).tolist()
@@ -123,7 +125,7 @@ class TrainTransform:
         about = {key: float(key != "hue") for key in JITTER}  # factors vary about 1, the turn of the hue about 0
         jitter = {key: rng.uniform(x - self.jitter[key], x + self.jitter[key]) for key, x in about.items()}
         order = rng.permutation(4).tolist()
-        resized = target_size(size, self.resize)
+        resized = target_size(size, self.resize, name=name)
         scaled = [max(1, round(side * scale)) for side in resized]
         shrink = _shrink(max(scaled[0] / size[0], scaled[1] / size[1]))
         held = hold or (None, None)
@@ -237,8 +239,10 @@ class EvalTransform:
     resize: Resize = None
     labels: str = "original"
 
-    def __call__(self, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return image (h, w, C), and label uint8 (H, W) or (h, w)."""
-        size = target_size((image.shape[0], image.shape[1]), self.resize)
+    def __call__(
+        self, image: np.ndarray, label: np.ndarray, *, name: str = "an image"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return image (h, w, C), and label uint8 (H, W) or (h, w); ``name`` as in :func:`target_size`."""
+        size = target_size((image.shape[0], image.shape[1]), self.resize, name=name)
         image = resize_image(image, size)
         return image, resize_label(label, size) if self.labels == "resized" else label

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from segkit.commands import compare, decision, evaluate, export, predict, submit
+from segkit.commands.scorers import Loaded
 from segkit.config.compose import compose
+from segkit.config.dataset import DatasetConfig, ResizeConfig
 from segkit.config.schema import plain
 from segkit.data.decode import MAX_PIXELS, set_pixel_limit
 from segkit.errors import InputError
@@ -197,6 +200,15 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
             labels[path.stem] = (label.size, label.mode)
     assert labels == {"gray": ((70, 50), "P"), "alpha": ((33, 65), "P"), "row": ((40, 1), "P")}
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 3
+
+
+def test_an_image_that_cannot_be_resized_is_one_that_cannot_be_read(tmp_path):
+    Image.fromarray(np.zeros((1, 3000, 3), np.uint8)).save(tmp_path / "row.png")
+    resize = ResizeConfig(short_side=300)
+    dataset = DatasetConfig(name="folder", reader={}, eval_resize=resize)
+    model = Loaded(None, torch.device("cpu"), dataset, ("a", "b"), np.zeros((2, 3), np.uint8), None)
+    with pytest.raises(InputError, match=r"row\.png of 1x3000 is resized to 300x900000, more than 200000000 pixels"):
+        model.read(tmp_path / "row.png")
 
 
 def test_the_files_of_a_submission_have_the_score_of_the_run(finished, call, tmp_path):

@@ -225,8 +225,10 @@ def test_an_input_error_arrives_as_it_is(workers):
         list(load(data, workers=workers))
     with pytest.raises(InputError, match=r"^image 0 is broken; mend it$"):
         list(eval_batches(data, transform=EvalTransform(), workers=workers))
-    with pytest.raises(InputError, match=r"^an image of 20x30 is resized to 99999x99999, [^\n]*$"):
+    with pytest.raises(InputError, match=r"^image 0 of 20x30 is resized to 99999x99999, [^\n]*$"):
         list(eval_batches(made(1), transform=EvalTransform(resize={"size": [99999] * 2}), workers=workers))
+    with pytest.raises(InputError, match=rf"^image {first} of \d\dx30 is resized to 99999x99999, [^\n]*$"):
+        list(load(data, transform=TrainTransform(crop=(8, 8), resize={"size": [99999] * 2}), workers=workers))
     assert multiprocessing.active_children() == []
 
 

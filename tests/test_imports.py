@@ -155,9 +155,9 @@ WAITS_NOT_FOR = {
     "loss.scale=log": HEAVY,
     "model=coplenet model.norm=layer": HEAVY,
     "device=gpu": HEAVY,
-    "model.encoder_weights=/nowhere": HEAVY,
-    "model=coplenet model.weights=/nowhere": HEAVY,
-    "init_from=/nowhere": HEAVY,
+    "model.encoder_weights=/dev/null/nowhere": HEAVY,
+    "model=coplenet model.weights=/dev/null/nowhere": HEAVY,
+    "init_from=/dev/null/nowhere": HEAVY,
     "model.mean=[1,2]": HEAVY,
     "model=smp model.std=[]": HEAVY,
     "model=smp": HEAVY - {"cv2"},  # whose weights are nowhere, as set below; readers of images want cv2

@@ -69,9 +69,7 @@ def margin_sums(
     """
     num_classes = logits.shape[1]
     check_inputs(logits, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
-    offset = min(stride // 2, target.shape[1] - 1, target.shape[2] - 1)
-    label = target[:, offset::stride, offset::stride].reshape(-1).long()
-    scores = scores_at(logits, target.shape[1:], offset, stride)
+    scores, label = every(stride, logits, target)
     valid = label != ignore_index
     scores, label = scores[:, valid], label[valid]
     zero = torch.zeros(num_classes, dtype=scores.dtype, device=scores.device)
@@ -104,9 +102,10 @@ def _histogram(lam: Tensor, label: Tensor) -> Tensor:
     return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).to(widest(lam.device))
 
 
-def scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Tensor:
-    """(K, N * pixels) float scores at every ``stride``-th row and column of labels of ``size``, from ``offset``."""
-    dtype = compute_dtype(logits)
+def every(stride: int, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Float scores (K,P) and labels (P,) at every ``stride``-th row and column, of what ``margin_sums`` takes."""
+    dtype, size = compute_dtype(logits), target.shape[1:]
+    offset = min(stride // 2, size[0] - 1, size[1] - 1)
     if logits.shape[2:] == size:
         chosen = logits[:, :, offset::stride, offset::stride].to(dtype)
     else:
@@ -114,7 +113,7 @@ def scores_at(logits: Tensor, size: torch.Size, offset: int, stride: int) -> Ten
         r, c = (span.matrix[offset::stride].to(logits.device, dtype) for span in (rows, columns))
         with torch.autocast(logits.device.type, enabled=False):
             chosen = r @ logits[:, :, rows.first : rows.last, columns.first : columns.last].to(dtype) @ c.T
-    return chosen.movedim(1, 0).flatten(1)
+    return chosen.movedim(1, 0).flatten(1), target[:, offset::stride, offset::stride].reshape(-1).long()
 
 
 def add_sums(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segkit.errors import InputError, check_choice, check_number
 from segkit.losses.compiling import TileRule
-from segkit.losses.diagnostics import scores_at
+from segkit.losses.diagnostics import every
 from segkit.losses.margin_tile import margin_dense, margin_tile
 from segkit.losses.pixel_loss import PixelLoss
 from segkit.losses.pixelwise import cross_entropy_dense, cross_entropy_tile
@@ -88,10 +88,8 @@ class IouMarginLoss(PixelLoss):
         To be summed over the parts of a batch and over ranks, and given to :meth:`follow`. ``logits`` (N,K,h,w) may
         be below the resolution of ``target`` (N,H,W).
         """
-        offset = min(STRIDE // 2, target.shape[1] - 1, target.shape[2] - 1)
-        label = target[:, offset::STRIDE, offset::STRIDE].reshape(-1).long()
-        chosen = scores_at(logits.detach(), target.shape[1:], offset, STRIDE).argmax(0)
-        valid = label != self.ignore_index
+        scores, label = every(STRIDE, logits.detach(), target)
+        chosen, valid = scores.argmax(0), label != self.ignore_index
         label, chosen = label[valid], chosen[valid]
         hits, labels, choices = (
             torch.bincount(part, minlength=logits.shape[1]) for part in (label[label == chosen], label, chosen)

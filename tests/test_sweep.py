@@ -114,12 +114,12 @@ def test_a_job_is_named_by_what_differs_and_the_cores_are_shared_by_the_jobs_the
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(jobs, "num_cores", lambda: 8)
     monkeypatch.setattr(LocalSweep, "_command", lambda self, job: ["true"])
-    sweep = LocalSweep(tmp_path, jobs=4, workers=8)
+    sweep = LocalSweep(tmp_path, jobs=4, workers=2)
     for seed in "01":
         sweep.add([*SMALL, f"seed={seed}"], tmp_path / seed, compose([*SMALL, "sweep.jobs=4", f"seed={seed}"]))
     assert sweep.finish() == 1
     shared, first, *_ = capsys.readouterr().out.splitlines()
-    assert shared == "2 jobs at a time share 8 cores: each has 4 threads to compute and 4 workers to load"
+    assert shared == "2 jobs at a time share 8 cores: each has 4 threads to compute and 1 worker to load"
     assert first.startswith("job 0: seed=0 started")
 
 

@@ -85,7 +85,7 @@ def head(config: Config, reasons: dict[str, str], *, path: Path, phases: Sequenc
     size = sum(parameter.numel() for parameter in model.parameters())
     table = [
         ("device", f"{device} ({name}), {cores} cores, {processes} process{'es' if processes > 1 else ''}"),
-        ("threads", f"{threads} to compute, and {config.workers} workers to load"),
+        ("threads", f"{threads} to compute, and {config.workers} worker{'s' * (config.workers != 1)} to load"),
         ("precision", f"{config.precision.value} ({reasons['precision']})"),
         ("memory", f"{layout} ({reasons['channels_last']})"),
         ("optimizer", f"{type(phases[0].optimizer).__name__}{', fused' if fused else ''}"),

@@ -97,9 +97,10 @@ class LocalSweep:
         self.threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.limit))
         self.workers = max(min(self.workers, 1), self.workers // self.limit)
         if self.limit > 1:
+            threads = f"{self.threads} thread{'s' * (self.threads != '1')}"
+            workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
             show(
-                f"{self.limit} jobs at a time share {cores} cores: each has {self.threads} threads to compute and "
-                f"{self.workers} workers to load"
+                f"{self.limit} jobs at a time share {cores} cores: each has {threads} to compute and {workers} to load"
             )
 
     def _wait_for_slot(self) -> None:

@@ -11,7 +11,11 @@ are wanted, before anything is allocated.
 from __future__ import annotations
 
 import io
+import itertools
+import operator
+import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,11 +33,15 @@ _KINDS = {1: "uint", 2: "int", 3: "float"}
 
 
 class _Page(NamedTuple):
-    """What the header of a TIFF's page says; ``planar``: its samples lie plane after plane."""
+    """What the header of a TIFF's page says.
+
+    ``planar``: its samples lie plane after plane; ``end``: where the last of its strips or tiles ends in the file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     planar: bool = False
+    end: int = 0
 
 
 def read_bands(path: Path, kind: tuple[int, str]) -> np.ndarray:
@@ -43,18 +51,35 @@ def read_bands(path: Path, kind: tuple[int, str]) -> np.ndarray:
     for a file of another kind, with values that are not finite, or damaged.
     """
     if path.suffix.lower() == ".npy":
-        image = _npy(path)
-        if image.ndim == 3 and image.shape[2] != kind[0] == image.shape[0]:
-            image = np.moveaxis(image, 0, -1)
+        image = _array(path, kind)
     elif kind == RGB:
         return decode.read_rgb(path)
     else:
         image = _decoded(path, kind)
-    image = image[..., None] if image.ndim == 2 else image
-    dtype = str(image.dtype.newbyteorder("="))
-    check_bands(_Page(image.shape, dtype), path, kind)
-    image = np.array(image, dtype, order="C")
+        image = image[..., None] if image.ndim == 2 else image
+    image = np.array(image, image.dtype.newbyteorder("="), order="C")
     check_bands(image, path, kind)
+    return image
+
+
+def check_header(path: Path, kind: tuple[int, str]) -> None:
+    """Raise the InputError of :func:`read_bands` for an NPY or TIFF file of another kind, of which no pixel is read."""
+    if path.suffix.lower() == ".npy":
+        _array(path, kind)
+    elif kind != RGB:
+        with path.open("rb") as file:
+            if file.read(2) in TIFF:
+                file.seek(0)
+                _pages_of(file, path, kind)
+
+
+def _array(path: Path, kind: tuple[int, str]) -> np.ndarray:
+    """The image (H, W, C) in an NPY file, of which nothing is read; (C, H, W) is turned where that alone fits."""
+    image = _npy(path)
+    if image.ndim == 3 and image.shape[2] != kind[0] == image.shape[0]:
+        image = np.moveaxis(image, 0, -1)
+    image = image[..., None] if image.ndim == 2 else image
+    check_bands(_Page(image.shape, str(image.dtype.newbyteorder("="))), path, kind)
     return image
 
 
@@ -83,13 +108,19 @@ def _decoded(path: Path, kind: tuple[int, str]) -> np.ndarray:
     if content[:2] not in TIFF:
         with decode.pillow(io.BytesIO(content), path, role="image") as opened:
             return np.array(decode.as_stored(opened, path))
-    pages = _pages(io.BytesIO(content), path, most=kind[0] + 1)
-    *size, num = pages[0].shape
-    stacked = num == 1 < kind[0] == len(pages) and len(set(pages)) == 1
-    check_bands(pages[0]._replace(shape=(*size, kind[0] if stacked else num)), path, kind)
+    pages, stacked = _pages_of(io.BytesIO(content), path, kind)
     decoded = [decode.decoded(content, path, page=page) for page in range(len(pages) if stacked else 1)]
     image = np.stack(decoded) if stacked else decoded[0]
     return np.moveaxis(image, 0, -1) if stacked or (pages[0].planar and image.ndim == 3) else image
+
+
+def _pages_of(file: BinaryIO, path: Path, kind: tuple[int, str]) -> tuple[list[_Page], bool]:
+    """The pages of a TIFF of ``kind``, and whether each is a channel; InputError if it is of another kind."""
+    pages = _pages(file, path, most=kind[0] + 1)
+    *size, num = pages[0].shape
+    stacked = num == 1 < kind[0] == len(pages) and len({page[:3] for page in pages}) == 1
+    check_bands(pages[0]._replace(shape=(*size, kind[0] if stacked else num)), path, kind)
+    return pages, stacked
 
 
 def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
@@ -110,12 +141,19 @@ def _pages(file: BinaryIO, path: Path, *, most: int) -> list[_Page]:
                 kind = f"{_KINDS.get(min(kinds), 'unknown ')}{min(bits)}" if len(bits) == len(kinds) == 1 else "mixed"
                 shape = int(tags[Tag.ImageLength]), int(tags[Tag.ImageWidth]), int(tags.get(Tag.SamplesPerPixel, 1))
                 decode.check_pixels(decode.tile_size(tags), path, role="image")
-                found.append(_Page(shape, kind, tags.get(Tag.PlanarConfiguration, 1) == 2))
+                found.append(_Page(shape, kind, tags.get(Tag.PlanarConfiguration, 1) == 2, _end(tags)))
         height, width, _ = found[0].shape
     except decode.DAMAGED as error:
         raise decode.damaged(path, error) from error
     decode.check_pixels((height, width), path, role="image")
     return found
+
+
+def _end(tags: Mapping[int, Any]) -> int:
+    """Where the last strip or tile of a TIFF's page ends."""
+    parts = ((Tag.StripOffsets, Tag.StripByteCounts), (Tag.TileOffsets, Tag.TileByteCounts))
+    ends = (map(operator.add, tags.get(start, ()), tags.get(length, ())) for start, length in parts)
+    return max(itertools.chain(*ends), default=0)
 
 
 def _npy(path: Path) -> np.ndarray:
@@ -152,3 +190,22 @@ def image_size(path: Path) -> tuple[int, int]:
             return height, width
         with decode.pillow(file, path, role="image") as image:
             return decode.stored_size(image)
+
+
+def is_whole(path: Path) -> bool:
+    """Return False for an image file that may have been cut off: its end is not what its beginning says.
+
+    Only decoding tells for certain, which takes a thousand times as long.
+    """
+    with path.open("rb") as file:
+        head, size = file.read(12), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        tail = file.read()
+        if head[:2] in TIFF:
+            file.seek(0)
+            return _pages(file, path, most=1)[0].end <= size
+    if head[:4] in (b"\x93NUM", b"RIFF"):
+        return True  # or :func:`image_size` would have failed: it maps arrays, and Pillow looks at a WebP to its end
+    if head[:2] == b"BM":
+        return 0 < int.from_bytes(head[2:6], "little") <= size
+    return (b"IEND" if head[:8] == decode.PNG else b"\xff\xd9") in tail  # JPEG and JPEG 2000 end alike

@@ -244,10 +244,19 @@ class SampleSet(Sequence[Item]):
             f"both must have the same size: {cure} or remove it from the split"
         )
 
-    def check_file_size(self, index: int, label_size: tuple[int, ...]) -> None:
-        """:meth:`check_sizes` by the header of the image's file, unless a reader of one's own reads it."""
-        if _function(self.load_image) is image_of:
-            self.check_sizes(index, bands.image_size(self.samples[index].image), label_size)
+    def check_file(self, index: int, label_size: tuple[int, ...]) -> None:
+        """:meth:`check_sizes` by the header of the image's file, unless a reader of one's own reads it.
+
+        Raises InputError for a file of another kind as well, as far as headers tell it, and for one that was cut off:
+        one that may have been is decoded.
+        """
+        if _function(self.load_image) is not image_of:
+            return
+        path = self.samples[index].image
+        self.check_sizes(index, bands.image_size(path), label_size)
+        bands.check_header(path, self.kind)
+        if not bands.is_whole(path):
+            self.image(index)
 
     def subset(self, indices: Sequence[int]) -> SampleSet:
         """Return the same set with these samples only."""

@@ -239,7 +239,7 @@ def _count(dataset: SampleSet, mark: str, *, workers: int) -> tuple[LabelCounts,
 def label_histogram(dataset: SampleSet, index: int) -> np.ndarray:
     """Count the pixels of each train id 0..255 in one label: int64 (256,). InputError as :func:`count_labels`."""
     raw, train_of = dataset.raw_label(index), dataset.table.raw_to_train
-    dataset.check_file_size(index, raw.shape)
+    dataset.check_file(index, raw.shape)
     found = raw_histogram(raw)
     if not found.keys() <= train_of.keys():
         dataset.to_train(index, raw)  # which refuses unknown values

@@ -11,6 +11,7 @@ from segkit.config.compose import compose
 from segkit.data import open_dataset
 from segkit.data.bands import image_size, read_bands
 from segkit.data.decode import MAX_PIXELS, set_pixel_limit
+from segkit.data.statistics import count_labels
 from segkit.errors import InputError
 from segkit.run.build import build_model, train_transform
 from segkit.run.start import initial_model
@@ -92,8 +93,12 @@ def test_a_file_of_another_kind_is_named(tmp_path, name):
     make(tmp_path, kind)
     channels, dtype, _ = KINDS[kind]
     damage(tmp_path)
+    data = open_dataset("folder", root=tmp_path, split="train", in_channels=channels, dtype=dtype)
     with pytest.raises(InputError, match=message):
-        open_dataset("folder", root=tmp_path, split="train", in_channels=channels, dtype=dtype)[1]
+        data[1]
+    if name != "not finite":  # which only its pixels say
+        with pytest.raises(InputError, match=message):
+            count_labels(data, workers=0)
 
 
 def test_a_file_of_bands_that_is_read_as_rgb_names_the_keys(tmp_path):

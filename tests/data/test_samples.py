@@ -15,6 +15,7 @@ from segkit.data import Sample, SampleSet, open_dataset
 from segkit.data.labels import table_from_dict
 from segkit.data.layout import Layout, inside, near_miss
 from segkit.data.loader import Draw, crop_of
+from segkit.data.statistics import count_labels
 from segkit.data.transforms import TrainTransform
 from segkit.errors import InputError
 
@@ -93,6 +94,26 @@ def test_size_mismatch_names_both_files(tmp_path):
     Image.new("RGB", (6, 4)).save(data.samples[0].image, exif=exif)
     with pytest.raises(InputError, match=r"the same size: turn the pixels of the image and remove its orientation tag"):
         data[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "ppm"])
+def test_a_file_that_was_cut_off_is_refused_when_labels_are_counted(tmp_path, monkeypatch, suffix):
+    """Its header is whole, so that a training would meet it hours later; whole files are not decoded for it."""
+    image, label = tmp_path / f"x.{suffix}", tmp_path / "label.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(image)
+    Image.new("L", (60, 40)).save(label)
+    data, content = made([Sample(name="x", image=image, labels=(label,))]), image.read_bytes()
+    with monkeypatch.context() as patch:
+        if suffix != "ppm":  # which says nothing of its length
+            patch.setattr(SampleSet, "image", lambda *_: pytest.fail("it is decoded"))
+        data.check_file(0, (40, 60))
+    for changed in (content + b"a camera's own words" * 9, content[:-9] + b"\0" * 9)[: suffix in ("png", "jpg")]:
+        image.write_bytes(changed)
+        data.check_file(0, (40, 60))
+    for changed in (content[:-100], content[:-100] + b"\0" * 100)[: 2 if suffix in ("png", "jpg") else 1]:
+        image.write_bytes(changed)
+        with pytest.raises(InputError, match=rf"x\.{suffix} is damaged or no image file .*copy or unpack it again"):
+            count_labels(data, workers=0)
 
 
 def test_an_image_of_twice_the_size_is_refused_also_where_half_of_it_is_decoded(tmp_path):

@@ -25,17 +25,11 @@ LEAST_SCALE, MOST_SCALE = 0.01, 16
 _BLENDINGS = ("gaussian", "uniform")
 
 
-def whole_image(model: Scorer, images: Tensor, size: Size) -> Tensor:
-    """Return the predictions (N, H, W) of one forward pass per batch: uint8, or int16 beyond 256 classes.
-
-    ``images`` (N, C, h, w) as the model takes them, ``size`` = (H, W) of the labels.
-    """
-    return Inference()(model, images, size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inference:
     """How images become predictions; an instance is a ``predict`` for `segkit.evaluation.evaluate`.
+
+    It is called with the model, images (N, C, h, w) as that takes them, and the size (H, W) of the labels.
 
     ``window`` (height, width): slide a window of that size over the image (at every scale); None for the whole image at
     once. ``overlap``: least share of the window that neighbours have in common. ``blending`` of overlapping windows:
@@ -124,3 +118,7 @@ class Inference:
                     tiles_per_batch=self.tiles_per_batch,
                     num_views=self._num_views,
                 )
+
+
+whole_image = Inference()
+"""One forward pass per batch."""

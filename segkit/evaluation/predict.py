@@ -99,10 +99,10 @@ def predict_files(
 
     Returns the number of predicted images, and the files that could not be read with what its InputErrors say.
     """
-    kinds = ["labels", "overlays"]
-    kinds += ["probabilities"] * probabilities
-    kinds += ["side_by_side"] * (len(predictors) > 1)
-    writer = _Writer(output, kinds, classes, np.asarray(palette, np.uint8), written_beside)
+    endings = {"labels": ".png", "overlays": ".png"}
+    endings |= {"probabilities": ".npz"} if probabilities else {}
+    endings |= {"side_by_side": ".png"} if len(predictors) > 1 else {}
+    writer = _Writer(output, endings, classes, np.asarray(palette, np.uint8), written_beside)
     writer.make_folders(images)
     failed: list[tuple[Path, str]] = []
 
@@ -148,8 +148,10 @@ def _predict(predictors: Mapping[str, Predictor], name: str, image: Pixels, *, p
 
 @dataclass(frozen=True)
 class _Writer:
+    """``endings``: of the files of each kind of result."""
+
     output: Path
-    kinds: Sequence[str]
+    endings: Mapping[str, str]
     classes: Sequence[str]
     palette: NDArray[np.uint8]
     written_beside: Callable[[Path], AbstractContextManager[Path]]
@@ -158,7 +160,7 @@ class _Writer:
         check_output(self.output)
         try:
             for folder in {Path(name).parent for name in names}:
-                for kind in self.kinds:
+                for kind in self.endings:
                     (self.output / kind / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.output} ({error.strerror}); give another output folder") from error
@@ -171,13 +173,12 @@ class _Writer:
                 f"the model predicts class {int(first.max())}, but {len(self.classes)} classes are named; use the "
                 "label table it was trained with"
             )
-        for kind in self.kinds:
-            path = self.output / kind / f"{done.name}{'.npz' if kind == 'probabilities' else '.png'}"
+        for kind, ending in self.endings.items():
+            path = self.output / kind / f"{done.name}{ending}"
             with self.written_beside(path) as temporary, open(temporary, "wb") as file:
-                self._write(kind, done, file)
+                self._write(kind, done, first, file)
 
-    def _write(self, kind: str, done: _Done, file: BinaryIO) -> None:
-        first = next(iter(done.labels.values()))
+    def _write(self, kind: str, done: _Done, first: Labels, file: BinaryIO) -> None:
         if kind == "labels":
             overlay.palette_image(first, self.palette).save(file, "PNG")
         elif kind == "overlays":

@@ -191,9 +191,11 @@ def check_batch(config: Config, phase: str, model: Segmenter, *, num_images: int
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        cures = ["add images"] if fewer else ["set a larger batch_size"]
+        cures += ["set a smaller accumulate"] if config.accumulate > 1 else []
         raise InputError(
             f"phase {phase} has one image at a time{fewer}, of which a batch norm of this model sees a single value "
-            "per channel: set a larger batch_size or a smaller accumulate, or choose a model without batch norm"
+            f"per channel: {', '.join(cures)}, or choose a model without batch norm"
         ) from None
     except (RuntimeError, NotImplementedError):
         pass  # an operation that needs values

@@ -30,8 +30,12 @@ def check(*overrides, num_images=9, world_size=1, base=TINY):
     ("overrides", "options", "sentence"),
     [
         (("batch_size=1",), {}, r"phase train has one image at a time, of which a batch norm .* larger batch_size"),
-        (("batch_size=4", "accumulate=4"), {}, "one image at a time, of which .* or a smaller accumulate"),
-        (("batch_size=2",), {"num_images": 1}, "one image at a time, as there is only 1 image to train on, of which"),
+        (("batch_size=4", "accumulate=4"), {}, "one image at a time, of which .*, set a smaller accumulate, or"),
+        (
+            ("batch_size=2",),
+            {"num_images": 1},
+            r"one image .*, as there is only 1 image to train on, of which .*: add images, or choose",
+        ),
         (("batch_size=2",), {"world_size": 2}, "one image at a time, of which a batch norm"),
         (
             ("batch_size=4", "accumulate=2"),

@@ -208,9 +208,12 @@ def train_batches(
         )
     rows = min(batch_size, len(dataset))
     if rows % world_size:
+        there, cure = "", f"set batch_size to a multiple of {world_size}"
+        if rows < batch_size:
+            most = rows - rows % world_size
+            there, cure = ", all that there are,", f"set batch_size to {most}" if most else f"start at most {rows}"
         raise InputError(
-            f"a batch of {rows} images cannot be shared out equally to {world_size} processes; set batch_size to a "
-            f"multiple of {world_size}"
+            f"a batch of {rows} images{there} cannot be shared out equally to {world_size} processes; {cure}"
         )
     steps = _TrainSteps(dataset, transform, batch_size, seed, phase, rank, world_size, sampler)
     todo = range(start_step, max(start_step, num_steps))

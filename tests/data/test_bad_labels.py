@@ -228,7 +228,7 @@ BAD = {
         "yolo",
         YOLO,
         changed(lambda text: "9 0 0 1 0 1 1"),
-        r"line 1 of .* is of class 9, .*allowed are 0, 1",
+        r"line 1 of .* is of class 9, which classes.yaml does not know; allowed are 0, 1, 255: .* or to ignore",
     ),
     "unlabelled": (
         "yolo",

@@ -177,7 +177,7 @@ def test_the_data_yaml_of_yolo_names_classes_and_folders(tmp_path, names, layout
         ("train: train.txt\n" + LIST, r"has train: 'train\.txt', but one folder of images is wanted"),
         (
             "val: images/val\n" + LIST,
-            r"data\.yaml names no folder of split 'train' that .*, but {'val': 'images/val'}: write `train: im",
+            r"data\.yaml names no folder of split 'train' that .*, but {'val': 'images/val'}: write `train: im.* it$",
         ),
         (
             "train: images/nowhere\n" + LIST,
@@ -266,3 +266,15 @@ def test_polygons_of_one_class_in_void_are_counted(tmp_path):
     (tmp_path / "classes.yaml").write_text("names: [tool, other]\nunlabelled: void\nignore: [hand]\n")
     counts = count_labels(open_dataset("folder", root=tmp_path, split="train", **options), workers=0)
     assert counts.class_pixels.tolist() == [pixels(SPLITS["train"])[1], 0]
+
+
+def test_a_number_of_yolo_that_is_ignored_is_void(tmp_path):
+    make(tmp_path, "yolo")
+    (tmp_path / "labels" / "train" / "a.txt").write_text("7 0 0 0.5 0 0.5 0.5\n")
+    with (tmp_path / "classes.yaml").open("a") as file:
+        file.write("ignore: [7]\n")
+    assert np.unique(open_dataset("folder", root=tmp_path, split="train").label(0)).tolist() == [0, 255]
+    (tmp_path / "classes.yaml").unlink()
+    (tmp_path / "data.yaml").write_text(f"train: images/train\n{LIST}\n")
+    with pytest.raises(InputError, match=r"7, which data.yaml does not know; allowed are 0, 1: .* or add it to names$"):
+        open_dataset("folder", root=tmp_path, split="train").label(0)

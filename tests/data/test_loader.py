@@ -195,8 +195,10 @@ def test_ranks_share_the_global_batch():
 def test_unequal_shares_are_refused():
     with pytest.raises(InputError, match=r"a batch of 4 images cannot be shared out equally to 3 processes; set batch"):
         load(made(10), world_size=3)
-    with pytest.raises(InputError, match=r"a batch of 3 images .* to 2 processes"):
+    with pytest.raises(InputError, match=r"3 images, all that there are, .* to 2 processes; set batch_size to 2"):
         load(made(3), world_size=2)
+    with pytest.raises(InputError, match=r"a batch of 1 images, .* to 2 processes; start at most 1"):
+        load(made(1), world_size=2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

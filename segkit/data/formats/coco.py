@@ -70,7 +70,7 @@ def check_categories(path: Path, meaning: Meaning) -> None:
     unknown = {content.names[item["category_id"]] for item in used} - set(meaning.values)
     if unknown:
         raise InputError(
-            f"label {path} has annotations of {', '.join(sorted(map(repr, unknown)))}, which classes.yaml does not "
+            f"label {path} has annotations of {', '.join(sorted(map(repr, unknown)))}, which {meaning.file} does not "
             f"know; allowed are {', '.join(meaning.values)}: correct them, or add them to names, or to ignore"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from segkit.errors import InputError, first_line
 FARTHEST = 2.0**24
 """Pixels from the corner beyond which a number is no position."""
 
+YOLO_FILE = "data.yaml"
+"""The file of classes of YOLO, which has no list of what is no class."""
+
 MOST_CROSSINGS = 2**22
 """Crossings of edges with rows that are computed at a time: a polygon of a stranger may have any number."""
 
@@ -33,19 +36,24 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a file of polygons says, in class numbers: of the names or numbers in it, of crowds, and of the rest."""
+    """What a file of polygons says, in class numbers: of the names or numbers in it, of crowds, and of the rest.
+
+    ``file``: name of the file of classes, for a sentence; it takes no part in fingerprints of the data.
+    """
 
     values: dict[Any, int]
     unlabelled: int
     crowd: int = VOID
+    file: str = field(default="classes.yaml", repr=False)
 
     def value(self, key: Any, *, where: str) -> int:
         """Return the class number of a name or number; raises InputError with ``where`` it stands if unknown."""
         if key not in self.values:
             known = ", ".join(map(str, list(self.values)[:20]))
+            ignore = "" if self.file == YOLO_FILE else ", or to ignore to make it void"
             raise InputError(
-                f"{where} is of class {key!r}, which classes.yaml does not know; allowed are {known}: correct it, add "
-                "it to names, or to ignore to make it void"
+                f"{where} is of class {key!r}, which {self.file} does not know; allowed are {known}: correct it, or "
+                f"add it to names{ignore}"
             )
         return self.values[key]
 

@@ -17,7 +17,7 @@ from segkit.data.layout import inside
 from segkit.data.samples import Sample
 from segkit.errors import InputError
 
-FILE, KEYS, SPLITS, REST = "data.yaml", {"train", "val", "nc", "path"}, ("train", "val", "test"), "background"
+KEYS, SPLITS, REST = {"train", "val", "nc", "path"}, ("train", "val", "test"), "background"
 
 
 def describe(path: Path) -> tuple[FolderClasses, dict[str, str]] | None:

@@ -28,7 +28,7 @@ from segkit.data.decode import colour_mode
 from segkit.data.files import IMAGE_SUFFIXES, is_folder, visible_entries, walk, without_suffix
 from segkit.data.formats import coco, labelme, masks, yolo
 from segkit.data.formats.classes import FolderClasses, read_classes
-from segkit.data.formats.polygons import Meaning
+from segkit.data.formats.polygons import YOLO_FILE, Meaning
 from segkit.data.labels import VOID, LabelTable
 from segkit.data.layout import Layout, group_of, name_share, near_miss, refuse
 from segkit.data.samples import Sample, SampleSet
@@ -72,16 +72,17 @@ def read(
     layout = Layout("folder", root, archives=WANTED)
     cut = _Cut(val_fraction, folds, fold, groups)
     path = layout.root / classes
-    if classes == "classes.yaml" and not os.path.exists(path) and os.path.exists(layout.root / yolo.FILE):
-        path = layout.root / yolo.FILE
+    if classes == "classes.yaml" and not os.path.exists(path) and os.path.exists(layout.root / YOLO_FILE):
+        path = layout.root / YOLO_FILE
     source: str | None = split
     if format in ("auto", "yolo") and (described := yolo.describe(path)):
         top, (table, places) = path.parent, described
         wanted = "train" if cut.is_made(split) else split
         if wanted not in places or not os.path.isdir(top / places[wanted]):
+            cut_out = ", or set dataset.reader.val_fraction=0.2 to cut val out of train" if wanted != "train" else ""
             raise InputError(
                 f"{path} names no folder of split {wanted!r} that is below {top}, but {places}: write `{wanted}: "
-                f"images/{wanted}` into it, or set dataset.reader.val_fraction=0.2 to cut val out of train"
+                f"images/{wanted}` into it{cut_out}"
             )
         place = _Place(layout, top, places[wanted], yolo.labels_of(places[wanted]), label_suffix, "yolo")
         has_val, source = "val" in places, None
@@ -322,7 +323,8 @@ def _reading(kind: str, table: FolderClasses, first: Sample, path: Path) -> tupl
         values = dict(table.raw_to_train)
     elif kind == "yolo":
         values = dict(enumerate(number for number in numbers.values() if number != table.unlabelled))
-    meaning = Meaning(values, table.unlabelled, table.crowd)
+        values |= {key: VOID for key, number in table.raw_to_train.items() if number == VOID and key not in values}
+    meaning = Meaning(values, table.unlabelled, table.crowd, path.name)
     if kind == "coco":
         coco.check_categories(first.labels[0], meaning)
     load = {"coco": coco.load, "labelme": labelme.load, "yolo": yolo.load}[kind]

@@ -108,7 +108,8 @@ def test_an_option_with_a_wrong_key_or_value_is_named(tmp_path, content, reason)
     (tmp_path / "schedule" / "own.yaml").write_text(content)
     with pytest.raises(InputError) as caught:
         segkit.train(["schedule=own"], config_dirs=[tmp_path])
-    assert str(caught.value) == f"the option schedule/own cannot be used ({reason}): mend its YAML file"
+    cure = "mend its YAML file, or the place behind @"
+    assert str(caught.value) == f"the option schedule/own cannot be used ({reason}): {cure}"
 
 
 @pytest.mark.parametrize("name", ["ü a,b", "[x] {y}", "it's #1", 'a="q"', "${x}"])
@@ -118,11 +119,14 @@ def test_a_folder_of_options_may_have_any_name(tmp_path, name):
     assert compose(["loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
 
 
-@pytest.mark.parametrize("value", ["${nope}", "${oc.env:SEGKIT_NOPE}", "${x:1}", "???"])
-def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("${nope}", ": "), ("${oc.env:SEGKIT_NOPE}", ": "), ("${x:1}", ": "), ("???", " has no value: set loss.gamma=")],
+)
+def test_a_value_that_cannot_be_resolved_is_named(tmp_path, value, reason):
     (tmp_path / "loss").mkdir()
     (tmp_path / "loss" / "own.yaml").write_text(f"_target_: segkit.losses.FocalLoss\ngamma: {value}\n")
-    with pytest.raises(InputError, match=r"the configuration is not valid: loss\.gamma: "):
+    with pytest.raises(InputError, match=rf"the configuration is not valid: loss\.gamma{reason}"):
         compose(["loss=own"], config_dirs=[tmp_path])
 
 

@@ -11,6 +11,7 @@ The names of parameters are those of the published weights, which load as they a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -213,6 +214,6 @@ def _norm(norm: str, *, num_groups: int, feature_channels: Sequence[int]) -> Nor
     if num_groups < 1 or (channels[0] // 2) % num_groups:
         raise InputError(
             f"model.num_groups is {num_groups}, but must divide {channels[0] // 2}, the channels of the narrowest "
-            "layer (half of the first of model.feature_channels): set model.num_groups=4"
+            f"layer (half of the first of model.feature_channels): set model.num_groups={math.gcd(channels[0] // 2, 4)}"
         )
     return lambda num_channels: nn.GroupNorm(num_groups, num_channels)

@@ -193,6 +193,10 @@ def test_missing_sequences_are_said(tiny):
     data = open_dataset(NAME, root=tiny, split="train")
     assert len(data.notes) == 1
     assert data.notes[0].startswith("sequences 2, 3, 4, 5, 7, 8 of 1..8 are not under")
+    with pytest.raises(
+        InputError, match=r"^sequences 2, 5 of split val are not under .*: unpack instrument_1_4_training"
+    ):
+        open_dataset(NAME, root=tiny, split="val", splits="sequence", fold=1)
 
 
 @pytest.mark.parametrize("inner", ["training", "instrument_1_4_training"])

@@ -130,6 +130,7 @@ def test_input_normalisation_fits_the_channels() -> None:
         ({"feature_channels": (8, 16, 32, 64)}, r"model\.feature_channels is \[8, 16, 32, 64\], .* five even numbers"),
         ({"feature_channels": (8, 16, 32, 64, 65)}, "each twice the one before"),
         ({"num_groups": 3}, r"model\.num_groups is 3, but must divide 4"),
+        ({"feature_channels": (10, 20, 40, 80, 160)}, r"is 4, but must divide 5, .*set model\.num_groups=1$"),
         (
             {"dropout": (0.5, 0.5)},
             r"model\.dropout is \[0\.5, 0\.5\], but COPLE-Net has five levels, each with a share",

@@ -276,5 +276,7 @@ def test_a_number_of_yolo_that_is_ignored_is_void(tmp_path):
     assert np.unique(open_dataset("folder", root=tmp_path, split="train").label(0)).tolist() == [0, 255]
     (tmp_path / "classes.yaml").unlink()
     (tmp_path / "data.yaml").write_text(f"train: images/train\n{LIST}\n")
+    with pytest.raises(InputError, match=r"has images=images and labels=masks, but .*data\.yaml names the folders"):
+        open_dataset("folder", root=tmp_path, split="train", labels="masks")
     with pytest.raises(InputError, match=r"7, which data.yaml does not know; allowed are 0, 1: .* or add it to names$"):
         open_dataset("folder", root=tmp_path, split="train").label(0)

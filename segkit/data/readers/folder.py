@@ -77,6 +77,11 @@ def read(
     source: str | None = split
     if format in ("auto", "yolo") and (described := yolo.describe(path)):
         top, (table, places) = path.parent, described
+        if (images, labels) != ("images", "labels"):
+            raise InputError(
+                f"dataset.reader has images={images} and labels={labels}, but {path} names the folders of each split: "
+                "leave the two out, or write a classes.yaml"
+            )
         wanted = "train" if cut.is_made(split) else split
         if wanted not in places or not os.path.isdir(top / places[wanted]):
             cut_out = ", or set dataset.reader.val_fraction=0.2 to cut val out of train" if wanted != "train" else ""

@@ -155,7 +155,7 @@ def look_at(dataset: SampleSet, index: int) -> Look:
     except Exception as error:
         errors["image"] = _sentence(error, sample.image)
         with suppress(InputError, OSError):
-            seen["image_size"] = image_size(sample.image)
+            seen["image_size"] = image_size(sample.image, dataset.kind[0])
     else:
         seen |= {"image_size": image.shape[:2], "digest": _digest(image), "one_colour": _is_one_colour(image)}
         seen["brightest"] = float(image.max())

@@ -165,22 +165,25 @@ def _npy(path: Path) -> np.ndarray:
             raise ValueError(f"an array of the shape {list(array.shape)} is no image")
     except (*decode.DAMAGED, MemoryError) as error:  # of a header: objects, which could be code, or endless signs
         raise decode.damaged(path, error) from error
-    decode.check_pixels(_size(array), path, role="image")
+    decode.check_pixels(_size(array, None), path, role="image")
     return array
 
 
-def _size(array: np.ndarray) -> tuple[int, int]:
-    height, width = array.shape[1:] if array.ndim == 3 and array.shape[0] < array.shape[2] else array.shape[:2]
+def _size(array: np.ndarray, channels: int | None) -> tuple[int, int]:
+    first, last = array.shape[0], array.shape[-1]
+    is_first = last != channels if channels in (first, last) else first < last
+    height, width = array.shape[1:] if array.ndim == 3 and is_first else array.shape[:2]
     return height, width
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, channels: int | None = None) -> tuple[int, int]:
     """Return (height, width) as stored, from the header alone; raises InputError for a file that is damaged.
 
-    Of an array with three axes, the smaller one of the first and the last is taken for that of the channels.
+    Of an array with three axes, neither the first nor the last of which has ``channels``, the smaller one of the two is
+    taken for that of the channels.
     """
     if path.suffix.lower() == ".npy":
-        return _size(_npy(path))
+        return _size(_npy(path), channels)
     check_readable(path, role="image")
     with path.open("rb") as file:
         is_tiff = file.read(2) in TIFF  # of which Pillow does not open all

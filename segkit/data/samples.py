@@ -253,7 +253,7 @@ class SampleSet(Sequence[Item]):
         if _function(self.load_image) is not image_of:
             return
         path = self.samples[index].image
-        self.check_sizes(index, bands.image_size(path), label_size)
+        self.check_sizes(index, bands.image_size(path, self.kind[0]), label_size)
         bands.check_header(path, self.kind)
         if not bands.is_whole(path):
             self.image(index)

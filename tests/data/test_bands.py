@@ -18,7 +18,9 @@ from segkit.commands.replay import stored_batch
 from segkit.config.compose import compose
 from segkit.data import SampleSet, open_dataset
 from segkit.data.bands import image_size, read_bands
+from segkit.data.labels import load_table
 from segkit.data.loader import train_batches
+from segkit.data.samples import Sample
 from segkit.data.transforms import TrainTransform, resize_image
 from segkit.errors import InputError, Interrupted
 from segkit.evaluation.overlay import visible
@@ -158,6 +160,10 @@ def test_bands_may_be_first_last_or_pages(tmp_path, dtype):
         found = read_bands(path, (5, dtype))
         np.testing.assert_array_equal(found, image)
         assert (found.dtype, image_size(path)) == (np.dtype(dtype), SIZE)
+    data = SampleSet([Sample("tile", tmp_path / "tile.npy")], table=load_table("camvid"), name="mine", split="train")
+    for axes in ((40, 48, 99), (99, 40, 48)):  # more bands than rows
+        np.save(tmp_path / "tile.npy", np.ones(axes, dtype))
+        data.of_kind((99, dtype)).check_file(0, SIZE)
     with pytest.raises(InputError, match=r"pages\.tif is an array of \w+ of the shape \[40, 48, 1\], but \(H, W, 4\)"):
         read_bands(tmp_path / "pages.tif", (4, dtype))
 

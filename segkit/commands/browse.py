@@ -100,10 +100,7 @@ def samples(config: Any, phase: str, split: Any, draws: Sequence[Any]) -> list[d
     from segkit.run.build import train_transform
 
     found = []
-    kinds = {
-        kind: train_transform(config, phase, augment=kind == "augmented", ignore_index=split.ignore_index)
-        for kind in ("clean", "augmented")
-    }
+    kinds = {kind: train_transform(config, phase, augment=kind == "augmented") for kind in ("clean", "augmented")}
     for draw in draws:
         pictures = []
         for kind, transform in kinds.items():

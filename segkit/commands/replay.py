@@ -79,7 +79,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
     source, num_classes = bundle / "state.pt", len(counts.classes)
-    loss = build_loss(config.phase_loss(failed["phase"]), counts, ignore_index=255)
+    loss = build_loss(config.phase_loss(failed["phase"]), counts)
     if source.exists():
         state = checkpoint.load(source)
         model = model_with(state["model"], config, num_classes, source=source)
@@ -133,7 +133,7 @@ def read_again(config: Any, failed: dict[str, Any]) -> Any:
     split = open_split(dataset, dataset.train_split)
     batches = train_batches(
         split,
-        transform=train_transform(config, failed["phase"], augment=True, ignore_index=split.ignore_index),
+        transform=train_transform(config, failed["phase"], augment=True),
         batch_size=config.batch_size,
         seed=config.seed,
         phase=failed["phase"],

@@ -17,6 +17,7 @@ import numpy as np
 
 from segkit.config.dataset import JitterConfig
 from segkit.data.decode import pixel_limit
+from segkit.data.labels import VOID
 from segkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class TrainTransform:
     ``scale``, then cropped at a uniform place, then mirrored with probability ``flip``; in fact only the window
     that the crop needs is cut out (at whole pixels) and resized once: bilinear (area-averaged below half size) for
     the image, nearest for the label.  Where the scaled pair is smaller than the crop, the rest is ``pad``, one
-    value a channel, and ``ignore_index``, at a uniform place.  ``color_jitter`` is the probability of a colour jitter,
+    value a channel, and :data:`VOID`, at a uniform place.  ``color_jitter`` is the probability of a colour jitter,
     ``jitter`` its strengths (:data:`JITTER`).  ``augment`` comes last.
     """
 
@@ -106,7 +107,6 @@ class TrainTransform:
     jitter: Mapping[str, float] = field(default_factory=JITTER.copy)
     augment: Augment | None = None
     pad: tuple[float, ...] = PAD_COLOUR
-    ignore_index: int = 255
 
     def __post_init__(self) -> None:
         if self.color_jitter:
@@ -155,7 +155,7 @@ class TrainTransform:
         label = resize_label(label_cut, size)
         if size != self.crop:
             image = self._padded(image, window, self.pad)
-            label = self._padded(label, window, self.ignore_index)
+            label = self._padded(label, window, VOID)
         if window.flip:
             # OpenCV drops an axis of one channel, and takes 128 channels at most
             image = cv2.flip(image, 1) if image.shape[2] == 3 else image[:, ::-1]

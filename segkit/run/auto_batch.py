@@ -58,8 +58,7 @@ def choose_batch(
     model = build_model(without_sources(config), next(iter(phases.values())).train.num_classes).to(device)
     for name, splits in phases.items():
         try_model(model, config, name, splits.val, device)
-        ignored, counts = splits.train.ignore_index, even_counts(splits.train.classes)
-        loss = build_loss(config.phase_loss(name), counts, ignore_index=ignored).to(device)
+        loss = build_loss(config.phase_loss(name), even_counts(splits.train.classes)).to(device)
         try_loss(loss, config, name, splits.train, device)
     del model
     parts = config.accumulate * distributed.world_size()
@@ -67,7 +66,7 @@ def choose_batch(
     report: dict[str, Any] = {"phases": {}, "asked": config.batch_size, "policy": None}
     for name, splits in phases.items():
         budget = _budget(device)
-        peaks = measure_alone(config, name, splits.train, device)
+        peaks = measure_alone(config, name, splits.train.classes, device)
         fits = images_that_fit(peaks, budget)
         report["phases"][name] = {"peaks": peaks, "budget": budget, "images_at_once": fits}
         most = min(most, fits)
@@ -100,7 +99,7 @@ def cheapest_policy(config: Config, phases: dict[str, Splits], device: torch.dev
         tried = dataclasses.replace(config, grad_checkpointing=policy)
         try:
             fits = all(
-                images_that_fit(measure_alone(tried, name, splits.train, device), _budget(device))
+                images_that_fit(measure_alone(tried, name, splits.train.classes, device), _budget(device))
                 >= images_at_once(config)
                 for name, splits in phases.items()
             )
@@ -134,20 +133,16 @@ def images_that_fit(peaks: dict[int, int], budget: int) -> int:
     return max(int((budget - low) / slope + few), 0)
 
 
-def measure_alone(config: Config, name: str, table: Any, device: torch.device) -> dict[int, int]:
-    """:func:`measure`; on a CPU in a process of its own, as a process keeps memory that it needed before.
-
-    ``table`` has the ``classes`` and the ``ignore_index`` of the training split.
-    """
-    arguments = (config, name, tuple(table.classes), table.ignore_index, device)
+def measure_alone(config: Config, name: str, classes: tuple[str, ...], device: torch.device) -> dict[int, int]:
+    """:func:`measure`; on a CPU in a process of its own, as a process keeps memory that it needed before."""
     if device.type != "cpu":
-        return measure(*arguments)
+        return measure(config, name, classes, device)
     spawn, ends_at_once = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=signal.signal, initargs=ends_at_once) as pool:
         # the process imports the main module, which is a script, and may call segkit.train as soon as it is imported
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
-            found = pool.submit(_measure_bounded, *arguments)
+            found = pool.submit(_measure_bounded, config, name, classes, device)
         finally:
             sys.modules["__main__"] = main
         try:
@@ -172,16 +167,14 @@ def _does_not_fit(config: Config, name: str, device: torch.device, error: BaseEx
     return memory.out_of_memory(error, device=device, where=where, levers=levers)
 
 
-def measure(
-    config: Config, name: str, classes: tuple[str, ...], ignore_index: int, device: torch.device
-) -> dict[int, int]:
+def measure(config: Config, name: str, classes: tuple[str, ...], device: torch.device) -> dict[int, int]:
     """Peak bytes of a training step of phase ``name`` for each number of images of :data:`PROBES`.
 
     Model and optimizer are built for this alone; the images are noise of the size of the crop.
     """
     model = build_model(config, len(classes)).to(device)
     average = copy.deepcopy(model) if config.ema_decay is not None else None
-    loss = build_loss(config.phase_loss(name), even_counts(classes), ignore_index=ignore_index).to(device)
+    loss = build_loss(config.phase_loss(name), even_counts(classes)).to(device)
     optimizer = build_optimizer(config, model, name)
     mixed = Mixed(config.precision.value, device)
     scaler = mixed.scaler()

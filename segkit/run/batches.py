@@ -42,7 +42,7 @@ class PhaseBatches:
         split = self.splits.train
         return train_batches(
             split,
-            transform=train_transform(self.config, self.plan.name, augment=augment, ignore_index=split.ignore_index),
+            transform=train_transform(self.config, self.plan.name, augment=augment),
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             phase=self.plan.name,
@@ -66,7 +66,7 @@ class PhaseBatches:
         """At most ``num`` crops of the first epoch, as they are trained on: image (h, w, C) and label (h, w)."""
         split, phase, seed = self.splits.train, self.plan.name, self.config.seed
         augment = self.config.overfit_batches is None
-        transform = train_transform(self.config, phase, augment=augment, ignore_index=split.ignore_index)
+        transform = train_transform(self.config, phase, augment=augment)
         draws = draws_of(0, split, self.sampler, batch_size=max(1, num), seed=seed, phase=phase)[:num]
         return [crop_of(split, transform, draw) for draw in draws]
 

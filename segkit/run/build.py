@@ -19,6 +19,7 @@ from segkit.config.dataset import RGB, SamplerKind
 from segkit.config.schema import Config, DatasetConfig, plain
 from segkit.config.targets import instantiate, locate
 from segkit.data import SampleSet
+from segkit.data.labels import VOID
 from segkit.data.sampling import Sampler, make_sampler
 from segkit.data.statistics import LabelCounts, counts_and_classes
 from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform
@@ -74,13 +75,13 @@ def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> 
     return Segmenter(net, mean=images.mean, std=images.std, divisor=images.dtype.divisor)
 
 
-def build_loss(node: dict[str, Any], counts: LabelCounts, *, ignore_index: int) -> nn.Module:
+def build_loss(node: dict[str, Any], counts: LabelCounts) -> nn.Module:
     """The loss of ``node`` with margins or weights from ``counts``."""
     facts = {
         "class_pixels": counts.class_pixels,
         "class_names": list(counts.classes),
         "num_classes": len(counts.classes),
-        "ignore_index": ignore_index,
+        "ignore_index": VOID,
     }
     return instantiate(node, facts, key="loss")
 
@@ -125,7 +126,6 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     Losses get counts in which all classes are as frequent, and optimizers one parameter: what depends on the real
     ones shows when a run is prepared. What is quick to find comes first: torch's optimizers import its compiler.
     """
-    tables = {name: pair.train for name, pair in splits.items()}
     for pair in splits.values():
         pair.val.check_labelled()
     given = next((key for key in ("mean", "std") if config.model.get(key) is not None), None)
@@ -134,14 +134,14 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
             f"model.{given} is {config.model[given]} and dataset.{given} {getattr(config.images, given)}, but images "
             "are normalised once, with those of dataset: set model.mean=null model.std=null"
         )
-    for name, table in tables.items():
+    for name, pair in splits.items():
         if not config.auto_batch:
-            plan_phase(config, name, len(table))
-        build_loss(config.phase_loss(name), even_counts(table.classes), ignore_index=table.ignore_index)
-    for name, table in tables.items():
-        train_transform(config, name, augment=True, ignore_index=table.ignore_index)
+            plan_phase(config, name, len(pair.train))
+        build_loss(config.phase_loss(name), even_counts(pair.train.classes))
+    for name in splits:
+        train_transform(config, name, augment=True)
     alone = dataclasses.replace(config, lr_factors={})
-    for name in tables:
+    for name in splits:
         build_optimizer(alone, nn.Linear(1, 1), name)
 
 
@@ -207,9 +207,7 @@ def even_counts(classes: Sequence[str]) -> LabelCounts:
     return LabelCounts(ones, ones, 0, 1, tuple(classes), "")
 
 
-def build_augment(
-    nodes: dict[str, Any], *, crop: tuple[int, int], images: DatasetConfig, ignore_index: int
-) -> Augment | None:
+def build_augment(nodes: dict[str, Any], *, crop: tuple[int, int], images: DatasetConfig) -> Augment | None:
     """The transforms of the configuration's ``augment``; None if there are none.
 
     What comes into view from beyond a crop's border has the colour and the label of padding unless the node says else;
@@ -218,7 +216,7 @@ def build_augment(
     transforms, pad = {}, padding(images)
     for key, node in ((f"augment.{name}", node) for name, node in nodes.items() if node is not None):
         moves = "border_mode" in inspect.signature(locate(node.get("_target_", ""), key=key)).parameters
-        facts = {"fill": pad if len(pad) <= 4 else 0, "fill_mask": ignore_index} if moves else {}
+        facts = {"fill": pad if len(pad) <= 4 else 0, "fill_mask": VOID} if moves else {}
         transforms[key] = instantiate(node, facts, key=key)
     if not transforms:
         return None
@@ -236,7 +234,7 @@ def padding(images: DatasetConfig) -> tuple[float, ...]:
     return tuple(round(value * divisor) if divisor > 1 else value for value in images.mean)
 
 
-def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: int) -> TrainTransform:
+def train_transform(config: Config, phase: str, *, augment: bool) -> TrainTransform:
     """Scale-crop-flip, colour jitter and the transforms of ``phase``; only the crop without ``augment``."""
     dataset = config.phase_dataset(phase)
     crop = (dataset.crop[0], dataset.crop[1])
@@ -246,7 +244,7 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
             f"dataset.color_jitter is {dataset.color_jitter}, but there are no colours to jitter in images of "
             f"{dataset.in_channels} channels of {dataset.dtype.value}: set dataset.color_jitter=0"
         )
-    made = build_augment(config.augment, crop=crop, images=dataset, ignore_index=ignore_index) if augment else None
+    made = build_augment(config.augment, crop=crop, images=dataset) if augment else None
     return TrainTransform(
         crop=crop,
         resize=plain(dataset.resize),
@@ -256,7 +254,6 @@ def train_transform(config: Config, phase: str, *, augment: bool, ignore_index: 
         jitter=plain(dataset.jitter),
         augment=made,
         pad=pad,
-        ignore_index=ignore_index,
     )
 
 

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from segkit import memory
 from segkit.config.schema import Config, plain
 from segkit.config.targets import LOSS_OPTIONS
+from segkit.data.labels import VOID
 from segkit.data.statistics import LabelCounts, check_labels, count_labels
 from segkit.errors import InputError, first_line
 from segkit.evaluation.per_image import PerImageCounts
@@ -81,7 +82,7 @@ def prepare_phase(
         evaluated = splits.val[: config.evaluation.max_images]
         distributed.on_main(lambda: check_labels(evaluated, workers=config.workers, cache_dir=cache_dir))
     plan = plan_phase(config, name, len(splits.train))
-    loss = build_loss(config.phase_loss(name), counts, ignore_index=splits.train.ignore_index)
+    loss = build_loss(config.phase_loss(name), counts)
     absent = [label for label, pixels in zip(counts.classes, counts.class_pixels, strict=True) if not pixels]
     if absent and not charts.margin_buffers(loss):  # a loss with margins says what it makes of them
         distributed.print_main(
@@ -180,7 +181,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of ``phase``, at its first step."""
     config, plan, settings = phase.config, phase.plan, phase.config.schedule[phase.name]
-    ema, ignore_index = None, phase.batches.splits.train.ignore_index
+    ema = None
     if config.ema_decay is not None:
         ema = AveragedModel(phase.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     return Trainer(
@@ -211,7 +212,7 @@ def make_trainer(
         compile_model=config.compile,
         stop=stop,
         names_of=phase.batches.names,
-        checked=functools.partial(labels_checked, num_classes=len(phase.counts.classes), ignore_index=ignore_index),
+        checked=functools.partial(labels_checked, num_classes=len(phase.counts.classes), ignore_index=VOID),
     )
 
 

@@ -34,7 +34,7 @@ def test_the_page_shows_what_the_trainer_sees(page):
     splits = open_phases(config)["train"]
     text = page("--n", "3")
     batches = train_batches(
-        splits.train, transform=train_transform(config, "train", augment=True, ignore_index=255), batch_size=3,
+        splits.train, transform=train_transform(config, "train", augment=True), batch_size=3,
         seed=0, phase="train", start_step=0, num_steps=1,
     )  # fmt: skip
     (batch,) = batches

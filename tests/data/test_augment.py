@@ -26,7 +26,7 @@ LABEL = RNG.integers(0, 3, CROP, np.uint8)
 
 def augment(crop=CROP, **nodes):
     named = {name: {**node, "_target_": f"albumentations.{node['_target_']}"} for name, node in nodes.items()}
-    return build_augment(named, crop=crop, images=RGB, ignore_index=255)
+    return build_augment(named, crop=crop, images=RGB)
 
 
 @pytest.mark.parametrize("target", sorted(GROUPS["augment"].permitted))
@@ -90,10 +90,10 @@ def test_shipped_options_build_and_change_what_they_say(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_targets(config)
-        transform = train_transform(config, "finetune", augment=True, ignore_index=255)
+        transform = train_transform(config, "finetune", augment=True)
     assert (transform.augment is None) == (name in ("none", "light"))
     assert (transform.flip, transform.color_jitter) == ((0.0, 0.0) if name == "none" else (0.5, 0.5))
-    assert train_transform(config, "finetune", augment=False, ignore_index=255).augment is None
+    assert train_transform(config, "finetune", augment=False).augment is None
     if transform.augment:
         image = np.random.default_rng(0).integers(0, 256, (160, 224, 3), np.uint8)
         label = np.zeros((160, 224), np.uint8)
@@ -115,7 +115,7 @@ def test_light_draws_as_if_there_were_no_augment():
 
 def test_the_strengths_of_the_jitter_are_keys():
     config = compose(["dataset=synthetic", "dataset.jitter.brightness=0.5", "dataset.jitter.hue=0"])
-    transform = train_transform(config, "finetune", augment=True, ignore_index=255)
+    transform = train_transform(config, "finetune", augment=True)
     assert transform.jitter == {"brightness": 0.5, "contrast": 0.25, "saturation": 0.25, "hue": 0.0}
     drawn = [transform.draw((160, 224), np.random.default_rng(seed)).jitter for seed in range(200)]
     factors = [jitter["brightness"] for jitter in drawn if jitter]
@@ -132,7 +132,7 @@ def test_batches_are_the_same_with_any_number_of_workers_and_from_any_step(worke
     config = compose(["dataset=synthetic", "augment=strong", "dataset.reader.num_images=6", "dataset.crop=[40,48]"])
     data = open_split(config.dataset, "train")
     options = {
-        "transform": train_transform(config, "finetune", augment=True, ignore_index=255), "batch_size": 2, "seed": 1,
+        "transform": train_transform(config, "finetune", augment=True), "batch_size": 2, "seed": 1,
         "phase": "finetune", "num_steps": 6,
     }  # fmt: skip
     alone = list(train_batches(data, **options, start_step=0, workers=0))
@@ -149,7 +149,7 @@ def test_a_transform_is_added_on_the_command_line():
     line = "+augment.rotate={_target_:albumentations.Rotate,limit:10,p:0.5}"
     assert list(compose([line]).augment) == ["rotate"]
     added = compose(["augment=street", line, "augment.shadow=null"])
-    augmentation = build_augment(added.augment, crop=CROP, images=RGB, ignore_index=255)
+    augmentation = build_augment(added.augment, crop=CROP, images=RGB)
     assert list(augmentation.transforms) == [
         f"augment.{name}" for name in ("turn", "light", "motion", "noise", "rotate")
     ]
@@ -177,4 +177,4 @@ def test_a_transform_is_added_on_the_command_line():
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(node, message):
     with pytest.raises(InputError, match=message):
-        build_augment(compose([f"+augment.x={node}"]).augment, crop=(32, 48), images=RGB, ignore_index=255)
+        build_augment(compose([f"+augment.x={node}"]).augment, crop=(32, 48), images=RGB)

@@ -117,7 +117,7 @@ def test_what_the_network_sees_is_what_numpy_computes(tmp_path, name):
         expected = (picture(letter, channels, dtype).astype(np.float64) / DIVISOR[dtype] - mean) / std
         np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, rtol=1e-5, atol=1e-5)
     padded = train_transform(replace(config, dataset=replace(dataset, crop=[64, 64], scale=[0.5, 0.5])), "train",
-                             augment=True, ignore_index=255)  # fmt: skip
+                             augment=True)  # fmt: skip
     image, label = drawn_crop(padded, data[0].image, data[0].label, np.random.default_rng(0))
     (outside,) = np.unique(image[label == 255], axis=0)
     colour = np.array([124, 116, 104]) / 255 if name == "3 uint8 png" and dataset.mean is None else mean
@@ -193,7 +193,7 @@ def test_geometric_transforms_move_all_bands_alike(name):
         "bend": {"_target_": "albumentations.ElasticTransform", "alpha": 30.0, "sigma": 8.0, "p": 1.0},
     }
     dataset = kind_of(name).dataset
-    augment = build_augment(nodes, crop=SIZE, images=dataset, ignore_index=255)
+    augment = build_augment(nodes, crop=SIZE, images=dataset)
     image, label = picture("g", channels, dtype), np.zeros(SIZE, np.uint8)
     moved, void = augment(image, label, 3)
     assert (moved.shape, moved.dtype) == (image.shape, image.dtype)

@@ -145,7 +145,7 @@ def test_scale_and_place_cover_their_ranges():
 
 
 def test_padding():
-    transform = TrainTransform(crop=(100, 40), scale=(0.5, 0.5), ignore_index=255)
+    transform = TrainTransform(crop=(100, 40), scale=(0.5, 0.5))
     places = set()
     for seed in range(20):
         window = transform.draw(LABEL.shape, np.random.default_rng(seed))

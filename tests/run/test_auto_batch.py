@@ -65,7 +65,7 @@ def test_a_step_is_measured_as_it_is(tmp_path, monkeypatch):
         ["precision=fp32", *SMALL, "dataset.crop=[256,256]", "trust=[own_net]", "model._target_=own_net.net"]
     )
     phases = open_phases(config)
-    peaks = auto_batch.measure_alone(config, "train", phases["train"].train, torch.device("cpu"))
+    peaks = auto_batch.measure_alone(config, "train", phases["train"].train.classes, torch.device("cpu"))
     one_level = 2 * 8 * 256 * 256 * 4  # two images, eight channels of the first convolution, float32
     assert peaks[4] - peaks[2] > 4 * one_level
 
@@ -100,7 +100,7 @@ def test_no_batch_is_larger_than_the_data(tmp_path, monkeypatch, capsys):
 
 
 def test_a_signal_that_ends_the_measuring_process_as_well_is_no_lack_of_memory(tmp_path, monkeypatch):
-    def ended(config, name, table, device):
+    def ended(config, name, classes, device):
         raise auto_batch._does_not_fit(config, name, device, MemoryError("the system ended the process that tried"))
 
     monkeypatch.setattr(auto_batch, "measure_alone", ended)
@@ -136,7 +136,7 @@ def test_probes_that_do_not_fit_say_what_helps(monkeypatch):
     with pytest.raises(
         errors.OutOfMemory, match=r"while auto_batch tried 2 to 4 images at once.*grad_checkpointing=light"
     ):
-        auto_batch.measure(config, "train", ("a", "b"), 255, torch.device("cpu"))
+        auto_batch.measure(config, "train", ("a", "b"), torch.device("cpu"))
 
 
 PEAKS = {False: 300, "light": 200, "mixed": 120, True: 100}

@@ -31,6 +31,7 @@ CODE = (
     "run/batches.py",
     "run/phase.py",
     "run/plan.py",
+    "run/start.py",
     "run/validation.py",
     "bilinear.py",
     "margins.py",
@@ -132,8 +133,8 @@ class PhaseCache:
     def store(self, key: str, source: Path) -> None:
         """Keep a copy of the finished phase in ``source`` under ``key``, if it is not there yet.
 
-        A phase that began under another key (another configuration, other code) is not kept. A full disk is told and
-        does no harm. The caller holds the lock.
+        A phase that began under another key (another configuration, other code) is not kept, nor are its failure
+        bundles. A full disk is told and does no harm. The caller holds the lock.
         """
         mark = source / MARK
         if (self.folder / key / "manifest.json").is_file():
@@ -151,7 +152,7 @@ class PhaseCache:
 
     def _copy(self, source: Path, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary / "files")
+        shutil.copytree(source, temporary / "files", ignore=shutil.ignore_patterns("failure-*"))
         names = sorted(path for path in (temporary / "files").rglob("*") if path.is_file())
         manifest = {path.relative_to(temporary / "files").as_posix(): digest_of(path) for path in names}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

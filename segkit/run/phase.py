@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,22 +141,20 @@ def train_phase(phase: Phase, run_folder: RunFolder, stop: Callable[[], bool]) -
         run_folder.link_last_phase()  # a run can be evaluated while it trains, and after it was stopped
     last = distributed.on_main(lambda: checkpoint.find_last(folder / "checkpoints"))
     earlier = run_folder.earlier_metrics(phase.name)
-    if last is None:
-        tracker.truncate(0, step=0, earlier=earlier)
-        if offset == 0:
-            distributed.on_main(tracker.open)
-        _start_from_last_phase(phase, run_folder)
-        _open_charts(phase, tracker)
-    else:
-        _restore(trainer, last, earlier=earlier)
-        distributed.print_main(
-            f"phase {phase.name}: going on from step {trainer.progress.step} of {phase.plan.num_steps}"
-        )
-    try:
+    with contextlib.closing(tracker):
+        if last is None:
+            tracker.truncate(0, step=0, earlier=earlier)
+            if offset == 0:
+                distributed.on_main(tracker.open)
+            _start_from_last_phase(phase, run_folder)
+            _open_charts(phase, tracker)
+        else:
+            _restore(trainer, last, earlier=earlier)
+            distributed.print_main(
+                f"phase {phase.name}: going on from step {trainer.progress.step} of {phase.plan.num_steps}"
+            )
         results = trainer.fit(phase.batches.training)
         tracker.finished(is_last=phase.is_last)
-    finally:
-        tracker.close()
     results = {**results, **_training_facts(phase, trainer)}
 
     def write() -> None:

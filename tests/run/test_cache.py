@@ -131,7 +131,9 @@ def finished(cache: PhaseCache, folder: Path, key: str = "k") -> Path:
 def test_what_is_stored_comes_back(cache, tmp_path):
     source = finished(cache, tmp_path / "a")
     assert not cache.fetch("k", tmp_path / "b")
+    (source / "failure-0000003").mkdir()  # of a step of this run, that was mended since
     cache.store("k", source)
+    (source / "failure-0000003").rmdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "stale.txt").write_text("from a run that was killed")
     assert cache.fetch("k", tmp_path / "b")

@@ -15,12 +15,14 @@ from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
 from segkit.run import pipeline
+from segkit.run.batches import PhaseBatches
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
 from segkit.run.start import check_origin
 from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
+from segkit.training.sinks import TensorBoard
 
 SMALL = (
     "dataset.reader.num_images=6",
@@ -204,6 +206,18 @@ def test_a_folder_that_is_deleted_while_it_trains_can_be_mended(train, monkeypat
             train("run")
     folder = train("run")
     assert open_run(folder).config.batch_size == 2
+
+
+def test_curves_are_closed_where_a_run_ends_before_its_first_step(train, monkeypatch):
+    def broken(batches, num):
+        raise InputError("an image is broken")
+
+    closed = []
+    monkeypatch.setattr(PhaseBatches, "first_crops", broken)
+    monkeypatch.setattr(TensorBoard, "close", lambda sink: closed.append(sink))
+    with pytest.raises(InputError, match="an image is broken"):
+        train("run")
+    assert len(closed) == 1
 
 
 def test_a_class_without_training_pixels_is_said(train, capsys):

@@ -99,6 +99,12 @@ def _open_graph(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[st
             raise InputError("an ONNX model needs onnxruntime: pip install 'segkit[export]'") from None
     if not path.is_file():
         raise InputError(f"there is no file {path}: write it with segkit export RUN --format {GRAPHS[path.suffix]}")
+    for option, how, follows in (
+        ("device", "on the CPU", arguments.device in ("auto", "cpu")),
+        ("precision", "in fp32", arguments.precision == "fp32" or path.suffix != ".onnx"),
+    ):
+        if not follows:
+            raise InputError(f"{path} computes {how}, which --{option} cannot change: leave --{option} out")
     facts = {"model": {}, "crop": [512, 512], "resize": {}, **read_metadata(path)}  # not in files of earlier versions
     dataset = check_facts(facts, path)
     _check_options(path, facts, arguments)

@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from segkit.commands import predict
+from segkit.commands import predict, scorers
 from segkit.errors import InputError
 from segkit.models.exported import INPUT, METADATA_KEY
 
@@ -64,3 +65,12 @@ def test_what_a_graph_computes_is_checked(tmp_path, capfd, operations, message):
     with pytest.raises(InputError, match=rf"graph\.onnx {message}.*: write it again with segkit export$"):
         predict.run(arguments)
     assert "onnxruntime" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "how"), [("--precision=bf16", "in fp32"), ("--device=cuda", "on the CPU")])
+def test_what_a_graph_does_not_follow_is_refused(tmp_path, option, how):
+    graph(tmp_path / "graph.onnx", ("Identity", [], {}))
+    arguments = predict.parser(files=False).parse_args([f"{tmp_path}/graph.onnx", option])
+    name = option.partition("=")[0]
+    with pytest.raises(InputError, match=f"computes {how}, which {name} cannot change: leave {name} out"):
+        scorers.load(arguments.run, arguments, torch.device("cpu"))

@@ -10,8 +10,7 @@ from typing import Any
 
 from segkit.check.audit import SplitAudit, audit_split
 from segkit.check.findings import DataAudit, Report, overlap_findings, published_count, split_findings
-from segkit.config.schema import Config, DatasetConfig, check_targets
-from segkit.data.decode import set_pixel_limit
+from segkit.config.schema import Config, DatasetConfig
 from segkit.data.layout import collecting
 from segkit.data.samples import SampleSet
 from segkit.errors import InputError
@@ -30,11 +29,8 @@ NUM_REHEARSED = 200
 def check(config: Config, *, sample: int | None = None, rehearses: bool = True) -> Report:
     """Look at the data of every phase, then rehearse the run; the report collects the problems of both.
 
-    ``sample``: number of random samples of each split to look at, instead of all. Raises InputError for a mistake in
-    ``config``.
+    ``sample``: number of random samples of each split to look at, instead of all.
     """
-    check_targets(config)
-    set_pixel_limit(config.max_pixels)
     report = Report(config, sample)
     look_at_data(report)
     from segkit.run.start import early_margins  # torch, not before the processes above are forked

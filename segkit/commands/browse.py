@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_shared, check_spares, check_writable, count, verb_parser
+from segkit.commands.options import add_shared, check_writable, configuration, count, verb_parser
 from segkit.errors import InputError
 from segkit.progress import show
 
@@ -30,17 +30,11 @@ def run(argv: Sequence[str]) -> None:
     """Write the page."""
     arguments = parser().parse_intermixed_args(argv)
     check_writable(arguments, "output")
-    from segkit.config.compose import compose
-    from segkit.config.schema import check_targets
-    from segkit.data.decode import set_pixel_limit
     from segkit.files import write_atomically
     from segkit.report.page import render
     from segkit.run.splits import open_split
 
-    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
-    check_targets(config)
-    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "output")
-    set_pixel_limit(config.max_pixels)
+    config = configuration(arguments, "output")
     phase = list(config.schedule)[-1]
     dataset = config.phase_dataset(phase)
     split = open_split(dataset, dataset.train_split)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.commands.options import add_shared, check_spares, check_writable, count, verb_parser
+from segkit.commands.options import add_shared, check_writable, configuration, count, verb_parser
 from segkit.progress import show
 
 EXIT_ERRORS = 1
@@ -36,12 +36,9 @@ def run(argv: Sequence[str]) -> None:
     check_writable(arguments, "json")
     from segkit.check.check import check
     from segkit.check.report import as_text, to_json
-    from segkit.config.compose import compose
     from segkit.files import write_json
 
-    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
-    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "json")
-    report = check(config, sample=arguments.sample, rehearses=not arguments.skip_step)
+    report = check(configuration(arguments, "json"), sample=arguments.sample, rehearses=not arguments.skip_step)
     content = to_json(report)
     print(as_text(content))
     if arguments.json:

@@ -103,7 +103,7 @@ def write_portable(arguments: Namespace, output: Path, model: Any, facts: dict[s
     from segkit.run.portable import open_portable, write_file, write_folder
 
     (write_folder if arguments.format == "hub" else write_file)(output, model, facts)
-    opened, again = open_portable(output)
+    opened, _, again = open_portable(output)
     state = model.state_dict()
     if any(not torch.equal(value, state[name]) for name, value in again.state_dict().items()):
         raise InputError(f"{output} does not hold the weights of the model: write it again, elsewhere")

@@ -15,7 +15,7 @@ from segkit.errors import InputError
 from segkit.progress import show
 
 if TYPE_CHECKING:
-    from segkit.config.schema import DatasetConfig
+    from segkit.config.schema import Config, DatasetConfig
     from segkit.data.samples import SampleSet
     from segkit.evaluation import Inference
     from segkit.run.saved import SavedRun
@@ -243,6 +243,17 @@ def check_spares(arguments: argparse.Namespace, roots: Iterable[str | None], *op
             raise InputError(
                 f"--{option} is {path}, within the data in {root}, which stay as they are: name a file elsewhere"
             )
+
+
+def configuration(arguments: argparse.Namespace, *outputs: str) -> Config:
+    """Return the configuration that the overrides describe; InputError if an option of ``outputs`` is in its data."""
+    from segkit.config.compose import compose
+    from segkit.data.decode import set_pixel_limit
+
+    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
+    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), *outputs)
+    set_pixel_limit(config.max_pixels)
+    return config
 
 
 def dataset_of(saved: SavedRun, arguments: argparse.Namespace) -> DatasetConfig:

@@ -72,8 +72,7 @@ def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loa
     if path.suffix in GRAPHS:
         score, facts, dataset = _open_graph(path, arguments)
     elif is_portable(path):
-        facts, model = open_portable(path)
-        dataset = check_facts(facts, path)
+        facts, dataset, model = open_portable(path)
         _check_options(path, facts, arguments)
         decision = exported(facts)
         score, decide = decision.around(model.to(device)), decision.decide

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.commands.options import add_shared, check_spares, check_writable, verb_parser
+from segkit.commands.options import add_shared, check_writable, configuration, verb_parser
 from segkit.config.dataset import RGB
 from segkit.config.schema import Config
 from segkit.files import write_atomically, write_json, written_beside
@@ -36,15 +36,9 @@ def run(argv: Sequence[str]) -> None:
     """Count, print the table, and write the files that were asked for."""
     arguments = parser().parse_intermixed_args(argv)
     check_writable(arguments, "csv", "json", "plot", draws=("plot",))
-    from segkit.config.compose import compose
-    from segkit.config.schema import check_targets
-    from segkit.data.decode import set_pixel_limit
     from segkit.run.splits import open_split
 
-    config = compose(arguments.overrides, config_dirs=arguments.config_dir)
-    check_targets(config)
-    check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), "csv", "json", "plot")
-    set_pixel_limit(config.max_pixels)
+    config = configuration(arguments, "csv", "json", "plot")
     split = open_split(config.dataset, arguments.split or config.dataset.train_split)
     rows, summary = rows_of(config, split)
     print(table(rows, summary))

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.config.schema import Config, targets
-from segkit.config.targets import check_allowed, described, fits, trust
+from segkit.config.schema import Config, check_targets
+from segkit.config.targets import described, fits, trust
 from segkit.errors import InputError, did_you_mean, first_line
 
 
@@ -196,8 +196,7 @@ def to_config(node: Any) -> Config:
     assert isinstance(config, Config)
     _check_values(config, "")
     trust(config.trust)  # of a command line: a saved configuration comes here without it
-    for name, target in targets(config):
-        check_allowed(target, key=name)
+    check_targets(config)
     return config
 
 

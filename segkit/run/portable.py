@@ -156,8 +156,8 @@ def is_portable(path: Path) -> bool:
     return path.suffix == ".safetensors" or (any(has) and not (path / "config.yaml").exists())
 
 
-def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
-    """Return the facts and the model (on the CPU, in evaluation mode) of what segkit export wrote as ``path``.
+def open_portable(path: Path) -> tuple[dict[str, Any], DatasetConfig, Any]:
+    """Return facts, kind of images and model (on the CPU, in evaluation mode) of what segkit export wrote as ``path``.
 
     InputError for anything in it that is not allowed, and for weights that are not those of the model, or not finite.
     """
@@ -183,7 +183,7 @@ def open_portable(path: Path) -> tuple[dict[str, Any], Any]:
         raise InputError(f"{source}: {error}") from None
     if facts.get("channels_last") is True:  # as the run computes
         model = model.to(memory_format=torch.channels_last)
-    return facts, model
+    return facts, images, model
 
 
 def check_facts(facts: Mapping[str, Any], source: Path) -> DatasetConfig:

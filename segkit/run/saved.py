@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import reason_of, to_config
-from segkit.config.schema import Config, check_targets
+from segkit.config.schema import Config
 from segkit.config.targets import is_trusted
 from segkit.errors import InputError
 from segkit.files import FOREIGN, read_config_text, read_json
@@ -184,7 +184,6 @@ def read_config(saved: Path, *, cure: str = FOREIGN) -> Config:
     content.pop("trust", None)
     try:
         config = to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(content)))
-        check_targets(config)
         if config.precision.value == "auto":
             raise InputError("precision is auto, but a run's must say what was chosen: write fp32, bf16 or fp16")
     except InputError as error:

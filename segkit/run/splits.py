@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from segkit.config.schema import Config, DatasetConfig, check_targets
+from segkit.config.schema import Config, DatasetConfig
 from segkit.config.targets import GROUPS, instantiate
 from segkit.data import SampleSet
 from segkit.data.decode import set_pixel_limit
@@ -125,10 +125,8 @@ def check_hub(config: Config) -> None:
 def open_phases(config: Config) -> dict[str, Splits]:
     """The splits of every phase.
 
-    InputError if a target of ``config`` does not take its arguments, if weights or data are missing, or if two phases
-    have different classes.
+    InputError if weights or data are missing, or if two phases have different classes.
     """
-    check_targets(config)
     _check_weights(config)
     set_pixel_limit(config.max_pixels)
     opened: dict[str, Splits] = {}

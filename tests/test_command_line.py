@@ -117,6 +117,8 @@ def test_a_folder_of_options_may_have_any_name(tmp_path, name):
     (tmp_path / name / "loss").mkdir(parents=True)
     (tmp_path / name / "loss" / "own.yaml").write_text("_target_: segkit.losses.FocalLoss\ngamma: 3.5\n")
     assert compose(["loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
+    another = f"hydra.searchpath=[file://{tmp_path}]"
+    assert compose([another, "loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
 
 
 @pytest.mark.parametrize(

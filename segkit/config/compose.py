@@ -18,6 +18,9 @@ from segkit.config.schema import Config, check_targets
 from segkit.config.targets import described, fits, trust
 from segkit.errors import InputError, did_you_mean, first_line
 
+SEARCH = "hydra.searchpath="
+"""How the override begins that names folders of options, as ``--config-dir`` does."""
+
 
 def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ()) -> Config:
     """The configuration that ``python train.py OVERRIDES`` would run.
@@ -41,8 +44,11 @@ def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ())
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         places = [quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
-        search = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
-        return to_config(hydra_compose("train", overrides=[*overrides, *search]))
+        own = [text for text in overrides if text.startswith(SEARCH)]  # beside which Hydra takes no second one
+        places += [inner for text in own if (inner := text.removeprefix(SEARCH).strip("[]"))]
+        search = [f"{SEARCH}[{','.join(places)}]"] if places else []
+        others = [text for text in overrides if text not in own]
+        return to_config(hydra_compose("train", overrides=[*others, *search]))
 
 
 def config_dir() -> Path:

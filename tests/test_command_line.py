@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import hydra
 import pytest
 from hydra.errors import HydraException
 
@@ -119,6 +120,13 @@ def test_a_folder_of_options_may_have_any_name(tmp_path, name):
     assert compose(["loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
     another = f"hydra.searchpath=[file://{tmp_path}]"
     assert compose([another, "loss=own"], config_dirs=[tmp_path / name]).loss["gamma"] == 3.5
+
+
+def test_a_program_of_the_users_own_keeps_its_hydra(tmp_path):
+    (tmp_path / "theirs.yaml").write_text("a: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        compose(["seed=3"])
+        assert hydra.compose("theirs") == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,18 @@ def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ())
         )
     check_overrides(overrides)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
+    places = [quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
+    own = [text for text in overrides if text.startswith(SEARCH)]  # beside which Hydra takes no second one
+    places += [inner for text in own if (inner := text.removeprefix(SEARCH).strip("[]"))]
+    search = [f"{SEARCH}[{','.join(places)}]"] if places else []
+    others = [text for text in overrides if text not in own]
+    before = GlobalHydra.instance().hydra  # of a program of the user's own, which goes on with it
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        places = [quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
-        own = [text for text in overrides if text.startswith(SEARCH)]  # beside which Hydra takes no second one
-        places += [inner for text in own if (inner := text.removeprefix(SEARCH).strip("[]"))]
-        search = [f"{SEARCH}[{','.join(places)}]"] if places else []
-        others = [text for text in overrides if text not in own]
-        return to_config(hydra_compose("train", overrides=[*others, *search]))
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return to_config(hydra_compose("train", overrides=[*others, *search]))
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def config_dir() -> Path:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from segkit.progress import for_terminal
+
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.integer]
 
@@ -63,7 +65,7 @@ def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: in
     size = int(np.clip(height / 30, 10, 28))
     num_lines = max(1, (height - _MARGIN) // (size + _MARGIN))
     named = order if len(order) <= num_lines else order[: num_lines - 1]
-    lines = [(k, f"{classes[k]}  {100 * pixels[k] / labels.size:.1f} %") for k in named]
+    lines = [(k, f"{for_terminal(classes[k])}  {100 * pixels[k] / labels.size:.1f} %") for k in named]
     more = len(order) - len(named)
     texts = [text for _, text in lines] + ([f"and {more} more"] if more else [])
     width = max(cv2.getTextSize(text, _FONT, size * _SCALE, 1)[0][0] for text in texts) + size + 3 * _MARGIN
@@ -79,7 +81,10 @@ def legend(labels: Labels, classes: Sequence[str], palette: Bytes, *, height: in
 
 
 def _write(picture: Bytes, text: str, place: tuple[int, int], size: int) -> None:
-    """Write ``text`` in black letters of ``size`` pixels, whose upper left corner lies at ``place`` (x, y)."""
+    """Write ``text`` in black letters of ``size`` pixels, whose upper left corner lies at ``place`` (x, y).
+
+    A lone surrogate, as in the name of a folder that is no UTF-8, would end the process within OpenCV.
+    """
     cv2.putText(picture, text, (place[0], place[1] + size), _FONT, size * _SCALE, _BLACK, 1, cv2.LINE_AA)
 
 
@@ -104,5 +109,5 @@ def side_by_side(
 
 def _titled(image: Bytes, title: str, size: int) -> Bytes:
     strip = np.full((size + 2 * _MARGIN, image.shape[1], 3), 255, np.uint8)
-    _write(strip, title, (_MARGIN, _MARGIN), size)
+    _write(strip, for_terminal(title), (_MARGIN, _MARGIN), size)
     return np.concatenate([strip, image])

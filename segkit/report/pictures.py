@@ -27,6 +27,7 @@ from PIL import Image
 
 from segkit.errors import InputError
 from segkit.files import read_json, write_json
+from segkit.progress import for_terminal
 
 VOID = 255
 LONGEST = 1024
@@ -49,7 +50,7 @@ def legend(palette: Any, classes: Sequence[str], width: int) -> NDArray[np.uint8
     def pixels(text: str) -> int:
         return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, TEXT, 1)[0][0]
 
-    names = [textwrap.wrap(name, max(1, (width - 26) // pixels("W"))) for name in classes]
+    names = [textwrap.wrap(for_terminal(name), max(1, (width - 26) // pixels("W"))) for name in classes]
     column = max(pixels(line) for name in names for line in name) + 26
     per_row = max(1, width // column)
     strips = []

@@ -70,7 +70,7 @@ def test_a_legend_has_the_letters_of_other_languages_than_english():
 def test_side_by_side_holds_image_and_each_prediction():
     image = np.full((60, 80, 3), 100, np.uint8)
     other = np.full((60, 80), 3, np.uint8)
-    shown = side_by_side(image, [("CE", two_areas()), ("margin", other)], CLASSES, PALETTE)
+    shown = side_by_side(image, [("CE", two_areas()), ("margin\udcff", other)], CLASSES, PALETTE)
     assert shown.shape[1] > 3 * 80
     assert {(100, 100, 100), (50, 50, 175), (175, 50, 50)} <= colours_of(shown)
     assert overlay_with_legend(image, other, CLASSES, PALETTE).shape[0] == 60

@@ -62,17 +62,6 @@ def read_bands(path: Path, kind: tuple[int, str]) -> np.ndarray:
     return image
 
 
-def check_header(path: Path, kind: tuple[int, str]) -> None:
-    """Raise the InputError of :func:`read_bands` for an NPY or TIFF file of another kind, of which no pixel is read."""
-    if path.suffix.lower() == ".npy":
-        _array(path, kind)
-    elif kind != RGB:
-        with path.open("rb") as file:
-            if file.read(2) in TIFF:
-                file.seek(0)
-                _pages_of(file, path, kind)
-
-
 def _array(path: Path, kind: tuple[int, str]) -> np.ndarray:
     """The image (H, W, C) in an NPY file, of which nothing is read; (C, H, W) is turned where that alone fits."""
     image = _npy(path)
@@ -182,33 +171,30 @@ def image_size(path: Path, channels: int | None = None) -> tuple[int, int]:
     Of an array with three axes, neither the first nor the last of which has ``channels``, the smaller one of the two is
     taken for that of the channels.
     """
+    return _size(_npy(path), channels) if path.suffix.lower() == ".npy" else read_header(path, RGB)[0]
+
+
+def read_header(path: Path, kind: tuple[int, str]) -> tuple[tuple[int, int], bool]:
+    """Return (height, width), and False for a file that may have been cut off: its end is not what it should be.
+
+    Only decoding tells that for certain, which takes a thousand times as long. Raises InputError for an NPY or TIFF
+    file of another ``kind``, where that is not RGB, to which other TIFFs are converted.
+    """
     if path.suffix.lower() == ".npy":
-        return _size(_npy(path), channels)
+        return _array(path, kind).shape[:2], True
     check_readable(path, role="image")
     with path.open("rb") as file:
-        is_tiff = file.read(2) in TIFF  # of which Pillow does not open all
-        file.seek(0)
-        if is_tiff:
-            height, width, _ = _pages(file, path, most=1)[0].shape
-            return height, width
-        with decode.pillow(file, path, role="image") as image:
-            return decode.stored_size(image)
-
-
-def is_whole(path: Path) -> bool:
-    """Return False for an image file that may have been cut off: its end is not what its beginning says.
-
-    Only decoding tells for certain, which takes a thousand times as long.
-    """
-    with path.open("rb") as file:
-        head, size = file.read(12), file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
+        head, length = file.read(12), file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 64))
         tail = file.read()
-        if head[:2] in TIFF:
-            file.seek(0)
-            return _pages(file, path, most=1)[0].end <= size
-    if head[:4] in (b"\x93NUM", b"RIFF"):
-        return True  # or :func:`image_size` would have failed: it maps arrays, and Pillow looks at a WebP to its end
+        file.seek(0)
+        if head[:2] in TIFF:  # of which Pillow does not open all
+            pages = _pages(file, path, most=1) if kind == RGB else _pages_of(file, path, kind)[0]
+            height, width, _ = pages[0].shape
+            return (height, width), max(page.end for page in pages) <= length
+        with decode.pillow(file, path, role="image") as image:
+            size = decode.stored_size(image)
     if head[:2] == b"BM":
-        return 0 < int.from_bytes(head[2:6], "little") <= size
-    return (b"IEND" if head[:8] == decode.PNG else b"\xff\xd9") in tail  # JPEG and JPEG 2000 end alike
+        return size, 0 < int.from_bytes(head[2:6], "little") <= length
+    end = b"IEND" if head[:8] == decode.PNG else b"\xff\xd9"  # JPEG and JPEG 2000 end alike
+    return size, head[:4] == b"RIFF" or end in tail  # Pillow has looked at a WebP to its end

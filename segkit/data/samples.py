@@ -252,10 +252,9 @@ class SampleSet(Sequence[Item]):
         """
         if _function(self.load_image) is not image_of:
             return
-        path = self.samples[index].image
-        self.check_sizes(index, bands.image_size(path, self.kind[0]), label_size)
-        bands.check_header(path, self.kind)
-        if not bands.is_whole(path):
+        size, is_whole = bands.read_header(self.samples[index].image, self.kind)
+        self.check_sizes(index, size, label_size)
+        if not is_whole:
             self.image(index)
 
     def subset(self, indices: Sequence[int]) -> SampleSet:

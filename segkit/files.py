@@ -211,14 +211,14 @@ def _mapping(text: str) -> Any:
 
 
 def remove_if_empty(path: Path, *, lock: str = "") -> None:
-    """Remove a folder with nothing, or nothing but ``lock``, in it, and what Hydra made above it below outputs/."""
+    """Remove a folder with nothing, or nothing but ``lock``, in it, and what Hydra made above it, up to outputs/."""
     outputs = Path("outputs").resolve()
     with contextlib.suppress(OSError):
         if [entry.name for entry in path.iterdir()] == [lock]:
             (path / lock).unlink()
         path.rmdir()
         for parent in path.resolve().parents:
-            if outputs not in parent.parents:
+            if outputs not in (parent, *parent.parents):
                 break
             parent.rmdir()
 

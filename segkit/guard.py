@@ -174,9 +174,9 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
 
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(error), InputError.exit_code
-    if (option := _local_in(error, "load_config", "config_path")) and isinstance(option, str):
+    if (option := local_in(error, "load_config", "config_path")) and isinstance(option, str):
         return f"the option {option} cannot be read ({first_line(error)}): mend its YAML file", InputError.exit_code
-    if override := getattr(_local_in(error, "_apply_overrides_to_config", "override"), "input_line", None):
+    if override := getattr(local_in(error, "_apply_overrides_to_config", "override"), "input_line", None):
         return (
             f"the override {override!r} cannot be applied: something in its key is null, a list or one value, and so "
             "has no keys; give a list as a whole, and to a phase an option, as +loss@schedule.PHASE.loss=NAME, whose "
@@ -193,6 +193,9 @@ def explain(error: BaseException, *, verb: str = "train") -> tuple[str | None, i
         return "a path has a NUL byte in it, which no name of a file has: correct it", InputError.exit_code
     if isinstance(error, RuntimeError) and (text := str(error)).startswith("Symlink loop from "):  # of pathlib
         return f"{text.removeprefix('Symlink loop from ')} is a link that leads back to itself: give another place", 2
+    if _is_of_hydra(error):
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return f"Hydra cannot use the command line ({reason}): correct its keys that begin with hydra", 2
     return None, 1
 
 
@@ -240,7 +243,14 @@ def _is_of_own_code(error: BaseException) -> bool:
     return not is_of_a_file(error) and any(name.partition(".")[0] in targets._trusted for name in modules)
 
 
-def _local_in(error: BaseException, function: str, name: str) -> Any:
+def _is_of_hydra(error: BaseException) -> bool:
+    """True if ``error`` came out of Hydra, and not out of what Hydra called."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    first = next((i for i, name in enumerate(modules) if name.startswith("hydra.")), len(modules))
+    return first < len(modules) and not any(name.startswith("segkit") for name in modules[first:])
+
+
+def local_in(error: BaseException, function: str, name: str) -> Any:
     """The variable ``name`` of the first ``function`` that ``error`` came through, for Hydra does not say it; or None.
 
     The option that could not be read, for example, or the override that failed with an exception not OmegaConf's.
@@ -302,6 +312,8 @@ def _explain_hydra(error: BaseException) -> str:
     if in_option := re.match(r"In '([^']+)': \w+ raised while composing", text):
         place = next((f"{line.removeprefix('full_key: ')}: " for line in lines if line.startswith("full_key: ")), "")
         reason = f"{place}{lines[min(1, len(lines) - 1)]}"
+        if place == f"{in_option[1].partition('/')[0]}: ":  # an overlay, whose keys belong to the run
+            return f"the option {in_option[1]} cannot be used ({reason}): begin its file with # @package _global_"
         return f"the option {in_option[1]} cannot be used ({reason}): mend its YAML file, or the place behind @"
     if text.startswith("Additional config directory"):
         return f"--config-dir names {text.split(chr(39))[1]}, which is no folder: mend the path"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from segkit.errors import InputError
 from segkit.files import held, remove_if_empty
-from segkit.guard import guard, guarded, sentences
+from segkit.guard import guard, guarded, local_in, sentences
 from segkit.memory import keep_freed
 from segkit.progress import need_no_reader
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidied_up_when_ended
@@ -144,7 +144,18 @@ def hydra_command() -> Callable[[], None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
     ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
-    return hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)
+    command = hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)
+
+    def run_tidily() -> None:
+        """Call Hydra; of a sweep with a job that it cannot compose remains nothing."""
+        try:
+            command()
+        except Exception as error:
+            if folder := local_in(error, "sweep", "sweep_dir"):
+                remove_if_empty(Path(folder), lock="multirun.yaml")
+            raise
+
+    return run_tidily
 
 
 def check_command_line() -> None:
@@ -169,6 +180,8 @@ def check_command_line() -> None:
     for name in ("resolve", "package"):
         if getattr(given, name) and not (given.cfg or given.help):
             refuse(f"--{name} goes with --cfg")
+    if given.config_dir == "":  # of a variable that is not set
+        refuse("--config-dir is empty")
     if given.experimental_rerun:
         raise InputError("--experimental-rerun would run whatever its file holds: give the run's command again")
     asked = {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")}

@@ -14,6 +14,8 @@ from segkit.config.compose import config_dir, to_config
 from segkit.config.schema import FACTS, Config, PhaseConfig, check_targets, plain
 from segkit.config.targets import bind, check_allowed, instantiate, locate
 from segkit.errors import InputError
+from segkit.run.build import check_parts
+from segkit.run.splits import open_phases
 
 GROUPS = ("dataset", "model", "loss", "optimizer", "schedule", "experiment", "debug", "sweep", "augment")
 FILES = sorted(path for path in config_dir().rglob("*.yaml"))
@@ -55,6 +57,26 @@ def test_every_leaf_lists_all_arguments(option):
     ).parameters.values()
     wanted = {item.name for item in parameters if item.kind is not inspect.Parameter.VAR_KEYWORD} - facts
     assert wanted <= set(node), f"{group}/{option}.yaml leaves out {wanted - set(node)}"
+
+
+def test_a_mistake_in_the_data_set_of_a_phase_names_its_own_key():
+    key = "schedule.train.dataset"
+    chosen = ["schedule=single", f"+dataset@{key}=synthetic"]
+    with pytest.raises(InputError, match=rf"^{key}.crop is \[3, 4\].*: set {key}.crop="):
+        composed(*chosen, f"{key}.crop=[3,4]")
+    with pytest.raises(InputError, match=rf"^{key}.resize makes images of"):
+        composed(*chosen, f"{key}.resize.short_side=100000")
+    with pytest.raises(InputError, match=rf"allowed are .* \({key}.train_split, {key}.val_split\)"):
+        open_phases(composed(*chosen, f"{key}.train_split=x"))
+
+
+def test_a_loss_names_the_key_at_which_it_stands():
+    key = "schedule.pretrain.loss"
+    config = composed(
+        "schedule=pretrain_finetune", f"loss@{key}=cross_entropy_dice", f"{key}.terms.dice.loss.smooth=-1"
+    )
+    with pytest.raises(InputError, match=rf"smooth must be a finite .*; set {key}.terms.dice.loss.smooth$"):
+        check_parts(config, open_phases(config))
 
 
 def test_cityscapes_composes_with_the_recipe_of_the_paper():

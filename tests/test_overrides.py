@@ -46,6 +46,9 @@ def timed(*arguments: str) -> tuple[int, str, float]:
         ("dataset.crop=512", "error: dataset.crop=512 is not allowed: write a list in brackets, as KEY=[VALUE,VALUE]"),
         ("--config-dir=nowhere", "error: --config-dir names "),
         ("seed", "error: the override 'seed' cannot be read: write KEY=VALUE, for example seed=1"),
+        ("--config-dir=", "error: --config-dir is empty"),
+        ("hydra.searchpath=[s3://x]", "error: Hydra cannot use the command line (ValueError: No config source regist"),
+        ("hydra.job.env_copy=[NOWHERE]", "error: Hydra cannot use the command line (KeyError: 'NOWHERE'): correct its"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_traceback(monkeypatch, capsys, argument, message):
@@ -57,6 +60,25 @@ def test_a_mistake_is_one_sentence_and_no_traceback(monkeypatch, capsys, argumen
     assert message in printed.out + printed.err
     assert "Traceback" not in printed.out + printed.err
     assert len((printed.out + printed.err).strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["sweep=search"], ["-m", "seed=1,b"], ["-m", "seed=1,-1"]])
+def test_a_command_that_is_refused_leaves_no_folder(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        guarded(lambda: launch.run(arguments))
+    launch._sweeps.clear()
+    assert not list(tmp_path.iterdir()), capsys.readouterr()
+
+
+def test_an_overlay_without_its_first_line_is_told_to_have_it(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 5\n")
+    with pytest.raises(Exception) as failed:
+        compose(["experiment=mine"], config_dirs=[tmp_path])
+    assert "Key 'experiment' not in 'Config'): begin its file with # @package _global_" in explain(failed.value)[0]
 
 
 def test_a_mistake_of_the_command_is_one_sentence():
@@ -131,9 +153,17 @@ def test_a_quoted_value_is_read_as_it_was(text):
         ),
         (
             "hydra.run.dir=",
-            "the override 'hydra.run.dir=' is empty, and so would fill this folder: set hydra.run.dir=DIR",
+            "the override 'hydra.run.dir=' is empty or no name, and could fill this folder: set hydra.run.dir=DIR",
         ),
-        ("~hydra.run.dir", "so would fill this folder: set hydra.run.dir=DIR"),
+        ("~hydra.run.dir", "could fill this folder: set hydra.run.dir=DIR"),
+        ("hydra.run.dir='???'", "could fill this folder: set hydra.run.dir=DIR"),
+        ("cache_dir=false", "the override 'cache_dir=false' is no path: set cache_dir=PATH, or cache_dir=null"),
+        ("dataset.crop=[[1,2],[3,4]]", r"dataset.crop is \[\[1, 2\], \[3, 4\]\], but must be a list of numbers"),
+        ("dataset.resize.size=${seed}", "dataset.resize.size is 0, but must be a list of numbers"),
+        (
+            "dataset.resize.short_side=100000",
+            "makes images of 100000x100000, more than max_pixels=200000000: set a sma",
+        ),
         ("augment={}", "'augment={}' changes nothing, as a mapping is added to what is there: choose an option, augm"),
         ("loss=3", "the override 'loss=3' gives no name, but loss takes the name of one of its options"),
         ("compile=2", "the override 'compile=2' is neither true nor false: set compile=true or compile=false"),

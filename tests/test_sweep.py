@@ -181,6 +181,10 @@ def test_jobs_that_cannot_stand_beside_each_other(other, folder, message):
         ("device=cuda:99", "device is 'cuda:99', but"),
         ("sync_batchnorm=true", "sync_batchnorm=true shares statistics between processes, but there is one"),
         ("dataset.crop=[65000,65000]", "a batch of 8 crops of 65000x65000 takes at least"),
+        (
+            "overfit_batches=100000",
+            "overfit_batches is 100000, but phase pretrain has 700 steps: set overfit_batches lo",
+        ),
     ],
 )
 def test_what_a_later_job_lacks_is_seen_before_the_first_starts(override, message):

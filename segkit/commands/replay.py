@@ -79,7 +79,7 @@ def repeat(bundle: Path, failed: dict[str, Any], *, device: str) -> dict[str, An
     runtime.set_determinism(strict=config.determinism.value == "strict")
     chosen = runtime.resolve_device(device)
     source, num_classes = bundle / "state.pt", len(counts.classes)
-    loss = build_loss(config.phase_loss(failed["phase"]), counts)
+    loss = build_loss(config, failed["phase"], counts)
     if source.exists():
         state = checkpoint.load(source)
         model = model_with(state["model"], config, num_classes, source=source)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segkit.config.dataset import of_phase
 from segkit.config.schema import Config, check_targets
 from segkit.config.targets import described, fits, trust
 from segkit.errors import InputError, did_you_mean, first_line
@@ -91,9 +92,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
         override = _read_override(parser, text)
         if not key.strip("+~ "):
             raise InputError(f"the override {text!r} has no key: write KEY=VALUE, for example seed=1")
-        if key.strip("+~ ") in ("hydra.run.dir", "hydra.sweep.dir") and override.value() in (None, ""):
+        if key.strip("+~ ") in ("hydra.run.dir", "hydra.sweep.dir") and override.value() in NO_PLACES:
             place = key.strip("+~ ")
-            raise InputError(f"the override {text!r} is empty, and so would fill this folder: set {place}=DIR")
+            raise InputError(f"the override {text!r} is empty or no name, and could fill this folder: set {place}=DIR")
         _check_given(override, text, key)
         if override.is_sweep_override() and not sweeps:
             raise InputError(
@@ -141,13 +142,18 @@ def _read_override(parser: Any, text: str) -> Any:
 
 
 def _check_given(override: Any, text: str, key: str) -> None:
-    """Raise InputError if the value of ``override`` is none that a group takes, would change nothing, or is a number
-    for what is true or false: any number but 0 would be true."""
+    """Raise InputError for a value that OmegaConf would make another of, or that changes nothing.
+
+    Such are any number but 0 for true, and false for a folder of that name; and what is no option of a group.
+    """
     if override.is_sweep_override() or override.is_delete():
         return
     given, place = override.value(), key.strip("+ ")
-    if type(given) is int and given not in (0, 1) and typing.get_type_hints(Config).get(place) is bool:
+    hint = typing.get_type_hints(Config).get(place)
+    if type(given) is int and given not in (0, 1) and hint is bool:
         raise InputError(f"the override {text!r} is neither true nor false: set {place}=true or {place}=false")
+    if type(given) is bool and hint == str | None:
+        raise InputError(f"the override {text!r} is no path: set {place}=PATH, or {place}=null")
     if not (config_dir() / place).is_dir():
         return
     if given == {} and not override.is_add():
@@ -164,6 +170,8 @@ def _check_given(override: Any, text: str, key: str) -> None:
         )
 
 
+NO_PLACES = (None, "", "???", True, False)
+"""Values that Hydra would take for a name of a folder, or for this one."""
 MOST_JOBS = 1000
 """Jobs of a grid: every one is composed and checked before the first starts."""
 
@@ -198,6 +206,13 @@ def to_config(node: Any) -> Config:
     _check_keys(node, Config, "")
     try:
         config = OmegaConf.to_object(node)
+    except InputError as error:  # of a data set, which does not know where it stands
+        for name, phase in node.schedule.items():
+            try:
+                None if phase.dataset is None else OmegaConf.to_object(phase.dataset)
+            except InputError as own:
+                raise InputError(of_phase(str(own), name)) from None
+        raise error from None
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, InputError):

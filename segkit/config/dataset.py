@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -54,6 +55,17 @@ def within(key: str, value: float | None, least: float, most: float = math.inf) 
     require(value is None or value <= most, f"{key} is {value}, but must be at most {most}: set {key}=...")
 
 
+def of_phase(text: str, phase: str) -> str:
+    """``text`` about the data set of a run, with the keys of that of ``phase`` alone."""
+    return re.sub(r"(?<![\w.])dataset\.", f"schedule.{phase}.dataset.", text)
+
+
+def is_list(key: str, value: Any) -> None:
+    """Raise InputError unless ``value`` of ``key`` is a list of numbers or None; ``${...}`` and [[1]] may be others."""
+    good = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    require(value is None or good, f"{key} is {value!r}, but must be a list of numbers: set {key}=[...]")
+
+
 def is_share(key: str, value: float, what: str, *, most: float = 1, example: str = "...") -> None:
     """Raise InputError unless ``value`` of ``key``, which is ``what``, is from 0 to ``most``."""
     require(0 <= value <= most, f"{key} is {value}, but is {what} from 0 to {most}: set {key}={example}")
@@ -68,6 +80,7 @@ class ResizeConfig:
 
     def check(self, key: str) -> None:
         """Raise InputError if the two contradict each other; ``key`` is where they stand."""
+        is_list(f"{key}.size", self.size)
         require(
             self.short_side is None or self.size is None,
             f"{key} has short_side={self.short_side} and size={self.size}, but takes at most one of the two: "
@@ -79,6 +92,15 @@ class ResizeConfig:
                 f"{key}.size is {self.size}, but must be [height, width]: set {key}.size=[720,1280]",
             )
         within(f"{key}.short_side", self.short_side, 1)
+
+    def check_pixels(self, key: str, most: int) -> None:
+        """Raise InputError if every image would have more pixels than ``most``, which decoding refuses."""
+        height, width = self.size or [self.short_side or 0] * 2
+        require(
+            height * width <= most,
+            f"{key} makes images of {height}x{width}, more than max_pixels={most}: set a smaller {key}, or max_pixels "
+            "to more",
+        )
 
 
 @dataclass(kw_only=True)
@@ -146,6 +168,8 @@ class DatasetConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     def __post_init__(self) -> None:
+        for key in ("crop", "scale", "mean", "std"):
+            is_list(f"dataset.{key}", getattr(self, key))
         require(
             len(self.crop) == 2 and min(self.crop) >= 8 and max(self.crop) < 2**16,
             f"dataset.crop is {self.crop}, but must be [height, width] of at least 8 and below 65536: "

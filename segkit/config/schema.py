@@ -24,25 +24,14 @@ from segkit.errors import MOST_NUMBER, check_normalisation, is_positive
 
 MOST_STEPS = 10**9
 """Steps of a phase: no training is longer, and beyond it lies what a counter cannot hold."""
-MOST_IMAGES = 2**16
-"""Images of a batch, and parts into which it is cut"""
 MOST_PICTURES = 1000
 """Images of an evaluation that are shown: all stand in one picture, in memory."""
 PART = re.compile(r"[\w.*?!\[\]-]+").fullmatch  # a part of a dotted name, or a pattern of some
 
 FREE_KEYS = (
-    "workers",
-    "device",
-    "cache_dir",
-    "checkpoint_every",
-    "resume",
-    "ignore_config_change",
-    "profile_steps",
-    "sweep",
-    "tracker",
-    "trust",
-    "max_pixels",
-)
+    "workers", "device", "cache_dir", "checkpoint_every", "resume", "ignore_config_change", "profile_steps", "sweep",
+    "tracker", "trust", "max_pixels",
+)  # fmt: skip
 """Top-level keys that may change between two runs in one folder: they do not change what is computed."""
 
 
@@ -263,8 +252,8 @@ class Config:
                 f"lr_factors.{pattern} is {factor!r}, but must be a part of the model and a positive number "
                 f"(1e-30 to 1e30): set freeze={pattern if PART(str(pattern)) else 'PART'} to keep these weights",
             )
-        within("batch_size", self.batch_size, 1, MOST_IMAGES)
-        within("accumulate", self.accumulate, 1, MOST_IMAGES)
+        for key in ("batch_size", "accumulate"):
+            within(key, getattr(self, key), 1, 2**16)
         within("workers", self.workers, 0, 1000)
         for key in ("log_every", "checkpoint_every", "overfit_batches", "limit_steps", "max_pixels"):
             within(key, getattr(self, key), 1)
@@ -302,7 +291,11 @@ class Config:
             f"ema_decay is {self.ema_decay}, but must lie between 0 and 1, or be null: set ema_decay=0.999",
         )
         for name in self.schedule:
-            first, own = ((item.kind, item.mean, item.std) for item in (self.images, self.phase_dataset(name)))
+            dataset = self.phase_dataset(name)
+            place = "dataset" if self.schedule[name].dataset is None else f"schedule.{name}.dataset"
+            dataset.resize.check_pixels(f"{place}.resize", self.max_pixels)
+            dataset.eval_resize.check_pixels(f"{place}.eval_resize", self.max_pixels)
+            first, own = ((item.kind, item.mean, item.std) for item in (self.images, dataset))
             require(
                 own == first,
                 f"phase {name} has images of {own} and the first phase of {first} (in_channels, dtype, mean, std), but "

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -293,8 +294,10 @@ def instantiate(node: Mapping[str, Any], facts: Mapping[str, Any] | None = None,
     arguments = {name: build(value, f"{key}.{name}") if name in node else value for name, value in arguments.items()}
     try:
         built = function(**arguments)
-    except InputError:
-        raise
+    except InputError as error:
+        if group_name(key) != "loss":
+            raise
+        raise InputError(re.sub(r"(?<![\w.])loss\.", f"{key}.", str(error))) from error  # where the loss stands
     except Exception as error:
         other = is_of_a_file(error) or isinstance(error, MemoryError) or "memory" in str(error)
         if is_trusted(node["_target_"]) and not other:

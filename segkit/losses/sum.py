@@ -32,7 +32,10 @@ class SumLoss(nn.Module):
                 got = sorted(term) if isinstance(term, Mapping) else type(term).__name__
                 raise InputError(f"term {name} of a weighted sum needs the keys loss and weight, got {got}")
             if not isinstance(term["loss"], nn.Module):
-                raise InputError(f"term {name} of a weighted sum has {term['loss']!r} for its loss, but needs a loss")
+                raise InputError(
+                    f"term {name} of a weighted sum has {term['loss']!r} for its loss, but needs one: set "
+                    f"loss.terms.{name}.loss._target_=..., or take the term out, ~loss.terms.{name}"
+                )
             if isinstance(term["loss"], SumLoss):
                 raise InputError(
                     f"term {name} of a weighted sum is itself a weighted sum, but a term must be a single loss; "

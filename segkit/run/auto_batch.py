@@ -58,7 +58,7 @@ def choose_batch(
     model = build_model(without_sources(config), next(iter(phases.values())).train.num_classes).to(device)
     for name, splits in phases.items():
         try_model(model, config, name, splits.val, device)
-        loss = build_loss(config.phase_loss(name), even_counts(splits.train.classes)).to(device)
+        loss = build_loss(config, name, even_counts(splits.train.classes)).to(device)
         try_loss(loss, config, name, splits.train, device)
     del model
     parts = config.accumulate * distributed.world_size()
@@ -174,7 +174,7 @@ def measure(config: Config, name: str, classes: tuple[str, ...], device: torch.d
     """
     model = build_model(config, len(classes)).to(device)
     average = copy.deepcopy(model) if config.ema_decay is not None else None
-    loss = build_loss(config.phase_loss(name), even_counts(classes)).to(device)
+    loss = build_loss(config, name, even_counts(classes)).to(device)
     optimizer = build_optimizer(config, model, name)
     mixed = Mixed(config.precision.value, device)
     scaler = mixed.scaler()

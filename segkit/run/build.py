@@ -75,15 +75,16 @@ def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> 
     return Segmenter(net, mean=images.mean, std=images.std, divisor=images.dtype.divisor)
 
 
-def build_loss(node: dict[str, Any], counts: LabelCounts) -> nn.Module:
-    """The loss of ``node`` with margins or weights from ``counts``."""
+def build_loss(config: Config, phase: str, counts: LabelCounts) -> nn.Module:
+    """The loss of ``phase`` with margins or weights from ``counts``."""
     facts = {
         "class_pixels": counts.class_pixels,
         "class_names": list(counts.classes),
         "num_classes": len(counts.classes),
         "ignore_index": VOID,
     }
-    return instantiate(node, facts, key="loss")
+    key = "loss" if config.schedule[phase].loss is None else f"schedule.{phase}.loss"
+    return instantiate(config.phase_loss(phase), facts, key=key)
 
 
 def build_optimizer(config: Config, model: nn.Module, phase: str | None) -> torch.optim.Optimizer:
@@ -137,7 +138,7 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
     for name, pair in splits.items():
         if not config.auto_batch:
             plan_phase(config, name, len(pair.train))
-        build_loss(config.phase_loss(name), even_counts(pair.train.classes))
+        build_loss(config, name, even_counts(pair.train.classes))
     for name in splits:
         train_transform(config, name, augment=True)
     alone = dataclasses.replace(config, lr_factors={})
@@ -152,12 +153,14 @@ def check_sizes(config: Config, device: torch.device) -> None:
     """
     batch = 1 if config.auto_batch else config.batch_size
     part = -(-batch // config.accumulate)
+    kept = config.overfit_batches or 1
     for dataset in map(config.phase_dataset, config.schedule):
         (height, width), channels = dataset.crop, dataset.in_channels
         tall, wide = dataset.eval_resize.size or [dataset.eval_resize.short_side or 0] * 2
         crops, images = height * width * channels, tall * wide * channels
         for what, cure, waiting, computed in (
             (f"a batch of {batch} crops of {height}x{width}", "crop, or batch_size", batch * crops, 4 * part * crops),
+            (f"overfit_batches={kept} of {batch} crops", "crop, or overfit_batches", kept * batch * crops, 0),
             (f"an image of {tall}x{wide}", "eval_resize", images, 4 * images),
         ):
             in_ram = waiting if device.type == "cuda" else waiting + computed

@@ -83,7 +83,7 @@ def prepare_phase(
         evaluated = splits.val[: config.evaluation.max_images]
         distributed.on_main(lambda: check_labels(evaluated, workers=config.workers, cache_dir=cache_dir))
     plan = plan_phase(config, name, len(splits.train))
-    loss = build_loss(config.phase_loss(name), counts)
+    loss = build_loss(config, name, counts)
     absent = [label for label, pixels in zip(counts.classes, counts.class_pixels, strict=True) if not pixels]
     if absent and not charts.margin_buffers(loss):  # a loss with margins says what it makes of them
         distributed.print_main(

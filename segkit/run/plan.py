@@ -36,7 +36,13 @@ def plan_phase(config: Config, name: str, num_samples: int) -> PhasePlan:
             f"schedule.{name}.warmup_steps is {phase.warmup_steps}, but the phase has {steps} steps: set "
             f"schedule.{name}.warmup_steps={steps // 10}, or train for longer"
         )
+    num_steps = min(steps, config.limit_steps or steps)
+    if config.overfit_batches is not None and config.overfit_batches > num_steps:
+        raise InputError(
+            f"overfit_batches is {config.overfit_batches}, but phase {name} has {num_steps} steps: set overfit_batches "
+            "lower, or train for longer"
+        )
     every = evaluation.every_steps
     if evaluation.every_epochs is not None:
         every = max(1, round(evaluation.every_epochs * per_epoch))
-    return PhasePlan(name=name, num_steps=min(steps, config.limit_steps or steps), evaluate_every=every)
+    return PhasePlan(name=name, num_steps=num_steps, evaluate_every=every)

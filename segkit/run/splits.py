@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from segkit.config.dataset import of_phase
 from segkit.config.schema import Config, DatasetConfig
 from segkit.config.targets import GROUPS, instantiate
 from segkit.data import SampleSet
@@ -135,7 +136,11 @@ def open_phases(config: Config) -> dict[str, Splits]:
         dataset = config.phase_dataset(name)
         splits = next((splits for other, splits in known if other == dataset), None)
         if splits is None:
-            splits = Splits(open_split(dataset, dataset.train_split), open_split(dataset, dataset.val_split))
+            try:
+                splits = Splits(open_split(dataset, dataset.train_split), open_split(dataset, dataset.val_split))
+            except InputError as error:
+                own = config.schedule[name].dataset is not None
+                raise InputError(of_phase(str(error), name) if own else str(error)) from error
             known.append((dataset, splits))
         opened[name] = splits
     for splits in opened.values():

@@ -38,6 +38,7 @@ def train(
     from segkit.errors import InputError
     from segkit.files import read_json
     from segkit.guard import call
+    from segkit.run.saved import as_begun
     from segkit.run.splits import open_phases
     from segkit.runtime import CUBLAS, kept_variables
     from segkit.training.sinks import MLFLOW_RETRIES
@@ -64,7 +65,7 @@ def train(
             name = f"{short_name(config.model)}-{short_name(config.loss)}"
             folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")
         path = Path(os.path.expanduser(folder))
-        splits = open_phases(config)
+        splits = open_phases(as_begun(config, path))
 
         from segkit.run import pipeline
 

@@ -45,6 +45,7 @@ def task(node: Any) -> float | None:
             last.push(lambda kind, *_: None if kind is None else remove_if_empty(sweep, lock="multirun.yaml"))
         last.callback(remove_if_empty, folder)  # that Hydra made: after an error, or until the job in it starts
         from segkit.config.compose import to_config
+        from segkit.run.saved import as_begun
         from segkit.run.splits import check_hub, open_phases
 
         config = to_config(node)
@@ -54,8 +55,9 @@ def task(node: Any) -> float | None:
         elif many and local:
             _submit(config, overrides, hydra_config)
         else:
-            splits = open_phases(config)  # before anything heavy is imported
-            check_hub(config)
+            opened = as_begun(config, folder)
+            splits = open_phases(opened)  # before anything heavy is imported
+            check_hub(opened)
             from segkit.run import pipeline
 
             return pipeline.run(config, folder, splits)
@@ -81,10 +83,12 @@ def check_job(config: Any, folder: Path | None = None) -> None:
 
     ``folder``: where it would run, if that is known.
     """
+    from segkit.run.saved import as_begun
     from segkit.run.splits import check_hub, open_phases
 
-    splits = open_phases(config)
-    check_hub(config)
+    opened = config if folder is None else as_begun(config, folder)
+    splits = open_phases(opened)
+    check_hub(opened)
 
     from segkit.run import hardware, pipeline
     from segkit.run.folder import RunFolder

@@ -30,6 +30,7 @@ from segkit.run.cache import PhaseCache, phase_key
 from segkit.run.folder import RunFolder
 from segkit.run.phase import Phase, make_trainer, prepare_phase, train_phase
 from segkit.run.plan import plan_phase
+from segkit.run.saved import as_begun
 from segkit.run.splits import Splits, same_images
 from segkit.run.start import REPORT, early_margins, initial_model, report_lines
 from segkit.run.validation import interrupted_by
@@ -119,7 +120,8 @@ def _prepare(
         first = next(iter(config.schedule))
         num_steps = plan_phase(config, first, len(splits[first].train)).num_steps
         check_enough(config.profile_steps, phase=first, num_steps=num_steps)
-    model, origin = initial_model(config, next(iter(splits.values())).train.classes, device)
+    opened = as_begun(config, folder.path)
+    model, origin = initial_model(opened, next(iter(splits.values())).train.classes, device)
     facts = _facts(config, splits, device)
     distributed.on_main(lambda: folder.check_space(model, has_average=config.ema_decay is not None))
     for name in config.schedule:
@@ -132,7 +134,7 @@ def _prepare(
             )
     lengths = {name: phase.plan.num_steps for name, phase in phases.items()}
     distributed.on_main(lambda: folder.extend(lengths))
-    if origin:
+    if origin and opened is config:
         distributed.on_main(lambda: write_json(folder.path / REPORT, origin))
         print_main("\n".join(report_lines(origin)))
     why = {key: [plain(getattr(config, key)), reason] for key, reason in reasons.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.config.compose import reason_of, to_config
-from segkit.config.schema import Config
+from segkit.config.schema import Config, Head
 from segkit.config.targets import is_trusted
 from segkit.errors import InputError
 from segkit.files import FOREIGN, read_config_text, read_json
@@ -201,3 +201,11 @@ def without_sources(config: Config) -> Config:
     if "weights" in model:
         model["weights"] = None
     return dataclasses.replace(config, model=model, grad_checkpointing=False)
+
+
+def as_begun(config: Config, folder: Path) -> Config:
+    """``config`` itself; without its initial weights where the run in ``folder`` goes on with weights of its own."""
+    checkpoints = folder / next(iter(config.schedule)) / "checkpoints"
+    if not any((checkpoints / name).is_file() for name in ("last.pt", "previous.pt")):
+        return config
+    return dataclasses.replace(config, model=without_sources(config).model, init_from=None, head=Head.keep)

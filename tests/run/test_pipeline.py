@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import segkit
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.evaluation.per_image import PerImageCounts
@@ -18,7 +19,7 @@ from segkit.run import pipeline
 from segkit.run.batches import PhaseBatches
 from segkit.run.saved import open_run
 from segkit.run.splits import open_phases
-from segkit.run.start import check_origin
+from segkit.run.start import REPORT, check_origin
 from segkit.run.validation import Validation
 from segkit.synthetic.sample_maker import make_sample
 from segkit.training import checkpoint
@@ -72,6 +73,20 @@ def test_a_run_starts_from_the_weights_of_another(train):
     assert equal(weights(from_run), weights(first))
     assert equal(weights(from_file), weights(first))
     assert not equal(weights(train("from_scratch", *still)), weights(first))
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(train, tmp_path):
+    start = tmp_path / "start.pt"
+    shutil.copy(train("first") / "checkpoints" / "last.pt", start)
+    options = [*SMALL, "schedule=single", f"cache_dir={tmp_path}/cache", f"init_from={start}", "freeze=in_conv"]
+    segkit.train(options, folder=tmp_path / "run")
+    begun = (tmp_path / "run" / REPORT).read_text()
+    start.unlink()
+    (tmp_path / "run" / "train" / "results.json").unlink()
+    assert segkit.train(options, folder=tmp_path / "run")["step"] == 2
+    assert (tmp_path / "run" / REPORT).read_text() == begun
+    with pytest.raises(InputError, match=r"init_from is .*start\.pt, but there is no such file"):
+        segkit.train(options, folder=tmp_path / "another")
 
 
 def test_a_run_of_other_classes_is_no_start(train):

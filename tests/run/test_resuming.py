@@ -137,7 +137,8 @@ def test_which_keys_take_effect():
 
 @pytest.mark.parametrize(("kind", "effective"), [("RMSprop", False), ("SGD", True)])
 def test_a_momentum_from_nothing_needs_an_optimizer_that_begins_one(tmp_path, kind, effective):
-    own = ["optimizer=sgd", f"optimizer._target_=torch.optim.{kind}", "ignore_config_change=true"]
+    own = ["optimizer=sgd", "~optimizer.nesterov", f"optimizer._target_=torch.optim.{kind}"]
+    own.append("ignore_config_change=true")
     before = plain(compose([*own, "optimizer.momentum=0"]))
     with (
         contextlib.nullcontext() if effective else pytest.raises(InputError, match=r"optimizer.momentum \(0 there, 0.9")

@@ -73,10 +73,17 @@ def run(argv: Sequence[str]) -> None:
         )
     if arguments.predict and arguments.evaluation:
         raise InputError("--predict shows what was scored after training, which --evaluation is not: leave one out")
-    if arguments.predict:
-        resolve_device(arguments.device)  # refused before the tests and the tables
+    for option in ("root", "device") if not arguments.predict else ():
+        if getattr(arguments, option) not in (None, "auto"):
+            raise InputError(f"--{option} is for --predict, which is not given: leave it out, or add --predict")
     asked = [kind for kind in EXPORTS if getattr(arguments, kind)]
     arguments.output = arguments.output or (None if asked else Path("report.html"))
+    if arguments.predict and not arguments.output:
+        raise InputError(
+            "--predict is for the report, which no option asks for: add --output report.html"
+        )
+    if arguments.predict:
+        resolve_device(arguments.device)  # refused before the tests and the tables
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)
     comparison = compare(
         arguments.runs,

@@ -79,6 +79,12 @@ def test_mixed_protocols_are_refused_and_then_marked(call, make_run, tmp_path):
             "error: --samples is 1000000000, but an interval needs at least 100 and at",
         ),
         (["gone", "--predict", "--evaluation", "x"], "error: --predict shows what was scored after training"),
+        (
+            ["gone", "--predict", "--csv", "a.csv"],
+            "error: --predict is for the report, which no option asks",
+        ),
+        (["gone", "--root", "data"], "error: --root is for --predict, which is not given: leave it out, or add --pre"),
+        (["gone", "--device", "cpu"], "error: --device is for --predict, which is not given"),
         (["gone", "--pictures", "-1"], "error: segkit compare: argument --pictures: '-1' is no whole number from 0"),
     ],
 )

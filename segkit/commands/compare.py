@@ -79,9 +79,7 @@ def run(argv: Sequence[str]) -> None:
     asked = [kind for kind in EXPORTS if getattr(arguments, kind)]
     arguments.output = arguments.output or (None if asked else Path("report.html"))
     if arguments.predict and not arguments.output:
-        raise InputError(
-            "--predict is for the report, which no option asks for: add --output report.html"
-        )
+        raise InputError("--predict is for the report, which no option asks for: add --output report.html")
     if arguments.predict:
         resolve_device(arguments.device)  # refused before the tests and the tables
     check_writable(arguments, "output", *EXPORTS, makes_folders=True)

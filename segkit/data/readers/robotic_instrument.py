@@ -87,7 +87,7 @@ def read(
     missing = ", ".join(str(number) for number in wanted if number not in found)
     of = "1..8" if splits == "paper" else f"split {split}"
     notes = [f"sequences {missing} of {of} are not under {layout.root}: unpack {ARCHIVES}"] if missing else []
-    if not samples and notes:
+    if found.keys().isdisjoint(wanted):
         raise InputError(notes[0])
     table = load_table(f"robotic_instrument_{task}")
     if overlap == "ignore":

@@ -147,7 +147,7 @@ def hydra_command() -> Callable[[], None]:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
-    ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
+    ConfigStore.instance().store(name="segkit_schema", node=Config, provider="segkit")
     command = hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)
 
     def run_tidily() -> None:

@@ -28,7 +28,7 @@ def composed(*overrides: str) -> Config:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
+    ConfigStore.instance().store(name="segkit_schema", node=Config, provider="segkit")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return to_config(compose("train", overrides=list(overrides)))
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from segkit import memory, runtime
-from segkit.config.schema import Config, cache_dir_of
+from segkit.config.schema import Config, TrackerKind, cache_dir_of
 from segkit.errors import Interrupted
 from segkit.progress import show
 from segkit.run import pipeline
@@ -31,6 +31,7 @@ from segkit.run.saved import read_config
 from segkit.run.splits import Splits
 from segkit.run.start import initial_model
 from segkit.training import checkpoint
+from segkit.training.sinks import SERVICES, check_tracker
 from segkit.training.tracking import Tracker
 
 NUM_STEPS = {"cpu": 3, "mps": 3, "cuda": 12}
@@ -100,6 +101,7 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
     """
     runtime.set_determinism(strict=config.determinism.value == "strict")
     device = runtime.resolve_device(config.device)
+    check_tracker(config.tracker.value)
     is_gpu = device.type == "cuda"
     with contextlib.ExitStack() as stack:
         if not is_gpu:
@@ -156,7 +158,10 @@ def in_steps(config: Config, sizes: dict[str, tuple[int, int]]) -> Config:
 
 
 def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
-    """Return ``config`` with a few steps and images; whatever decides about memory and speed stays."""
+    """Return ``config`` with a few steps and images; whatever decides about memory and speed stays.
+
+    A tracker that is a service is not told of them.
+    """
     steps, images = NUM_STEPS[device.type], NUM_EVALUATED[device.type]
     evaluation = dataclasses.replace(
         config.evaluation,
@@ -173,6 +178,7 @@ def shorten(config: Config, *, device: torch.device, cache_dir: Path) -> Config:
         checkpoint_every=None,
         profile_steps=0,
         resume=True,
+        tracker=TrackerKind.tensorboard if config.tracker.value in SERVICES else config.tracker,
     )
 
 

@@ -33,7 +33,7 @@ def parser() -> ArgumentParser:
     add_shared(verb, "run", "--phase", "--trust")
     verb.add_argument("--output", type=Path, required=True, metavar="FILE.zip", help="a .zip, .tar, .tar.gz or .tgz")
     verb.add_argument("--split", default="test", help="split to predict; a labelled one is scored again from the files")
-    verb.add_argument("--competition", default="comp6", choices=["comp5", "comp6"], help="of VOC")
+    verb.add_argument("--competition", choices=["comp5", "comp6"], help="of VOC (default: comp6, any data)")
     shared = ("--checkpoint", "--decision", "--root", "--precision", "--device", "--workers", "--max-pixels")
     add_shared(verb, *shared, *INFERENCE)
     return verb

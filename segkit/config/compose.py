@@ -41,7 +41,7 @@ def compose(overrides: Sequence[str], *, config_dirs: Sequence[Path | str] = ())
             f"{missing[0]} is no folder with groups of options: correct --config-dir, or config_dirs=[...]"
         )
     check_overrides(overrides)
-    ConfigStore.instance().store(name="schema", node=Config, provider="segkit")
+    ConfigStore.instance().store(name="segkit_schema", node=Config, provider="segkit")
     places = [quoted(f"file://{Path(folder).resolve()}") for folder in config_dirs]
     own = [text for text in overrides if text.startswith(SEARCH)]  # beside which Hydra takes no second one
     places += [inner for text in own if (inner := text.removeprefix(SEARCH).strip("[]"))]

@@ -88,13 +88,13 @@ FORMATS: Mapping[str, Format] = {
 class Submission:
     """An archive as the server of a benchmark wants it: written, checked, read back. All checks raise `InputError`.
 
-    ``format``: a key of `FORMATS`. ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6.
+    ``format``: a key of `FORMATS`. ``competition`` is VOC's: comp5 (trained on VOC alone) or comp6 (None).
     """
 
     format: str
     table: LabelTable
     split: str = "test"
-    competition: str = "comp6"
+    competition: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -102,8 +102,10 @@ class Submission:
                 f"there is no submission format {self.format!r}; allowed are {', '.join(FORMATS)}: segkit predict "
                 "writes label images of any data"
             )
-        if self.competition not in ("comp5", "comp6"):
+        if self.competition not in (None, "comp5", "comp6"):
             raise InputError(f"competition is {self.competition!r}; allowed are comp5 (VOC data alone) and comp6")
+        if self.competition and "{competition}" not in self.form.folder:
+            raise InputError(f"--competition is {self.competition}, but {self.format} has none: leave it out")
 
     @property
     def form(self) -> Format:
@@ -112,7 +114,7 @@ class Submission:
 
     def member(self, name: str) -> str:
         """Return the name in the archive of the file for image ``name``."""
-        folder = PurePosixPath(self.form.folder.format(competition=self.competition, split=self.split))
+        folder = PurePosixPath(self.form.folder.format(competition=self.competition or "comp6", split=self.split))
         return str(folder / f"{name}{self.form.ending}")
 
     def check_images(self, sizes: Mapping[str, Size]) -> None:

@@ -78,6 +78,9 @@ def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_pat
     assert short.evaluation.max_images == 1
     assert short.evaluation.batch_size == config.evaluation.batch_size
     assert rehearsal.shorten(config, device=torch.device("cuda"), cache_dir=tmp_path).limit_steps == 12
+    for tracker, rehearsed in (("wandb", "tensorboard"), ("mlflow", "tensorboard"), ("none", "none")):
+        config = compose([*arguments, f"tracker={tracker}"])
+        assert rehearsal.shorten(config, device=torch.device("cpu"), cache_dir=tmp_path).tracker.value == rehearsed
 
 
 def test_steps_and_evaluations_are_those_of_the_pipeline(arguments, tmp_path):

@@ -111,6 +111,8 @@ def test_voc_has_its_palette_and_both_competitions(tmp_path):
     assert palette[15].tolist() == [192, 128, 128]  # person
     with pytest.raises(InputError, match=r"competition is 'comp7'; allowed are comp5 \(VOC data alone\) and comp6"):
         written("voc", tmp_path / "out.zip", competition="comp7")
+    with pytest.raises(InputError, match=r"--competition is comp5, but ade20k has none: leave it out"):
+        written("ade20k", tmp_path / "out.zip", competition="comp5")
 
 
 def test_official_cityscapes_pattern_finds_the_file():

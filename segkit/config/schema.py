@@ -381,6 +381,7 @@ def _check_optimizer(node: dict[str, Any]) -> None:
     for name in ("capturable", "differentiable"):
         text = f"optimizer.{name} is {node.get(name)}, but is for programs that record a step or differentiate it"
         require(not node.get(name), f"{text}: leave it out")
+    require(not node.get("maximize"), "optimizer.maximize is true, but a loss is to get small: leave it out")
     require(
         all(0 <= value < 1 for value in node.get("betas", ())),
         f"optimizer.betas is {node.get('betas')}, but each must be from 0 to below 1: set optimizer.betas=[0.9,0.999]",

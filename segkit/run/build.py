@@ -143,7 +143,20 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
         train_transform(config, name, augment=True)
     alone = dataclasses.replace(config, lr_factors={})
     for name in splits:
-        build_optimizer(alone, nn.Linear(1, 1), name)
+        _try_optimizer(build_optimizer(alone, model := nn.Linear(1, 1), name), model, config.optimizer)
+
+
+def _try_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, node: dict[str, Any]) -> None:
+    """Raise InputError if numbers of the optimizer ``node`` overflow in a step, here of ``model``."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except ArithmeticError as error:
+        given = ", ".join(f"optimizer.{name}={value}" for name, value in node.items() if name != "_target_")
+        raise InputError(
+            f"{node['_target_']} cannot compute a step ({type(error).__name__}): correct {given}"
+        ) from None
 
 
 def check_sizes(config: Config, device: torch.device) -> None:

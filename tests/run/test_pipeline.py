@@ -186,6 +186,8 @@ def test_coarse_labels_then_fine_ones_then_the_loss(tmp_path):
     (["dataset.crop=[60000,60000]", "batch_size=1024"], r"a batch of 1024 crops of 60000x60000 takes at least"),
     (["dataset.eval_resize.short_side=1000000", "max_pixels=1000000000000"], r"an image of 1000000x1000000 takes"),
     (["optimizer.eps=0"], r"optimizer\.eps is 0, which as a number of 32 bits is 0\.0, so steps would give NaN"),
+    (["~optimizer", "+optimizer={_target_:torch.optim.ASGD,lr:0.1,alpha:1e20}"], r"ASGD cannot compute a step"),
+    (["+optimizer.maximize=true"], r"optimizer\.maximize is true, but a loss is to get small: leave it out"),
     (["schedule.train.lr=1e-320"], r"schedule\.train\.lr is 1e-320, which as .*: set another schedule\.train\.lr"),
     (["optimizer.weight_decay=1e300"], r"optimizer\.weight_decay is 1e\+300, which as a number of 32 bits is inf"),
     (["loss=margin_calibration", "loss.tau=1e300"], r"tau must be a finite number at least 0, got 1e\+300"),

@@ -69,7 +69,7 @@ def margin_sums(
     """
     num_classes = logits.shape[1]
     check_inputs(logits, target, ignore_index=ignore_index, num_classes=None if rho_k0 is None else len(rho_k0))
-    scores, label = every(stride, logits, target)
+    scores, label = subsampled(logits, target, stride)
     valid = label != ignore_index
     scores, label = scores[:, valid], label[valid]
     zero = torch.zeros(num_classes, dtype=scores.dtype, device=scores.device)
@@ -102,7 +102,7 @@ def _histogram(lam: Tensor, label: Tensor) -> Tensor:
     return torch.bincount(label * size[1] + bins, minlength=size[0] * size[1]).view(size).to(widest(lam.device))
 
 
-def every(stride: int, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def subsampled(logits: Tensor, target: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Float scores (K,P) and labels (P,) at every ``stride``-th row and column, of what ``margin_sums`` takes."""
     dtype, size = compute_dtype(logits), target.shape[1:]
     offset = min(stride // 2, size[0] - 1, size[1] - 1)

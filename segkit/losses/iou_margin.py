@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segkit.errors import InputError, check_choice, check_number
 from segkit.losses.compiling import TileRule
-from segkit.losses.diagnostics import every
+from segkit.losses.diagnostics import subsampled
 from segkit.losses.margin_tile import margin_dense, margin_tile
 from segkit.losses.pixel_loss import PixelLoss
 from segkit.losses.pixelwise import cross_entropy_dense, cross_entropy_tile
@@ -88,7 +88,7 @@ class IouMarginLoss(PixelLoss):
         To be summed over the parts of a batch and over ranks, and given to :meth:`follow`. ``logits`` (N,K,h,w) may
         be below the resolution of ``target`` (N,H,W).
         """
-        scores, label = every(STRIDE, logits.detach(), target)
+        scores, label = subsampled(logits.detach(), target, STRIDE)
         chosen, valid = scores.argmax(0), label != self.ignore_index
         label, chosen = label[valid], chosen[valid]
         hits, labels, choices = (

@@ -14,6 +14,8 @@ from segkit.errors import InputError
 from segkit.models.smp_model import smp_model
 
 OUTPUT_STRIDES = (8, 16)
+MOST_CHANNELS = 2**14
+"""Channels of the decoder, whose weights are some times their square."""
 
 
 def deeplabv3plus(
@@ -50,6 +52,13 @@ def deeplabv3plus(
             f"model.atrous_rates is {list(atrous_rates)}, but the pyramid has three branches with dilations of at "
             "least 1: set model.atrous_rates=[12,24,36]"
         )
+    if not 1 <= decoder_channels <= MOST_CHANNELS:
+        raise InputError(
+            f"model.decoder_channels is {decoder_channels}, but must be from 1 to {MOST_CHANNELS}: set "
+            "model.decoder_channels=256"
+        )
+    if not 0 <= dropout <= 1:
+        raise InputError(f"model.dropout is {dropout}, but is a share from 0 to 1: set model.dropout=0.5")
     return smp_model(
         "DeepLabV3Plus",
         encoder,

@@ -98,6 +98,8 @@ def test_unknown_option(key: str) -> None:
         ({"output_stride": 32}, r"model\.output_stride is 32, but DeepLabV3\+ has 8 or 16"),
         ({"atrous_rates": (6, 12)}, r"model\.atrous_rates is \[6, 12\], but the pyramid has three branches"),
         ({"mean": (0.5,)}, r"model\.mean is \[0\.5\]"),
+        ({"dropout": 7.0}, r"model\.dropout is 7\.0, but is a share from 0 to 1: set model\.dropout=0\.5"),
+        ({"decoder_channels": 10**6}, r"model\.decoder_channels is 1000000, but must be from 1 to 16384"),
     ],
 )
 def test_bad_arguments_of_deeplabv3plus(changes: dict[str, Any], message: str) -> None:

@@ -186,6 +186,11 @@ def check_command_line() -> None:
             refuse(f"--{name} goes with --cfg")
     if given.config_dir == "":  # of a variable that is not set
         refuse("--config-dir is empty")
+    if sum(text.startswith(("--config-dir", "-cd")) for text in sys.argv[1:]) > 1:
+        raise InputError(
+            "--config-dir is given more than once, and only the last would count: give one, and the other folder as "
+            "hydra.searchpath=[file:///DIR]"
+        )
     if given.experimental_rerun:
         raise InputError("--experimental-rerun would run whatever its file holds: give the run's command again")
     asked = {f"{what}={shell}" for what in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")}

@@ -47,6 +47,7 @@ def timed(*arguments: str) -> tuple[int, str, float]:
         ("--config-dir=nowhere", "error: --config-dir names "),
         ("seed", "error: the override 'seed' cannot be read: write KEY=VALUE, for example seed=1"),
         ("--config-dir=", "error: --config-dir is empty"),
+        ("--config-dir=configs --config-dir=docs", "error: --config-dir is given more than once, and only the last"),
         ("hydra.searchpath=[s3://x]", "error: Hydra cannot use the command line (ValueError: No config source regist"),
         ("hydra.job.env_copy=[NOWHERE]", "error: Hydra cannot use the command line (KeyError: 'NOWHERE'): correct its"),
     ],
@@ -55,7 +56,7 @@ def test_a_mistake_is_one_sentence_and_no_traceback(monkeypatch, capsys, argumen
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which launch sets
     with pytest.raises(SystemExit, match=r"^2$"):
-        guarded(lambda: launch.run([argument]))
+        guarded(lambda: launch.run(argument.split()))
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
     assert "Traceback" not in printed.out + printed.err
@@ -224,7 +225,9 @@ def test_an_override_within_null_or_a_list_is_named(override):
         ),
         ("+schedule.more={epochs:1}", "put a further phase into an option of schedule"),
         ("~dataset.crop", "~dataset.crop is not allowed: every run has this key: set it to another value"),
-        ("loss=[dice,nowhere]", "loss=nowhere is not an option: `python train.py --help` lists the options"),
+        ("experiment=[nowhere]", "experiment=nowhere is not an option: `python train.py --help` lists the options"),
+        ("loss=[dice,focal]", "mixed into one: choose one of them, or try them in turn, -m loss=dice,focal"),
+        ("+loss@schedule.train.loss=[dice,focal]", "several options, which would be mixed into one"),
         ("loss=${.}", "extraneous input '}'"),
     ],
 )

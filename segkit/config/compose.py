@@ -154,7 +154,8 @@ def _check_given(override: Any, text: str, key: str) -> None:
         raise InputError(f"the override {text!r} is neither true nor false: set {place}=true or {place}=false")
     if type(given) is bool and hint == str | None:
         raise InputError(f"the override {text!r} is no path: set {place}=PATH, or {place}=null")
-    if not (config_dir() / place).is_dir():
+    group = place.partition("@")[0]
+    if not (config_dir() / group).is_dir():
         return
     if given == {} and not override.is_add():
         raise InputError(
@@ -162,6 +163,11 @@ def _check_given(override: Any, text: str, key: str) -> None:
             f"{place}=NAME, or take out a key, ~{place}.NAME"
         )
     names = given if isinstance(given, list) else [given]
+    if len(names) > 1 and group not in OVERLAYS:
+        raise InputError(
+            f"the override {text!r} gives several options, which would be mixed into one: choose one of them, or try "
+            f"them in turn, -m {key}={','.join(map(str, names))}"
+        )
     if not isinstance(given, dict) and not (names and all(isinstance(item, str) and item != "???" for item in names)):
         kind = "a list" if isinstance(given, list) else "no name"
         raise InputError(
@@ -170,6 +176,8 @@ def _check_given(override: Any, text: str, key: str) -> None:
         )
 
 
+OVERLAYS = ("augment", "debug", "experiment", "sweep")
+"""Groups of which several options may be used together."""
 NO_PLACES = (None, "", "???", True, False)
 """Values that Hydra would take for a name of a folder, or for this one."""
 MOST_JOBS = 1000

@@ -281,7 +281,7 @@ def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
     from segkit.evaluation.inference import ADE20K_SCALES, Inference
 
     modes = {mode for mode in arguments.tta.split(",") if mode}
-    if modes - {"flip", "ms"}:
+    if modes - {"flip", "ms"} or (arguments.tta and not modes):
         raise InputError(f"--tta is {arguments.tta!r}, but takes flip, ms, or both with a comma between")
     scales: tuple[float, ...] = (1.0,)
     if "ms" in modes:
@@ -297,9 +297,12 @@ def inference(arguments: argparse.Namespace, crop: list[int]) -> Inference:
             show(f"windows of {asked[0]}x{asked[1]} are {arguments.slide} here: sides are multiples of 32")
     elif (arguments.overlap, arguments.blending) != (0.5, "gaussian"):
         raise InputError("--overlap or --blending is given without a window: add --slide")
-    return Inference(
-        window=window, overlap=arguments.overlap, blending=arguments.blending, flip="flip" in modes, scales=scales
-    )
+    options = {"window": window, "overlap": arguments.overlap, "blending": arguments.blending, "scales": scales}
+    try:
+        return Inference(flip="flip" in modes, **options)
+    except InputError as error:
+        name = str(error).partition(" ")[0]
+        raise InputError(f"{error}: set --{'slide' if name == 'window' else name}") from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:

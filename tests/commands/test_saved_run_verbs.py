@@ -267,7 +267,12 @@ def test_export_is_checked_on_images_of_the_data_set_and_predict_takes_it(finish
         (["--scales", "1"], "--scales is given without --tta ms"),
         (["--tta", "ms", "--scales", "a"], "--scales is 'a', but takes numbers"),
         (["--slide", "64"], "--slide is '64', but takes HxW"),
-        (["--slide", "0x5"], r"window is \[0, 32\]; both sides must be multiples of 32, such as \[32, 32\]"),
+        (
+            ["--slide", "0x5"],
+            r"window is \[0, 32\]; both sides must be multiples of 32, such as \[32, 32\]: set --slide",
+        ),
+        (["--slide", "--overlap", "nan"], r"overlap is nan; it must be at least 0 and less than 1: set --overlap"),
+        (["--tta", ","], r"--tta is ',', but takes flip, ms, or both with a comma between"),
         (["--overlap", "0.9"], "--overlap or --blending is given without a window: add --slide"),
         (["--batch-size", "1000000000"], "'1000000000' is no whole number from 1 to 1024"),
         (["--output", "/no/such/folder/all.json"], "--output is .*, but /no/such/folder is no folder: make it"),

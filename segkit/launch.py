@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,17 +149,18 @@ def hydra_command() -> Callable[[], None]:
     OmegaConf.register_new_resolver("start_time", ranks.start_time, replace=True)
     ConfigStore.instance().store(name="segkit_schema", node=Config, provider="segkit")
     command = hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(task)
+    return _leaving_no_sweep()(command)
 
-    def run_tidily() -> None:
-        """Call Hydra; of a sweep with a job that it cannot compose remains nothing."""
-        try:
-            command()
-        except Exception as error:
-            if folder := local_in(error, "sweep", "sweep_dir"):
-                remove_if_empty(Path(folder), lock="multirun.yaml")
-            raise
 
-    return run_tidily
+@contextmanager
+def _leaving_no_sweep() -> Iterator[None]:
+    """Of a sweep with a job that Hydra cannot compose remains nothing."""
+    try:
+        yield
+    except Exception as error:
+        if folder := local_in(error, "sweep", "sweep_dir"):
+            remove_if_empty(Path(folder), lock="multirun.yaml")
+        raise
 
 
 def check_command_line() -> None:

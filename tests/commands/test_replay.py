@@ -12,6 +12,7 @@ import torch
 
 from segkit.commands import replay
 from segkit.config.compose import compose
+from segkit.data import bands
 from segkit.errors import InputError, NonFiniteLoss
 from segkit.run import pipeline
 from segkit.run.splits import open_phases
@@ -106,7 +107,8 @@ def test_a_file_that_could_not_be_read_and_now_can(tmp_path, replayed, monkeypat
     broken = sorted((root / "images" / "train").iterdir())[1]
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
-    monkeypatch.setattr("segkit.data.bands.is_whole", lambda path: True)  # else it is refused before the first step
+    read = bands.read_header  # else it is refused before the first step
+    monkeypatch.setattr(bands, "read_header", lambda path, kind: (read(path, kind)[0], True))
     with pytest.raises(InputError, match=rf"{broken.name}.*had no batch, see .*failure-\d+.*state before it is saved"):
         train(tmp_path / "run", "dataset=folder", f"dataset.root={root}", "dataset.sampler=class_balanced")
     (bundle,) = (tmp_path / "run" / "train").glob("failure-*")

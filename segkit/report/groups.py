@@ -75,13 +75,18 @@ def gain(group: Group, baseline: Group, key: str) -> tuple[float | None, str]:
 def settings(run: RunRecord) -> dict[str, Any]:
     """Return the settings of ``run`` by dotted key, without the seed and the keys that do not change what is computed.
 
-    ``loss`` is the loss of the phase whose results are compared. Where the data lie is left out too;
+    ``loss`` and ``optimizer.lr`` are those of the phase whose results are compared. Where the data lie is left out too;
     :data:`TRAINING_PIXELS` tells other data from copies.
     """
     own = {key: value for key, value in run.config.items() if key not in (*FREE_KEYS, "seed")}
     own["loss"] = run.loss
     schedule = {name: dict(phase) for name, phase in run.config["schedule"].items()}
     schedule[run.phase].pop("loss", None)
+    if (lr := schedule[run.phase].pop("lr", None)) is not None:
+        for phase in schedule.values():  # the others keep what is common to those without their own
+            phase["lr"] = phase.get("lr") or own["optimizer"].get("lr")
+        del schedule[run.phase]["lr"]
+        own["optimizer"] = {**own["optimizer"], "lr": lr}
     own["schedule"] = schedule
     if run.counts is None:
         return flatten(own)

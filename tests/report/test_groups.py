@@ -75,6 +75,16 @@ def test_phases_of_one_loss_are_told_by_their_names(make_run):
     assert names == ["cross-entropy, phase=pretrain", "cross-entropy, phase=finetune"]
 
 
+def test_the_learning_rate_of_a_row_is_that_of_its_phase(make_run):
+    runs = [make_run("a", RECIPE, "schedule.finetune.lr=0.25"), make_run("b", "schedule=single", "optimizer.lr=0.25")]
+    assert not any("lr=" in group.name for group in compare(runs).groups)
+    runs[1] = make_run("c", RECIPE, "schedule.finetune.lr=0.125")
+    runs += [make_run("d", RECIPE, "schedule.finetune.lr=0.25", "optimizer.lr=0.5")]
+    names = [group.name for group in compare(runs).groups]
+    assert ["optimizer.lr=0.25" in name for name in names] == [True, False, True]
+    assert "schedule.pretrain.lr=0.5" in names[2]
+
+
 def test_the_contender_is_the_best_row_but_the_baseline(make_run):
     runs = [make_run("a", skill=0.9), make_run("b", "loss=dice", skill=0.6), make_run("c", "loss=focal", skill=0.7)]
     comparison = compare(runs)

@@ -83,9 +83,8 @@ def settings(run: RunRecord) -> dict[str, Any]:
     schedule = {name: dict(phase) for name, phase in run.config["schedule"].items()}
     schedule[run.phase].pop("loss", None)
     if (lr := schedule[run.phase].pop("lr", None)) is not None:
-        for phase in schedule.values():  # the others keep what is common to those without their own
-            phase["lr"] = phase.get("lr") or own["optimizer"].get("lr")
-        del schedule[run.phase]["lr"]
+        for name in schedule.keys() - {run.phase}:  # they keep what is common to phases without their own
+            schedule[name]["lr"] = schedule[name].get("lr") or own["optimizer"].get("lr")
         own["optimizer"] = {**own["optimizer"], "lr": lr}
     own["schedule"] = schedule
     if run.counts is None:

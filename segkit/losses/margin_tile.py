@@ -13,6 +13,8 @@ runner-ups each pays g_m1 / r. That is a sub-gradient, sums to zero and does not
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ from segkit.losses.elementary import LOG2_E, log1p, softplus
 from segkit.losses.tiles import Workspace
 
 BIG = 1e30
-PRODUCT_LIMIT = 10.0
-"""Up to this x a product of eight 1 + exp(x) cannot overflow in float32."""
+SATURATED = {torch.float32: 20.0, torch.float64: 40.0}
+"""From this z on softplus(z) is z, and sigmoid(z) is 1, to the last bit."""
 
 
 def margin_tile(
@@ -29,37 +31,57 @@ def margin_tile(
 ) -> tuple[Tensor, Tensor]:
     """Loss (P,) and gradient (K,P): the head of this file.
 
-    Written for few passes over (K,P): every class is first treated as if it were neither label nor maximum; these two
-    are then put right pixel by pixel.
+    Written for few passes over (K,P) and few calls: lambda and x are put right at maximum and label, pixel by pixel;
+    the pixels whose maximum is tied are computed apart.
     """
     if torch.compiler.is_compiling() or s.device.type != "cpu":  # asking for a value is impossible or slow
         return tied_margin_tile(s, y, work, rho_k0, rho_0k, c, w_pos)
-    original, s = s, torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
+    given, num = s, len(s)
+    s = torch.sub(s, s.amax(0), out=work.buffer("below the maximum", s))
     is_top = torch.eq(s, 0, out=work.buffer("is top", s))
-    one_and_place = [torch.ones_like(rho_0k), torch.arange(len(s), dtype=s.dtype)]
-    top_rho, ties, top = torch.stack([rho_0k, *one_and_place]) @ is_top
-    if float(ties.amax()) > 1:
-        return tied_margin_tile(original, y, work, rho_k0, rho_0k, c, w_pos)
-    others = torch.sub(s, is_top, alpha=torch.finfo(s.dtype).max, out=is_top)
-    second = others.amax(0)
+    found = (torch.arange(num, 2 * num, dtype=s.dtype)[None] @ is_top)[0]  # K + k: class k alone; above 2 K: several
+    tied = (found > 2 * num).nonzero()[:, 0] if float(found.amax()) > 2 * num else y[:0]
+    if 4 * len(tied) > len(y):
+        return tied_margin_tile(given, y, work, rho_k0, rho_0k, c, w_pos)
+    top = found.sub_(num).clamp_(0, num - 1).long()
     pixels = torch.arange(len(y))  # in a flat (K,P) the scores of class k are len(y) k + pixels
-    at_label, at_top = (torch.add(pixels, k, alpha=len(y)) for k in (y, top.long()))
-    label_s = s.view(-1).index_select(0, at_label)
-    is_second = torch.eq(others, second, out=s)
-    hit = (label_s == 0).to(s.dtype)  # the label is the maximum; lambda there is -second
-    label_x = torch.addcmul(rho_k0.index_select(0, y), label_s - hit * second, hit.new_tensor(-c))
-    top_x = torch.sub(top_rho, second, alpha=c)
-    label_g, top_g = -w_pos * torch.sigmoid(label_x), torch.sigmoid(top_x)
+    at_label, at_top = (torch.add(pixels, k, alpha=len(y)) for k in (y, top))
 
-    x = torch.add(LOG2_E * rho_0k[:, None], others, alpha=LOG2_E * c, out=others)  # the maximum is out of it
-    x.view(-1).index_fill_(0, at_label, -BIG)
-    loss, g = softplus_sum(x, work, limit=float(rho_0k.amax()))
-    loss.add_(softplus(label_x), alpha=w_pos).addcmul_(softplus(top_x), 1 - hit)
-    elsewhere = g.sum(0).addcmul_(label_g, 1 - hit)
-    top_g = torch.lerp(top_g, label_g, hit)
-    g.view(-1).index_copy_(0, at_label, label_g).index_copy_(0, at_top, top_g - elsewhere)
+    flat = s.view(-1).index_fill_(0, at_top, torch.finfo(s.dtype).min)
+    second = s.amax(0)
+    is_second = torch.eq(s, second, out=is_top)
+    flat.index_copy_(0, at_top, -second)  # s is lambda now
+    label_x = torch.add(rho_k0.index_select(0, y), flat.index_select(0, at_label), alpha=-c)
+    x = torch.add(LOG2_E * rho_0k[:, None], s, alpha=LOG2_E * c, out=s)
+    flat.index_copy_(0, at_label, LOG2_E * label_x)
+    limit = float(rho_0k.amax())
+    beyond = None
+    if max(float(label_x.amax()), limit - c * float(second.amin())) > SATURATED[s.dtype] >= limit:
+        beyond = sum(_cut_off(flat, place, LOG2_E * SATURATED[s.dtype]) for place in (at_top, at_label))
+    loss, g = softplus_sum(x, work, limit=limit)
+    if beyond is not None:
+        loss.add_(beyond, alpha=1 / LOG2_E)
+    if w_pos != 1:
+        loss.add_(softplus(label_x), alpha=w_pos - 1)
+
+    flat = g.view(-1).index_copy_(0, at_label, torch.sigmoid(label_x).mul_(-w_pos))
+    top_g = flat.index_select(0, at_top)
+    flat.index_copy_(0, at_top, torch.sub(2 * top_g, g.sum(0)))
     g.addcmul_(is_second, top_g / is_second.sum(0), value=-1)
-    return loss / c, g
+    loss /= c
+    if len(tied):
+        apart = tied_margin_tile(given.index_select(1, tied), y[tied], Workspace(), rho_k0, rho_0k, c, w_pos)
+        loss.index_copy_(0, tied, apart[0])
+        g.index_copy_(1, tied, apart[1])
+    return loss, g
+
+
+def _cut_off(flat: Tensor, place: Tensor, most: float) -> Tensor:
+    """Lower what is above ``most`` at the indices ``place`` (P,) of ``flat`` to it, and return by how much, (P,)."""
+    value = flat.index_select(0, place)
+    kept = value.clamp(max=most)
+    flat.index_copy_(0, place, kept)
+    return value - kept
 
 
 def tied_margin_tile(
@@ -103,28 +125,26 @@ def tied_margin_tile(
 
 
 def softplus_sum(x: Tensor, work: Workspace, *, limit: float) -> tuple[Tensor, Tensor]:
-    """(P,) sum over classes of softplus(z), and (K,P) sigmoid(z); z is at most ``limit``, x = z log2(e) is overwritten.
+    """(P,) sum over classes of softplus(z), and (K,P) sigmoid(z), of x = z log2(e), which is overwritten.
 
-    exp2 takes any x at one price; exp is many times slower where the result is none of float32's normal numbers.
-    A logarithm costs as much as eight products: up to PRODUCT_LIMIT there is one for eight classes, with
+    z is at most ``limit``, but for two classes of each pixel, where it is at most SATURATED (if ``limit`` is). exp2
+    takes any x at one price; exp is many times slower where the result is none of float32's normal numbers.
+    A logarithm costs as much as eight products, so there is one for as many classes as cannot overflow, with
     sum log(1 + e) = log1p(prod(1 + e) - 1) and q = prod(1 + e) - 1 built up as q + e + q e, so that nothing cancels.
     """
     g = work.buffer("gradient", x)
-    if limit > PRODUCT_LIMIT:
+    if limit > SATURATED[x.dtype]:
         z = x.div_(LOG2_E)
         return softplus(z).sum(0), torch.sigmoid(z, out=g)
     q = torch.exp2(x, out=work.buffer("exponentials", x))
-    factor = torch.add(q, 1, out=x)
-    torch.div(q, factor, out=g)
-    factor = factor[len(q) // 2 :]
-    for _ in range(3):
-        half = len(q) // 2
-        lower, upper, odd = q[:half], q[half : 2 * half], q[2 * half :]
-        if half:
-            q = torch.addcmul(upper, lower, factor[:half], out=lower)
-            if len(odd):
-                q[:1].addcmul_(q[:1], odd).add_(odd)
-            factor = torch.add(q[half // 2 :], 1, out=factor[: half - half // 2])
+    torch.div(q, torch.add(q, 1, out=x), out=g)
+    room = math.log(torch.finfo(x.dtype).max) - 1 - 2 * SATURATED[x.dtype]
+    count, most = len(q), 2  # rows, and classes of a row once the halves are multiplied
+    while count > 2 and most * math.log1p(math.exp(limit)) < room:
+        lower, q = q.split([count // 2, count - count // 2])
+        pairs = q if count % 2 == 0 else q[:-1]
+        pairs.addcmul_(pairs, lower).add_(lower)
+        count, most = len(q), 2 * most
     return log1p(q).sum(0), g
 
 

@@ -57,7 +57,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}  # flat, and in the shape it had last
 
     def buffer(self, name: str, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Buffer ``name`` as a contiguous tensor of the shape of ``like``, or of ``shape``, with whatever it holds.
@@ -65,11 +65,13 @@ class Workspace:
         It has the dtype in which ``like`` is computed, and its device.
         """
         size = like.shape if shape is None else torch.Size(shape)
-        found = self._buffers.get(name)
-        if found is None or found.numel() < size.numel():
-            found = torch.empty(size.numel(), dtype=compute_dtype(like), device=like.device)
-            self._buffers[name] = found
-        return found[: size.numel()].view(size)
+        flat, shaped = self._buffers.get(name, (None, None))
+        if shaped is None or shaped.shape != size:
+            if flat is None or flat.numel() < size.numel():
+                flat = torch.empty(size.numel(), dtype=compute_dtype(like), device=like.device)
+            shaped = flat[: size.numel()].view(size)
+            self._buffers[name] = flat, shaped
+        return shaped
 
 
 class Block(NamedTuple):
@@ -131,7 +133,8 @@ def cut(logits: Tensor, target: Tensor) -> Iterator[list[Block]]:
             yield list(_low_blocks(logits, target, n))
         return
     num_classes, height, width = logits.shape[1:]
-    num_rows = max(1, min(height, pixels_per_tile(num_classes, logits.device) // max(1, width)))
+    most = max(1, pixels_per_tile(num_classes, logits.device) // max(1, width))
+    num_rows = max(1, math.ceil(height / math.ceil(height / most))) if height else 1  # bands alike, for the threads
     bands = [slice(top, min(top + num_rows, height)) for top in range(0, height, num_rows)]
     every = slice(None)
     places = [(n, every, band, every) for n in images for band in bands]

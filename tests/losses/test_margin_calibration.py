@@ -84,18 +84,35 @@ def test_float32_keeps_small_losses(form, certain, factor):
     torch.testing.assert_close(low.grad.double(), leaf.grad, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("margin", [9.99, 10.01, 60.0])
-def test_float32_holds_large_margins(margin):
-    """Of 17 scores that are nearly equal each costs about its margin; up to 10, products of eight are taken."""
-    logits = torch.linspace(0, 1e-3, 17, dtype=torch.float64).view(1, 17, 1, 1)
+@pytest.mark.parametrize("margin", [2.0, 8.0, 9.99, 19.99, 20.01, 60.0])
+@pytest.mark.parametrize("num_classes", [2, 7, 11, 15, 17, 30])
+def test_float32_holds_large_margins(num_classes, margin):
+    """Of scores that are nearly equal each costs about its margin: products of exponentials must not overflow."""
+    logits = torch.linspace(0, 1e-3, num_classes, dtype=torch.float64).view(1, num_classes, 1, 1)
     target = torch.zeros(1, 1, 1, dtype=torch.int64)
-    rho_k0, rho_0k = torch.zeros(17), torch.full((17,), margin)
+    rho_k0, rho_0k = torch.zeros(num_classes), torch.full((num_classes,), margin)
     leaf = logits.float().requires_grad_()
     value = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form="reference")(leaf, target)
     value.backward()
     expected, gradient = literal(logits, target, rho_k0.double(), rho_0k.double(), "reference")
     assert value.item() == pytest.approx(float(expected), rel=1e-6)
     torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("scale", [8, 30, 100])
+def test_large_gaps_cost_what_they_are(form, dtype, rtol, scale):
+    """Beyond the score at which exponentials overflow, the loss of a confident mistake is its gap."""
+    logits, target, rho_k0, rho_0k = example(9)
+    logits = (logits / 3 * scale).to(dtype).double()
+    leaf = logits.to(dtype).requires_grad_()
+    loss = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=8 * rho_0k, form=form)
+    value = loss(leaf, target)
+    value.backward()
+    expected, gradient = literal(logits, target, loss.rho_k0.double(), loss.rho_0k.double(), form)
+    assert value.item() == pytest.approx(float(expected), rel=rtol)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=100 * rtol, atol=rtol)
 
 
 def test_golden_values():
@@ -189,6 +206,27 @@ def test_ties_give_a_sub_gradient_that_keeps_symmetry(form, scores):
         loss = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form=form)
         loss(leaf, torch.full((1, 1, 20_000), y)).backward()
         torch.testing.assert_close(leaf.grad.sum((0, 2, 3)), plain, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_ties_beside_others(form, every):
+    """A pixel whose scores are tied has the gradient that it has alone, whether few pixels are tied or all."""
+    logits, target, rho_k0, rho_0k = example(6)
+    low = logits.movedim(1, -1).reshape(-1, 6)
+    low[::every, 2:4] = low[::every].amax(1, keepdim=True)
+    loss = MarginCalibrationLoss(rho_k0=rho_k0, rho_0k=rho_0k, form=form)
+    leaf = low.T.reshape(1, 6, 1, -1).clone().requires_grad_()
+    value = loss(leaf, target.reshape(1, 1, -1), denominator=torch.ones(()))
+    value.backward()
+    total = 0.0
+    for scores, label, gradient in zip(low, target.flatten(), leaf.grad[0, :, 0].T, strict=True):
+        alone = scores.view(1, 6, 1, 1).clone().requires_grad_()
+        own = loss(alone, label.view(1, 1, 1), denominator=torch.ones(()))
+        own.backward()
+        total += own.item()
+        torch.testing.assert_close(gradient, alone.grad.flatten(), rtol=1e-12, atol=1e-14)
+    assert value.item() == pytest.approx(total, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import itertools
 import operator
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -184,7 +185,7 @@ def read_header(path: Path, kind: tuple[int, str]) -> tuple[tuple[int, int], boo
         return _array(path, kind).shape[:2], True
     check_readable(path, role="image")
     with path.open("rb") as file:
-        head, length = file.read(12), file.seek(0, os.SEEK_END)
+        head, length = file.read(33), file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 64))
         tail = file.read()
         file.seek(0)
@@ -192,8 +193,11 @@ def read_header(path: Path, kind: tuple[int, str]) -> tuple[tuple[int, int], boo
             pages = _pages(file, path, most=1) if kind == RGB else _pages_of(file, path, kind)[0]
             height, width, _ = pages[0].shape
             return (height, width), max(page.end for page in pages) <= length
-        with decode.pillow(file, path, role="image") as image:
-            size = decode.stored_size(image)
+        if head[:8] == decode.PNG and zlib.crc32(head[12:29]).to_bytes(4, "big") == head[29:]:
+            size, *_ = decode.png_header(head, path, role="image")
+        else:
+            with decode.pillow(file, path, role="image") as image:
+                size = decode.stored_size(image)
     if head[:2] == b"BM":
         return size, 0 < int.from_bytes(head[2:6], "little") <= length
     end = b"IEND" if head[:8] == decode.PNG else b"\xff\xd9"  # JPEG and JPEG 2000 end alike

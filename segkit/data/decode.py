@@ -110,7 +110,7 @@ def read_index_png(path: Path, *, first_channel: bool = False, deep: bool = Fals
     """
     content = read_bytes(path, role="label")
     if content[:8] == PNG:
-        bits, colours = png_header(content, path, role="label")
+        _, bits, colours = png_header(content, path, role="label")
         if colours == _GREY and bits <= 8:
             label = decoded(content, path)
             label = label if label.ndim == 2 else np.ascontiguousarray(label[..., 0])  # without transparent values
@@ -288,13 +288,13 @@ def _decode_jpeg(content: bytes, path: Path, *, shrink: int) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if shrink > 1 else image
 
 
-def png_header(content: bytes, path: Path, *, role: str) -> tuple[int, int]:
-    """Return bits a channel and colour type of a PNG, after its size was checked."""
+def png_header(content: bytes, path: Path, *, role: str) -> tuple[tuple[int, int], int, int]:
+    """Return (height, width), bits a channel and colour type of a PNG, after its size was checked."""
     if content[12:16] != b"IHDR" or len(content) < 26:
         raise damaged(path, "its header is cut off")
     width, height, bits, colours = struct.unpack(">IIBB", content[16:26])
     check_pixels((height, width), path, role=role)
-    return bits, colours
+    return (height, width), bits, colours
 
 
 def _jpeg_frame(content: bytes, path: Path) -> tuple[int, int, int]:

@@ -284,16 +284,21 @@ def byte_histogram(array: np.ndarray) -> np.ndarray:
     """Count each value 0..255 of a uint8 array: int64 (256,).
 
     Labels are mostly runs of one value, and counting a run pixel by pixel is slow, as each step waits for the one
-    before. So runs of equal eight-pixel words are found first, and the pixels of one word of each run are counted with
-    the run's length as their weight (in float64, exact up to 2**53).
+    before. So runs of equal eight-pixel words are found first: those of one value count with their lengths (in float64,
+    exact up to 2**53), and only the pixels of the others one by one.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     length = flat.size // 8 * 8
     words = flat[:length].view(np.uint64)
-    ends = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
-    if words.size == 0 or 4 * ends.size > words.size:
+    last = np.append(np.flatnonzero(words[1:] != words[:-1]), words.size - 1)
+    if words.size == 0 or 4 * last.size > words.size:
         return np.bincount(flat, minlength=256)
-    pixels = words[ends].view(np.uint8).reshape(-1, 8)
-    lengths = np.diff(ends, prepend=-1).astype(np.float64)
-    counts = sum(np.bincount(pixels[:, place], weights=lengths, minlength=256) for place in range(8))
-    return np.asarray(counts).astype(np.int64) + np.bincount(flat[length:], minlength=256)
+    lengths = last + 1
+    lengths[1:] -= lengths[:-1].copy()
+    runs = words.take(last)
+    value = runs.astype(np.uint8)
+    is_plain = runs == value * np.uint64(0x0101010101010101)
+    plain, mixed = np.flatnonzero(is_plain), np.flatnonzero(~is_plain)
+    counts = 8 * np.bincount(value.take(plain), weights=lengths.take(plain), minlength=256)
+    others = np.repeat(runs.take(mixed), lengths.take(mixed)).view(np.uint8)
+    return counts.astype(np.int64) + np.bincount(others, minlength=256) + np.bincount(flat[length:], minlength=256)

@@ -87,8 +87,11 @@ def test_labels_of_other_types(tmp_path):
 def test_byte_histogram_equals_bincount(shape):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, shape, dtype=np.uint8)
-    runs = np.repeat(noise.ravel(), rng.integers(1, 60, noise.size))[: noise.size].reshape(shape)
-    for array in (noise, runs, np.zeros(shape, np.uint8), np.asfortranarray(runs)):
+    short, long = (
+        np.repeat(noise.ravel(), rng.integers(1, most, noise.size))[: noise.size].reshape(shape) for most in (60, 900)
+    )
+    stripes = np.resize(np.arange(8, dtype=np.uint8), shape)  # runs of equal words of several values
+    for array in (noise, short, long, stripes, np.zeros(shape, np.uint8), np.asfortranarray(long)):
         counts = byte_histogram(array)
         assert counts.dtype == np.int64
         np.testing.assert_array_equal(counts, np.bincount(array.ravel(), minlength=256))

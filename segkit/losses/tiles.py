@@ -39,6 +39,9 @@ TILE_ELEMENTS = 512 * 1024
 ACCELERATOR_TILE_ELEMENTS = 16 * 1024 * 1024
 """Logits per tile elsewhere: 64 MB of float32, so that launches cost nothing and temporaries little memory."""
 
+GROUP_BLOCKS = 32
+"""Blocks of low logits that are enough for all threads: their gradients are held at once."""
+
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """float64 for float64 logits, float32 for everything narrower."""
@@ -123,14 +126,20 @@ class Block(NamedTuple):
 def cut(logits: Tensor, target: Tensor) -> Iterator[list[Block]]:
     """The blocks of ``logits`` (N,K,h,w) and ``target`` (N,H,W), in groups to be computed one after the other.
 
-    At label size all blocks are one group, else the blocks of each image: these overlap by the logits that reach
-    both, and the gradients of a group are held until they are added up.
+    At label size all blocks are one group. Else blocks overlap by the logits that reach both, and the gradients of a
+    group are held until they are added up: it has the blocks of a few images, enough for all threads, or an image that
+    is one block, whose operations are split instead.
     """
     count = images_per_tile(logits, target)
     images = [n if count == 1 else slice(n, n + count) for n in range(0, len(logits), count)]
     if logits.shape[2:] != target.shape[1:]:
+        group: list[Block] = []
         for n in images:
-            yield list(_low_blocks(logits, target, n))
+            blocks = list(_low_blocks(logits, target, n))
+            group += blocks
+            if len(blocks) == 1 or len(group) >= GROUP_BLOCKS or n == images[-1]:
+                yield group
+                group = []
         return
     num_classes, height, width = logits.shape[1:]
     most = max(1, pixels_per_tile(num_classes, logits.device) // max(1, width))

@@ -322,7 +322,10 @@ def _explain_hydra(error: BaseException) -> str:
         if "is not a ListConfig" in reason:
             reason = "write a list in brackets, as KEY=[VALUE,VALUE]"
         elif "is not a subclass of PhaseConfig" in reason:
-            reason = "set the keys of a phase that is there, and put a further phase into an option of schedule"
+            phases = ", ".join(local_in(error, "_apply_overrides_to_config", "cfg").schedule)
+            reason = (
+                f"set the keys of a phase that is there ({phases}), and put a further phase into an option of schedule"
+            )
         elif "does not support deletion" in reason:
             reason = "every run has this key: set it to another value"
         return f"{lines[0].removeprefix('Error merging override ')} is not allowed: {reason[:1].lower() + reason[1:]}"

@@ -125,6 +125,12 @@ def test_the_command_line_wins_over_the_recipe():
             ["schedule=single", "schedule.train.epochs=null"],
             "phase train of the schedule has neither epochs nor steps: set schedule.train.epochs=",
         ),
+        (
+            ["+loss@schedule.trin.loss=dice"],
+            r"phase trin .*, or correct its name \(the others are pretrain, finetune\)",
+        ),
+        (["loss.tau=${dataset}"], r"loss.tau is DatasetConfig\(name='synthetic', \.\.\.\), but must be a number"),
+        (["seed=${dataset}"], r"seed: While dereferencing interpolation '\$\{dataset\}': Value '\{\.\.\.\}' of type"),
         (["schedule=single", "schedule.train.epochs=-1"], "schedule.train.epochs is -1.0, but must be positive"),
         (
             ["schedule=single", "schedule.train.epochs=1e308"],

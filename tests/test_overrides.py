@@ -223,7 +223,10 @@ def test_an_override_within_null_or_a_list_is_named(override):
             "+loss@x=dice",
             "the option loss/dice cannot be used (x: Key 'x' not in 'Config'): mend its YAML file, or the ",
         ),
-        ("+schedule.more={epochs:1}", "put a further phase into an option of schedule"),
+        (
+            "+schedule.more={epochs:1}",
+            "set the keys of a phase that is there (train), and put a further phase into an option of schedule",
+        ),
         ("~dataset.crop", "~dataset.crop is not allowed: every run has this key: set it to another value"),
         ("experiment=[nowhere]", "experiment=nowhere is not an option: `python train.py --help` lists the options"),
         ("loss=[dice,focal]", "mixed into one: choose one of them, or try them in turn, -m loss=dice,focal"),

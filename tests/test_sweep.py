@@ -162,6 +162,7 @@ def test_an_interval_is_no_grid():
     [
         (["seed=0"], "1", r"job 1 of the sweep would train the same as job 0 \(seed=0\): give every value once"),
         (["seed=1"], "0", "0 is the folder of two jobs: let hydra.sweep.subdir contain"),
+        (["seed=1"], "../1", r"sweep/\.\./1, the folder of a job, is not within sweep, .*: set hydra.sweep.subdir to"),
         (["seed=1", "sweep.jobs=1"], "1", "sweep has several values, but one holds for all jobs"),
         (["seed=1", "workers=1"], "1", "workers has several values, but jobs share them with sweep.jobs=2"),
     ],
@@ -169,9 +170,9 @@ def test_an_interval_is_no_grid():
 def test_jobs_that_cannot_stand_beside_each_other(other, folder, message):
     sweep = LocalSweep(Path("sweep"), jobs=2)
     common = ["sweep.jobs=2", "workers=0"]
-    sweep.add(["seed=0"], Path("0"), compose([*common, "seed=0"]))
+    sweep.add(["seed=0"], Path("sweep/0"), compose([*common, "seed=0"]))
     with pytest.raises(InputError, match=message):
-        sweep.add(other, Path(folder), compose([*common, *other]))
+        sweep.add(other, Path("sweep", folder), compose([*common, *other]))
 
 
 @pytest.mark.parametrize(

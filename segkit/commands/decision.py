@@ -167,9 +167,17 @@ def to_fit_on(saved: SavedRun, dataset: DatasetConfig) -> tuple[SampleSet, dict[
     }
 
 
-def fit(saved: SavedRun, model: Any, dataset: DatasetConfig, *, checkpoint: str, workers: int) -> None:
-    """Fit bias and rule together, and write :data:`FILE`."""
-    split, fitted_on = to_fit_on(saved, dataset)
+def fit(
+    saved: SavedRun,
+    model: Any,
+    dataset: DatasetConfig,
+    split: SampleSet,
+    fitted_on: Mapping[str, Any],
+    *,
+    checkpoint: str,
+    workers: int,
+) -> None:
+    """Fit bias and rule together on ``split``, with what :func:`to_fit_on` says of it, and write :data:`FILE`."""
     sample = collect_logits(
         model,
         eval_batches(split, transform=eval_transform(dataset), workers=workers),
@@ -183,7 +191,7 @@ def fit(saved: SavedRun, model: Any, dataset: DatasetConfig, *, checkpoint: str,
         "classes": list(split.classes),
         "checkpoint": checkpoint,
         "digest": model.digest,
-        "fitted_on": fitted_on | {"num_pixels": len(sample.target)},
+        "fitted_on": {**fitted_on, "num_pixels": len(sample.target)},
         "bias": bias.to_json(split.classes),
         "miou": {
             "rule": miou.rule.to_json(split.classes),

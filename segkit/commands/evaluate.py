@@ -84,7 +84,7 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
     benchmark_scores(arguments.protocol, np.zeros((split.num_classes, split.num_classes), np.int64), split.classes)
     split.check_labelled()
     folder = folder_of(saved)
-    fits = check_decision(arguments, saved, dataset, split)
+    to_fit_on = check_decision(arguments, saved, dataset, split)
     if split.split != dataset.train_split and (seen := trained_on(saved.path, split)):
         show(
             f"warning: {len(seen)} of the {len(split)} images, {seen[0]} for one, were trained on, as the splits "
@@ -93,8 +93,8 @@ def score(arguments: Namespace) -> tuple[dict[str, Any], list[Path]]:
         )
     device = resolve_device(arguments.device)
     model = saved.model(arguments.checkpoint).to(device)
-    if fits:
-        decision.fit(saved, model, dataset, checkpoint=arguments.checkpoint, workers=arguments.workers)
+    if to_fit_on:
+        decision.fit(saved, model, dataset, *to_fit_on, checkpoint=arguments.checkpoint, workers=arguments.workers)
     chosen = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint, digest=model.digest)
     results, evaluation = evaluate_split(arguments, saved, dataset, split, model, chosen)
     results |= {"phase": saved.phase_name, "checkpoint": arguments.checkpoint, "digest": model.digest}
@@ -117,20 +117,22 @@ def folder_of(saved: Any) -> Path:
     return folder
 
 
-def check_decision(arguments: Namespace, saved: Any, dataset: Any, split: Any) -> bool:
-    """Return whether ``--decision`` is to be fitted, as none is stored or ``--refit`` is given.
+def check_decision(arguments: Namespace, saved: Any, dataset: Any, split: Any) -> tuple[Any, dict[str, Any]] | None:
+    """Return what ``--decision`` is to be fitted on, if none is stored or ``--refit`` is given; None otherwise.
 
     InputError, before the model is read, for one whose images are in ``split``, or that is stored and damaged.
     """
     from segkit.commands import decision
 
     if arguments.decision == "argmax":
-        return False
-    stored = None
+        return None
     if not arguments.refit and (saved.folder / decision.FILE).exists():
         stored = decision.decision_of(saved, arguments.decision, checkpoint=arguments.checkpoint)
-    decision.check_unseen(stored.fitted_on if stored else decision.to_fit_on(saved, dataset)[1], split, dataset)
-    return stored is None
+        decision.check_unseen(stored.fitted_on, split, dataset)
+        return None
+    found = decision.to_fit_on(saved, dataset)
+    decision.check_unseen(found[1], split, dataset)
+    return found
 
 
 def other_root(saved: Any, root: str | None) -> Path | None:

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.data.files import find_images, walk
     from segkit.data.layout import UNREAD
     from segkit.evaluation.predict import check_output, predict_files
-    from segkit.files import check_place, written_beside
+    from segkit.files import check_place, remove_if_empty, written_beside
     from segkit.guard import with_options
     from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
@@ -80,7 +80,9 @@ def run(argv: Sequence[str]) -> None:
     )
     for _, reason in failed:
         show(f"skipped: {with_options(reason, 'predict')}", error=True)
-    show(f"written: {num_written} predictions in {arguments.output}")
+    if not num_written:
+        remove_if_empty(arguments.output)
+    show(f"written: {num_written} predictions" + f" in {arguments.output}" * (num_written > 0))
     if unread := walk(Path(arguments.input), UNREAD) if Path(arguments.input).is_dir() else []:
         show(f"note: {len(unread)} images were left out, as their form is not read: {unread[0]} for one", error=True)
     turned = sum(orientation(path) != 1 for path in images.values())

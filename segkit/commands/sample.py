@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("dataset", metavar="dataset=NAME", help="a name of configs/dataset")
     verb.add_argument("--n", type=count(1, most=10**5), default=8, metavar="N", help="images of the training split")
     verb.add_argument("--seed", type=int, default=0, help="of the pictures")
-    size = "size of the images, relative to the official"
+    size = "size of the images, relative to the official, 0.01 to 1; at least 32 pixels a side"
     verb.add_argument("--scale", type=float, default=0.25, metavar="S", help=size)
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="an empty or a new folder")
     return verb

@@ -240,7 +240,8 @@ def reason_of(error: Exception) -> str:
     key = getattr(error, "full_key", None)
     if key and isinstance(error, MissingMandatoryValue):  # ??? or ~KEY
         return f"{key} has no value: set {key}=..."
-    return f"{key}: {first_line(error)}" if key else first_line(error)
+    reason = re.sub(r"'\{.{100,}\}'", "'{...}'", first_line(error))  # a mapping that ${...} brought
+    return f"{key}: {reason}" if key else reason
 
 
 def _check_keys(node: Any, kind: Any, prefix: str) -> None:

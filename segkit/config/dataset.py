@@ -190,6 +190,9 @@ class DatasetConfig:
         for key in ("flip", "color_jitter", "rare_crop"):
             is_share(f"dataset.{key}", getattr(self, key), "a probability")
 
+    def __repr__(self) -> str:  # in a sentence about a key to which ${dataset} brought all of it
+        return f"DatasetConfig(name={self.name!r}, ...)"
+
     @property
     def kind(self) -> tuple[int, str]:
         """Channels and type of the images; :data:`RGB` by default."""

@@ -102,12 +102,13 @@ class PhaseConfig:
     warmup_steps: int = 0
     poly_power: float = 0.9
 
-    def check(self, name: str) -> None:
-        """Raise InputError if the keys of phase ``name`` contradict each other."""
-        key = f"schedule.{name}"
+    def check(self, name: str, *, others: list[str]) -> None:
+        """Raise InputError if the keys of phase ``name`` contradict each other; ``others``: names of other phases."""
+        key, hint = f"schedule.{name}", f" (the others are {', '.join(others)})" if others else ""
         require(
             self.epochs is not None or self.steps is not None,
-            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=..., or correct its name",
+            f"phase {name} of the schedule has neither epochs nor steps: set {key}.epochs=..., or correct its name"
+            f"{hint}",
         )
         require(
             self.epochs is None or self.steps is None,
@@ -231,7 +232,7 @@ class Config:
                 f"schedule has a phase named {name!r}, but a name is of letters, digits and underscores, and not "
                 "checkpoints, evaluations, pictures or wandb, which a run's folder has already: rename the phase",
             )
-            phase.check(name)
+            phase.check(name, others=[other for other in self.schedule if other != name])
         self.freeze = [self.freeze] if isinstance(self.freeze, str) else [] if self.freeze is None else self.freeze
         require(
             isinstance(self.freeze, list) and all(isinstance(item, str) and PART(item) for item in self.freeze),

@@ -159,7 +159,14 @@ def table_from_dict(content: Mapping[str, Any]) -> LabelTable:
     """
     if missing := {"name", "classes", "palette", "raw_to_train"} - content.keys():
         raise InputError(f"a label table lacks {', '.join(sorted(missing))}: it has {', '.join(map(str, content))}")
-    colours = np.asarray(content["palette"]).reshape(-1, 3)
+    try:
+        colours = np.asarray(content["palette"])
+    except ValueError:
+        raise InputError(
+            f"label table {content['name']} has colours of unequal lengths; give one [red, green, blue] of 0..255 for "
+            "each class"
+        ) from None
+    colours = colours if colours.size else np.empty((0, 3), np.uint8)
     if colours.size and (colours.dtype.kind not in "iu" or colours.min() < 0 or colours.max() > 255):
         raise InputError(
             f"label table {content['name']} has a palette value outside 0..255, or no whole number; mend that colour"

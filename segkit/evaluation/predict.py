@@ -6,8 +6,9 @@ cannot be read is reported and skipped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -121,7 +122,10 @@ def predict_files(
             else:
                 yield _predict(predictors, name, image, probabilities=probabilities)
 
-    num_written = sum(1 for _ in ahead(writer.write, predicted(), threads=threads))
+    try:
+        num_written = sum(1 for _ in ahead(writer.write, predicted(), threads=threads))
+    finally:
+        writer.remove_empty_folders()
     return num_written, failed
 
 
@@ -164,6 +168,13 @@ class _Writer:
                     (self.output / kind / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.output} ({error.strerror}); give another output folder") from error
+
+    def remove_empty_folders(self) -> None:
+        """Remove those of images that were all skipped."""
+        for kind in self.endings:
+            for folder, _, _ in os.walk(self.output / kind, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(folder)
 
     def write(self, done: _Done) -> None:
         """Write everything of one image."""

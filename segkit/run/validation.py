@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from segkit.config.schema import plain
 from segkit.data import SampleSet
 from segkit.data.statistics import LabelCounts
 from segkit.errors import Interrupted, NonFiniteLogits
@@ -27,6 +28,7 @@ from segkit.run import charts
 from segkit.run.batches import PhaseBatches
 from segkit.run.build import evaluation_protocol
 from segkit.training import distributed
+from segkit.training.failure import smaller_steps
 from segkit.training.precision import DTYPES
 from segkit.training.tracking import Tracker
 
@@ -87,7 +89,7 @@ class Validation:
         except NonFiniteLogits:
             raise NonFiniteLogits(
                 f"after step {step} of phase {(phase := self.batches.plan.name)} the logits of the model are not "
-                f"finite (inf or nan): lower optimizer.lr (schedule.{phase}.lr where that is set), or set "
+                f"finite (inf or nan): {smaller_steps(plain(self.batches.config), phase)}, or set "
                 "clip_norm=1.0 or precision=fp32"
             ) from None
         assert self.last is not None

@@ -66,7 +66,8 @@ class LocalSweep:
     def add(self, overrides: Sequence[str], folder: Path, config: Config) -> None:
         """Note a job; it starts with :meth:`finish`, once all jobs are known to be possible.
 
-        InputError if it would do what another does, or write where another does, or shares the machine otherwise.
+        InputError if it would do what another does, write where another does or outside of the sweep's folder, or
+        shares the machine otherwise.
         """
         number = len(self._waiting)
         if type(self) is not LocalSweep or (self._configs and config.sweep != self._configs[0].sweep):
@@ -83,6 +84,11 @@ class LocalSweep:
             )
         if str(folder) in (str(other) for _, other in self._waiting):
             raise InputError(f"{folder} is the folder of two jobs: let hydra.sweep.subdir contain ${{hydra:job.num}}")
+        if Path(os.path.abspath(self.folder)) not in Path(os.path.abspath(folder)).parents:
+            raise InputError(
+                f"{folder}, the folder of a job, is not within {self.folder}, that of the sweep: set "
+                "hydra.sweep.subdir to a path without .. or / at its beginning, such as '${hydra:job.num}'"
+            )
         self._configs.append(config)
         self._waiting.append((list(overrides), folder))
 

@@ -281,11 +281,11 @@ def make_sample(name: str, output: Path | str, *, num_images: int = 8, seed: int
     ``output`` is then what ``dataset.root`` takes. The training split has ``num_images`` images and every other split
     half as many, at least two; on top of these come the broken images of the official data. Robotic Instrument has at
     least one frame a sequence, that is eight. Every class occurs in the training and in the validation split. ``scale``
-    times the official size in pixels is the size of the images (Mapillary: half of that). The same ``seed`` writes the
-    same pixels. Files that no reader here uses may be left out.
+    times the official size in pixels is the size of the images (Mapillary: half of that), at least 32 a side. The same
+    ``seed`` writes the same pixels. Files that no reader here uses may be left out.
 
-    Raises InputError for an unknown name, a count below one, a ``scale`` outside (0, 1], and an ``output`` that exists
-    and is not empty (nothing is ever overwritten).
+    Raises InputError for an unknown name, a count below one, a ``scale`` outside [0.01, 1], and an ``output`` that
+    exists and is not empty (nothing is ever overwritten).
     """
     output = Path(output)
     if name not in WRITERS:
@@ -296,8 +296,8 @@ def make_sample(name: str, output: Path | str, *, num_images: int = 8, seed: int
         raise InputError(f"a sample needs at least one image, got {num_images}; use --n 8")
     if seed < 0:
         raise InputError(f"the seed of a sample is {seed}, but must be 0 or more; use --seed 0")
-    if not 0 < scale <= 1:
-        raise InputError(f"the scale of a sample's images is {scale}, but must lie in (0, 1]; use 0.25")
+    if not 0.01 <= scale <= 1:
+        raise InputError(f"the scale of a sample's images is {scale}, but must be from 0.01 to 1; use --scale 0.25")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(
             f"{output} exists and is not an empty folder; name a new folder with --output, nothing is overwritten"

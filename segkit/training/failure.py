@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +64,21 @@ def save_bundle(
     if state is not None:
         torch.save(state, bundle / "state.pt")
     return bundle
+
+
+def smaller_steps(config: Mapping[str, Any], phase: str) -> str:
+    """The advice to lower what makes the steps of ``phase`` large: factors of ``config`` above 1000 first."""
+    large = "".join(f"{key} ({value:g}), " for key, value in _factors(config) if value > 1000)
+    return f"lower {large}optimizer.lr (schedule.{phase}.lr where that is set)"
+
+
+def _factors(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(key, value) of each factor of learning rates, and of each weight of a term of a loss."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _factors(value, f"{prefix}{name}.")
+        elif type(value) in (int, float) and (name in ("encoder_lr_factor", "weight") or prefix == "lr_factors."):
+            yield f"{prefix}{name}", value
 
 
 def examine(model: nn.Module, loss: nn.Module, batch: Any, *, mixed: Mixed, seed: int) -> dict[str, Any]:

@@ -303,7 +303,10 @@ class Trainer:
             levers = memory.training_levers(self.config)
             described = memory.out_of_memory(error, device=self.mixed.device, where=where, levers=levers)
             bundle = self._bundle(described, batch.names, batch=batch, state=self.state())
-            raise OutOfMemory(f"{described}; the batch is in {bundle}") from error
+            raise OutOfMemory(
+                f"{described}; the batch is in {bundle}; the run goes on from its last checkpoint with that setting, "
+                "its hydra.run.dir and ignore_config_change=true (a smaller crop or batch_size takes a new run)"
+            ) from error
         if not isinstance(error, NonFiniteLoss):
             raise error
         self._bundle(error, batch.names, batch=batch, state=self.state())  # first: the look at it may fail as well
@@ -315,8 +318,8 @@ class Trainer:
         bundle = self._bundle(error, batch.names, findings=findings)
         raise NonFiniteLoss(
             f"{error} {where} for the images {', '.join(batch.names)}; the batch and the state before it are in "
-            f"{bundle} (`segkit replay` repeats the step): lower optimizer.lr (schedule.{self.settings.phase}.lr "
-            "where that is set), set clip_norm=1.0 or precision=bf16, or look at these images"
+            f"{bundle} (`segkit replay` repeats the step): {failure.smaller_steps(self.config, self.settings.phase)}, "
+            "set clip_norm=1.0 or precision=bf16, or look at these images"
         ) from None
 
     def _loading_failed(self, error: Exception) -> NoReturn:

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from segkit import predict as predict_arrays
-from segkit.commands import evaluate, export, predict, submit
+from segkit.commands import decision, evaluate, export, predict, submit
 from segkit.commands.decision import checksum
 from segkit.config.compose import compose
 from segkit.errors import InputError
 from segkit.report.card import card as render
 from segkit.run.portable import scores_of
 from segkit.run.saved import SavedRun, open_run
-from segkit.run.splits import is_held_out, open_phases
+from segkit.run.splits import is_held_out, open_phases, open_split
 
 NUM_IMAGES = 8
 HELD = [f"train_{number:04d}" for number in range(NUM_IMAGES) if is_held_out(f"train_{number:04d}", 0.3)]
@@ -96,6 +96,7 @@ def evaluations(run):
 
 
 def test_fitted_once_on_what_is_never_scored(run, call, tmp_path, monkeypatch):
+    opened = []
     for verb, options in (
         (predict, ["--input", tmp_path, "--output", tmp_path / "out"]),
         (export, []),
@@ -106,7 +107,10 @@ def test_fitted_once_on_what_is_never_scored(run, call, tmp_path, monkeypatch):
             call(verb, run, "--decision", "miou", *options)
     with pytest.raises(InputError, match="there is no submission format 'synthetic'"):
         call(submit, run, "--decision", "miou", "--output", tmp_path / "all.zip", "--split", "val")
-    out = call(evaluate, run, *QUICK, "--decision", "miou")
+    with monkeypatch.context() as patch:
+        patch.setattr(decision, "open_split", lambda *given: opened.append(given[1]) or open_split(*given))
+        out = call(evaluate, run, *QUICK, "--decision", "miou")
+    assert opened == ["holdout"]
     assert f"fitted on {len(HELD)} images of the split holdout" in out
     stored = json.loads((run / "decision.json").read_text())
     assert sorted(stored["fitted_on"]["images"]) == HELD

@@ -50,7 +50,8 @@ def test_the_seed_decides_the_pixels(call, tmp_path):
         (["dataset=camvidd"], "there is no sample of data set 'camvidd'; samples can be made of ade20k, bdd100k"),
         (["dataset=camvid", "--n", "0"], "'0' is no whole number from 1 to 100000"),
         (["dataset=camvid", "--n", "1000000000"], "'1000000000' is no whole number from 1 to 100000"),
-        (["dataset=camvid", "--scale", "2"], "the scale of a sample's images is 2.0, but must lie in (0, 1]"),
+        (["dataset=camvid", "--scale", "2"], "the scale of a sample's images is 2.0, but must be from 0.01 to 1"),
+        (["dataset=camvid", "--scale", "1e-308"], "the scale of a sample's images is 1e-308, but must be from 0.01"),
     ],
 )
 def test_mistakes_end_with_2_and_write_nothing(call, tmp_path, arguments, sentence):

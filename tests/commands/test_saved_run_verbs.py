@@ -190,6 +190,7 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(predict, finished, "--input", pictures / "row.png", "--output", tmp_path / "few", "--max-pixels", 10)
     set_pixel_limit(MAX_PIXELS)
+    assert not (tmp_path / "few").exists()  # no image, no folder
     assert (
         "but at most 10 are allowed, lest a damaged file fill the memory; remove it, or set --max-pixels to more"
         in (capsys.readouterr().err)

@@ -100,6 +100,8 @@ def test_mapillary_ignores_only_the_label_that_is_not_evaluated():
     ("change", "message"),
     [
         ({"palette": [[0, 0, 0]]}, r"has 2 classes but a palette of shape \(1, 3\)"),
+        ({"palette": [[0, 0, 0], [1, 1]]}, r"x has colours of unequal lengths; give one \[red, green, blue\] of"),
+        ({"palette": [[0, 0], [0, 0], [0, 0]]}, r"has 2 classes but a palette of shape \(3, 2\)"),
         ({"raw_to_train": {"0": 0}}, r"has no raw value for class 1 \(b\)"),
         ({"raw_to_train": {"0": 0, "1": 1, "2": 7}}, r"maps raw value 2 to 7; allowed are 0\.\.1 and 255"),
         ({"classes": ["a", "a"]}, r"names a class twice: a"),

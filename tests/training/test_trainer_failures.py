@@ -26,7 +26,12 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
             return super().forward(logits, target, denominator=denominator) * (math.nan if self.calls == 3 else 1)
 
     trainer = build(tmp_path / "a", loss=Poisoned())
-    message = r"the loss is nan at step 3 of phase train for the images image2-0, image2-1.*lower .* .schedule.train.lr"
+    terms = {"far": {"weight": 1e20, "loss": {}}, "near": {"weight": 2, "loss": {}}}
+    trainer.config = {"encoder_lr_factor": 1e5, "lr_factors": {"head": 2000, "net": 1}, "loss": {"terms": terms}}
+    message = (
+        r"the loss is nan at step 3 of phase train for the images image2-0, image2-1.*: lower encoder_lr_factor "
+        r"\(100000\), lr_factors.head \(2000\), loss.terms.far.weight \(1e\+20\), optimizer.lr \(schedule.train.lr"
+    )
     with pytest.raises(NonFiniteLoss, match=message):
         trainer.fit(make_batches)
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
@@ -180,7 +185,7 @@ def test_out_of_memory_says_what_was_used_and_what_helps(tmp_path):
     message = (
         r"out of memory at step 1 of phase train: at most \d+\.\d\d GiB of RAM were in use and .* set "
         r"grad_checkpointing=light, or accumulate=2 \(2 of 4 images at once\), or a smaller dataset.crop than \[8, 8\]"
-        r"; the batch is in .*failure-0000000"
+        r"; the batch is in .*failure-0000000; the run goes on .* hydra.run.dir and ignore_config_change=true"
     )
     with pytest.raises(OutOfMemory, match=message):
         trainer.fit(make_batches)

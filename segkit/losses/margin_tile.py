@@ -136,8 +136,8 @@ def softplus_sum(x: Tensor, work: Workspace, *, limit: float) -> tuple[Tensor, T
     if limit > SATURATED[x.dtype]:
         z = x.div_(LOG2_E)
         return softplus(z).sum(0), torch.sigmoid(z, out=g)
-    q = torch.exp2(x, out=work.buffer("exponentials", x))
-    torch.div(q, torch.add(q, 1, out=x), out=g)
+    q = x.exp2_()
+    torch.div(q, torch.add(q, 1, out=g), out=g)
     room = math.log(torch.finfo(x.dtype).max) - 1 - 2 * SATURATED[x.dtype]
     count, most = len(q), 2  # rows, and classes of a row once the halves are multiplied
     while count > 2 and most * math.log1p(math.exp(limit)) < room:

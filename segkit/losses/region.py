@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from segkit.errors import check_number
 from segkit.losses import tiles
 from segkit.losses.checks import check_inputs, settings
+from segkit.losses.elementary import LOG2_E
 from segkit.losses.pixelwise import CrossEntropyLoss
 from segkit.losses.tiles import Block, GradientSum, Labels, Workspace, compute_dtype, fill_columns, sum_dtype
 
@@ -28,7 +29,7 @@ def softmax_tile(s: Tensor, y: Tensor, work: Workspace) -> tuple[Tensor, Tensor]
 
     Not torch.softmax, whose last bits depend on the number of threads.
     """
-    p = torch.sub(s, s.amax(0), out=work.buffer("probabilities", s)).exp_()
+    p = torch.sub(s, s.amax(0), out=work.buffer("probabilities", s)).mul_(LOG2_E).exp2_()
     p.mul_(1 / p.sum(0))
     return p.gather(0, y[None])[0], p
 

@@ -33,11 +33,12 @@ def train(
     import time
     from contextlib import ExitStack
 
-    from segkit.config.compose import compose
+    from segkit.config.compose import compose, without_effect
     from segkit.config.targets import short_name
     from segkit.errors import InputError
     from segkit.files import read_json
     from segkit.guard import call
+    from segkit.progress import show
     from segkit.run.saved import as_begun
     from segkit.run.splits import open_phases
     from segkit.runtime import CUBLAS, kept_variables
@@ -61,6 +62,8 @@ def train(
         stack.callback(_training.release)
         stack.enter_context(kept_variables(CUBLAS, MLFLOW_RETRIES[0]))
         config = compose(overrides, config_dirs=config_dirs)
+        for text in without_effect(config, overrides):
+            show(text, error=True)
         if folder is None:
             name = f"{short_name(config.model)}-{short_name(config.loss)}"
             folder = Path("outputs") / config.dataset.name / name / time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -14,7 +14,7 @@ from segkit.errors import InputError
 from segkit.files import held, remove_if_empty
 from segkit.guard import guard, guarded, local_in, sentences
 from segkit.memory import keep_freed
-from segkit.progress import need_no_reader
+from segkit.progress import need_no_reader, show
 from segkit.runtime import die_with_parent, let_waiting_threads_sleep, tidied_up_when_ended
 from segkit.sweeps.jobs import CHILD
 from segkit.training import ranks
@@ -44,7 +44,7 @@ def task(node: Any) -> float | None:
             sweep = Path(hydra_config.sweep.dir)
             last.push(lambda kind, *_: None if kind is None else remove_if_empty(sweep, lock="multirun.yaml"))
         last.callback(remove_if_empty, folder)  # that Hydra made: after an error, or until the job in it starts
-        from segkit.config.compose import to_config
+        from segkit.config.compose import to_config, without_effect
         from segkit.run.saved import as_begun
         from segkit.run.splits import check_hub, open_phases
 
@@ -55,6 +55,8 @@ def task(node: Any) -> float | None:
         elif many and local:
             _submit(config, overrides, hydra_config)
         else:
+            for text in without_effect(config, overrides):
+                show(text, error=True)
             opened = as_begun(config, folder)
             splits = open_phases(opened)  # before anything heavy is imported
             check_hub(opened)

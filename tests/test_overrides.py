@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from segkit import launch
-from segkit.config.compose import check_overrides, compose, quoted
+from segkit.config.compose import check_overrides, compose, quoted, without_effect
 from segkit.errors import InputError
 from segkit.guard import explain, guarded
 from segkit.runtime import resolve_device
@@ -252,3 +252,25 @@ def test_a_device_that_there_cannot_be(name):
 def test_a_list_is_no_name_of_an_option(text):
     with pytest.raises(InputError, match=r"gives a list, but (loss|sweep) takes the name of one of its options"):
         check_overrides([text])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["dataset.jitter.hue=0.1", "dataset.color_jitter=0"], "dataset.color_jitter is 0: set that, or leave dat"),
+        (["dataset.jitter.hue=0.1", "augment=none"], "dataset.color_jitter is 0"),
+        (["dataset.jitter.hue=0.1"], ""),
+        (["dataset.rare_crop=0.3"], "dataset.sampler is another"),
+        (["dataset.rare_crop=0.3", "dataset.sampler=rare_crop"], ""),
+        (["dataset.reader.groups='{group}_*'"], "dataset.holdout and dataset.reader.val_fraction and folds are 0"),
+        (["dataset.reader.groups='{group}_*'", "dataset.holdout=0.1"], ""),
+        (["optimizer.lr=0.1", "debug=overfit"], "all phases have schedule.PHASE.lr: set that"),
+        (["optimizer.lr=0.1"], ""),
+        (["schedule.train.poly_power=2", "schedule.train.lr_schedule=cosine"], "its lr_schedule is another"),
+        (["augment=none", "debug=overfit"], ""),
+    ],
+)
+def test_a_key_that_another_switches_off_is_told(overrides, reason):
+    told = " ".join(without_effect(compose(["dataset=folder", "schedule=single", *overrides]), overrides))
+    assert reason in told
+    assert bool(reason) == bool(told)

@@ -247,10 +247,12 @@ def check_spares(arguments: argparse.Namespace, roots: Iterable[str | None], *op
 
 def configuration(arguments: argparse.Namespace, *outputs: str) -> Config:
     """Return the configuration that the overrides describe; InputError if an option of ``outputs`` is in its data."""
-    from segkit.config.compose import compose
+    from segkit.config.compose import compose, without_effect
     from segkit.data.decode import set_pixel_limit
 
     config = compose(arguments.overrides, config_dirs=arguments.config_dir)
+    for text in without_effect(config, arguments.overrides):
+        show(text, error=True)
     check_spares(arguments, (config.phase_dataset(name).root for name in config.schedule), *outputs)
     set_pixel_limit(config.max_pixels)
     return config

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,28 @@ def _num_values(override: Any, text: str, more_options: bool) -> int:
     if not number:
         raise InputError(f"the override {text!r} has no values, so the sweep would have no job: give it at least one")
     return number
+
+
+def without_effect(config: Config, overrides: Sequence[str]) -> Iterator[str]:
+    """Sentences about keys that ``overrides`` set in ``config`` without effect, as another key switches them off."""
+    phases = config.schedule.items()
+    data = [config.dataset, *(phase.dataset for _, phase in phases if phase.dataset)]
+    cuts = [item.holdout or item.reader.get("val_fraction") or item.reader.get("folds") for item in data]
+    rows = [
+        ("dataset.jitter", any(item.color_jitter for item in data), "dataset.color_jitter is 0"),
+        ("dataset.rare_crop", any(item.sampler.value == "rare_crop" for item in data), "dataset.sampler is another"),
+        ("dataset.reader.groups", any(cuts), "dataset.holdout and dataset.reader.val_fraction and folds are 0"),
+        (
+            "optimizer.lr",
+            any(p.lr in (None, config.optimizer.get("lr")) for _, p in phases),
+            "all phases have schedule.PHASE.lr",
+        ),
+        *((f"schedule.{n}.poly_power", p.lr_schedule.value == "poly", "its lr_schedule is another") for n, p in phases),
+    ]
+    for key in (text.lstrip("+").partition("=")[0] for text in overrides):
+        for name, has_effect, reason in rows:
+            if not has_effect and f"{key}.".startswith(f"{name}."):
+                yield f"warning: {key} has no effect, as {reason}: set that, or leave {key} out"
 
 
 def to_config(node: Any) -> Config:

@@ -40,32 +40,27 @@ def parser(*, files: bool = True) -> ArgumentParser:
 def run(argv: Sequence[str]) -> None:
     """Predict all images; exit code 1 if one could not be read."""
     arguments = parser().parse_args(argv)
-    from segkit.commands.scorers import load
+    from segkit.commands.scorers import check_alike, load
     from segkit.data.decode import orientation
     from segkit.data.files import find_images, walk
     from segkit.data.layout import UNREAD
     from segkit.evaluation.predict import check_output, predict_files
     from segkit.files import check_place, remove_if_empty, written_beside
     from segkit.guard import with_options
-    from segkit.run.saved import differing_classes
     from segkit.runtime import resolve_device
 
     device = resolve_device(arguments.device)
     check_place(arguments.output)
     check_output(arguments.output)
     images = find_images(arguments.input, output=arguments.output)
+    if arguments.side_by_side:
+        check_alike(arguments)
     first = load(arguments.run, arguments, device)
     chosen = inference(arguments, first.dataset.crop)
     models = {title(arguments.run): first}
     if arguments.side_by_side:
         other = load(arguments.side_by_side, arguments, device)
-        difference = differing_classes(other.classes, first.classes)
-        if difference or other.dataset.kind != first.dataset.kind:
-            difference = difference or f"of images of {other.dataset.kind} instead of {first.dataset.kind}"
-            raise InputError(
-                f"{arguments.side_by_side} predicts other classes than {arguments.run} ({difference}): name two runs "
-                "of one data set"
-            )
+        check_alike(arguments, [first, other])
         models[title(arguments.side_by_side) + " "] = other  # the blank tells runs of one title apart
     num_written, failed = predict_files(
         {name: model.predictor(chosen, arguments.precision) for name, model in models.items()},

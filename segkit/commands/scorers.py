@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from segkit.evaluation.inference import Inference
 from segkit.evaluation.predict import Predictor
 from segkit.memory import is_out_of_memory
 from segkit.run.portable import check_facts, is_portable, open_portable
-from segkit.run.saved import open_run
+from segkit.run.saved import differing_classes, open_run
 from segkit.training.precision import DTYPES
 
 GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
@@ -63,6 +63,26 @@ class Loaded:
 
     def _size(self, image: np.ndarray, name: str = "an image") -> tuple[int, int]:
         return target_size((image.shape[0], image.shape[1]), plain(self.dataset.eval_resize), name=name)
+
+
+def check_alike(arguments: argparse.Namespace, models: Sequence[Loaded] = ()) -> None:
+    """Raise InputError unless the two of ``--side-by-side`` have the same classes, of the same kind of images.
+
+    Without their ``models`` only two run folders are compared, by what lies beside their weights.
+    """
+    found = [(model.classes, model.dataset.kind) for model in models]
+    for path in () if models else (arguments.run, arguments.side_by_side):
+        if path.suffix in GRAPHS or is_portable(path):
+            return
+        saved = open_run(path, phase=arguments.phase)
+        found.append((tuple(saved.label_counts()["classes"]), saved.config.phase_dataset(saved.phase_name).kind))
+    (classes, kind), (others, other_kind) = found
+    difference = differing_classes(others, classes)
+    if difference or other_kind != kind:
+        raise InputError(
+            f"{arguments.side_by_side} predicts other classes than {arguments.run} "
+            f"({difference or f'of images of {other_kind} instead of {kind}'}): name two runs of one data set"
+        )
 
 
 def load(path: Path, arguments: argparse.Namespace, device: torch.device) -> Loaded:

@@ -328,7 +328,7 @@ def plain(result):
     )
 
 
-def test_other_classes_are_refused(run, call, tmp_path):
+def test_other_classes_are_refused(run, finished, call, tmp_path, monkeypatch):
     counts = json.loads((run / "label_counts.json").read_text())
     names = list(counts["classes"])
     swapped = {name: counts["classes"][name] for name in (names[1], names[0], *names[2:])}
@@ -340,3 +340,7 @@ def test_other_classes_are_refused(run, call, tmp_path):
     ):
         with pytest.raises(InputError, match=f"other classes than the run .*class 0 is '{names[0]}' instead of"):
             call(verb, run, *options)
+    monkeypatch.setattr(SavedRun, "model", lambda *_: pytest.fail("a model is read before"))
+    beside = ["--input", finished.parent / "pictures", "--output", tmp_path / "out", "--side-by-side", finished]
+    with pytest.raises(InputError, match=rf"run predicts other classes .*class 0 is '{names[0]}' .*: name two runs of"):
+        call(predict, run, *beside)

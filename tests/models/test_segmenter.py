@@ -8,6 +8,7 @@ from torch import nn
 
 from segkit.errors import InputError
 from segkit.models import COPLENet, Segmenter
+from segkit.models.dilated import protect_gradients
 from segkit.models.segmenter import normalisation
 
 
@@ -75,3 +76,24 @@ def test_bad_values(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
 )
 def test_normalisation_of_encoders(encoder: str, mean: tuple[float, ...]) -> None:
     assert normalisation(encoder)[0] == mean
+
+
+@pytest.mark.parametrize("groups", [4, 16])
+def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int) -> None:
+    """On a CPU with instructions for bfloat16 they were not, or inf, wherever a map is wider than 28."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=4, dilation=4, groups=groups, bias=False))
+    x = torch.randn(2, 16, 32, 32)
+    (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
+    protect_gradients(net)
+    assert type(net[0]).__name__ == "Conv2d"
+    net.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x.contiguous(memory_format=torch.channels_last))
+        assert out.dtype == torch.bfloat16
+        (found,) = torch.autograd.grad(out.float().square().mean(), net[0].weight)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01 * float(expected.abs().max()))
+    net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(net(x), nn.Conv2d.forward(net[0], x), rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import traceback
 import warnings
 from pathlib import Path
@@ -21,6 +22,9 @@ MEMORY_SHARE = 0.9
 
 LOADING_SHARE = 0.9
 """Share of the model's speed that the loader must reach, or a finding names it as the bottleneck."""
+
+BUNDLE = re.compile(r"; (the batch [^:;]*|step \d+ of phase \w+ had no batch, )[^;]*?segkit-check-[^:;]*")
+"""What a sentence says of the folder of the rehearsal, which is gone when it is read"""
 
 NUM_REHEARSED = 200
 """Samples to rehearse with at least, where not all are looked at or some are broken."""
@@ -181,7 +185,7 @@ def _failure(error: Exception, config: Config, phases: dict[str, Splits]) -> str
         return f"the run would fail: this {owner} has {size:.0f} GiB of memory, too little: {advice}"
     sentence, _ = explain(error)
     if sentence is not None:
-        return f"the run would fail: {sentence}"
+        return f"the run would fail: {BUNDLE.sub('', sentence)}"
     traceback.print_exception(error)
     reason = (str(error).splitlines() or ["no message"])[0]
     return (

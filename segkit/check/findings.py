@@ -117,8 +117,7 @@ def split_findings(audit: SplitAudit, *, validates: bool) -> Iterator[Finding]:
     yield from _listed(audit, "image", what="images that cannot be read")
     yield from _listed(audit, "label", what="labels that cannot be read")
     yield from _listed(audit, "size", what="images of another size than their labels")
-    for value in sorted(audit.unknown):
-        yield _unknown_value(audit, value)
+    yield from _unknown_values(audit)
     yield from _suspicious(audit)
     if dataset.labelled and audit.raw_pixels:
         yield from _absent_classes(audit, validates=validates)
@@ -160,6 +159,22 @@ def _listed(audit: SplitAudit, about: str, *, what: str) -> Iterator[Finding]:
         yield Finding(ERROR, text, rest)
 
 
+def _unknown_values(audit: SplitAudit) -> Iterator[Finding]:
+    """Yield a finding for each of the first unknown raw values, and one for the rest: a JPEG mask has all of a byte."""
+    values = sorted(audit.unknown)
+    num_first = len(values) if len(values) <= NUM_SHOWN + 1 else NUM_SHOWN
+    for value in values[:num_first]:
+        yield _unknown_value(audit, value)
+    if rest := values[num_first:]:
+        files = tuple(_file(audit, index, label=True) for index in sorted({i for v in rest for i in audit.unknown[v]}))
+        text = (
+            f"labels of split {audit.dataset.split} have {len(rest):,} more raw values that the table does not know, "
+            f"from {rest[0]} to {rest[-1]}, for example {files[0]}: labels are no JPEG, and hold a class a pixel, no "
+            "grey or instances"
+        )
+        yield Finding(ERROR, text, files)
+
+
 def _unknown_value(audit: SplitAudit, value: int) -> Finding:
     """Return the finding about a raw value that the table lacks, with the labels that hold it."""
     samples = audit.unknown[value]
@@ -169,11 +184,11 @@ def _unknown_value(audit: SplitAudit, value: int) -> Finding:
     if len(samples) > 1:
         pixels = sum(samples.values())
         in_all = f" ({len(samples):,} labels of {audit.dataset.split} hold it, {pixels:,} pixels in all)"
-    known = ranges(sorted(audit.dataset.table.raw_to_train))
+    table = audit.dataset.table
     text = (
         f"label {_file(audit, worst, label=True)} has {samples[worst]:,} pixels of the raw value {value}{in_all}, "
-        f"which the label table of {audit.dataset.name} does not know; allowed are {known}: put the right file there, "
-        "or add the value to the table's raw_to_train"
+        f"which the label table of {audit.dataset.name} does not know; allowed are "
+        f"{ranges(sorted(table.raw_to_train))}: {table.cure(sorted(audit.unknown)[:NUM_SHOWN])}"
     )
     return Finding(ERROR, text, files)
 

@@ -105,16 +105,20 @@ class LabelTable:
         found, counts = np.unique(values, return_counts=True)
         listed = ", ".join(f"{v} ({n} pixels)" for v, n in zip(found[:5], counts[:5], strict=True))
         more = f" and {len(found) - 5} other values" if len(found) > 5 else ""
-        cure = "wrong file, or the table lacks them"
-        if self.source == (self.name,):  # a file of classes
-            void = {value for value, train in self.raw_to_train.items() if train == self.ignore_index}
-            cure = (
-                f"give {self.name} the value of each class, as `ids: [0, 128, 255]` and `ignore: []`, or, if these are "
-                f"void, `ignore: {sorted(void.union(found[:5].tolist()))}`"
-            )
         return InputError(
             f"label {file} has values that the table of {self.name} does not know: {listed}{more}; allowed are "
-            f"{ranges(sorted(self.raw_to_train))}: {cure}"
+            f"{ranges(sorted(self.raw_to_train))}: {self.cure(found[:5].tolist())}"
+        )
+
+    def cure(self, unknown: Sequence[int]) -> str:
+        """Return what to do about raw values that the table does not know."""
+        if self.source != (self.name,):
+            return "put the right file there, or add them to the table's raw_to_train"
+        # a file of classes
+        void = {value for value, train in self.raw_to_train.items() if train == self.ignore_index}
+        return (
+            f"give {self.name} the value of each class, as `ids: [0, 128, 255]` and `ignore: []`, or, if these are "
+            f"void, `ignore: {sorted(void.union(unknown))}`"
         )
 
 

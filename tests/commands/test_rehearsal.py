@@ -70,6 +70,21 @@ def test_what_keeps_a_run_from_its_first_step_is_said(arguments, monkeypatch):
     assert len(report.findings) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("the loss is nan for a; the batch and the state before it are in /t/segkit-check-1/run/train/failure-1 (`seg"
+         "kit replay` repeats the step): lower optimizer.lr, or look at these images",
+         "the loss is nan for a: lower optimizer.lr, or look at these images"),
+        ("/a.png is damaged: unpack it; step 2 of phase train had no batch, see /t/segkit-check-1/run/failure-1 (`seg"
+         "kit replay` reads it again), and the state before it is saved", "/a.png is damaged: unpack it"),
+        ("/a.png is damaged; mend it", "/a.png is damaged; mend it"),
+    ],
+)  # fmt: skip
+def test_no_folder_is_named_that_is_gone_with_the_rehearsal(arguments, text, told):
+    assert check._failure(InputError(text), compose(arguments), {}) == f"the run would fail: {told}"
+
+
 def test_shortening_keeps_what_decides_about_memory_and_speed(arguments, tmp_path):
     config = compose([*arguments, "evaluation.max_images=1", "profile_steps=5"])
     short = rehearsal.shorten(config, device=torch.device("cpu"), cache_dir=tmp_path)

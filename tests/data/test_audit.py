@@ -113,6 +113,17 @@ def test_a_sample_is_drawn_by_the_seed_and_says_what_it_cannot_know(root):
 # -- damaged files ---------------------------------------------------------------------------------------------------
 
 
+def test_labels_of_grey_values_are_a_few_findings_and_not_one_a_value(root):
+    change_label(label_of(root, 3), lambda pixels: pixels.__setitem__((0, slice(0, 30)), range(100, 130)))
+    found = audit(root)
+    errors = [finding for finding in findings_of(found) if finding.level == ERROR]
+    assert len(errors) == 6
+    assert "has 1 pixels of the raw value 100, which the label table of camvid does not know" in errors[0].text
+    assert "have 25 more raw values that the table does not know, from 105 to 129, for example" in errors[-1].text
+    assert errors[-1].files == (str(label_of(root, 3)),)
+    assert sum(row["train"] is None for row in summary(found)["raw_values"]) == 30
+
+
 def test_all_problems_are_collected(root):
     whole = image_of(root, 0).read_bytes()
     image_of(root, 0).write_bytes(whole[: len(whole) // 2])

@@ -78,12 +78,12 @@ def test_normalisation_of_encoders(encoder: str, mean: tuple[float, ...]) -> Non
     assert normalisation(encoder)[0] == mean
 
 
-@pytest.mark.parametrize("groups", [4, 16])
-def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "channels"), [(4, 16), (16, 16), (2, 32), (2, 34), (3, 96)])
+def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels: int) -> None:
     """On a CPU with instructions for bfloat16 they were not, or inf, wherever a map is wider than 28."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=4, dilation=4, groups=groups, bias=False))
-    x = torch.randn(2, 16, 32, 32)
+    net = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=4, dilation=4, groups=groups, bias=False))
+    x = torch.randn(2, channels, 32, 32)
     (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
     protect_gradients(net)
     assert type(net[0]).__name__ == "Conv2d"

@@ -8,7 +8,7 @@ from torch import nn
 
 from segkit.errors import InputError
 from segkit.models import COPLENet, Segmenter
-from segkit.models.dilated import protect_gradients
+from segkit.models.grouped import InFloat32, prefer_float32
 from segkit.models.segmenter import normalisation
 
 
@@ -85,7 +85,7 @@ def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels
     net = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=4, dilation=4, groups=groups, bias=False))
     x = torch.randn(2, channels, 32, 32)
     (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
-    protect_gradients(net)
+    prefer_float32(net)
     assert type(net[0]).__name__ == "Conv2d"
     net.to(memory_format=torch.channels_last)
     for _ in range(3):
@@ -97,3 +97,22 @@ def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels
     net.eval()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(net(x), nn.Conv2d.forward(net[0], x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"groups": 32, "kernel_size": 3}, False),
+        ({"groups": 32, "kernel_size": 3, "stride": 2}, True),
+        ({"groups": 32, "kernel_size": (1, 7)}, True),
+        ({"groups": 32, "kernel_size": 3, "dilation": (1, 2)}, True),
+        ({"groups": 2, "kernel_size": 3, "dilation": 2}, False),
+        ({"groups": 2, "kernel_size": 5, "stride": 2}, False),
+        ({"groups": 4, "kernel_size": 3, "dilation": 2}, True),
+        ({"groups": 1, "kernel_size": 5, "dilation": 2, "stride": 2}, False),
+    ],
+)
+def test_float32_where_bfloat16_is_wrong_or_slow(options: dict, wanted: bool) -> None:
+    layer = nn.Conv2d(32, 32, **options)
+    prefer_float32(layer)
+    assert isinstance(layer, InFloat32) == wanted

@@ -78,15 +78,16 @@ def test_normalisation_of_encoders(encoder: str, mean: tuple[float, ...]) -> Non
     assert normalisation(encoder)[0] == mean
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize(("groups", "channels"), [(4, 16), (16, 16), (2, 32), (2, 34), (3, 96)])
-def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels: int) -> None:
+def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels: int, kind: type) -> None:
     """On a CPU with instructions for bfloat16 they were not, or inf, wherever a map is wider than 28."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=4, dilation=4, groups=groups, bias=False))
+    net = nn.Sequential(kind(channels, channels, 3, padding=4, dilation=4, groups=groups, bias=False))
     x = torch.randn(2, channels, 32, 32)
     (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
     prefer_float32(net)
-    assert type(net[0]).__name__ == "Conv2d"
+    assert type(net[0]).__name__ == kind.__name__
     net.to(memory_format=torch.channels_last)
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +97,7 @@ def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01 * float(expected.abs().max()))
     net.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(net(x), nn.Conv2d.forward(net[0], x), rtol=0, atol=0)
+        torch.testing.assert_close(net(x), kind.forward(net[0], x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from segkit.run.saved import read_config
 from segkit.run.splits import Splits
 from segkit.run.start import initial_model
 from segkit.training import checkpoint
+from segkit.training.profile import check_enough
 from segkit.training.sinks import SERVICES, check_tracker
 from segkit.training.tracking import Tracker
 
@@ -111,6 +112,9 @@ def rehearse(config: Config, phases: dict[str, Splits], *, sizes: dict[str, tupl
         folder = Path(name) / "run"
         short = shorten(in_steps(config, sizes), device=device, cache_dir=cache_beside(config, Path(name)))
         first, quiet = next(iter(config.schedule)), io.StringIO()  # keeps the pipeline's lines out of the report
+        if config.profile_steps:  # which the rehearsal leaves out
+            num_steps = plan_phase(config, first, sizes[first][0]).num_steps
+            check_enough(config.profile_steps, phase=first, num_steps=num_steps)
         saved = True
         if plan_phase(short, first, len(phases[first].train)).num_steps > 1:
             _say("training the first step, then stopping")

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from segkit.config.dataset import RGB
+from segkit.data.labels import VOID
 from segkit.errors import InputError, first_line
 
 # Albumentations looks for a newer version of itself on the network unless told not to.
@@ -39,11 +40,27 @@ class Augment:
         for key, transform in self.transforms.items():
             if getattr(transform, "mask_interpolation", 0) not in (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT):
                 raise InputError(f"{key} mixes the classes of neighbouring pixels: remove {key}.mask_interpolation")
-            if kind[1] != "uint8" and not isinstance(transform, DualTransform):
-                raise InputError(f"{key} changes colours of 8 bits, but the images are of {kind[1]}: remove it")
+        colours = [key for key, transform in self.transforms.items() if not isinstance(transform, DualTransform)]
+        if colours and kind[1] != "uint8":
+            verb, nulls = "s" * (len(colours) == 1), " ".join(f"{key}=null" for key in colours)
+            raise InputError(
+                f"{', '.join(colours)} change{verb} colours of 8 bits, but the images are of {kind[1]}: set {nulls}"
+            )
         noise = np.random.default_rng(0).integers(0, 256, (*crop, kind[0]), np.uint8).astype(kind[1])
         for seed in range(6):
             self(noise, np.zeros(crop, np.uint8), seed, always=True)
+
+    def check_fills(self, num_classes: int) -> None:
+        """Raise InputError for a transform that fills labels with what is neither one of ``num_classes`` nor void."""
+        for key, transform in self.transforms.items():
+            for name in ("fill_mask", "mask_drop_value"):
+                value = getattr(transform, name, None)
+                values = value if isinstance(value, list | tuple) else [value]
+                if not all(item in (None, VOID, *range(num_classes)) for item in values):
+                    raise InputError(
+                        f"{key}.{name} is {value}, but fills labels, so it is a class, 0 to {num_classes - 1}, or "
+                        f"{VOID} for void: set {key}.{name}={VOID}"
+                    )
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, seed: int, *, always: bool = False

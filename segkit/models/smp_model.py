@@ -145,7 +145,16 @@ def _check_encoder(encoder: str) -> None:
             "segmentation_models_pytorch or to tu-NAME, and model.encoder_weights=PATH for a file"
         )
     if encoder.startswith("tu-"):
-        if timm.is_model(encoder.removeprefix("tu-").partition(".")[0]):
+        name, _, tag = encoder.removeprefix("tu-").partition(".")
+        if timm.is_model(name):
+            try:
+                timm_entry(encoder)
+            except RuntimeError:
+                tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+                raise InputError(
+                    f"model.encoder is {encoder!r}, but timm has no weights {tag!r} of {name}, only "
+                    f"{', '.join(tags) or 'none'}: set model.encoder=tu-{name}"
+                ) from None
             return
         known, prefix = timm.list_models(), "tu-"
     else:

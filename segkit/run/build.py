@@ -141,8 +141,9 @@ def check_parts(config: Config, splits: dict[str, Splits]) -> None:
         if not config.auto_batch:
             plan_phase(config, name, len(pair.train))
         build_loss(config, name, even_counts(pair.train.classes))
-    for name in splits:
-        train_transform(config, name, augment=True)
+    for name, pair in splits.items():
+        if augment := train_transform(config, name, augment=True).augment:
+            augment.check_fills(len(pair.train.classes))
     alone = dataclasses.replace(config, lr_factors={})
     for name in splits:
         _try_optimizer(build_optimizer(alone, model := nn.Linear(1, 1), name), model, config.optimizer)

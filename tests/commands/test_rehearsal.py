@@ -70,6 +70,11 @@ def test_what_keeps_a_run_from_its_first_step_is_said(arguments, monkeypatch):
     assert len(report.findings) == 1
 
 
+def test_too_few_steps_to_profile_are_said_though_none_is_profiled(arguments):
+    report = check.check(compose([*arguments, "loss=cross_entropy", "profile_steps=200"]))
+    assert any(finding.text.startswith("the run would fail: profile_steps is 200") for finding in report.findings)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -1,6 +1,7 @@
 """Transforms of Albumentations behind the crop: pure in the seed, true to labels, and refused where they do not fit."""
 
 import random
+import re
 import warnings
 
 import numpy as np
@@ -14,8 +15,8 @@ from segkit.config.targets import GROUPS
 from segkit.data.loader import train_batches
 from segkit.data.transforms import PAD_COLOUR, TrainTransform
 from segkit.errors import InputError
-from segkit.run.build import build_augment, train_transform
-from segkit.run.splits import open_split
+from segkit.run.build import build_augment, check_parts, train_transform
+from segkit.run.splits import open_phases, open_split
 
 CROP = (32, 32)
 RGB = DatasetConfig(name="rgb", reader={})
@@ -81,6 +82,38 @@ def test_transforms_run_in_the_order_of_the_configuration_with_chances_of_their_
         np.testing.assert_array_equal(other[0], 255 - image)
         np.testing.assert_array_equal(other[1], label)
     assert 10 < flipped < 30
+
+
+@pytest.mark.parametrize(
+    ("node", "key"),
+    [
+        ({"_target_": "CoarseDropout", "fill_mask": 3}, "fill_mask"),
+        ({"_target_": "Rotate", "fill_mask": [3, 3, 3]}, "fill_mask"),
+        ({"_target_": "PixelDropout", "mask_drop_value": 254}, "mask_drop_value"),
+    ],
+)
+def test_labels_are_filled_with_classes_or_void(node, key):
+    """Else the run would end at the step whose chance it is, of a label that no class has."""
+    for value in (0, 2, 255):
+        augment(x={**node, key: value}).check_fills(3)
+    with pytest.raises(InputError, match=rf"augment.x.{key} is .*, but fills .* a class, 0 to 2, or 255 .*{key}=255$"):
+        augment(x=node).check_fills(3)
+
+
+def test_a_fill_that_is_no_class_is_refused_before_a_run():
+    added = "+augment.x={_target_:albumentations.Rotate,fill_mask:8,p:0.01}"
+    config = compose(["dataset.reader.num_images=2", added])
+    with pytest.raises(InputError, match=r"augment.x.fill_mask is 8.0, but fills labels, so it is a class, 0 to 7, or"):
+        check_parts(config, open_phases(config))
+
+
+def test_all_transforms_of_colours_are_named_at_once():
+    config = compose(["augment=strong", "dataset.dtype=uint16", "dataset.mean=[0,0,0]", "dataset.std=[1,1,1]"])
+    wanted = r"augment.colour, augment.grey, augment.blur, augment.noise change colours of 8 bits.*: set (.*)"
+    with pytest.raises(InputError, match=wanted) as caught:
+        build_augment(config.augment, crop=CROP, images=config.dataset)
+    nulls = re.search(wanted, str(caught.value))[1].split()
+    build_augment(compose(["augment=strong", *nulls]).augment, crop=CROP, images=config.dataset)
 
 
 @pytest.mark.parametrize("name", ["none", "light", "street", "aerial", "medical", "strong"])

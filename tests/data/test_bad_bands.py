@@ -146,7 +146,7 @@ BLUR = "+augment.x={_target_:albumentations.GaussNoise,p:1.0}"
                r"set dataset\.color_jitter=0$"),
         ([*FIVE, "dataset.color_jitter=0", HUE], r"augment\.x cannot run on a crop of 32x32 with 5 channels of uint8"),
         ([*FIVE, "dataset.color_jitter=0", "dataset.dtype=uint16", BLUR],
-         r"augment\.x changes colours of 8 bits, but the images are of uint16: remove it$"),
+         r"augment\.x changes colours of 8 bits, but the images are of uint16: set augment\.x=null$"),
         (["dataset.in_channels=5"], r"images of 5 channels of uint8 are not what .*: run `segkit stats` with the"),
         (["dataset.dtype=float32"], r"images of 3 channels of float32 are not what .* the two lines dataset\.mean="),
         (["dataset.in_channels=0"], r"dataset\.in_channels is 0, but must be from 1 to 1000"),

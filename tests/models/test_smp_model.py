@@ -73,6 +73,10 @@ def test_options_reach_the_architecture() -> None:
         (("Unett", "resnet18"), r"model\.arch is 'Unett', but .* no such architecture \(nearest: Unet, .*all: Unet, "),
         (("Unet", "resnet81"), r"model\.encoder is 'resnet81', .* no such encoder \(nearest: resnet18"),
         (("Unet", "tu-regnetx_02"), r"model\.encoder is 'tu-regnetx_02', .*\(nearest: tu-regnetx_0"),
+        (
+            ("Unet", "tu-regnetx_002.v9"),
+            r"no weights 'v9' of regnetx_002, only pycls_in1k: set model\.enc.*=tu-regnetx_002$",
+        ),
         (("Unet", "regnetx_002"), r"a name of timm: write it with its prefix, model\.encoder=tu-regnetx_002"),
         (
             ("DeepLabV3", "vgg11"),

@@ -26,7 +26,7 @@ from segkit.data.transforms import PAD_COLOUR, EvalTransform, TrainTransform
 from segkit.errors import InputError
 from segkit.evaluation.inference import Inference
 from segkit.models import Segmenter, enable_grad_checkpointing
-from segkit.models.grouped import prefer_float32
+from segkit.models.grouped import fit_for_cpu
 from segkit.run.plan import plan_phase
 from segkit.run.splits import Splits
 from segkit.training.optim import freeze, lr_factors_of, parameter_groups
@@ -73,7 +73,7 @@ def segmenter(node: dict[str, Any], num_classes: int, images: DatasetConfig) -> 
         raise InputError(
             f"{node['_target_']} has no size yet for its parameter {lazy}: take another than a lazy module"
         )
-    prefer_float32(net)
+    fit_for_cpu(net)
     return Segmenter(net, mean=images.mean, std=images.std, divisor=images.dtype.divisor)
 
 

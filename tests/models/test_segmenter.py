@@ -8,7 +8,7 @@ from torch import nn
 
 from segkit.errors import InputError
 from segkit.models import COPLENet, Segmenter
-from segkit.models.grouped import InFloat32, prefer_float32
+from segkit.models.grouped import ByPhases, InFloat32, fit_for_cpu
 from segkit.models.segmenter import normalisation
 
 
@@ -86,7 +86,7 @@ def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels
     net = nn.Sequential(kind(channels, channels, 3, padding=4, dilation=4, groups=groups, bias=False))
     x = torch.randn(2, channels, 32, 32)
     (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
-    prefer_float32(net)
+    fit_for_cpu(net)
     assert type(net[0]).__name__ == kind.__name__
     net.to(memory_format=torch.channels_last)
     for _ in range(3):
@@ -115,5 +115,48 @@ def test_gradients_of_dilated_groups_are_right_in_bfloat16(groups: int, channels
 )
 def test_float32_where_bfloat16_is_wrong_or_slow(options: dict, wanted: bool) -> None:
     layer = nn.Conv2d(32, 32, **options)
-    prefer_float32(layer)
+    fit_for_cpu(layer)
     assert isinstance(layer, InFloat32) == wanted
+
+
+@pytest.mark.parametrize("size", [(24, 31), (7, 40), (5, 6), (12, 12)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "dilation": 12, "padding": 12},
+        {"kernel_size": 3, "dilation": 2, "padding": 2, "bias": False},
+        {"kernel_size": 5, "dilation": 3, "padding": 6, "out_channels": 16},
+        {"kernel_size": (1, 3), "dilation": (1, 4), "padding": (0, 4)},
+    ],
+)
+def test_a_dilated_depthwise_convolution_by_phases(options: dict, size: tuple[int, int]) -> None:
+    """The sums, and all gradients, are those of torch; a map smaller than the dilation has the middle tap alone."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, **{"out_channels": 8, "groups": 8, "dtype": torch.float64} | options)
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected = layer(x)
+    slope = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, inputs, slope)
+    fit_for_cpu(layer)
+    assert isinstance(layer, ByPhases)
+    found = layer(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, slope), gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dilation": 2, "padding": 1},
+        {"dilation": 2, "padding": 2, "stride": 2},
+        {"dilation": 2, "padding": 2, "groups": 4},
+        {"dilation": 2, "padding": "valid"},
+        {"dilation": 2, "padding": 2, "padding_mode": "reflect"},
+        {"padding": 1},
+    ],
+)
+def test_other_convolutions_are_not_taken_apart(options: dict) -> None:
+    layer = nn.Conv2d(8, 8, 3, **{"groups": 8} | options)
+    fit_for_cpu(layer)
+    assert not isinstance(layer, ByPhases)

@@ -142,7 +142,10 @@ def _usable(report: Report, audit: SplitAudit) -> SampleSet:
     least = max(NUM_REHEARSED, 4 * report.config.batch_size)
     if audit.is_complete:
         report.add("note", f"the steps were tried on unbroken pairs of split {audit.dataset.split} only")
-    return audit.dataset.subset(audit.usable()[:least])
+    chosen = audit.usable()[:least]
+    # of a sample as many more as make a batch of the run: memory and batch norms are a matter of its size
+    others = sorted(set(range(len(audit.dataset))) - set(audit.indices))
+    return audit.dataset.subset(chosen + others[: max(0, report.config.batch_size - len(chosen))])
 
 
 def _tolerating_absent(config: Config) -> Config:

@@ -70,6 +70,15 @@ def test_what_keeps_a_run_from_its_first_step_is_said(arguments, monkeypatch):
     assert len(report.findings) == 1
 
 
+def test_a_sample_is_rehearsed_in_whole_batches(arguments, monkeypatch):
+    """With --sample 1, batches of one image made a batch norm fail, and took less memory than the run."""
+    sizes = []
+    monkeypatch.setattr(rehearsal, "rehearse", lambda _, phases, **rest: sizes.append(len(phases["train"].train)))
+    for batch_size in (1, 3, 8):
+        check.check(compose([*arguments, "loss=cross_entropy", f"batch_size={batch_size}"]), sample=1)
+    assert sizes == [1, 3, 4]
+
+
 def test_too_few_steps_to_profile_are_said_though_none_is_profiled(arguments):
     report = check.check(compose([*arguments, "loss=cross_entropy", "profile_steps=200"]))
     assert any(finding.text.startswith("the run would fail: profile_steps is 200") for finding in report.findings)

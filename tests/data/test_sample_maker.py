@@ -129,8 +129,9 @@ def test_what_a_sample_refuses(tmp_path):
         make_sample("camvid", tmp_path / "x", seed=-1)
     with pytest.raises(InputError, match="needs at least one image, got 0"):
         make_sample("voc", tmp_path / "x", num_images=0)
-    with pytest.raises(InputError, match=r"scale of a sample's images is 0, but must lie in \(0, 1\]"):
-        make_sample("voc", tmp_path / "x", scale=0)
+    for scale in (0, 1e-308, 0.009, 1.1, float("nan")):
+        with pytest.raises(InputError, match=f"scale of a sample's images is {scale}, but must be from 0.01 to 1"):
+            make_sample("voc", tmp_path / "x", scale=scale)
     (tmp_path / "mine.txt").write_text("precious")
     for output in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(InputError, match="is not an empty folder; name a new folder with --output"):

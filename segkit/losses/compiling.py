@@ -1,7 +1,7 @@
 """Losses compiled by torch.compile, where that is asked for and possible.
 
 ``compile_tiles`` of a loss: True compiles it (5 to 30 seconds, once per process and number of classes). Both ways
-compute the same numbers up to rounding. On a CPU with AVX-512 the plain form takes 1.5 to 2 times as long as the
+compute the same numbers up to rounding. On a CPU with AVX-512 the plain form takes 1.1 to 1.6 times as long as the
 compiled one, a few per cent of a training step: waiting for a compiler pays in long runs. Without, both cost the same.
 On an H100 the plain form took 1.0 ms for logits of 4 x 19 x 256 x 256, and the compiled one, whose call costs more than
 its arithmetic there, 1.5 ms.

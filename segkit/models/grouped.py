@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class ByPhases(nn.Module):
         found = _from_phases(found, *steps)[..., :height, :width]
         return found.contiguous(memory_format=torch.channels_last)
 
+    def gains_by_bfloat16(self, size: Sequence[int]) -> bool:
+        """True unless the kernel is large, or the small images of a map of ``size`` have two pixels along a side."""
+        sides = (-(-extent // step) for step, extent in zip(self.dilation, size, strict=True) if step < extent)
+        return max(self.weight.shape[2:]) <= 3 and 2 not in sides
+
 
 def _to_phases(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """(N,C,H,W) to (N rows columns, C, H / rows, W / columns): pixels (i, j) of each remainder in an image."""
@@ -53,10 +59,11 @@ def _from_phases(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 class InFloat32(nn.Module):
-    """Mixin in front of a convolution: trained on a CPU under autocast, it computes in float32."""
+    """Mixin in front of a convolution: trained on a CPU under autocast, it computes in float32, if it gains by it."""
 
     def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        if not (self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        plain = not (self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+        if plain or (isinstance(self, ByPhases) and self.gains_by_bfloat16(x.shape[-2:])):
             return super().forward(x, *rest, **named)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float(), *rest, **named).to(torch.get_autocast_dtype("cpu"))

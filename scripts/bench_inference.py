@@ -30,6 +30,7 @@ from segkit.evaluation import Inference
 from segkit.evaluation.inference import ADE20K_SCALES
 from segkit.memory import keep_freed
 from segkit.models import Segmenter, deeplabv3plus
+from segkit.models.grouped import fit_for_cpu
 
 
 class Light(nn.Module):
@@ -49,7 +50,9 @@ def build(name: str, num_classes: int) -> nn.Module:
     torch.manual_seed(0)
     if name == "light":
         return Light(num_classes)
-    return Segmenter(deeplabv3plus("se_resnext50_32x4d", num_classes, output_stride=8, encoder_weights="none"))
+    model = deeplabv3plus("se_resnext50_32x4d", num_classes, output_stride=8, encoder_weights="none")
+    fit_for_cpu(model)  # as every run does
+    return Segmenter(model)
 
 
 @torch.inference_mode()

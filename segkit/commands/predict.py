@@ -50,6 +50,7 @@ def run(argv: Sequence[str]) -> None:
     from segkit.runtime import resolve_device
 
     device = resolve_device(arguments.device)
+    was_there = arguments.output.exists()
     check_place(arguments.output)
     check_output(arguments.output)
     images = find_images(arguments.input, output=arguments.output)
@@ -75,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
     )
     for _, reason in failed:
         show(f"skipped: {with_options(reason, 'predict')}", error=True)
-    if not num_written:
+    if not num_written and not was_there:
         remove_if_empty(arguments.output)
     show(f"written: {num_written} predictions" + f" in {arguments.output}" * (num_written > 0))
     if unread := walk(Path(arguments.input), UNREAD) if Path(arguments.input).is_dir() else []:

@@ -187,10 +187,13 @@ def test_predict_reports_what_it_cannot_read(finished, call, tmp_path, capsys):
     assert "broken.jpg" in skipped
     assert "empty.png" in skipped
     assert "note: 1 images were left out, as their form is not read: " in skipped
-    with pytest.raises(SystemExit):
-        call(predict, finished, "--input", pictures / "row.png", "--output", tmp_path / "few", "--max-pixels", 10)
+    (tmp_path / "mine").mkdir()
+    for output in ("few", "mine"):
+        with pytest.raises(SystemExit):
+            call(predict, finished, "--input", pictures / "row.png", "--output", tmp_path / output, "--max-pixels", 10)
     set_pixel_limit(MAX_PIXELS)
     assert not (tmp_path / "few").exists()  # no image, no folder
+    assert not list((tmp_path / "mine").iterdir())  # which was there before
     assert (
         "but at most 10 are allowed, lest a damaged file fill the memory; remove it, or set --max-pixels to more"
         in (capsys.readouterr().err)

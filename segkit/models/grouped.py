@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class ByPhases(nn.Module):
     groups: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not self.is_split(x):
             return super().forward(x)
         height, width = x.shape[-2:]
         kernel, steps = self.weight, list(self.dilation)
@@ -38,10 +37,15 @@ class ByPhases(nn.Module):
         found = _from_phases(found, *steps)[..., :height, :width]
         return found.contiguous(memory_format=torch.channels_last)
 
-    def gains_by_bfloat16(self, size: Sequence[int]) -> bool:
-        """True unless the kernel is large, or the small images of a map of ``size`` have two pixels along a side."""
-        sides = (-(-extent // step) for step, extent in zip(self.dilation, size, strict=True) if step < extent)
-        return max(self.weight.shape[2:]) <= 3 and 2 not in sides
+    def is_split(self, x: torch.Tensor) -> bool:
+        """False where the plain convolution is wanted: on other devices, and in graphs."""
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+    def gains_by_bfloat16(self, x: torch.Tensor) -> bool:
+        """True for ``x`` that is split, unless the kernel is large or a small image has two pixels along a side."""
+        steps = zip(self.dilation, x.shape[-2:], strict=True)
+        sides = (-(-extent // step) for step, extent in steps if step < extent)
+        return self.is_split(x) and max(self.weight.shape[2:]) <= 3 and 2 not in sides
 
 
 def _to_phases(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -63,7 +67,7 @@ class InFloat32(nn.Module):
 
     def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
         plain = not (self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-        if plain or (isinstance(self, ByPhases) and self.gains_by_bfloat16(x.shape[-2:])):
+        if plain or (isinstance(self, ByPhases) and self.gains_by_bfloat16(x)):
             return super().forward(x, *rest, **named)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float(), *rest, **named).to(torch.get_autocast_dtype("cpu"))

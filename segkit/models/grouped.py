@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,56 +11,112 @@ from torch.nn import functional as F
 
 from segkit.models.any_size import mix_in
 
+PART_ELEMENTS = 2**20
+"""Values of a map that are convolved at once: 2 MB of bfloat16."""
+
 
 class ByPhases(nn.Module):
     """Mixin in front of a depthwise convolution with a dilation d: on a CPU, one without, of d x d small images.
 
-    Each has every d-th pixel of the map, and no tap of the kernel leads from one to another: the same sums, which
-    oneDNN computes in a tenth to two thirds of the time. Taps that reach beyond every border are left out.
+    Each has every d-th pixel of the map, and no tap of the kernel leads from one to another: the same sums, in a
+    fraction of the time of oneDNN's own. Taps that reach beyond every border are left out.
     """
 
     dilation: tuple[int, int]
     weight: torch.Tensor
     bias: torch.Tensor | None
-    groups: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_split(x):
             return super().forward(x)
-        height, width = x.shape[-2:]
         kernel, steps = self.weight, list(self.dilation)
-        for axis, extent in enumerate((height, width)):
+        for axis, extent in enumerate(x.shape[-2:]):
             if steps[axis] >= extent:
                 kernel = kernel.narrow(2 + axis, kernel.shape[2 + axis] // 2, 1)
                 steps[axis] = 1
-        small = _to_phases(F.pad(x, (0, -width % steps[1], 0, -height % steps[0])), *steps)
-        found = F.conv2d(small, kernel, self.bias, padding=[side // 2 for side in kernel.shape[2:]], groups=self.groups)
-        found = _from_phases(found, *steps)[..., :height, :width]
-        return found.contiguous(memory_format=torch.channels_last)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        is_slow = self.training and max(kernel.shape[2:]) > 3  # in bfloat16
+        inner = torch.promote_types(dtype, torch.float32) if is_slow else dtype
+        return _Phases.apply(x, kernel, self.bias, steps, inner, dtype)
 
     def is_split(self, x: torch.Tensor) -> bool:
         """False where the plain convolution is wanted: on other devices, and in graphs."""
         return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    def gains_by_bfloat16(self, x: torch.Tensor) -> bool:
-        """True for ``x`` that is split, unless the kernel is large or a small image has two pixels along a side."""
-        steps = zip(self.dilation, x.shape[-2:], strict=True)
-        sides = (-(-extent // step) for step, extent in steps if step < extent)
-        return self.is_split(x) and max(self.weight.shape[2:]) <= 3 and 2 not in sides
+
+class _Phases(torch.autograd.Function):
+    """The convolution of ``ByPhases``, computed in ``inner``, given in ``dtype``; ``x`` is all that is kept of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        kernel: torch.Tensor,
+        bias: torch.Tensor | None,
+        steps: list[int],
+        inner: torch.dtype,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, kernel)
+        ctx.steps, ctx.inner = steps, inner
+        out = torch.empty((len(x), len(kernel), *x.shape[2:]), dtype=dtype, memory_format=torch.channels_last)
+        weight, shift = kernel.to(inner), None if bias is None else bias.to(inner)
+        padding = [side // 2 for side in kernel.shape[2:]]
+        with torch.autocast("cpu", enabled=False):
+            for place, part in zip(_parts(out, steps), _parts(x, steps), strict=True):
+                _write(place, F.conv2d(_images(part, inner), weight, shift, padding=padding, groups=x.shape[1]))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, kernel = ctx.saved_tensors
+        of_x = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+        of_kernel, weight, inner = torch.zeros_like(kernel), kernel.to(ctx.inner), ctx.inner
+        sides = kernel.shape[2:]
+        options = (None, [1, 1], [side // 2 for side in sides], [1, 1], False, [0, 0], x.shape[1])
+        find = torch.ops.aten.convolution_backward
+        for place, part, slope in zip(*(_parts(value, ctx.steps) for value in (of_x, x, gradient)), strict=True):
+            images, slopes = _images(part, inner), _images(slope, inner)
+            if ctx.needs_input_grad[0]:
+                _write(place, find(slopes, images, weight, *options, [True, False, False])[0])
+            if ctx.needs_input_grad[1]:
+                wide = (_at_least(value, sides) for value in (slopes, images))
+                of_kernel += find(*wide, weight, *options, [False, True, False])[1]
+        of_bias = gradient.sum((0, 2, 3), dtype=kernel.dtype) if ctx.needs_input_grad[2] else None
+        return (of_x, of_kernel, of_bias, None, None, None)
 
 
-def _to_phases(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """(N,C,H,W) to (N rows columns, C, H / rows, W / columns): pixels (i, j) of each remainder in an image."""
-    num, channels, height, width = x.shape
-    grid = x.permute(0, 2, 3, 1).reshape(num, height // rows, rows, width // columns, columns, channels)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+def _parts(x: torch.Tensor, steps: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Views (N,a,b,h,w,C) of ``x`` (N,C,H,W), its N a b small images of one size, in parts that stay in the cache."""
+    x = x.permute(0, 2, 3, 1)
+    for top, rows in _offsets(x.shape[1], steps[0]):
+        for left, columns in _offsets(x.shape[2], steps[1]):
+            windows = x[:, top:, left:].unfold(1, rows, steps[0]).unfold(2, columns, steps[1])
+            images = windows.permute(0, 4, 5, 1, 2, 3)
+            yield from images.split(max(1, PART_ELEMENTS // max(1, images[:, :1].numel())), dim=1)
 
 
-def _from_phases(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The reverse of :func:`_to_phases`."""
-    num, channels, height, width = x.shape
-    grid = x.permute(0, 2, 3, 1).reshape(num // (rows * columns), rows, columns, height, width, channels)
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+def _offsets(extent: int, step: int) -> list[tuple[int, int]]:
+    """First offset and number of the offsets at which ``extent`` has one pixel more than at others, and of those."""
+    longer = extent % step
+    return [(first, count) for first, count in ((0, longer), (longer, step - longer)) if count and first < extent]
+
+
+def _images(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(N,a,b,h,w,C) to (N a b,C,h,w), channels last, in ``dtype``."""
+    return part.flatten(0, 2).permute(0, 3, 1, 2).to(dtype)
+
+
+def _write(place: torch.Tensor, images: torch.Tensor) -> None:
+    """The reverse of :func:`_images`, into ``place``."""
+    place.copy_(images.permute(0, 2, 3, 1).reshape(place.shape))
+
+
+def _at_least(images: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """``images`` with zeros at the end of what is shorter than ``sides``: oneDNN takes 50 times as long without."""
+    missing = [max(0, side - extent) for side, extent in zip(sides, images.shape[2:], strict=True)]
+    return F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
 
 
 class InFloat32(nn.Module):
@@ -67,7 +124,7 @@ class InFloat32(nn.Module):
 
     def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
         plain = not (self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-        if plain or (isinstance(self, ByPhases) and self.gains_by_bfloat16(x)):
+        if plain or (isinstance(self, ByPhases) and self.is_split(x)):
             return super().forward(x, *rest, **named)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float(), *rest, **named).to(torch.get_autocast_dtype("cpu"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from segkit.errors import InputError
-from segkit.models import COPLENet, Segmenter
+from segkit.models import COPLENet, Segmenter, grouped
 from segkit.models.grouped import ByPhases, InFloat32, fit_for_cpu
 from segkit.models.segmenter import normalisation
 
@@ -157,6 +158,46 @@ def test_a_dilated_depthwise_convolution_by_phases(options: dict, size: tuple[in
     found = layer(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found, inputs, slope), gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("step", "size", "side"), [(12, (40, 33), 3), (20, (24, 21), 3), (2, (20, 27), 5)])
+def test_phases_in_bfloat16(step: int, size: tuple[int, int], side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several parts, with phases of 1, 2 and more pixels a side; nothing but the input and the weight is kept."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(grouped, "PART_ELEMENTS", 1000)
+    layer = nn.Conv2d(32, 32, side, padding=step * (side // 2), dilation=step, groups=32)
+    fit_for_cpu(layer)
+    x = torch.randn(2, 32, *size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert {value.data_ptr() for value in kept} == {x.data_ptr(), layer.weight.data_ptr()}
+    x64 = x.detach().double().requires_grad_()
+    expected = F.conv2d(
+        x64, layer.weight.double(), layer.bias.double(), padding=layer.padding, dilation=step, groups=32
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=0.01, atol=0.02)
+    slope = torch.randn_like(found)
+    of_x, of_weight, of_bias = torch.autograd.grad(found, (x, layer.weight, layer.bias), slope)
+    wanted = torch.autograd.grad(expected, (x64, layer.weight, layer.bias), slope.double())
+    torch.testing.assert_close(of_x.double(), wanted[0], rtol=0.01, atol=0.02)
+    torch.testing.assert_close(of_weight, wanted[1], rtol=0.01, atol=0.01 * float(wanted[1].abs().max()))
+    torch.testing.assert_close(of_bias, wanted[2], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_phases_of_what_needs_no_gradient(frozen: str) -> None:
+    layer = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+    fit_for_cpu(layer)
+    x = torch.randn(1, 8, 9, 9, requires_grad=True)
+    inputs = {"x": x, "weight": layer.weight, "bias": layer.bias}
+    inputs[frozen].requires_grad_(False)
+    layer(x).square().sum().backward()
+    assert [name for name, value in inputs.items() if value.grad is None] == [frozen]
 
 
 @pytest.mark.parametrize(

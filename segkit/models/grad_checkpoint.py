@@ -1,11 +1,11 @@
 """Gradient checkpointing: blocks whose activations are computed again in the backward pass instead of kept.
 
-T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. A block keeps its input, and outputs of its
-convolutions and matrix products as a policy says:
+T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. What is kept are the inputs of blocks, or of two
+in a row, spatial means, and outputs of convolutions and matrix products that take many multiplications for a value:
 
-    light   all of them: norms, activations and gates are computed again
-    mixed   those that are expensive to compute: deep blocks as `light`, blocks of high resolution as a whole
-    True    convolutions that are expensive to compute and small to keep
+    light   128 or more: norms, activations, gates and depthwise convolutions are computed again
+    mixed   512 or more: more convolutions, those of high resolution
+    True    1024 or more
 
 Loss, gradients, buffers and random numbers are those of the plain network.
 """
@@ -13,27 +13,26 @@ Loss, gradients, buffers and random numbers are those of the plain network.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from segkit.errors import InputError
+from segkit.models import recompute
 from segkit.models.any_size import mix_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-DEAR_OUTPUT = 512
-"""Multiplications for one output element, from which on an output is expensive to compute."""
-CONVOLUTION = torch.ops.aten.convolution.default
-PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
-KEPT_WHOLE = ("DeepLabV3Decoder", "DeepLabV3PlusDecoder")
-"""Classes of segmentation_models_pytorch that are left alone. What they keep is needed first in the backward pass, and
-would be computed again at once: a twentieth of a step's time, for a fortieth of its memory."""
-RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d)
+POLICIES: dict[bool | str, int] = {"light": 128, "mixed": 512, True: 1024}
+"""Multiplications for one value of an output that is kept: less memory and more time from one to the next."""
+SERIES = 2
+"""Blocks in a row that are one checkpoint. More would keep less, but all that they compute again is there at once."""
+
+_series = threading.local()
+"""``is_running``: blocks are called by a checkpoint that has several of them."""
 
 
 def enable_grad_checkpointing(model: nn.Module, policy: bool | str = True) -> int:
@@ -64,14 +63,20 @@ def enable_grad_checkpointing(model: nn.Module, policy: bool | str = True) -> in
                 vars(layer).update(inplace=False)
         mix_in(Checkpointed, block)
         vars(block).update(policy=policy)
+    for module in list(model.modules()):
+        is_series = (
+            isinstance(module, nn.Sequential)
+            and len(module) > 1
+            and all(isinstance(block, Checkpointed) for block in module)
+        )
+        if is_series and type(module).forward is nn.Sequential.forward:
+            mix_in(Series, module)
     return len(blocks)
 
 
 def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost blocks below ``module``, in order."""
     for child in module.children():
-        if type(child).__name__ in KEPT_WHOLE:
-            continue
         if _is_unit(child):
             yield child
         elif isinstance(child, CONTAINERS):
@@ -86,7 +91,7 @@ def _members(container: nn.Module) -> Iterator[nn.Module]:
         is_series = isinstance(member, CONTAINERS) and not _is_plain(member)
         if _is_unit(member):
             yield member
-        elif is_series or type(member).__name__.endswith("Stage"):  # timm's name for a series of blocks
+        elif is_series or type(member).__name__.endswith(("Stage", "ASPP")):  # names of those that hold units or blocks
             yield from _members(member)
         elif any(True for _ in member.children()) and any(True for _ in member.parameters()):
             yield member
@@ -116,120 +121,54 @@ class Checkpointed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        compiling = torch.compiler.is_compiling()
-        # A caller may go on to extend a list that it handed in, as densely connected networks do.
-        args = tuple(list(value) if isinstance(value, list) else value for value in args)
-        # torch.compile traces buffers as values of the graph and writes them back once; it takes torch's own contexts.
-        keeps = POLICIES[self.policy]
-        contexts: Any = create_selective_checkpoint_contexts if compiling else _contexts
-        bound = functools.partial(contexts, keeps) if compiling else functools.partial(contexts, keeps, self)
-        versions = [] if compiling else _versions(args)
-        output = checkpoint(
-            super().forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=_is_random(self, len(args) + len(kwargs)),
-            context_fn=bound,
-            **kwargs,
-        )
-        if not compiling and versions != _versions(args):
-            raise InputError(
-                f"a block of class {type(self).__name__} changes its input in place, so that it cannot be computed "
-                "again: set grad_checkpointing=false for this model"
-            )
-        return output
+        if not torch.compiler.is_compiling() and getattr(_series, "is_running", False):
+            return super().forward(*args, **kwargs)
+        return _checkpoint([self], super().forward, *args, **kwargs)
 
 
-def _versions(args: tuple[Any, ...]) -> list[int]:
-    """Return how often each tensor among ``args`` was written to."""
-    return [value._version for value in args if isinstance(value, torch.Tensor)]
+class Series(nn.Sequential):
+    """Mixin in front of an nn.Sequential of blocks: two in a row are one checkpoint, so that one input less is kept."""
+
+    def forward(self, x: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        for first in range(0, len(self), SERIES):
+            blocks = list(self[first : first + SERIES])
+            x = _checkpoint(blocks, functools.partial(_run, blocks), x)
+        return x
 
 
-def _is_random(block: nn.Module, num_arguments: int) -> bool:
-    """Return True if the forward pass of ``block`` may draw random numbers: dropout in any of its forms, in training.
-
-    Saving and restoring the generators' states costs a little at every block, on a GPU a synchronisation, so blocks
-    that cannot draw go without it. A rate may also be an attribute that a functional dropout uses, or come as a further
-    argument of the call (as in the EfficientNet of segmentation_models_pytorch).
-    """
-    if not block.training:
-        return False
-    if num_arguments > 1:
-        return True
-    for module in block.modules():
-        if isinstance(module, RANDOM_LAYERS) or "drop" in type(module).__name__.lower():
-            return True
-        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
-            return True
-    return False
-
-
-def _contexts(keeps: Policy, block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return contexts for the first computation and for the second.
-
-    In the second, running statistics stay as they are, and outputs that the first one kept are not computed again.
-    """
-    if keeps is _whole and not any(isinstance(x, nn.Conv2d) and _is_dear_and_small(x.weight) for x in block.modules()):
-        return nullcontext(), _frozen_statistics(block, nullcontext())
-    first, second = create_selective_checkpoint_contexts(keeps)
-    return first, _frozen_statistics(block, second)
-
-
-Policy = Callable[..., CheckpointPolicy]
-
-
-def _decision(keeps: bool) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _light(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return _decision(operation is CONVOLUTION or operation in PRODUCTS)
-
-
-def _mixed(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation is CONVOLUTION:
-        return _decision(args[1].shape[1:].numel() >= DEAR_OUTPUT)
-    return _decision(operation in PRODUCTS and args[-1].shape[-2] >= DEAR_OUTPUT)
-
-
-def _whole(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return _decision(operation is CONVOLUTION and _is_dear_and_small(args[1]))
-
-
-def _is_dear_and_small(weight: torch.Tensor) -> bool:
-    """Return True for the weight (outputs, inputs per group, height, width) of a convolution with an output to keep.
-
-    Such an output is expensive to compute and small to keep: an element costs one multiplication for each input channel
-    and each place of the kernel, and there are fewer channels than in the input. The narrowing 1x1 convolution of a
-    wide bottleneck is nearly half of its work, and the output a tenth of what the bottleneck would keep.
-    """
-    return weight.shape[0] < weight.shape[1] and weight.shape[1:].numel() >= DEAR_OUTPUT
-
-
-POLICIES: dict[bool | str, Policy] = {"light": _light, "mixed": _mixed, True: _whole}
-"""Less memory and more time from one to the next."""
-
-
-@contextmanager
-def _frozen_statistics(block: nn.Module, inner: AbstractContextManager) -> Iterator[None]:
-    """Enter ``inner``; running statistics and counters of ``block`` keep their values, batch statistics are used.
-
-    The layers must save the same tensors as in the first computation, so the running statistics are not taken away;
-    with a momentum of 0 they are written with the values that they have.
-    """
-    norms = [
-        module
-        for module in block.modules()
-        if isinstance(module, _NormBase) and module.training and module.running_mean is not None
-    ]
-    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+def _run(blocks: list[nn.Module], x: Any) -> Any:
+    """The output of ``blocks`` in a row, none of which is a checkpoint here."""
+    _series.is_running = True
     try:
-        for norm in norms:
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None
-        with inner:
-            yield
+        for block in blocks:
+            x = block(x)
+        return x
     finally:
-        for norm, (momentum, counter) in zip(norms, saved, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked = counter
+        _series.is_running = False
+
+
+def _checkpoint(blocks: list[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, the output of ``blocks``, computed again in the backward pass."""
+    least = POLICIES[blocks[0].policy]
+    # A caller may go on to extend a list that it handed in, as densely connected networks do.
+    args = tuple(list(value) if isinstance(value, list) else value for value in args)
+    if torch.compiler.is_compiling():
+        contexts = functools.partial(recompute.contexts_of_torch, least)
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    before = recompute.versions(args)
+    output = checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # what is drawn is kept
+        context_fn=functools.partial(recompute.contexts, least, blocks),
+        **kwargs,
+    )
+    if before != recompute.versions(args):
+        raise InputError(
+            f"a block of class {type(blocks[0]).__name__} changes its input in place, so that it cannot be computed "
+            "again: set grad_checkpointing=false for this model"
+        )
+    return output

@@ -55,3 +55,32 @@ def test_block_that_overwrites_its_input() -> None:
     enable_grad_checkpointing(model)
     with pytest.raises(InputError, match="a block of class InPlace changes its input in place"):
         model(torch.randn(1, 3, 4, 4))
+
+
+class OverwritesAnOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(128, 128, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.relu(self.conv(x).mul_(2)).square()
+
+
+def test_block_that_overwrites_an_output_that_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 128, 1), nn.Sequential(OverwritesAnOutput(), OverwritesAnOutput()))
+    enable_grad_checkpointing(model, "light")
+    loss = model(torch.randn(1, 3, 4, 4)).sum()
+    with pytest.raises(
+        InputError, match=r"a block changes the output of aten\.convolution\.default in place, .*=false"
+    ):
+        loss.backward()
+
+
+def test_gradient_that_is_wanted_twice() -> None:
+    layers = (nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 5), nn.BatchNorm2d(8), nn.ReLU()))
+    model = nn.Sequential(*layers)
+    enable_grad_checkpointing(model, "light")
+    loss = model(torch.randn(1, 3, 9, 9)).square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(InputError, match="or its gradient is wanted twice: set grad_checkpointing=false"):
+        loss.backward()

@@ -133,7 +133,7 @@ class Series(nn.Sequential):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         for first in range(0, len(self), SERIES):
-            blocks = list(self[first : first + SERIES])
+            blocks = list(self)[first : first + SERIES]
             x = _checkpoint(blocks, functools.partial(_run, blocks), x)
         return x
 

@@ -72,14 +72,15 @@ def _alias(value: Tensor) -> Tensor:
         return value.detach()
 
 
-def _written(operation: Any, args: Any) -> list[Tensor]:
-    """Those of ``args`` that ``operation`` writes to."""
-    specs = zip(operation._schema.arguments, args, strict=False)
-    return [value for spec, value in specs if spec.alias_info is not None and spec.alias_info.is_write]
+def _written(operation: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Those arguments of ``operation`` that it writes to."""
+    specs = operation._schema.arguments
+    given = dict(zip((spec.name for spec in specs), args, strict=False)) | kwargs
+    return [given[spec.name] for spec in specs if spec.alias_info is not None and spec.alias_info.is_write]
 
 
 class _Kept(NamedTuple):
-    """What is kept of an operation: its result, or None if that is its first argument, and what it wrote to."""
+    """What is kept of an operation: what it wrote into arguments, and its result; None if that is one of these."""
 
     operation: Any
     result: Any
@@ -95,14 +96,14 @@ class _Keep(TorchDispatchMode):
         self.least, self.kept = least, kept
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
         if _has_statistics(operation, args):
             self._note(operation, result[1:])
         elif RANDOM in operation.tags:
-            written = _written(operation, args)
-            is_first = any(result is value for value in written)
+            written = _written(operation, args, kwargs)
             drawn = [value.bool() if operation is BERNOULLI else value.clone() for value in written]
-            self._note(operation, None if is_first else result, drawn)
+            self._note(operation, None if written and result is written[0] else result, drawn)
         elif _is_dear(self.least, operation, args):  # global pooling sets the strides of its mean, in place
             self._note(operation, result.clone() if operation is MEAN else result)
         return result
@@ -130,19 +131,20 @@ class _Recall(TorchDispatchMode):
         self.frozen.__exit__(*error)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if _has_statistics(operation, args):
             x, weight, bias = args[:3]
             mean, scale = self._next(operation).result  # a variance of 1 leaves the factor as it is, to the last bit
             output = operation(x, weight * scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
             return output, mean, scale
         if RANDOM in operation.tags:
-            noted = self._next(operation)
-            for value, drawn in zip(_written(operation, args), noted.written, strict=True):
+            noted, written = self._next(operation), _written(operation, args, kwargs)
+            for value, drawn in zip(written, noted.written, strict=True):
                 value.copy_(drawn)
-            return args[0] if noted.result is None else noted.result
+            return written[0] if noted.result is None else noted.result
         if _is_dear(self.least, operation, args):
             return self._next(operation).result
-        return operation(*args, **(kwargs or {}))
+        return operation(*args, **kwargs)
 
     def _next(self, operation: Any) -> _Kept:
         noted = self.kept[self.number] if self.number < len(self.kept) else None

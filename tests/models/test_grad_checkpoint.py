@@ -387,6 +387,7 @@ class Draws(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.dropout(self.rrelu(self.norm(self.conv(x))))
+        y = y * torch.rand(len(y), 1, 1, 1, out=torch.empty(len(y), 1, 1, 1, dtype=y.dtype))
         y = self.alpha(F.dropout(y * torch.rand(len(y), 1, 1, 1, dtype=y.dtype), 0.2))
         return x + y * torch.empty_like(y).normal_()
 
@@ -417,9 +418,27 @@ def test_nothing_is_drawn_again() -> None:
             loss.backward()
         gradients = [value.grad for value in model.parameters()]
         found.append((counter.drawn, counter.statistics, float(torch.rand(())), loss.detach(), *gradients))
-    assert found[0][0] == 3 * 6
+    assert found[0][0] == 3 * 7
     assert found[0][1] == 3
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-13)
+
+
+class Stage(nn.Sequential):
+    """A sequence that is made in a way of its own."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__(*(Block(channels) for _ in range(depth)))
+
+
+def test_two_blocks_of_a_sequence_with_an_init_of_its_own() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), Stage(8, 3))
+    wrapped = copy.deepcopy(plain)
+    assert enable_grad_checkpointing(wrapped) == 3
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(step(plain, images), step(wrapped, images))
+    for one, two in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_two_blocks_in_a_row_keep_one_input() -> None:

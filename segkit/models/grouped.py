@@ -37,64 +37,54 @@ class ByPhases(nn.Module):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         is_slow = self.training and max(kernel.shape[2:]) > 3  # in bfloat16
         inner = torch.promote_types(dtype, torch.float32) if is_slow else dtype
-        return _by_phases(x, kernel, self.bias, steps, inner, dtype)
+        return _Phases.apply(x, kernel, self.bias, steps, inner, dtype)
 
     def is_split(self, x: torch.Tensor) -> bool:
         """False where the plain convolution is wanted: on other devices, and in graphs."""
         return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-@torch.library.custom_op("segkit::by_phases", mutates_args=(), device_types="cpu")
-def _by_phases(
-    x: torch.Tensor,
-    kernel: torch.Tensor,
-    bias: torch.Tensor | None,
-    steps: Sequence[int],
-    inner: torch.dtype,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+class _Phases(torch.autograd.Function):
     """The convolution of ``ByPhases``, computed in ``inner``, given in ``dtype``; ``x`` is all that is kept of it."""
-    out = _by_phases_shape(x, kernel, bias, steps, inner, dtype)
-    weight, shift = kernel.to(inner), None if bias is None else bias.to(inner)
-    padding = [side // 2 for side in kernel.shape[2:]]
-    with torch.autocast("cpu", enabled=False):
-        for place, part in zip(_parts(out, steps), _parts(x, steps), strict=True):
-            _write(place, F.conv2d(_images(part, inner), weight, shift, padding=padding, groups=x.shape[1]))
-    return out
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        kernel: torch.Tensor,
+        bias: torch.Tensor | None,
+        steps: list[int],
+        inner: torch.dtype,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, kernel)
+        ctx.steps, ctx.inner = steps, inner
+        out = torch.empty((len(x), len(kernel), *x.shape[2:]), dtype=dtype, memory_format=torch.channels_last)
+        weight, shift = kernel.to(inner), None if bias is None else bias.to(inner)
+        padding = [side // 2 for side in kernel.shape[2:]]
+        with torch.autocast("cpu", enabled=False):
+            for place, part in zip(_parts(out, steps), _parts(x, steps), strict=True):
+                _write(place, F.conv2d(_images(part, inner), weight, shift, padding=padding, groups=x.shape[1]))
+        return out
 
-@_by_phases.register_fake
-def _by_phases_shape(
-    x: torch.Tensor, kernel: torch.Tensor, bias: Any, steps: Any, inner: Any, dtype: torch.dtype
-) -> torch.Tensor:
-    size = (len(x), len(kernel), *x.shape[2:])
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _keep_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.steps, ctx.inner = inputs[3:5]
-
-
-def _by_phases_backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    x, kernel = ctx.saved_tensors
-    of_x = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    of_kernel, weight, inner = torch.zeros_like(kernel), kernel.to(ctx.inner), ctx.inner
-    sides = kernel.shape[2:]
-    options = (None, [1, 1], [side // 2 for side in sides], [1, 1], False, [0, 0], x.shape[1])
-    find = torch.ops.aten.convolution_backward
-    for place, part, slope in zip(*(_parts(value, ctx.steps) for value in (of_x, x, gradient)), strict=True):
-        images, slopes = _images(part, inner), _images(slope, inner)
-        if ctx.needs_input_grad[0]:
-            _write(place, find(slopes, images, weight, *options, [True, False, False])[0])
-        if ctx.needs_input_grad[1]:
-            wide = (_at_least(value, sides) for value in (slopes, images))
-            of_kernel += find(*wide, weight, *options, [False, True, False])[1]
-    of_bias = gradient.sum((0, 2, 3), dtype=kernel.dtype) if ctx.needs_input_grad[2] else None
-    return (of_x, of_kernel, of_bias, None, None, None)
-
-
-_by_phases.register_autograd(_by_phases_backward, setup_context=_keep_input)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, kernel = ctx.saved_tensors
+        of_x = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+        of_kernel, weight, inner = torch.zeros_like(kernel), kernel.to(ctx.inner), ctx.inner
+        sides = kernel.shape[2:]
+        options = (None, [1, 1], [side // 2 for side in sides], [1, 1], False, [0, 0], x.shape[1])
+        find = torch.ops.aten.convolution_backward
+        for place, part, slope in zip(*(_parts(value, ctx.steps) for value in (of_x, x, gradient)), strict=True):
+            images, slopes = _images(part, inner), _images(slope, inner)
+            if ctx.needs_input_grad[0]:
+                _write(place, find(slopes, images, weight, *options, [True, False, False])[0])
+            if ctx.needs_input_grad[1]:
+                wide = (_at_least(value, sides) for value in (slopes, images))
+                of_kernel += find(*wide, weight, *options, [False, True, False])[1]
+        of_bias = gradient.sum((0, 2, 3), dtype=kernel.dtype) if ctx.needs_input_grad[2] else None
+        return (of_x, of_kernel, of_bias, None, None, None)
 
 
 def _parts(x: torch.Tensor, steps: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -189,16 +189,6 @@ def test_phases_in_bfloat16(step: int, size: tuple[int, int], side: int, monkeyp
     torch.testing.assert_close(of_bias, wanted[2], rtol=1e-5, atol=1e-4)
 
 
-def test_phases_as_an_operation_of_torch() -> None:
-    """Its schema, its shape without values and its gradient are what torch asks of an operation."""
-    x, kernel = torch.randn(2, 3, 7, 8, requires_grad=True), torch.randn(6, 1, 3, 3, requires_grad=True)
-    arguments = (x, kernel, torch.randn(6, requires_grad=True), [2, 3], torch.float32, torch.float32)
-    tried = torch.library.opcheck(
-        grouped._by_phases, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
-    assert set(tried.values()) == {"SUCCESS"}
-
-
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_phases_of_what_needs_no_gradient(frozen: str) -> None:
     layer = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)

@@ -26,7 +26,7 @@ from PIL.ExifTags import Base as Tag
 
 from segkit.config.dataset import RGB
 from segkit.data import decode
-from segkit.data.files import check_readable, read_bytes
+from segkit.data.files import check_readable, open_file, read_bytes
 from segkit.errors import InputError
 
 TIFF = (b"II", b"MM")
@@ -183,8 +183,7 @@ def read_header(path: Path, kind: tuple[int, str]) -> tuple[tuple[int, int], boo
     """
     if path.suffix.lower() == ".npy":
         return _array(path, kind).shape[:2], True
-    check_readable(path, role="image")
-    with path.open("rb") as file:
+    with open_file(path, role="image") as file:
         head, length = file.read(33), file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 64))
         tail = file.read()

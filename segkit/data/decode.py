@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from PIL.ExifTags import Base as Tag
 
-from segkit.data.files import check_readable, read_bytes
+from segkit.data.files import open_file, read_bytes
 from segkit.data.labels import narrowed
 from segkit.errors import InputError
 from segkit.memory import is_out_of_memory
@@ -165,8 +165,7 @@ def orientation(path: Path) -> int:
 @contextmanager
 def lazily_opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file, of which the header is read; InputErrors as :func:`pillow`."""
-    check_readable(path, role="image")
-    with path.open("rb") as file, pillow(file, path, role="image") as image:
+    with open_file(path, role="image") as file, pillow(file, path, role="image") as image:
         yield image
 
 

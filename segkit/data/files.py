@@ -13,6 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from segkit.errors import InputError
 
@@ -23,33 +24,38 @@ _KINDS = {stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket"}
 
 
 def check_readable(path: Path, *, role: str, may_be_empty: bool = False) -> None:
-    """Raise the InputError for a file that is missing, empty, not regular or may not be read, without reading it.
+    """Raise the InputErrors of :func:`open_file`, without reading the file."""
+    open_file(path, role=role, may_be_empty=may_be_empty).close()
+
+
+def open_file(path: Path, *, role: str, may_be_empty: bool = False) -> BinaryIO:
+    """Open a file for reading; InputError for one that is missing, empty, not regular or may not be read.
 
     ``role`` names the file in the sentence ("image", "label").
     """
     try:
         state = path.stat()
-        if stat.S_ISREG(state.st_mode):
-            with path.open("rb"):
-                pass
+        file = path.open("rb") if stat.S_ISREG(state.st_mode) else None
     except OSError as error:
         raise _unreadable(path, error, role) from None
     if stat.S_ISDIR(state.st_mode):
         raise InputError(f"{role} {path} is a folder, but a file is wanted; mend dataset.root")
-    if not stat.S_ISREG(state.st_mode):
+    if file is None:
         kind = _KINDS.get(stat.S_IFMT(state.st_mode), "a device")
         raise InputError(f"{role} {path} is {kind}, but a regular file is wanted; remove it")
     if state.st_size == 0 and not may_be_empty:
+        file.close()
         raise InputError(f"{role} {path} is empty (0 bytes); copy or unpack it again")
+    return file
 
 
 def read_bytes(path: Path, *, role: str, may_be_empty: bool = False) -> bytes:
-    """Return the content of a file; raises the InputErrors of :func:`check_readable`."""
-    check_readable(path, role=role, may_be_empty=may_be_empty)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error, role) from None
+    """Return the content of a file; raises the InputErrors of :func:`open_file`."""
+    with open_file(path, role=role, may_be_empty=may_be_empty) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise _unreadable(path, error, role) from None
 
 
 def read_text(path: Path, *, role: str, missing: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from segkit.data.decode import DAMAGED, pixel_limit
-from segkit.data.files import check_readable
+from segkit.data.files import open_file
 from segkit.errors import InputError, first_line
 
 HEADER_BYTES = 128
@@ -42,10 +42,9 @@ def read_mat(path: Path, names: Collection[str]) -> dict[str, Any]:
     cell; None for any other class. Raises InputError for a file that is missing, empty, damaged, of version 7.3 (HDF5),
     or that would become larger than the limit of pixels allows.
     """
-    check_readable(path, role="label")
     try:
         found: dict[str, Any] = {}
-        with path.open("rb") as file:
+        with open_file(path, role="label") as file:
             for name, value in _variables(file, path, names):
                 found |= {name: value} if name in names else {}
                 if len(found) == len(names):

@@ -317,6 +317,6 @@ def test_folder_without_permission(tmp_path, monkeypatch):
 def test_list_without_permission(tmp_path, monkeypatch):
     path = tmp_path / "l.txt"
     path.write_text("a")
-    refuse(monkeypatch, "read_bytes", path)
+    refuse(monkeypatch, "open", path)
     with pytest.raises(InputError, match=r"list file .*l\.txt may not be read by this user; run `chmod -R u\+rX"):
         Layout("toy", tmp_path, archives="a.zip").lines(path)

@@ -103,7 +103,9 @@ class _Keep(TorchDispatchMode):
         elif RANDOM in operation.tags:
             written = _written(operation, args, kwargs)
             drawn = [value.bool() if operation is BERNOULLI else value.clone() for value in written]
-            self._note(operation, None if written and result is written[0] else result, drawn)
+            is_numbers = isinstance(result, Tensor)  # which a mask is made of, often in place
+            kept = None if written and result is written[0] else result.clone() if is_numbers else result
+            self._note(operation, kept, drawn)
         elif _is_dear(self.least, operation, args):  # global pooling sets the strides of its mean, in place
             self._note(operation, result.clone() if operation is MEAN else result)
         return result

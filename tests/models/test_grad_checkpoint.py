@@ -387,6 +387,7 @@ class Draws(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.dropout(self.rrelu(self.norm(self.conv(x))))
+        y = y * torch.rand(len(y), 1, 1, 1, dtype=y.dtype).add_(0.8).floor_().div_(0.8)
         y = y * torch.rand(len(y), 1, 1, 1, out=torch.empty(len(y), 1, 1, 1, dtype=y.dtype))
         y = self.alpha(F.dropout(y * torch.rand(len(y), 1, 1, 1, dtype=y.dtype), 0.2))
         return x + y * torch.empty_like(y).normal_()
@@ -418,7 +419,7 @@ def test_nothing_is_drawn_again() -> None:
             loss.backward()
         gradients = [value.grad for value in model.parameters()]
         found.append((counter.drawn, counter.statistics, float(torch.rand(())), loss.detach(), *gradients))
-    assert found[0][0] == 3 * 7
+    assert found[0][0] == 3 * 8
     assert found[0][1] == 3
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-13)
 

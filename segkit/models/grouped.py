@@ -120,7 +120,7 @@ def _at_least(images: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
 
 
 class InFloat32(nn.Module):
-    """Mixin in front of a convolution: trained on a CPU under autocast, it computes in float32, if it gains by it."""
+    """Mixin in front of a convolution: trained on a CPU under autocast, it computes in float32, unless it is split."""
 
     def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
         plain = not (self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))

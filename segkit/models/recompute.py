@@ -151,8 +151,9 @@ class _Recall(TorchDispatchMode):
     def _next(self, operation: Any) -> _Kept:
         noted = self.kept[self.number] if self.number < len(self.kept) else None
         if noted is None or noted.operation is not operation:
+            first = noted.operation if noted else "nothing"
             raise InputError(
-                f"a block computes something else the second time ({operation} where {noted and noted.operation} was), "
+                f"a block computes something else the second time ({operation} where {first} was), "
                 "or its gradient is wanted twice: set grad_checkpointing=false for this model"
             )
         if noted.versions != versions(noted.result):

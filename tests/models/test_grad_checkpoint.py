@@ -179,10 +179,17 @@ class Block(nn.Module):
         return x + self.dropout(F.relu(self.norm(self.conv(x))))
 
 
+class Stage(nn.Sequential):
+    """A sequence that is made in a way of its own."""
+
+    def __init__(self, channels: int, depth: int, **options: float | None) -> None:
+        super().__init__(*(Block(channels, **options) for _ in range(depth)))
+
+
 def stack(num_blocks: int = 3, **options: float | None) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 1),
-        nn.ModuleDict({"stage": nn.Sequential(*(Block(8, **options) for _ in range(num_blocks)))})["stage"],
+        nn.ModuleDict({"stage": Stage(8, num_blocks, **options)})["stage"],
     )
 
 
@@ -242,34 +249,6 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(step(plain, images), step(wrapped, images))
     for key, value in wrapped.named_parameters():
         torch.testing.assert_close(value.grad, dict(plain.named_parameters())[key].grad, rtol=1e-6, atol=1e-9)
-
-
-class Gate(nn.Module):
-    """A block with squeeze and excitation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(16, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(self.conv(x))
-        return F.relu(x + y * self.gate(y))
-
-
-@pytest.mark.parametrize("policy", ["light", "mixed", True])
-def test_channels_last(policy: bool | str) -> None:
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Sequential(Gate(), Gate(), Gate()))
-    plain.double().to(memory_format=torch.channels_last)
-    wrapped = copy.deepcopy(plain)
-    enable_grad_checkpointing(wrapped, policy)
-    images = torch.randn(2, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(step(wrapped, images), step(plain, images))
-    for key, value in wrapped.named_parameters():
-        expected = dict(plain.named_parameters())[key].grad
-        torch.testing.assert_close(value.grad, expected, rtol=1e-9, atol=1e-13)
 
 
 class LiveStorages(TorchDispatchMode):
@@ -372,74 +351,6 @@ class Residual(nn.Module):
 def test_segmenter_around_a_network_that_lists_its_blocks() -> None:
     model = Segmenter(coplenet("group"))
     assert enable_grad_checkpointing(model) == 14
-
-
-class Draws(nn.Module):
-    """A block that draws in every way: into a mask, as numbers, with a slope that the layer remembers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.rrelu = nn.RReLU()
-        self.dropout = nn.Dropout(0.4)
-        self.alpha = nn.AlphaDropout(0.3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.dropout(self.rrelu(self.norm(self.conv(x))))
-        y = y * torch.rand(len(y), 1, 1, 1, dtype=y.dtype).add_(0.8).floor_().div_(0.8)
-        y = y * torch.rand(len(y), 1, 1, 1, out=torch.empty(len(y), 1, 1, 1, dtype=y.dtype))
-        y = self.alpha(F.dropout(y * torch.rand(len(y), 1, 1, 1, dtype=y.dtype), 0.2))
-        return x + y * torch.empty_like(y).normal_()
-
-
-class OperationCounter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.drawn = self.statistics = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.drawn += torch.Tag.nondeterministic_seeded in function.tags
-        self.statistics += function is torch.ops.aten.native_batch_norm.default and args[5]
-        return function(*args, **(kwargs or {}))
-
-
-def test_nothing_is_drawn_again() -> None:
-    """Nor are statistics of a batch computed again; the generator is where it is without checkpointing."""
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(Draws(), Draws(), Draws())).double()
-    wrapped = copy.deepcopy(plain)
-    enable_grad_checkpointing(wrapped)
-    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    found = []
-    for model in (plain, wrapped):
-        torch.manual_seed(1)
-        with OperationCounter() as counter:
-            loss = model(images).square().mean()
-            loss.backward()
-        gradients = [value.grad for value in model.parameters()]
-        found.append((counter.drawn, counter.statistics, float(torch.rand(())), loss.detach(), *gradients))
-    assert found[0][0] == 3 * 8
-    assert found[0][1] == 3
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-13)
-
-
-class Stage(nn.Sequential):
-    """A sequence that is made in a way of its own."""
-
-    def __init__(self, channels: int, depth: int) -> None:
-        super().__init__(*(Block(channels) for _ in range(depth)))
-
-
-def test_two_blocks_of_a_sequence_with_an_init_of_its_own() -> None:
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 1), Stage(8, 3))
-    wrapped = copy.deepcopy(plain)
-    assert enable_grad_checkpointing(wrapped) == 3
-    images = torch.randn(2, 3, 8, 8)
-    assert torch.equal(step(plain, images), step(wrapped, images))
-    for one, two in zip(plain.parameters(), wrapped.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_two_blocks_in_a_row_keep_one_input() -> None:
